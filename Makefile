@@ -1,0 +1,81 @@
+# `make demo` and `make test` each start from a bare python3, and install nothing twice.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench report clean browser
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed before anything that depends on torch: left to the resolver, torch may
+# arrive with several GB of CUDA. Pick another build with `make test TORCH=...`.
+TORCH ?= torch==2.13.0
+BENCH ?=
+REPORT ?= --help
+TESTS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --no-input --disable-pip-version-check
+# Tests and demo need no network, and no display for matplotlib.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export MPLBACKEND := Agg
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.demo  ## train the arms on digits and write the report to runs/demo
+	$(PY) -m actsparse.cli.main compare --task digits --out runs/demo
+
+test: $(VENV)/.dev browser  ## ruff, mypy, pytest with doctests; TESTS="-m slow" and the like
+	@status=0; \
+	$(MAKE) --no-print-directory lint || { status=1; lint="ruff or mypy failed, see above"; }; \
+	$(PY) -m pytest $(TESTS) || status=1; \
+	[ -z "$$lint" ] || echo "$$lint"; \
+	exit $$status
+
+lint: $(VENV)/.dev  ## ruff and mypy alone
+	@status=0; \
+	$(PY) -m ruff check . || status=1; \
+	$(PY) -m ruff format --check . || status=1; \
+	$(PY) -m mypy || status=1; \
+	exit $$status
+
+bench: $(VENV)/.demo  ## time the kernels here; BENCH="..." passes arguments
+	$(PY) -m actsparse.cli.main bench $(BENCH)
+
+report: $(VENV)/.demo  ## a page from records; REPORT="..." passes arguments
+	$(PY) -m actsparse.cli.main report $(REPORT)
+
+clean:  ## caches, build output and the environment; never runs/
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find actsparse tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The usual venv; where Debian left out ensurepip, the pip that exists fills an empty one.
+$(PY):
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	  $(PYTHON) -m pip --python $(PY) install --quiet --disable-pip-version-check pip; }
+
+$(VENV)/.demo: pyproject.toml | $(PY)
+	@echo "installing $(TORCH) and actsparse[train,report]"
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e ".[train,report]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(PY)
+	@echo "installing $(TORCH) and actsparse[train,report,finetune,dev]"
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e ".[train,report,finetune,dev]"
+	@touch $(VENV)/.demo $@
+
+# The report's page is tested in a browser where there is one. Not fatal here:
+# with CI=true the test itself insists.
+browser:
+	@command -v chromium >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && [ -f /etc/debian_version ] && echo "installing chromium" && \
+	  export DEBIAN_FRONTEND=noninteractive && \
+	  apt-get update -qq </dev/null >/dev/null 2>&1 && \
+	  apt-get install -qq -y --no-install-recommends chromium </dev/null >/dev/null 2>&1; \
+	} || echo "no chromium: the report's browser tests cannot run here"

@@ -1,0 +1,28 @@
+"""Every test starts from the same seeds, offline and without a display."""
+
+from __future__ import annotations
+
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples on every machine, and no time limit that a busy machine would miss.
+settings.register_profile("actsparse", deadline=None, derandomize=True, database=None)
+settings.load_profile("actsparse")
+
+
+@pytest.fixture(autouse=True)
+def same_seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

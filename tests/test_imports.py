@@ -1,0 +1,148 @@
+"""The house's map: who may import whom, and what `import actsparse` may cost."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "actsparse"
+
+# room → the rooms it may import from, besides itself. `__init__` is the public names.
+MATHS = {"blocks", "activations"}
+TOOLS = {"modify", "observe", "kernels"} | MATHS
+ENGINE = TOOLS | {"data", "records", "__init__"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "activations": set(),
+    "blocks": {"activations"},
+    "modify": MATHS,
+    "observe": MATHS,
+    "kernels": MATHS,
+    "__init__": {"modify", "observe"} | MATHS,
+    "data": set(),
+    "records": set(),
+    "report": {"records"},
+    "train": ENGINE,
+    "experiments": ENGINE | {"train"},
+    "bench": TOOLS | {"records", "__init__"},
+    "cli": ENGINE | {"train", "experiments", "bench", "report"},
+}
+# room → third-party packages it must do without.
+NO_TORCH = {"torch", "transformers", "accelerate", "datasets", "peft"}
+MAY_NOT_IMPORT = {"records": NO_TORCH, "report": NO_TORCH}
+HEAVY = ["transformers", "matplotlib", "scipy", "sklearn", "datasets", "peft", "accelerate"]
+NO_ROOM = {"utils.py", "helpers.py", "common.py", "misc.py"}
+
+
+def room_of(path: Path, package: Path = PACKAGE) -> str:
+    return path.relative_to(package).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path, package: Path = PACKAGE) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a file, wherever it stands."""
+    here = (package.name, *path.relative_to(package).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import():
+                for alias in node.names:
+                    yield node.lineno, alias.name
+            case ast.ImportFrom():
+                above = here[: len(here) - node.level + 1] if node.level else ()
+                base = ".".join([*above, *([node.module] if node.module else [])])
+                for alias in node.names:
+                    yield node.lineno, f"{base}.{alias.name}"
+            case ast.Call(args=[ast.Constant(value=str(name)), *_]) if ast.unparse(
+                node.func
+            ).endswith(("import_module", "__import__")):
+                yield node.lineno, name
+
+
+def violations(package: Path = PACKAGE) -> list[str]:
+    """One line for each import that goes up or sideways, and for each file without a room."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        room, where = room_of(path, package), path.relative_to(package.parent)
+        if room not in MAY_IMPORT:
+            found.append(f"{where}: {room!r} is no room of the map in tests/test_imports.py")
+            continue
+        for line, name in imported_names(path, package):
+            top, *rest = name.split(".")
+            if top in MAY_NOT_IMPORT.get(room, ()):
+                found.append(f"{where}:{line}: {room} must do without {top}")
+            if top == package.name:
+                target = rest[0] if rest and rest[0] in MAY_IMPORT else "__init__"
+                if target != room and target not in MAY_IMPORT[room]:
+                    found.append(f"{where}:{line}: {room} must not import {target} ({name})")
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    assert violations() == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "complaint"),
+    [
+        ("blocks/site.py", "from actsparse.modify import decay", "blocks must not import modify"),
+        ("modify/penalty.py", "from ..observe import density", "modify must not import observe"),
+        ("observe/x.py", "def f():\n    import actsparse.kernels", "must not import kernels"),
+        ("data/x.py", "if TYPE_CHECKING:\n    from actsparse import train", "not import train"),
+        ("train/x.py", "from actsparse.experiments.a import b", "must not import experiments"),
+        ("kernels/x.py", "import_module('actsparse.observe')", "must not import observe"),
+        ("modify/x.py", "from actsparse import density", "modify must not import __init__"),
+        ("report/page.py", "import torch.nn as nn", "report must do without torch"),
+        ("records.py", "from transformers import Trainer", "records must do without transformers"),
+        ("report/page.py", "from actsparse.train import tasks", "report must not import train"),
+        ("extra.py", "", "'extra' is no room of the map"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, complaint: str) -> None:
+    planted = tmp_path / "actsparse" / file
+    planted.parent.mkdir(parents=True)
+    planted.write_text(line)
+    (found,) = violations(tmp_path / "actsparse")
+    assert complaint in found
+
+
+def test_imports_going_down_are_not_complained_about(tmp_path: Path) -> None:
+    package = tmp_path / "actsparse"
+    (package / "cli").mkdir(parents=True)
+    (package / "cli" / "main.py").write_text(
+        "import torch\nfrom actsparse.report import page\nfrom .compare import run\n"
+        "from .. import data\nfrom actsparse import __version__\n"
+    )
+    assert violations(package) == []
+
+
+def test_files_are_short_and_say_what_they_are_for() -> None:
+    files = [path for top in ("actsparse", "tests") for path in (ROOT / top).rglob("*.py")]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {str(path): length for path, length in lengths.items() if length >= 450} == {}
+    assert [str(path) for path in files if path.name in NO_ROOM] == []
+
+
+def test_import_is_light() -> None:
+    """Beyond torch's own imports, `import actsparse` loads nothing heavy and takes under 1 s."""
+    script = (
+        "import time, sys, torch\n"
+        "before = set(sys.modules)\n"
+        "start = time.perf_counter()\n"
+        "import actsparse\n"
+        "print(time.perf_counter() - start)\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before})\n"
+    )
+    seconds = []
+    for _ in range(3):
+        result = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        time_line, modules = result.stdout.splitlines()
+        seconds.append(float(time_line))
+        assert set(modules.split()).isdisjoint(HEAVY), modules
+    assert statistics.median(seconds) < 1.0, f"import actsparse took {seconds} s beyond torch"
