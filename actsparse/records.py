@@ -1,0 +1,398 @@
+"""The record of a run: one file of JSON lines, ``<out>/runs/<arm>-seed<seed>/record.jsonl``.
+
+The first line (kind ``run``) says what ran, on what and when; ``train`` and ``eval`` lines follow;
+a ``result`` line means the run is finished, a ``failed`` line says why it is not. `SCHEMA` below
+lists every field. Numbers are finite; null stands only where the schema says so.
+
+A line counts once its newline is there, so a run killed half-way through a line loses that alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+VERSION = 1
+PACKAGES = ("actsparse", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
+
+Entry = dict[str, Any]
+
+
+class RecordError(Exception):
+    """A record that cannot be written or read; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field must be: in words, and as a test."""
+
+    right: str
+    holds: Callable[[Any], bool]
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+NUMBER = Rule("a finite number", _number)
+SHARE = Rule("a share from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
+COUNT = Rule("a whole number, 0 or more", _count)
+TEXT = Rule("text that is not empty", lambda value: isinstance(value, str) and value != "")
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+OBJECT = Rule("an object", lambda value: isinstance(value, dict))
+NUMBERS = Rule(
+    "an object of finite numbers",
+    lambda value: isinstance(value, dict) and all(_number(each) for each in value.values()),
+)
+
+# A shape is a rule, an object of shapes, a list of one shape, or (shape, None): may be null.
+Shape = Any
+
+_DENSITIES: dict[str, Shape] = {
+    "density": SHARE,
+    "derivative_density": SHARE,
+    "dead": COUNT,
+    "units": COUNT,
+    "living_density": (SHARE, None),  # null where every unit is dead
+}
+MEASURES: Shape = ({**_DENSITIES, "blocks": [{"block": TEXT, **_DENSITIES}]}, None)  # null: no MLPs
+SCHEMA: dict[str, dict[str, Shape]] = {
+    "run": {
+        "schema": COUNT,
+        "task": TEXT,
+        "arm": TEXT,
+        "seed": COUNT,
+        "config": OBJECT,
+        "versions": OBJECT,
+        "hardware": OBJECT,
+        "git": (OBJECT, None),  # null outside a git checkout
+        "started": TEXT,
+    },
+    "train": {  # over the training batches since the previous such line, in train mode
+        "step": COUNT,
+        "loss": NUMBER,
+        "lr": NUMBER,
+        "seconds": NUMBER,
+        "penalty": (NUMBER, None),
+        "measures": MEASURES,
+    },
+    "eval": {
+        "split": TEXT,
+        "step": COUNT,
+        "loss": NUMBER,
+        "quality": NUMBER,
+        "measures": MEASURES,
+    },
+    "result": {
+        "split": TEXT,
+        "step": COUNT,
+        "loss": NUMBER,
+        "quality": NUMBER,
+        "quality_name": TEXT,
+        "higher_is_better": FLAG,
+        "inference": MEASURES,
+        "training": MEASURES,  # over the last fifth of training
+        "skippable": ({"forward": SHARE, "backward": SHARE}, None),  # share of multiplications
+        "seconds": NUMBER,
+        "baselines": NUMBERS,
+    },
+    "failed": {"step": COUNT, "reason": TEXT},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record, read. ``torn``: its last line was half-written and is left out."""
+
+    path: Path
+    header: Entry
+    train: list[Entry]
+    evals: list[Entry]
+    result: Entry | None
+    failed: Entry | None
+    torn: bool
+
+    @property
+    def task(self) -> str:
+        """What was learnt: ``digits``, …"""
+        return str(self.header["task"])
+
+    @property
+    def arm(self) -> str:
+        """Which recipe: ``vanilla``, ``paper``, …"""
+        return str(self.header["arm"])
+
+    @property
+    def seed(self) -> int:
+        """Runs of one seed are paired across arms."""
+        return int(self.header["seed"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its result."""
+        return self.result is not None
+
+
+class RecordWriter:
+    """Writes one run's record, line by line; every line is on disk when its call returns.
+
+    Starting replaces a record already at ``path``. ``header`` holds task, arm, seed, config and
+    what `environment` returns; ``kind``, ``schema`` and ``started`` (now) are filled in. A
+    ``command`` in it is shown on the report.
+
+    Raises `RecordError` for a field that is missing or wrong, and where the disk refuses (full,
+    read-only); a line that did not fit is taken back whole.
+
+    >>> import tempfile
+    >>> path = run_path(tempfile.mkdtemp(), arm="paper", seed=0)
+    >>> header = {"task": "digits", "arm": "paper", "seed": 0, "config": {}, **environment()}
+    >>> with RecordWriter(path, header) as record:
+    ...     record.write("failed", step=7, reason="the loss became NaN")
+    >>> read_run(path).failed["reason"]
+    'the loss became NaN'
+    """
+
+    def __init__(self, path: str | Path, header: Entry) -> None:
+        self.path = Path(path)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        head = {"kind": "run", "schema": VERSION, "started": started, **header}
+        write_whole(self.path, _line(head, self.path))
+        try:
+            self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        except OSError as error:
+            raise _disk(self.path, error) from error
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one ``train``, ``eval``, ``result`` or ``failed`` line."""
+        if self._fd is None:
+            raise RecordError(f"{self.path}: the record is closed; nothing more can be written")
+        if kind == "run":
+            raise RecordError(f"{self.path}: the run line is the header, written at the start")
+        line = _line({"kind": kind, **fields}, self.path)
+        size = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) != len(line):
+                raise OSError(errno.ENOSPC, "only part of a line could be written")
+            os.fsync(self._fd)
+        except OSError as error:
+            with suppress(OSError):  # or the next line would land behind half a line
+                os.ftruncate(self._fd, size)
+            raise _disk(self.path, error) from error
+
+    def close(self) -> None:
+        """Take no more lines; closing twice is fine."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def run_path(out: str | Path, arm: str, seed: int) -> Path:
+    """Where a run's record lies; `RecordError` for an arm that cannot name a folder.
+
+    >>> run_path("out", "paper", 3).as_posix()
+    'out/runs/paper-seed3/record.jsonl'
+    """
+    if not arm or "/" in arm or "\\" in arm:
+        raise RecordError(f"an arm names a folder, so not empty and without slashes; got {arm!r}")
+    return Path(out) / "runs" / f"{arm}-seed{seed}" / "record.jsonl"
+
+
+def read_run(path: str | Path) -> Run:
+    """Read one record.
+
+    Raises `RecordError`, naming path and line, for a file that cannot be read, is no record, was
+    written by a newer schema, or holds a broken line anywhere but at its end.
+    """
+    path = Path(path)
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
+    if not lines:
+        raise RecordError(f"{path}:1: no whole first line; a record begins with its run line")
+    entries = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+    header, *body = entries
+    by_kind: dict[str, list[Entry]] = {kind: [] for kind in SCHEMA}
+    for number, entry in enumerate(body, start=2):
+        kind = entry["kind"]
+        if kind == "run" or (kind in ("result", "failed") and by_kind[kind]):
+            raise RecordError(f"{path}:{number}: a second {kind} line; a record holds one")
+        by_kind[kind].append(entry)
+    return Run(
+        path=path,
+        header=header,
+        train=by_kind["train"],
+        evals=by_kind["eval"],
+        result=by_kind["result"][0] if by_kind["result"] else None,
+        failed=by_kind["failed"][0] if by_kind["failed"] else None,
+        torn=rest != b"",
+    )
+
+
+def read_runs(out: str | Path) -> list[Run]:
+    """Every record under ``<out>/runs``, sorted by arm and seed; none there gives an empty list.
+
+    Raises `RecordError` as `read_run` does.
+    """
+    runs = [read_run(path) for path in Path(out).glob("runs/*/record.jsonl")]
+    return sorted(runs, key=lambda run: (run.arm, run.seed))
+
+
+def environment(threads: int | None = None, gpu: str | None = None) -> Entry:
+    """What a result depends on besides its config: ``versions``, ``hardware``, ``git``.
+
+    ``threads`` and ``gpu`` come from the caller, who has torch. ``memory_gib`` is in GiB, null
+    where the system does not say. ``git`` is of the checkout this package runs from, null if it
+    is installed.
+
+    >>> sorted(environment(threads=2)["hardware"])
+    ['cores', 'cpu', 'gpu', 'memory_gib', 'threads']
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    hardware = {
+        "cpu": _cpu(),
+        "cores": getattr(os, "process_cpu_count", os.cpu_count)(),  # Python 3.13 knows affinity
+        "threads": threads,
+        "memory_gib": _memory_gib(),
+        "gpu": gpu,
+    }
+    return {"versions": versions, "hardware": hardware, "git": _git(Path(__file__))}
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all, making its folder.
+
+    Raises `RecordError` naming the path where the disk refuses.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _disk(path, error) from error
+
+
+def _disk(path: Path, error: OSError) -> RecordError:
+    return RecordError(
+        f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+    )
+
+
+def _line(entry: Entry, path: Path) -> bytes:
+    _check_entry(entry, str(path))
+    try:
+        return json.dumps(entry, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise RecordError(f"{path}: the {entry['kind']} line does not fit JSON: {error}") from error
+
+
+def _parse(line: bytes, path: Path, number: int) -> Entry:
+    where = f"{path}:{number}"
+    try:
+        entry = json.loads(line.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(f"{where}: not a line of a record: {error}") from error
+    if number == 1 and (not isinstance(entry, dict) or entry.get("kind") != "run"):
+        raise RecordError(f"{where}: not a record; its first line must be of kind 'run'")
+    if number == 1 and _count(entry.get("schema")) and entry["schema"] > VERSION:
+        raise RecordError(
+            f"{where}: written by a newer actsparse (schema {entry['schema']}); "
+            f"this one reads up to {VERSION}: upgrade it"
+        )
+    _check_entry(entry, where)
+    return dict(entry)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    kind = entry.get("kind") if isinstance(entry, dict) else None
+    if not isinstance(kind, str) or kind not in SCHEMA:
+        raise RecordError(f"{where}: unknown kind {kind!r}; one of {', '.join(SCHEMA)}")
+    _check(f"{where}: {kind}", entry, SCHEMA[kind])
+
+
+def _check(name: str, value: Any, shape: Shape) -> None:
+    if isinstance(shape, tuple):
+        if value is not None:
+            _check(name, value, shape[0])
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise RecordError(f"{name} must be an object of {', '.join(shape)}; got {value!r}")
+        for field, inner in shape.items():
+            if field not in value:
+                raise RecordError(f"{name} lacks {field!r}; it needs {', '.join(shape)}")
+            _check(f"{name}.{field}", value[field], inner)
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise RecordError(f"{name} must be a list; got {value!r}")
+        for index, each in enumerate(value):
+            _check(f"{name}[{index}]", each, shape[0])
+    elif not shape.holds(value):
+        raise RecordError(f"{name} must be {shape.right}; got {value!r}")
+
+
+def _cpu() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return None
+
+
+def _git(file: Path) -> Entry | None:
+    # Inside a git hook GIT_DIR points at the hook's repository, whichever that is.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def ask(*words: str) -> str:
+        command = ["git", "-C", str(file.parent), *words]
+        done = subprocess.run(command, capture_output=True, check=True, timeout=20, env=plain)
+        return done.stdout.decode(errors="replace").strip()
+
+    try:
+        ask("ls-files", "--error-unmatch", file.name)  # a venv inside someone else's checkout
+        commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--", ".")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "dirty": changes != ""}

@@ -1,0 +1,181 @@
+"""What a table says, in plain words, and its numbers as text."""
+
+from __future__ import annotations
+
+from actsparse.report.compare import Arm, Estimate, Table
+
+NONE = "–"
+
+
+def title(table: Table) -> str:
+    """The finding in one line.
+
+    >>> title(Table("digits", "accuracy", True, arms=()))
+    'digits: no finished runs to compare yet'
+    """
+    arm = table.arm(table.subject)
+    if arm is None:
+        some = any(each.seeds for each in table.arms)
+        return f"{table.task}: no {'pair of arms' if some else 'finished runs'} to compare yet"
+    fewer = arm.inference_improvement
+    if fewer is None:
+        return f"{arm.name}: no finished {table.reference} run of the same seed to compare with"
+    name = table.quality_name or "quality"
+    if fewer.half is None:
+        return f"{arm.name}: {_share_fewer(fewer.mean)} than {table.reference}, in one seed"
+    clear = fewer.half < abs(fewer.mean)
+    first = _share_fewer(fewer.mean) if clear else "no clear change in active neurons"
+    ending = {
+        "better": f"at better {name}",
+        "no clear loss": f"without clear loss of {name}",
+        "lower": f"but at clearly worse {name}",
+    }.get(arm.verdict or "", "")
+    return f"{arm.name}: {first} {'than' if clear else 'against'} {table.reference}, {ending}"
+
+
+def lead(table: Table) -> str:
+    """The sentence under the title: the numbers the title rests on."""
+    arm, base = table.arm(table.subject), table.arm(table.reference)
+    if arm is None or base is None or base.inference_density is None or arm.change is None:
+        return f"{counted(len(table.arms), 'arm')} on {table.task}."
+    return (
+        f"On {table.task}, {percent_text(arm.inference_density)} of the hidden units are active on "
+        f"held-out data, against {percent_text(base.inference_density)} in {base.name}; while "
+        f"training {percent_text(arm.training_density)} against "
+        f"{percent_text(base.training_density)}. {(table.quality_name or 'quality').capitalize()} "
+        f"changes by {change_text(table, arm.change)} ({counted(arm.change.n, 'paired seed')})."
+    )
+
+
+def remarks(table: Table) -> list[str]:
+    """What a reader must know before believing the title."""
+    said = []
+    if table.needs_mlps is False:
+        said.append(
+            f"This task does not need its MLPs: density here proves little. The control "
+            f"{table.control} is not clearly worse than {table.reference}."
+        )
+    elif table.needs_mlps is None:
+        why = "has too few seeds" if table.arm(table.control) else "was not run"
+        said.append(
+            f"Whether this task needs its MLPs is not known: the control without them "
+            f"({table.control}) {why}."
+        )
+    baseline, gain = table.arm(table.baseline), table.baseline_gain
+    if table.subject is not None and baseline is None:
+        said.append("No simple baseline kept its quality, or none was run: there is none to beat.")
+    elif baseline is not None:
+        density = density_text(baseline.inference_density)
+        dead = baseline.dead_share.mean if baseline.dead_share else 0
+        said.append(
+            f"Strongest simple baseline without clear loss of quality: {baseline.name}, density "
+            f"{density}, {_percent(dead)} of its units dead{_beside(table.subject, gain)}."
+        )
+    late = [arm.name for arm in table.arms if arm.undertrained]
+    if late:
+        said.append(f"Still learning when stopped, so not a final answer: {', '.join(late)}.")
+    lost = [arm for arm in table.arms if arm.failed or arm.unfinished]
+    if lost:
+        each = (f"{arm.name} ({', '.join(_lost(arm))})" for arm in lost)
+        said.append(f"Not in the numbers: {'; '.join(each)}.")
+    worse = [arm.name for arm in table.arms if arm.beats_bigram is False]
+    if worse:
+        said.append(f"No better than counting pairs of bytes (bigram): {', '.join(worse)}.")
+    steps = {arm.step for arm in table.arms if arm.step is not None}
+    if len(steps) > 1:
+        said.append(
+            f"The arms ran for different numbers of steps ({', '.join(map(str, sorted(steps)))}), "
+            f"so they do not compare like with like."
+        )
+    if any(len(arm.seeds) == 1 for arm in table.arms):
+        said.append("One seed gives no interval: those rows are leads, not results.")
+    return said
+
+
+def _beside(subject: str | None, gain: Estimate | None) -> str:
+    if gain is None:
+        return f"; it shares no seed with {subject}"
+    if gain.half is not None and gain.half >= abs(gain.mean):
+        return f"; its density is not clearly other than that of {subject}"
+    return f"; it has {_share_fewer(gain.mean)} than {subject}"
+
+
+def marks(arm: Arm) -> list[str]:
+    """The labels on a row."""
+    return [*(["undertrained"] if arm.undertrained else []), *_lost(arm)]
+
+
+def tiles(table: Table) -> list[tuple[str, str]]:
+    """A few large numbers of the arm under test: number, what it counts."""
+    arm = table.arm(table.subject)
+    if arm is None:
+        return []
+    found = [
+        (arm.inference_improvement, "fewer active neurons, inference"),
+        (arm.training_improvement, "fewer active neurons, training"),
+        (arm.skippable_forward, "of forward multiplications skippable"),
+        (arm.skippable_backward, "of backward multiplications skippable"),
+    ]
+    return [(_percent(value.mean), what) for value, what in found if value is not None]
+
+
+# Numbers as text
+
+
+def density_text(estimate: Estimate | None) -> str:
+    """A density as stored, 0 to 1."""
+    return _text(estimate, "{:.3f}")
+
+
+def percent_text(estimate: Estimate | None) -> str:
+    """A share, in percent."""
+    return _text(estimate, "{:.1f} %", 100)
+
+
+def quality_text(table: Table, estimate: Estimate | None) -> str:
+    """Accuracy in percent, any other quality in its own unit."""
+    if table.quality_name == "accuracy":
+        return percent_text(estimate)
+    return density_text(estimate)
+
+
+def change_text(table: Table, estimate: Estimate | None) -> str:
+    """A change of accuracy in percentage points, of any other quality in its own unit."""
+    if table.quality_name == "accuracy":
+        return _text(estimate, "{:+.1f} points", 100)
+    return _text(estimate, "{:+.3f}")
+
+
+def _text(estimate: Estimate | None, form: str, scale: float = 1) -> str:
+    """Mean ± half the interval: ``0.192 ± 0.014``, ``28.1 ± 3.0 %``."""
+    if estimate is None:
+        return NONE
+    number, _, unit = form.partition(" ")
+    unit = f" {unit}" if unit else ""
+    mean = number.format(scale * estimate.mean)
+    if estimate.half is None:
+        return _minus(mean) + unit
+    half = number.replace("+", "").format(scale * estimate.half)
+    return f"{_minus(mean)} ± {half}{unit}"
+
+
+def _minus(number: str) -> str:
+    return number.replace("-", "−")
+
+
+def _share_fewer(share: float) -> str:
+    return f"{_percent(abs(share))} {'fewer' if share >= 0 else 'more'} active neurons"
+
+
+def _percent(share: float) -> str:
+    return _minus(f"{100 * share:.0f} %")
+
+
+def counted(count: int, what: str) -> str:
+    """``1 seed``, ``2 seeds``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _lost(arm: Arm) -> list[str]:
+    counts = ((arm.failed, "failed"), (arm.unfinished, "unfinished"))
+    return [f"{count} {what}" for count, what in counts if count]

@@ -1,0 +1,165 @@
+"""The report as a reader meets it: in a real browser, on a phone and on a desk."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actsparse.report import write_report
+from actsparse.report.page import PICTURES
+
+QUIET = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+)
+# What a reader would run into. An image is drawn if its last pixel is opaque on a canvas.
+MEASURE = """
+function drawn(image) {
+  if (!image.complete || !image.naturalWidth) return false;
+  const canvas = document.createElement("canvas");
+  const width = canvas.width = image.naturalWidth;
+  const height = canvas.height = image.naturalHeight;
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return context.getImageData(width - 1, height - 1, 1, 1).data[3] === 255;
+}
+function measure(frame) {
+  const page = frame.contentDocument, root = page.documentElement;
+  const images = [...page.images];
+  const table = page.querySelector(".scroll");
+  const text = JSON.stringify({
+    inner: frame.contentWindow.innerWidth, page: root.scrollWidth, body: page.body.scrollWidth,
+    images: images.map(drawn),
+    widest: Math.max(...images.map(i => i.getBoundingClientRect().right)),
+    box: table.clientWidth, table: table.scrollWidth,
+    heading: page.querySelector("h1").innerText,
+    fetched: frame.contentWindow.performance.getEntriesByType("resource")
+      .filter(e => !e.name.startsWith("data:")).length,
+  });
+  const out = document.createElement("pre");
+  out.textContent = text;
+  document.body.append(out);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        reason = "chromium is not installed (apt-get install chromium)"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # The synthetic runs live beside the report's own tests; by path, so tests need be no package.
+    source = Path(__file__).parents[1] / "report" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("synthetic_runs", source)
+    assert spec is not None
+    assert spec.loader is not None
+    synthetic: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(synthetic)
+    out = tmp_path_factory.mktemp("journey")
+    synthetic.write_comparison(out)
+    return write_report(out)
+
+
+def run(browser: str, profile: Path, *words: str) -> str:
+    command = [browser, *QUIET, f"--user-data-dir={profile}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def measure(browser: str, page: Path, folder: Path, width: int) -> dict[str, Any]:
+    """Shows the page in a frame of the given width; a frame's own text shares its origin."""
+    wrapper = folder / "wrapper.html"
+    source = html.escape(page.read_text(encoding="utf-8"))
+    # The page forbids scripts in itself; this one is the wrapper's.
+    wrapper.write_text(
+        f'<!doctype html><meta charset="utf-8"><script>{MEASURE}</script>'
+        f'<iframe style="width:{width}px;height:2000px;border:0" onload="measure(this)" '
+        f'srcdoc="{source}"></iframe>',
+        encoding="utf-8",
+    )
+    dom = run(
+        browser,
+        folder / "profile",
+        "--window-size=1400,2200",
+        "--dump-dom",
+        wrapper.as_uri(),
+    )
+    found = re.search(r"<pre>(\{.*?\})</pre>", dom, re.DOTALL)
+    assert found is not None, "the page did not finish loading"
+    return dict(json.loads(html.unescape(found[1])))
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_overflows_and_every_plot_is_drawn(
+    browser: str, page: Path, tmp_path: Path, width: int
+) -> None:
+    seen = measure(browser, page, tmp_path, width)
+    assert seen["inner"] == width
+    assert seen["page"] <= width
+    assert seen["body"] <= width
+    assert seen["widest"] <= width
+    assert seen["images"] == [True] * len(PICTURES)
+    assert seen["fetched"] == 0
+    assert seen["heading"].startswith("paper: ")
+    if width == 390:
+        assert seen["table"] > seen["box"]  # the table scrolls inside its own box
+
+
+def test_the_measurement_sees_an_overflow_and_a_broken_plot(
+    browser: str, page: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.html"
+    text = page.read_text(encoding="utf-8")
+    text = text.replace('<div class="card scroll"', '<div class="card"', 1)
+    text = re.sub(r'(<img src="data:image/png;base64,.{4000})[^"]+', r"\1", text, count=1)
+    bad.write_text(text, encoding="utf-8")
+    seen = measure(browser, bad, tmp_path, 390)
+    assert seen["page"] > 390
+    assert seen["images"].count(False) == 1
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("dark", [False, True])
+def test_screenshot(browser: str, page: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    shot = tmp_path / "shot.png"
+    run(
+        browser,
+        tmp_path / "profile",
+        f"--window-size={width},3000",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+        f"--screenshot={shot}",
+        page.as_uri(),
+    )
+    import matplotlib.image
+
+    picture = matplotlib.image.imread(shot)
+    assert struct.unpack(">II", shot.read_bytes()[16:24]) == (width, 3000)
+    corner = picture[-1, 0, :3].mean()  # the page's own ground
+    assert corner < 0.2 if dark else corner > 0.8
+    assert picture[:, :, :3].std() > 0.02  # something is drawn on it
