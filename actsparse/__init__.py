@@ -1,0 +1,46 @@
+"""actsparse: Transformers whose MLP neurons stay mostly silent.
+
+``find_mlp_blocks`` says where the MLP blocks of a model are, ``sparsify`` modifies them in place,
+``observe`` measures how silent they are while the model runs.
+"""
+
+from __future__ import annotations
+
+from actsparse.blocks import Blocks, MLPBlock, NoMLPFound, find_mlp_blocks
+from actsparse.modify import (
+    ActivationPenalty,
+    Handle,
+    LeaveOutMLP,
+    NormFloor,
+    Recipe,
+    SwapActivation,
+    WeightNoise,
+    ZerothBias,
+    decay_groups,
+    handle_of,
+    load,
+    save,
+    sparsify,
+)
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ActivationPenalty",
+    "Blocks",
+    "Handle",
+    "LeaveOutMLP",
+    "MLPBlock",
+    "NoMLPFound",
+    "NormFloor",
+    "Recipe",
+    "SwapActivation",
+    "WeightNoise",
+    "ZerothBias",
+    "decay_groups",
+    "find_mlp_blocks",
+    "handle_of",
+    "load",
+    "save",
+    "sparsify",
+]

@@ -1,0 +1,202 @@
+"""Activation functions by name: the value φ(z) and the derivative φ′(z) side by side.
+
+>>> import torch
+>>> jsrelu = named("jsrelu")
+>>> jsrelu.value(torch.tensor([-1.0, 0.0, 2.0]))
+tensor([0., 0., 4.])
+>>> jsrelu.derivative(torch.tensor([-1.0, 0.0, 2.0]))
+tensor([0., 0., 3.])
+>>> identify(torch.nn.GELU())
+'gelu'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ActivationFunction:
+    """A pointwise function with its derivative.
+
+    ``silent`` says that φ is exactly zero on a set of positive length, so that density means
+    something; ``same_zeros`` says that φ = 0 and φ′ = 0 on the same set (ReLU, JSReLU), so that
+    density and derivative density are one number.
+    """
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    silent: bool = False
+    same_zeros: bool = False
+
+
+class _JSReLU(torch.autograd.Function):
+    """φ and φ′ in two passes each; plain operations would keep three temporaries for backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        r = torch.relu(z)
+        return torch.addcmul(r, r, r, value=0.5)  # r + r²/2 cancels nothing, ((z+1)²-1)/2 does
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        # z <= 0 rather than z > 0: a NaN pre-activation must stay visible in the gradient
+        return torch.addcmul(grad, grad, z).masked_fill(z <= 0, 0)
+
+
+def jsrelu(z: Tensor) -> Tensor:
+    """Jump-slope ReLU: ``φ(z) = ((z+1)² − 1)/2`` for z > 0, else 0; any shape.
+
+    ``φ′(z) = (z+1)·1[z>0]`` jumps by 1 at zero and ``φ(0) = φ′(0) = 0``; NaN gives NaN
+    (Peng et al. 2023, arXiv 2309.03004, the activation of the modified Transformer).
+
+    >>> jsrelu(torch.tensor([-3.0, 1.0]))
+    tensor([0.0000, 1.5000])
+    """
+    return _JSReLU.apply(z)
+
+
+def _s_shape(z: Tensor, half_width: float = 1.5) -> Tensor:
+    return torch.relu(z - half_width).square() - torch.relu(-z - half_width).square()
+
+
+def _s_shape_derivative(z: Tensor, half_width: float = 1.5) -> Tensor:
+    return 2 * (torch.relu(z - half_width) + torch.relu(-z - half_width))
+
+
+def _open(mask: Tensor, z: Tensor) -> Tensor:
+    """1 where mask, else 0, NaN where z is NaN."""
+    return torch.where(z.isnan(), z, mask.to(z.dtype))
+
+
+def _gelu_derivative(z: Tensor) -> Tensor:
+    density = torch.exp(-0.5 * z * z) * (0.5 / torch.pi) ** 0.5
+    return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * density
+
+
+def _by_autograd(value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def derivative(z: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return torch.func.grad(lambda leaf: value(leaf).sum())(z.detach())
+        with torch.enable_grad():  # unlike func.grad it takes autograd.Functions of every style
+            leaf = z.detach().requires_grad_()
+            return torch.autograd.grad(value(leaf).sum(), leaf)[0]
+
+    return derivative
+
+
+def _smooth(name: str, value: Callable[[Tensor], Tensor]) -> ActivationFunction:
+    return ActivationFunction(name, value, _by_autograd(value))
+
+
+_ALL = [
+    ActivationFunction("relu", torch.relu, lambda z: _open(z > 0, z), True, True),
+    ActivationFunction("jsrelu", jsrelu, lambda z: (z + 1) * _open(z > 0, z), True, True),
+    ActivationFunction(
+        "squared_relu", lambda z: torch.relu(z).square(), lambda z: 2 * torch.relu(z), True, True
+    ),
+    ActivationFunction("relu6", F.relu6, lambda z: _open((z > 0) & (z < 6), z), True),
+    ActivationFunction("hardtanh", F.hardtanh, lambda z: _open((z > -1) & (z < 1), z)),
+    ActivationFunction("s_shape", _s_shape, _s_shape_derivative, True, True),
+    ActivationFunction("gelu", F.gelu, _gelu_derivative),
+    _smooth("gelu_tanh", lambda z: F.gelu(z, approximate="tanh")),
+    _smooth("quick_gelu", lambda z: z * torch.sigmoid(1.702 * z)),
+    _smooth("silu", F.silu),
+    _smooth("tanh", torch.tanh),
+    _smooth("sigmoid", torch.sigmoid),
+    _smooth("elu", F.elu),
+    _smooth("leaky_relu", F.leaky_relu),
+    _smooth("mish", F.mish),
+    _smooth("softplus", F.softplus),
+    _smooth("hardswish", F.hardswish),
+    _smooth("identity", lambda z: z * 1),
+]
+ACTIVATIONS: dict[str, ActivationFunction] = {f.name: f for f in _ALL}
+
+
+def named(name: str) -> ActivationFunction:
+    """The activation function called ``name``.
+
+    Raises:
+        ValueError: no activation has that name; the message lists those that exist.
+    """
+    if name not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(f"unknown activation {name!r}; known: {known}")
+    return ACTIVATIONS[name]
+
+
+def shifted_s_shape(
+    dx: float = 0.0, dy: float = 0.0, half_width: float = 1.5
+) -> ActivationFunction:
+    """The S-shape ``s(z − dx) + dy`` whose zeros of φ and of φ′ lie in different places.
+
+    ``s(z) = r(z−h)² − r(−z−h)²``, r = ReLU, h = ``half_width`` (arXiv 2309.03004 and 2605.25612,
+    the manipulation experiments).
+
+    >>> f = shifted_s_shape(dy=1.6)
+    >>> f.value(torch.zeros(1)), f.derivative(torch.zeros(1))
+    (tensor([1.6000]), tensor([0.]))
+    """
+    return ActivationFunction(
+        f"s_shape(dx={dx:g}, dy={dy:g})",
+        lambda z: _s_shape(z - dx, half_width) + dy,
+        lambda z: _s_shape_derivative(z - dx, half_width),
+        silent=dy == 0,
+        same_zeros=dy == 0,
+    )
+
+
+def identify(function: Callable[[Tensor], Tensor]) -> str | None:
+    """Name a pointwise function by its values on a grid; ``None`` when it is none of ours.
+
+    Values are compared, not classes, so that anybody's ReLU is a ReLU. The probe is float64 unless
+    the function has parameters of another type; the tolerance is far above rounding and far below
+    the distance of any two of our functions on the grid.
+    """
+    grid = torch.linspace(-7.0, 7.0, 113, dtype=torch.float64)
+    if isinstance(function, torch.nn.Module):
+        reference = next(function.parameters(), None)
+        if reference is not None:
+            grid = grid.to(reference)
+    tolerance = max(1e-6, 64 * torch.finfo(grid.dtype).eps)
+    try:
+        with torch.no_grad():
+            values = function(grid)
+    except Exception:  # a stranger's function may refuse a 1-D or float64 probe: then unnamed
+        return None
+    if not isinstance(values, Tensor) or values.shape != grid.shape:
+        return None
+    for candidate in _ALL:
+        if torch.allclose(values.double(), candidate.value(grid.double()), rtol=0, atol=tolerance):
+            return candidate.name
+    return None
+
+
+def derivative_of(
+    function: Callable[[Tensor], Tensor] | None, name: str | None
+) -> Callable[[Tensor], Tensor]:
+    """φ′ of a block's activation: the formula where ``name`` is known, autograd otherwise.
+
+    Raises:
+        ValueError: neither a known name nor a function to differentiate.
+    """
+    if name is not None and name in ACTIVATIONS:
+        return ACTIVATIONS[name].derivative
+    if function is None:
+        raise ValueError("the activation is computed inline and unknown: it has no derivative here")
+    return _by_autograd(function)

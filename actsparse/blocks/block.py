@@ -1,0 +1,214 @@
+"""What an MLP block is: the parts of ``x → z = xUᵀ + b → a = φ(z) → y = aVᵀ + b′``, by name.
+
+Gated blocks compute ``a = φ(z_gate) ⊙ z_up``. The parts are the model's own modules, found by
+:func:`actsparse.find_mlp_blocks`; nothing here changes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+
+class NoMLPFound(ValueError):
+    """The model shows no MLP block; the message lists what was seen and what is missing."""
+
+
+@dataclass(eq=False)
+class Layer:
+    """A linear layer of a block, or a range of output rows of a fused one.
+
+    ``rows`` selects the layer's own outputs where one module computes up and gate together
+    (Phi-3, ModernBERT). ``layout`` is ``"Linear"`` (weight [out, in]) or ``"Conv1D"`` ([in, out]).
+    """
+
+    name: str
+    module: nn.Module
+    layout: Literal["Linear", "Conv1D"] = "Linear"
+    rows: slice | None = None
+
+    def _base(self) -> nn.Module:
+        return base_layer(self.module)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], whatever the layout; a view of the model's parameter."""
+        weight = self._base().weight
+        assert isinstance(weight, Tensor)
+        weight = weight.T if self.layout == "Conv1D" else weight
+        return weight if self.rows is None else weight[self.rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] or None; a view of the model's parameter."""
+        bias = getattr(self._base(), "bias", None)
+        return bias if bias is None or self.rows is None else bias[self.rows]
+
+    def select(self, output: Tensor) -> Tensor:
+        """This layer's part [..., out] of the module's output [..., out of the module]."""
+        return output if self.rows is None else output[..., self.rows]
+
+    def __str__(self) -> str:
+        if self.rows is None:
+            return self.name
+        step = "" if self.rows.step in (None, 1) else f":{self.rows.step}"
+        return f"{self.name}[{self.rows.start}:{self.rows.stop}{step}]"
+
+
+@dataclass(eq=False)
+class Norm:
+    """A normalisation layer with its effective scale ``s = scale + offset``.
+
+    ``offset`` is 1 where the layer multiplies by ``1 + weight`` (Gemma), else 0; ``scale`` and
+    ``bias`` name the layer's parameters, ``None`` where it has none.
+    """
+
+    name: str
+    module: nn.Module
+    scale: str | None
+    bias: str | None
+    offset: float = 0.0
+
+    def parameter(self, role: Literal["scale", "bias"]) -> nn.Parameter | None:
+        """The parameter itself, looked up anew, since sharding replaces parameters."""
+        name = self.scale if role == "scale" else self.bias
+        return None if name is None else getattr(self.module, name)
+
+
+@dataclass(eq=False)
+class Activation:
+    """The nonlinearity of a block: a module, or operations inside some module's forward.
+
+    ``function`` is its name in :mod:`actsparse.activations`, found by probing, or ``None``;
+    ``call`` computes it. ``module`` is None for a function; then ``owner`` is the module whose
+    forward computes it by the functions in ``steps``, one applied to the other's result; empty
+    where the operations form no such chain.
+    """
+
+    name: str
+    function: str | None
+    call: Callable[[Tensor], Tensor] | None
+    module: nn.Module | None = None
+    owner: nn.Module | None = None
+    steps: tuple[Callable[..., Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Between:
+    """What stands between the activation (or gated product) and down: a dropout or a norm."""
+
+    name: str
+    kind: Literal["dropout", "norm"]
+    module: nn.Module | None = None
+
+
+@dataclass(eq=False)
+class MLPBlock:
+    """One MLP block of a model; see the module's docstring for the stages.
+
+    ``name`` is the path of the smallest module that holds both up and down. ``norm_position`` is
+    ``"pre"`` (the residual adds the norm's input), ``"post"`` (the residual adds the norm's
+    output, as in BERT) or ``"none"``; ``norm_feeds`` names what else the norm's output goes to.
+    ``d_model`` and ``d_hidden`` are D and H.
+    """
+
+    name: str
+    norm: Norm | None
+    up: Layer
+    gate: Layer | None
+    activation: Activation
+    between: tuple[Between, ...]
+    down: Layer
+    d_model: int
+    d_hidden: int
+    norm_position: Literal["pre", "post", "none"] = "none"
+    norm_feeds: tuple[str, ...] = ()
+    calls: int = 1
+    input_shape: tuple[int, ...] = ()
+    path: tuple[nn.Module, ...] = field(default=(), repr=False)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the block multiplies φ(gate) with up."""
+        return self.gate is not None
+
+    @property
+    def layout(self) -> str:
+        """``"Linear"`` or ``"Conv1D"``."""
+        return self.up.layout
+
+    @property
+    def pre_activation(self) -> Layer:
+        """The layer whose output enters φ: gate in gated blocks, else up."""
+        return self.up if self.gate is None else self.gate
+
+    def row(self) -> dict[str, Any]:
+        """The block as one row of a table, every value a string, number or list."""
+        return {
+            "name": self.name,
+            "norm": self.norm.name if self.norm else None,
+            "norm_position": self.norm_position,
+            "norm_feeds": list(self.norm_feeds),
+            "up": str(self.up),
+            "gate": str(self.gate) if self.gate else None,
+            "activation": self.activation.name,
+            "function": self.activation.function,
+            "between": [part.name for part in self.between],
+            "down": str(self.down),
+            "layout": self.layout,
+            "d_model": self.d_model,
+            "d_hidden": self.d_hidden,
+        }
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Something that looks like an MLP block but that actsparse does not handle, and why."""
+
+    name: str
+    reason: str
+
+
+class Blocks(list[MLPBlock]):
+    """The MLP blocks of a model in order of execution.
+
+    ``refused`` lists those left out, ``inputs`` describes what the model ran on to find them.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[MLPBlock] = (),
+        refused: Iterable[Refused] = (),
+        inputs: Any = None,
+    ) -> None:
+        super().__init__(blocks)
+        self.refused = list(refused)
+        self.inputs = inputs
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The pretrained layer inside a layer of peft, else the layer itself."""
+    base = getattr(module, "base_layer", module)
+    assert isinstance(base, nn.Module)
+    return base
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own model inside ``torch.compile`` and DDP wrappers.
+
+    >>> inner = nn.Linear(2, 2)
+    >>> unwrap(torch.compile(inner, backend="eager")) is inner
+    True
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, nn.parallel.DistributedDataParallel | nn.DataParallel
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

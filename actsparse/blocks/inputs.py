@@ -1,0 +1,53 @@
+"""What a model runs on: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run_forward(model: nn.Module, inputs: Any) -> Any:
+    """Call the model as ``inputs`` says: a tensor, a tuple of arguments, or a dict of keywords.
+
+    Raises:
+        TypeError: ``inputs`` is none of these.
+    """
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    if hasattr(inputs, "keys"):
+        return model(**dict(inputs))
+    raise TypeError(
+        f"inputs must be a tensor, a tuple of arguments or a dict of keyword arguments for "
+        f"the model's forward, got {type(inputs).__name__}"
+    )
+
+
+def describe_inputs(inputs: Any) -> Any:
+    """``inputs`` as plain values, each tensor as its shape and dtype; None if that cannot be.
+
+    >>> describe_inputs({"input_ids": torch.zeros(1, 3, dtype=torch.long)})
+    {'input_ids': {'shape': [1, 3], 'dtype': 'int64'}}
+    """
+    if isinstance(inputs, Tensor):
+        return {"shape": list(inputs.shape), "dtype": str(inputs.dtype).removeprefix("torch.")}
+    if hasattr(inputs, "keys"):
+        return {key: describe_inputs(inputs[key]) for key in inputs}
+    if isinstance(inputs, tuple | list):
+        return [describe_inputs(value) for value in inputs]
+    return inputs if isinstance(inputs, bool | int | float | str) else None
+
+
+def dummy_inputs(description: Any, device: torch.device) -> Any:
+    """Zeros of the shapes that :func:`describe_inputs` noted."""
+    if isinstance(description, dict) and set(description) == {"shape", "dtype"}:
+        dtype = getattr(torch, description["dtype"])
+        return torch.zeros(description["shape"], dtype=dtype, device=device)
+    if isinstance(description, dict):
+        return {key: dummy_inputs(value, device) for key, value in description.items()}
+    if isinstance(description, list):
+        return tuple(dummy_inputs(value, device) for value in description)
+    return description

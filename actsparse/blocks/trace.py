@@ -1,0 +1,262 @@
+"""One forward pass as a graph: which operation made which tensor out of which.
+
+A ``TorchFunctionMode`` sees every operation, forward hooks see the modules around it. Linear
+layers and norms count as one node each, whatever happens inside them (LoRA, quantisation).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from actsparse.blocks.block import Norm
+from actsparse.blocks.inputs import run_forward
+from actsparse.blocks.norm import inspect_norm
+
+Window = tuple[int, int, int]  # start, step, size along the last axis
+
+
+@dataclass(eq=False)
+class Node:
+    """One operation, module or source tensor of the pass.
+
+    ``kind``: ``linear`` (a layer, or a product with a 2-D parameter when ``module`` is None),
+    ``experts`` (a product with a slice of a 3-D parameter), ``norm``, ``op``, ``parameter``,
+    ``source`` (an input or a tensor of unknown origin). ``path`` holds the names of the modules
+    whose forward was running, outermost first. ``window``: the part of its input's last axis.
+    """
+
+    kind: str
+    name: str
+    inputs: list[Node] = field(default_factory=list)
+    users: list[Node] = field(default_factory=list)
+    path: tuple[str, ...] = ()
+    module: nn.Module | None = None
+    norm: Norm | None = None
+    shape: tuple[int, ...] = ()
+    width: int = 0  # a linear's number of outputs
+    window: Window | None = None
+    call: FrozenCall | None = None
+    scalar: bool = False  # an op on one tensor and numbers or parameters only
+
+
+class FrozenCall:
+    """A function of one tensor with its other arguments fixed; unlike a closure it deep-copies."""
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.function, self.args, self.kwargs = function, args, kwargs
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The function's value."""
+        return self.function(z, *self.args, **self.kwargs)
+
+
+@dataclass
+class Trace:
+    """The nodes of a pass in order of execution, and how often each module was called."""
+
+    nodes: list[Node]
+    calls: dict[str, int]
+    modules: dict[str, nn.Module]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A layer that maps the last axis linearly, by its interface: ours or a stranger's."""
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return True
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(isinstance(size, int) for size in sizes)
+
+
+def trace(model: nn.Module, inputs: Any) -> Trace:
+    """Run ``model`` once on ``inputs`` in eval mode without gradients and record its graph.
+
+    Mode, buffers, random state and hooks are as before when it returns, also on an error.
+    """
+    recorder = _Recorder(model)
+    with _undisturbed(model), torch.no_grad(), recorder.hooked(), recorder:
+        run_forward(model, inputs)
+    return Trace(recorder.nodes, recorder.calls, recorder.modules)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.modules = dict(model.named_modules())
+        self.names = {id(module): name for name, module in self.modules.items()}
+        self.nodes: list[Node] = []
+        self.calls: dict[str, int] = {}
+        self.stack: list[str] = []
+        self.opaque = 0
+        self.norms = {id(m): inspect_norm(name, m) for name, m in self.modules.items()}
+        self.made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for name, parameter in model.named_parameters():
+            self.made_by[parameter] = Node("parameter", name, shape=tuple(parameter.shape))
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = []
+        try:
+            for module in self.modules.values():
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        name = self.names[id(module)]
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.stack.append(name)
+        if self.opaque or is_linear(module) or self.norms[id(module)] is not None:
+            self.opaque += 1
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.stack.pop()
+        if self.opaque:
+            self.opaque -= 1
+            if self.opaque:
+                return
+        tensors = _tensors((args, kwargs))
+        norm, linear = self.norms[id(module)], is_linear(module)
+        if not (norm or linear):
+            # operations that no function mode sees (custom autograd functions, scripts): take the
+            # module as one operation
+            unseen = isinstance(output, Tensor) and output not in self.made_by
+            if not unseen:
+                return
+        if not isinstance(output, Tensor):
+            return
+        kind = "linear" if linear else "norm" if norm else "op"
+        self._add(
+            Node(
+                kind,
+                self.names[id(module)],
+                [self._node(t) for t in tensors],
+                path=(*self.stack, self.names[id(module)]),
+                module=module,
+                norm=norm,
+                shape=tuple(output.shape),
+                width=output.shape[-1] if output.dim() else 0,
+                scalar=len(tensors) == 1,
+            ),
+            output,
+        )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.opaque:
+            return func(*args, **kwargs)
+        inputs = [(t, self._node(t)) for t in _tensors((args, kwargs))]
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        outputs = [result] if isinstance(result, Tensor) else result
+        if inputs and isinstance(outputs, tuple | list):
+            for output in outputs:
+                if isinstance(output, Tensor):
+                    self._record(name, func, args, kwargs, inputs, output)
+        return result
+
+    def _record(
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        inputs: list[tuple[Tensor, Node]],
+        output: Tensor,
+    ) -> None:
+        nodes = [node for _, node in inputs]
+        weights = [n for n in nodes if n.kind == "parameter"]
+        data = [(t, n) for t, n in inputs if n.kind != "parameter"]
+        if not data:  # a view or cast of parameters is still the parameter
+            self.made_by[output] = weights[0]
+            return
+        node = Node("op", name, nodes, path=tuple(self.stack), shape=tuple(output.shape))
+        product = name in _PRODUCTS and [len(w.shape) for w in weights]
+        if product and 2 in product:
+            node.kind, node.width = "linear", output.shape[-1] if output.dim() else 0
+            node.name = next(w.name for w in weights if len(w.shape) == 2)
+        elif product and 3 in product:
+            node.kind = "experts"
+            node.name = next(w.name for w in weights if len(w.shape) == 3)
+        node.scalar = len(data) == 1
+        if node.scalar:
+            node.window = _window(data[0][0], output)
+        if len(inputs) == 1 and args and args[0] is inputs[0][0]:
+            node.call = FrozenCall(func, tuple(args[1:]), kwargs)
+        self._add(node, output)
+
+    def _node(self, tensor: Tensor) -> Node:
+        node = self.made_by.get(tensor)
+        if node is None:
+            node = self.made_by[tensor] = Node("source", "input", shape=tuple(tensor.shape))
+        return node
+
+    def _add(self, node: Node, output: Tensor) -> None:
+        for source in node.inputs:
+            source.users.append(node)
+        self.nodes.append(node)
+        self.made_by[output] = node
+
+
+_PRODUCTS = {
+    "linear", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__",
+    "_grouped_mm", "grouped_mm",
+}  # fmt: skip
+
+
+def _window(source: Tensor, output: Tensor) -> Window | None:
+    """Which part of the last axis a view keeps, read off its strides."""
+    if not source.dim() or not output.dim() or output.shape[-1] >= source.shape[-1]:
+        return None
+    if source.untyped_storage().data_ptr() != output.untyped_storage().data_ptr():
+        return None
+    stride = source.stride(-1)
+    if output.shape[:-1] != source.shape[:-1] or not stride or output.numel() == 0:
+        return None
+    start = (output.storage_offset() - source.storage_offset()) // stride
+    step = output.stride(-1) // stride if output.shape[-1] > 1 else 1
+    return (start, step, output.shape[-1])
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for item in value for tensor in _tensors(item)]
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; mode, buffers and random state as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for module, _ in modes:  # not model.eval(): a user's override may do more
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, saved in buffers:
+                    if not torch.equal(buffer, saved):
+                        buffer.copy_(saved)
