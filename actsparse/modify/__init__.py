@@ -1,0 +1,36 @@
+"""Changes to a model: one file, one change."""
+
+from __future__ import annotations
+
+from actsparse.modify.decay import decay_groups
+from actsparse.modify.handle import Handle, handle_of
+from actsparse.modify.leave_out import LeaveOutMLP
+from actsparse.modify.modification import Modification, NotApplicable
+from actsparse.modify.norm_floor import NormFloor
+from actsparse.modify.penalty import ActivationPenalty
+from actsparse.modify.recipe import RECIPES, Recipe, recipe_named
+from actsparse.modify.saving import load, save
+from actsparse.modify.sparsify import sparsify
+from actsparse.modify.swap_activation import SwapActivation
+from actsparse.modify.weight_noise import WeightNoise
+from actsparse.modify.zeroth_bias import ZerothBias
+
+__all__ = [
+    "RECIPES",
+    "ActivationPenalty",
+    "Handle",
+    "LeaveOutMLP",
+    "Modification",
+    "NormFloor",
+    "NotApplicable",
+    "Recipe",
+    "SwapActivation",
+    "WeightNoise",
+    "ZerothBias",
+    "decay_groups",
+    "handle_of",
+    "load",
+    "recipe_named",
+    "save",
+    "sparsify",
+]

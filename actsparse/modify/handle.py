@@ -1,0 +1,185 @@
+"""What ``sparsify`` returns: everything attached to a model, to follow, print and take back."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actsparse.blocks.block import Blocks
+from actsparse.modify.modification import Attached, Modification, Progress
+from actsparse.modify.recipe import Recipe
+from actsparse.modify.zeroth_bias import CHILD
+
+_ATTRIBUTE = "_actsparse_handle"
+
+
+class Handle:
+    """The modifications of one model; ``print`` it to see what changed and what did not, and why.
+
+    ``blocks`` are the model's MLP blocks, ``step`` the optimizer steps followed so far.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, blocks: Blocks) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.blocks = blocks
+        self.step = 0
+        self.steps: int | None = None
+        self._attached: list[tuple[Modification, Attached]] = []
+        self._left_alone: list[tuple[str, str, str]] = []  # modification, block, reason
+        self._hooks: list[Any] = []
+
+    def add(self, modification: Modification, attached: Attached) -> None:
+        """Take over something that ``sparsify`` attached."""
+        self._attached.append((modification, attached))
+
+    def leave_alone(self, modification: str, block: str, reason: str) -> None:
+        """Note why a modification was not made at a block."""
+        self._left_alone.append((modification, block, reason))
+
+    # -- during training ------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
+        """Follow an optimizer: after each of its real steps schedules move and parameters are
+        projected. Right under accumulation, GradScaler's skipped steps and DDP.
+
+        ``steps`` is the number of optimizer steps of the whole training, needed by schedules given
+        as fractions. Zeroth biases that the optimizer does not know yet join the group of their
+        block's up layer. Call it again after loading a checkpoint.
+
+        Raises:
+            TypeError: not a torch optimizer (Accelerate's wrapper: pass its ``.optimizer``).
+            ValueError: a schedule is a fraction of the steps and ``steps`` is missing.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        inner = getattr(optimizer, "optimizer", None)  # accelerate's wrapper runs no step hooks
+        if isinstance(inner, torch.optim.Optimizer):
+            optimizer = inner
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps={steps!r}: expected the number of optimizer steps, at least 1")
+        for modification, _ in self._attached:
+            for ramp in modification.ramps():  # fail now rather than after the first step
+                ramp.value(self.step, steps)
+        self.steps = steps
+        for _, attached in self._attached:
+            attached.update(Progress(self.step, steps))
+        self._join(optimizer)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+
+    def _join(self, optimizer: torch.optim.Optimizer) -> None:
+        known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        for block in self.blocks:
+            table = block.up.module._modules.get(CHILD)
+            for parameter in table.parameters() if table is not None else ():
+                if id(parameter) in known or not parameter.requires_grad:
+                    continue
+                group = next(
+                    (known[id(p)] for p in block.up.module.parameters(False) if id(p) in known),
+                    optimizer.param_groups[0],
+                )
+                group["params"].append(parameter)
+
+    def _after_step(self, *hook: Any) -> None:
+        self.step += 1
+        progress = Progress(self.step, self.steps)
+        for _, change in sorted(self._attached, key=lambda pair: pair[0].order):
+            change.update(progress)
+            change.project(progress)
+
+    def penalty(self) -> Tensor:
+        """What the penalties add to the loss of the last forward pass, a 0-dim tensor.
+
+        ``loss = loss + handle.penalty()``; zero without penalties or outside training mode. Each
+        call takes the values of one forward pass.
+        """
+        sums: dict[int, list[Tensor]] = {}
+        for modification, attached in self._attached:
+            value = attached.penalty()
+            if value is not None:
+                sums.setdefault(id(modification), []).append(value)
+        if not sums:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        home = next(iter(sums.values()))[0].device
+        means = [torch.stack([v.to(home) for v in values]).mean() for values in sums.values()]
+        return torch.stack(means).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedules stand; parameters are in the model's own state dict."""
+        return {"step": self.step, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: ``state`` is not a handle's.
+        """
+        if set(state) != {"step", "steps"}:
+            raise ValueError(f"not a handle's state: keys {sorted(state)}, expected step and steps")
+        self.step, self.steps = int(state["step"]), state["steps"]
+        for _, attached in self._attached:
+            attached.update(Progress(self.step, self.steps))
+
+    def remove(self) -> None:
+        """Take everything back: the model computes, and its state dict reads, as without it.
+
+        Parameters keep the values that training gave them.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for _, attached in reversed(self._attached):
+            attached.remove()
+        self._attached.clear()
+        if self.model.__dict__.get(_ATTRIBUTE) is self:
+            del self.model.__dict__[_ATTRIBUTE]
+
+    # -- for the eye ----------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, str]]:
+        """One row for each modification and block: ``modification``, ``block``, ``change`` or
+        ``left_alone`` with the reason."""
+        rows = [
+            {
+                "modification": type(modification).__name__,
+                "block": attached.site.block.name,
+                "change": attached.note,
+            }
+            for modification, attached in self._attached
+        ]
+        rows += [
+            {"modification": modification, "block": block, "left_alone": reason}
+            for modification, block, reason in self._left_alone
+        ]
+        return rows
+
+    def __str__(self) -> str:
+        count, model = len(self.blocks), type(self.model).__name__
+        lines = [f"{self.recipe.name}: {count} MLP block{'s' * (count != 1)} of {model}"]
+        for key, label in (("change", ""), ("left_alone", "left alone: ")):
+            alike: dict[tuple[str, str], list[str]] = {}
+            for row in self.rows():
+                if key in row:
+                    text = re.sub(r"\.\d+\b", ".*", row[key])  # the same in every layer
+                    alike.setdefault((row["modification"], text), []).append(row["block"])
+            for (modification, text), blocks in alike.items():
+                where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
+                lines.append(f"  {modification:<18} {where}: {label}{text}")
+        for refused in self.blocks.refused:
+            lines.append(f"  refused {refused.name}: {refused.reason}")
+        return "\n".join(lines)
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """The handle attached to a model, if it has been sparsified."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def keep_handle(model: nn.Module, handle: Handle) -> None:
+    """Note the handle on its model, so that ``save`` and ``observe`` find it."""
+    model.__dict__[_ATTRIBUTE] = handle

@@ -1,0 +1,81 @@
+"""Norm floor (restricted LayerNorm): the scale of the norm before the MLP stays at least f."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from typing_extensions import override
+
+from actsparse.blocks.block import MLPBlock, Norm
+from actsparse.blocks.site import Site, site_of
+from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
+from actsparse.modify.schedule import Ramp
+
+
+@dataclass(frozen=True)
+class NormFloor(Modification):
+    """After every optimizer step the norm's effective scale s is at least ``floor``.
+
+    ``s = w + o``, o = 1 where the norm multiplies by ``1 + w`` (Gemma). From scratch
+    ``s ← max(s, f)``. In finetuning, with ``uplift``: ``s ← sgn(s)·max(|s|, f·ramp)``,
+    ``sgn(0) = +1``, the ramp from 0 to 1 over ``uplift`` steps (int) or that fraction of all
+    steps (float). A larger input norm is one of the factors that lower density
+    (arXiv 2309.03004, restricted LayerNorm; 2605.25612).
+
+    Where the norm also feeds something else (attention, the residual stream) its floor changes
+    that too: refused unless ``shared=True``.
+    """
+
+    order: ClassVar[int] = 0
+
+    floor: float = 1.0
+    uplift: int | float | None = None
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.floor > 0:
+            raise ValueError(f"NormFloor(floor={self.floor!r}): expected a number > 0")
+        self.ramps()
+
+    @override
+    def ramps(self) -> list[Ramp]:
+        return [] if self.uplift is None else [Ramp(self.uplift)]
+
+    @override
+    def apply(self, block: MLPBlock) -> Attached:
+        norm = block.norm
+        if norm is None:
+            raise NotApplicable("no norm feeds its up layer")
+        if norm.scale is None:
+            raise NotApplicable(f"{norm.name} has no scale")
+        if block.norm_feeds and not self.shared:
+            others = ", ".join(block.norm_feeds)
+            raise NotApplicable(
+                f"{norm.name} also feeds {others}, which the floor would change; "
+                f"NormFloor(shared=True) allows it"
+            )
+        note = f"{norm.name}.{norm.scale}"
+        return _Floored(site_of(block), note, self, norm)
+
+
+class _Floored(Attached):
+    def __init__(self, site: Site, note: str, config: NormFloor, norm: Norm) -> None:
+        super().__init__(site, note)
+        self.config, self.norm = config, norm
+
+    @override
+    @torch.no_grad()
+    def project(self, progress: Progress) -> None:
+        weight = self.norm.parameter("scale")
+        assert weight is not None
+        floor, offset = self.config.floor, self.norm.offset
+        if self.config.uplift is None:
+            weight.clamp_(min=floor - offset)
+            return
+        for ramp in self.config.ramps():
+            floor *= ramp.value(progress.step, progress.steps)
+        scale = weight + offset
+        lifted = scale.abs().clamp(min=floor)
+        weight.copy_(torch.where(scale < 0, -lifted, lifted) - offset)

@@ -1,0 +1,122 @@
+"""Recipes: named lists of modifications."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from actsparse.activations import ActivationFunction
+from actsparse.modify.leave_out import LeaveOutMLP
+from actsparse.modify.modification import Modification
+from actsparse.modify.norm_floor import NormFloor
+from actsparse.modify.penalty import ActivationPenalty
+from actsparse.modify.swap_activation import SwapActivation
+from actsparse.modify.weight_noise import WeightNoise
+from actsparse.modify.zeroth_bias import ZerothBias
+
+MODIFICATIONS: dict[str, type[Modification]] = {
+    cls.__name__: cls
+    for cls in (
+        ZerothBias, NormFloor, SwapActivation, WeightNoise, ActivationPenalty, LeaveOutMLP,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of modifications.
+
+    >>> Recipe("mine", (NormFloor(floor=2.0), SwapActivation("relu"))).to_json()["name"]
+    'mine'
+    """
+
+    name: str
+    modifications: tuple[Modification, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain values; :meth:`from_json` reads them.
+
+        Raises:
+            ValueError: a modification holds a function instead of a name.
+        """
+        items = []
+        for modification in self.modifications:
+            if isinstance(getattr(modification, "to", None), ActivationFunction):
+                raise ValueError(
+                    f"{modification} holds a function of your own, which no file can keep; "
+                    f"use an activation by name"
+                )
+            items.append({"kind": type(modification).__name__, **asdict(modification)})
+        return {"name": self.name, "modifications": items}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: an unknown modification or option.
+        """
+        modifications = []
+        for item in values["modifications"]:
+            options = {key: value for key, value in item.items() if key != "kind"}
+            kind = MODIFICATIONS.get(item["kind"])
+            if kind is None:
+                known = ", ".join(MODIFICATIONS)
+                raise ValueError(f"unknown modification {item['kind']!r}; known: {known}")
+            unknown = set(options) - {field.name for field in fields(kind)}
+            if unknown:
+                raise ValueError(f"unknown options {sorted(unknown)} of {item['kind']}")
+            modifications.append(kind(**options))
+        return cls(values["name"], tuple(modifications))
+
+
+def _paper() -> Recipe:
+    return Recipe("paper", (ZerothBias(), NormFloor(), SwapActivation("jsrelu")))
+
+
+def _paper_finetune() -> Recipe:
+    third = 1 / 3  # mixing and uplift take 5 of 15 epochs, 3000 of 10⁴ steps
+    return Recipe(
+        "paper-finetune",
+        (ZerothBias(finetune=True), NormFloor(uplift=third), SwapActivation("jsrelu", mix=third)),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "vanilla": lambda: Recipe("vanilla"),
+    "paper": _paper,
+    "paper-finetune": _paper_finetune,
+    "no-mlp": lambda: Recipe("no-mlp", (LeaveOutMLP(),)),
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe called ``name``: ``vanilla``, ``paper``, ``paper-finetune`` or ``no-mlp``.
+
+    Raises:
+        ValueError: no recipe has that name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+RecipeLike = str | Recipe | Modification | Sequence[Modification]
+
+
+def as_recipe(recipe: RecipeLike) -> Recipe:
+    """A recipe from its name, from one modification or from a list of them.
+
+    Raises:
+        TypeError: something else was given.
+    """
+    if isinstance(recipe, str):
+        return recipe_named(recipe)
+    if isinstance(recipe, Recipe):
+        return recipe
+    items = (recipe,) if isinstance(recipe, Modification) else tuple(recipe)
+    for item in items:
+        if not isinstance(item, Modification):
+            raise TypeError(f"a recipe is made of modifications, got {item!r}")
+    return Recipe(" + ".join(type(item).__name__ for item in items) or "vanilla", items)

@@ -1,0 +1,94 @@
+"""``sparsify``, the one verb that changes a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from actsparse.blocks.block import Blocks, MLPBlock, unwrap
+from actsparse.blocks.find import find_mlp_blocks
+from actsparse.modify.handle import Handle, handle_of, keep_handle
+from actsparse.modify.modification import Modification, NotApplicable
+from actsparse.modify.recipe import RecipeLike, as_recipe
+
+
+def sparsify(
+    model: nn.Module,
+    recipe: RecipeLike = "paper",
+    *,
+    inputs: Any = None,
+    blocks: Blocks | Sequence[MLPBlock] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Handle:
+    """Modify a model in place so that its MLP neurons stay silent more often.
+
+    Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
+    or a checkpoint of the plain model still loads. ``inputs`` is anything the model runs on (a
+    tensor, a tuple, or a dict for ``model(**inputs)``), by which its MLP blocks are found;
+    ``blocks`` gives them instead. ``optimizer`` is attached (:meth:`Handle.attach`) if given.
+
+    Returns:
+        The handle: print it, ``attach`` an optimizer, ``remove`` everything again.
+
+    Raises:
+        ValueError: unknown recipe; no block; a modification that fits no block at all; a model
+            that is sparsified already or wrapped in DDP. The model is untouched then.
+
+    >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> handle = sparsify(mlp, "paper", inputs=torch.randn(2, 5, 8))
+    >>> print(handle)
+    paper: 1 MLP block of Sequential
+      ZerothBias         : 5 positions (the length seen in inputs), 0.bias frozen
+      NormFloor          : 0.weight
+      SwapActivation     : relu → jsrelu
+    >>> handle.remove()
+    """
+    recipe = as_recipe(recipe)
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(
+            f"the model is wrapped in {type(model).__name__}, which would not see new parameters; "
+            f"sparsify it before wrapping"
+        )
+    root = unwrap(model)
+    existing = handle_of(root)
+    if existing is not None:
+        raise ValueError(
+            f"the model is sparsified already (recipe {existing.recipe.name!r}); "
+            f"call its handle's remove() first"
+        )
+    if blocks is None:
+        if inputs is None:
+            raise ValueError("sparsify needs inputs=, on which the model runs, or blocks=")
+        blocks = find_mlp_blocks(root, inputs)
+    blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
+    handle = Handle(root, recipe, blocks)
+    try:
+        for modification in recipe.modifications:
+            _apply(handle, modification)
+        if optimizer is not None:
+            handle.attach(optimizer)
+    except BaseException:
+        handle.remove()
+        raise
+    keep_handle(root, handle)
+    return handle
+
+
+def _apply(handle: Handle, modification: Modification) -> None:
+    reasons: dict[str, str] = {}
+    for block in handle.blocks:
+        try:
+            attached = modification.apply(block)
+        except NotApplicable as refusal:
+            reasons[block.name] = str(refusal)
+            continue
+        handle.add(modification, attached)
+    name = type(modification).__name__
+    if reasons and len(reasons) == len(handle.blocks):
+        first, reason = next(iter(reasons.items()))
+        raise ValueError(f"{name} fits none of the {len(reasons)} blocks; {first}: {reason}")
+    for left, reason in reasons.items():
+        handle.leave_alone(name, left, reason)

@@ -1,0 +1,94 @@
+"""Swap the activation: another φ in place of the model's own, at once or by mixing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from actsparse.activations import ActivationFunction, named
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.site import Site, site_of
+from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
+from actsparse.modify.schedule import Ramp
+
+
+@dataclass(frozen=True)
+class SwapActivation(Modification):
+    """Compute φ (the gate's, in gated blocks) as the activation named ``to``.
+
+    With ``mix`` (finetuning) it is ``(1−k)·φ_old + k·φ_new``, k from 0 to 1 over ``mix`` steps
+    (int) or that fraction of all steps (float); arXiv 2309.03004, finetuning for sparsity. ``to``
+    may also be an :class:`actsparse.activations.ActivationFunction`.
+    """
+
+    to: str | ActivationFunction = "jsrelu"
+    mix: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.to, str):
+            named(self.to)
+        self.ramps()
+
+    @override
+    def ramps(self) -> list[Ramp]:
+        return [] if self.mix is None else [Ramp(self.mix)]
+
+    @override
+    def apply(self, block: MLPBlock) -> Attached:
+        new = named(self.to) if isinstance(self.to, str) else self.to
+        site = site_of(block)
+        phi = MixedActivation(new, mixed=self.mix is None)
+        try:
+            site.replace_activation(phi)
+        except ValueError as error:
+            site.release()
+            raise NotApplicable(str(error)) from None
+        return _Swapped(site, f"{block.activation.function or 'its own'} → {new.name}", self, phi)
+
+
+class MixedActivation:
+    """``(1−k)·own + k·new``; only ``new`` once k has reached 1."""
+
+    def __init__(self, new: ActivationFunction, mixed: bool) -> None:
+        self.new = new
+        self.done = mixed
+        # a tensor, so that compiled code does not recompile at every step
+        self.k = torch.tensor(1.0 if mixed else 0.0)
+
+    @property
+    def function(self) -> str | None:
+        """The name of φ, None while it is a mixture."""
+        return self.new.name if self.done else None
+
+    def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mixture, any shape."""
+        if self.done:
+            return self.new.value(z)
+        return torch.lerp(own(z), self.new.value(z), self.k.to(z))
+
+    def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """Its derivative, any shape."""
+        if self.done:
+            return self.new.derivative(z)
+        return torch.lerp(own(z), self.new.derivative(z), self.k.to(z))
+
+
+class _Swapped(Attached):
+    def __init__(self, site: Site, note: str, config: SwapActivation, phi: MixedActivation) -> None:
+        super().__init__(site, note)
+        self.config, self.phi = config, phi
+
+    @override
+    def update(self, progress: Progress) -> None:
+        for ramp in self.config.ramps():
+            k = ramp.value(progress.step, progress.steps)
+            self.phi.k.fill_(k)
+            self.phi.done = k >= 1.0
+
+    @override
+    def remove(self) -> None:
+        self.site.release(self.phi)

@@ -1,0 +1,202 @@
+"""Zeroth bias: a learnt vector for each token position, added to the MLP's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from actsparse.blocks.block import Layer, MLPBlock, Norm
+from actsparse.blocks.site import Site, site_of
+from actsparse.blocks.tokens import Tokens, batch_first
+from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
+
+CHILD = "actsparse"  # the submodule of up that holds the table; peft: modules_to_save=["actsparse"]
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+@dataclass(frozen=True)
+class ZerothBias(Modification):
+    """A vector d_t per token position t: the MLP sees ``x_t + d_t`` ("doubly biased MLP").
+
+    d starts at zero and after every optimizer step is clipped entrywise to ``±clip·|s|``, s the
+    norm's effective scale (1 where there is none). The norm's own bias, which d makes redundant,
+    is frozen: from scratch it must be zero, in finetuning (``finetune=True``) it keeps its value;
+    where the norm also feeds something else it stays trainable. ``at="output"`` adds d to the
+    MLP's output instead, as the authors' program does. ``length`` is the number of positions;
+    None takes the config's maximum, else the length of the inputs the blocks were found with.
+
+    Source: arXiv 2309.03004, the modified Transformer; parameter ``….actsparse.zeroth_bias``
+    of shape [length, d_model] in the norm's dtype.
+    """
+
+    order: ClassVar[int] = 1  # after the norm floor, whose scale bounds the clip
+
+    clip: float = 0.1
+    at: Literal["input", "output"] = "input"
+    length: int | None = None
+    finetune: bool = False
+
+    def __post_init__(self) -> None:
+        if self.at not in ("input", "output"):
+            raise ValueError(f"ZerothBias(at={self.at!r}): expected 'input' or 'output'")
+        if not self.clip > 0:
+            raise ValueError(f"ZerothBias(clip={self.clip!r}): expected a number > 0")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"ZerothBias(length={self.length!r}): expected at least 1, or None")
+
+    @override
+    def apply(self, block: MLPBlock) -> Attached:
+        length, origin = (self.length, "as given") if self.length else _length(block)
+        norm, notes = block.norm, [f"{length} positions ({origin})"]
+        bias = norm.parameter("bias") if norm else None
+        freeze = False
+        if norm is not None and bias is not None:
+            if block.norm_feeds:
+                notes.append(f"{norm.name}.{norm.bias} stays trainable: the norm feeds more")
+            else:
+                if not self.finetune and bool(bias.detach().ne(0).any()):
+                    raise ValueError(
+                        f"ZerothBias from scratch replaces the norm's bias, but "
+                        f"{norm.name}.{norm.bias} is not zero; for a trained model use the "
+                        f"recipe 'paper-finetune' or ZerothBias(finetune=True)"
+                    )
+                freeze = True
+                notes.append(f"{norm.name}.{norm.bias} frozen")
+        scale = norm.parameter("scale") if norm else None
+        reference = scale if scale is not None else block.up.weight
+        table = ZerothBiasTable(length, block.d_model, reference, block.name)
+        block.up.module.add_module(CHILD, table)
+        site = site_of(block)
+        return _Added(site, ", ".join(notes), self, table, norm if freeze else None)
+
+
+class ZerothBiasTable(nn.Module):
+    """The parameter ``zeroth_bias`` [length, d_model], added to [B, T, D] at the true positions."""
+
+    def __init__(self, length: int, d_model: int, reference: Tensor, block_name: str) -> None:
+        super().__init__()
+        self.block_name = block_name
+        dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
+        self.zeroth_bias = nn.Parameter(
+            torch.zeros(length, d_model, dtype=dtype, device=reference.device)
+        )
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """``x + d`` at the positions of the running call; x in the model's own layout.
+
+        Raises:
+            ValueError: a position beyond the table, or a layout without tokens.
+        """
+        arranged = tokens.arrange(x)
+        batch, time = arranged.shape[:2]
+        table = self.zeroth_bias.to(x.dtype)
+        positions = tokens.positions(batch, time)
+        if isinstance(positions, int):
+            self._check(positions + time)
+            shift = table[positions : positions + time]
+        else:
+            # on an accelerator a look at the values would stop the pipeline; gather checks there
+            if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+                self._check(int(positions.max()) + 1 if positions.numel() else 0)
+            shift = F.embedding(positions, table)
+        return tokens.restore(arranged + shift, x)
+
+    def _check(self, needed: int) -> None:
+        if needed > self.zeroth_bias.shape[0]:
+            raise ValueError(
+                f"block {self.block_name!r}: a token at position {needed - 1} lies beyond the "
+                f"zeroth bias table of {self.zeroth_bias.shape[0]} positions; sparsify with "
+                f"ZerothBias(length={needed}) or more, or shorten the sequence"
+            )
+
+
+class _Added(Attached):
+    def __init__(
+        self, site: Site, note: str, config: ZerothBias, table: ZerothBiasTable, frozen: Norm | None
+    ) -> None:
+        super().__init__(site, note)
+        self.config, self.frozen = config, frozen
+        self.thawed = False
+        if frozen is not None:
+            bias = frozen.parameter("bias")
+            assert bias is not None
+            self.thawed = bias.requires_grad
+            bias.requires_grad_(False)
+        if config.at == "input":
+            site.transform_input(self.shift_input)
+        else:
+            site.transform_output(self.shift_output)
+
+    @property
+    def table(self) -> nn.Module:
+        # by name, since peft and sharding exchange modules and parameters
+        return getattr(self.site.block.up.module, CHILD)
+
+    def shift_input(self, site: Site, x: Tensor) -> Tensor:
+        return self.table(x, site.tokens)
+
+    def shift_output(self, site: Site, y: Tensor, a: Tensor, layer: Layer) -> Tensor:
+        return self.table(y, site.tokens)
+
+    @override
+    @torch.no_grad()
+    def project(self, progress: Progress) -> None:
+        norm = self.site.block.norm
+        scale = norm.parameter("scale") if norm else None
+        for name, parameter in self.table.named_parameters():
+            if not name.endswith("zeroth_bias"):
+                continue
+            if norm is None or scale is None:
+                parameter.clamp_(-self.config.clip, self.config.clip)
+            else:
+                bound = (self.config.clip * (scale + norm.offset).abs()).to(parameter.dtype)
+                parameter.clamp_(-bound, bound)
+
+    @override
+    def remove(self) -> None:
+        self.site.release(self.shift_input, self.shift_output)
+        self.site.block.up.module._modules.pop(CHILD, None)
+        if self.frozen is not None and self.thawed:
+            bias = self.frozen.parameter("bias")
+            assert bias is not None
+            bias.requires_grad_(True)
+
+
+def _length(block: MLPBlock) -> tuple[int, str]:
+    seen = block.input_shape[1] if len(block.input_shape) == 3 else None
+    if len(block.input_shape) > 3:
+        seen = int(torch.Size(block.input_shape[1:-1]).numel())
+    if seen is not None and not batch_first(block.path):
+        seen = block.input_shape[0]
+    maximum, source = _configured(block)
+    if maximum is not None and maximum >= (seen or 0):
+        return maximum, source
+    if seen is None:
+        raise NotApplicable(
+            f"its input of shape {block.input_shape} has no token axis and no config names a "
+            f"maximum length; pass ZerothBias(length=...)"
+        )
+    return seen, "the length seen in inputs"
+
+
+def _configured(block: MLPBlock) -> tuple[int | None, str]:
+    """The longest sequence that the nearest stack or its config declares."""
+    for module in reversed(block.path):
+        for name in (
+            "max_source_positions",
+            "max_target_positions",
+        ):  # a stack of an encoder–decoder
+            value: Any = getattr(module, name, None)
+            if isinstance(value, int):
+                return value, f"{type(module).__name__}.{name}"
+        config = getattr(module, "config", None)
+        for name in _LENGTHS:
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 0:
+                return value, f"config.{name}"
+    return None, ""
