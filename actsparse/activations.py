@@ -45,7 +45,7 @@ class _JSReLU(torch.autograd.Function):
     @staticmethod
     def forward(z: Tensor) -> Tensor:
         r = torch.relu(z)
-        return torch.addcmul(r, r, r, value=0.5)  # r + r²/2 cancels nothing, ((z+1)²-1)/2 does
+        return r.addcmul_(r, r, value=0.5)  # r + r²/2 cancels nothing, ((z+1)²-1)/2 does
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -54,8 +54,9 @@ class _JSReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        # z <= 0 rather than z > 0: a NaN pre-activation must stay visible in the gradient
-        return torch.addcmul(grad, grad, z).masked_fill(z <= 0, 0)
+        # as ReLU's own backward: 0 where z <= 0, so that NaN stays visible in the gradient
+        slope = torch.addcmul(grad, grad, z)
+        return torch.ops.aten.threshold_backward(slope, z, 0)
 
 
 def jsrelu(z: Tensor) -> Tensor:
@@ -88,11 +89,17 @@ def _gelu_derivative(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * density
 
 
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
+
+
 def _by_autograd(value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def derivative(z: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return torch.func.grad(lambda leaf: value(leaf).sum())(z.detach())
-        with torch.enable_grad():  # unlike func.grad it takes autograd.Functions of every style
+        # autograd.grad, unlike func.grad, takes autograd.Functions of every style; hooks of its
+        # own hide what it saves from gradient checkpointing, which counts saved tensors
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             leaf = z.detach().requires_grad_()
             return torch.autograd.grad(value(leaf).sum(), leaf)[0]
 
@@ -176,7 +183,7 @@ def identify(function: Callable[[Tensor], Tensor]) -> str | None:
     tolerance = max(1e-6, 64 * torch.finfo(grid.dtype).eps)
     try:
         with torch.no_grad():
-            values = function(grid)
+            values = function(grid.clone())  # which it may overwrite
     except Exception:  # a stranger's function may refuse a 1-D or float64 probe: then unnamed
         return None
     if not isinstance(values, Tensor) or values.shape != grid.shape:

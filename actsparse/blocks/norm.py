@@ -51,6 +51,9 @@ def inspect_norm(name: str, module: nn.Module) -> Norm | None:
                 base, run({}, 2 * probe), rtol=0.02, atol=0.02
             ):
                 return None
+            alone = run({}, probe[:1])
+            if not torch.allclose(base[:1], alone, rtol=0.02, atol=0.02):  # a norm over the batch
+                return None
             if float(base.std()) < 0.1:  # a constant is scale invariant too
                 return None
             norm = Norm(name, module, None, None)

@@ -14,21 +14,28 @@ Stages, as tensors in the model's own layout:
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from actsparse.activations import derivative_of
 from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.exchange import (
+    Interception,
+    NoNestedTensors,
+    Replacement,
+    works_in_place,
+)
 from actsparse.blocks.tokens import Tokens, tokens_of
 
 InputTransform = Callable[["Site", Tensor], Tensor]
 OutputTransform = Callable[["Site", Tensor, Tensor, Layer], Tensor]  # site, output, input, layer
 Tap = Callable[["Site", dict[str, Tensor]], None]
+Stages = Sequence[str] | Callable[["Site"], Sequence[str]]
 
 
 class Phi(Protocol):
@@ -43,6 +50,19 @@ class Phi(Protocol):
 
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor], /) -> Tensor:
         """φ′(z), any shape."""
+
+
+_asleep: list[bool] = []  # not empty while the finder looks at a model
+
+
+@contextlib.contextmanager
+def sites_asleep() -> Iterator[None]:
+    """Inside, models run as if nothing were attached, and no tap is called."""
+    _asleep.append(True)
+    try:
+        yield
+    finally:
+        _asleep.pop()
 
 
 def site_of(block: MLPBlock) -> Site:
@@ -62,13 +82,15 @@ class Site:
         self._layers: list[OutputTransform] = []
         self._outputs: list[OutputTransform] = []
         self._phi: Phi | None = None
-        self._taps: list[tuple[Tap, frozenset[str]]] = []
+        self._taps: list[tuple[Tap, Stages]] = []
+        self._served: list[tuple[Tap, frozenset[str]]] = []
         self._hooks: list[Any] = []
         self._wanted: frozenset[str] = frozenset()
         self._tokens: Tokens | None = None
         self._kept: dict[str, Tensor] = {}
         self._entered: tuple[Tensor, Tensor, nn.Module] | None = None
         self._expects_phi = False
+        self._in_place = False
 
     # -- what others ask for --------------------------------------------------------------------
 
@@ -90,6 +112,11 @@ class Site:
     def function(self) -> str | None:
         """The name of the φ in force, None if it has none."""
         return self.block.activation.function if self._phi is None else self._phi.function
+
+    @property
+    def modified(self) -> bool:
+        """Whether something attached changes what the block computes (taps only read)."""
+        return bool(self._inputs or self._layers or self._outputs or self._phi)
 
     def derivative(self, z: Tensor) -> Tensor:
         """φ′(z) of the φ in force, any shape."""
@@ -129,14 +156,28 @@ class Site:
         self._phi = phi
         self._rewire()
 
-    def tap(self, tap: Tap, stages: Sequence[str]) -> None:
-        """Call ``tap(site, {stage: tensor})`` once in each pass through the block."""
-        unknown = set(stages) - set("xzuay")
-        if unknown:
-            raise ValueError(f"unknown stages {sorted(unknown)}; known: x, z, u, a, y")
-        if not self.block.gated:
-            stages = [stage for stage in stages if stage != "u"]
-        self._taps.append((tap, frozenset(stages)))
+    def tap(self, tap: Tap, stages: Stages) -> None:
+        """Call ``tap(site, {stage: tensor})`` once in each pass through the block.
+
+        ``stages`` may be a function of the site, asked anew whenever something is attached or
+        released: what a measure needs can depend on the φ in force.
+
+        Raises:
+            ValueError: unknown stages.
+        """
+        self._stages(stages)
+        self._taps.append((tap, stages))
+        self._rewire()
+
+    def _stages(self, stages: Stages) -> frozenset[str]:
+        names = set(stages(self) if callable(stages) else stages)
+        if names - set("xzuay"):
+            unknown = sorted(names - set("xzuay"))
+            raise ValueError(f"unknown stages {unknown}; known: x, z, u, a, y")
+        return frozenset(names if self.block.gated else names - {"u"})
+
+    def refresh(self) -> None:
+        """Ask taps anew which stages they need; call it where the φ in force has changed."""
         self._rewire()
 
     def release(self, *what: Any) -> None:
@@ -153,7 +194,8 @@ class Site:
 
     def _rewire(self) -> None:
         self._detach()
-        self._wanted = frozenset().union(*(stages for _, stages in self._taps))
+        self._served = [(tap, self._stages(stages)) for tap, stages in self._taps]
+        self._wanted = frozenset().union(*(stages for _, stages in self._served))
         if not (self._inputs or self._layers or self._outputs or self._taps or self._phi):
             self.block.up.module.__dict__.pop("_actsparse_site", None)
         else:
@@ -164,30 +206,31 @@ class Site:
     def _attach(self) -> None:
         block, add = self.block, self._hooks.append
         self._tokens = tokens_of(block.path)
-        self._tokens.attach()
+        self._tokens.attach(block.calls)
         if self._inputs or "x" in self._wanted:
             for layer in self._entries():
                 add(layer.module.register_forward_pre_hook(self._on_input))
         inside = bool(self._phi) or bool(self._wanted & {"z", "u", "a"})
+        self._in_place = inside and works_in_place(block.activation.call)
         if inside or self._layers:
             for layer in self._entries():
                 add(layer.module.register_forward_hook(self._on_layer))
         activation = block.activation
         if activation.module is not None:
             if self._phi is not None:
-                add(_Replacement.at(activation.module, self))
+                add(Replacement.at(activation.module, self))
             elif "a" in self._wanted:
                 add(activation.module.register_forward_hook(self._on_activation))
         elif self._phi is not None or ("a" in self._wanted and block.between):
             assert activation.owner is not None
-            add(_Interception.at(activation.owner, self))
+            add(Interception.at(activation.owner, self))
         if inside:
             add(block.down.module.register_forward_pre_hook(self._on_down_input))
         if self._outputs or self._taps:
             add(block.down.module.register_forward_hook(self._on_down))
         for module in block.path:
             if isinstance(module, nn.TransformerEncoder):
-                add(_NoNestedTensors(module))  # its eval fast path would pass all hooks by
+                add(NoNestedTensors(module))  # its eval fast path would pass all hooks by
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -207,6 +250,8 @@ class Site:
     # -- what the hooks do ----------------------------------------------------------------------
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if _asleep:
+            return None
         if not args:
             raise TypeError(f"{self.block.name}: up must be called with its input as an argument")
         x, *rest = args
@@ -224,6 +269,8 @@ class Site:
         return (new, *rest)
 
     def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if _asleep:
+            return output
         block = self.block
         for layer in self._entries():
             if layer.module is module:
@@ -234,28 +281,42 @@ class Site:
             self._expects_phi = True
             if "z" in self._wanted:
                 self._kept["z"] = source.select(output)
+                if self._in_place:
+                    output = output.clone()
         if block.gate is not None and block.up.module is module and self._wanted & {"u", "a"}:
             self._kept["u"] = block.up.select(output)
         return output
 
     def takes_phi(self) -> bool:
         """Whether the next activation call is this block's; asked by replacements."""
-        return self._expects_phi
+        return self._expects_phi and not _asleep
 
     def compute_phi(self, z: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         """φ(z) as replaced, or the model's own."""
         self._expects_phi = False
-        a = original(z) if self._phi is None else self._phi(z, original)
+        if self._phi is None:
+            a = original(z)
+        elif self._in_place:  # a mixture needs z a second time
+            a = self._phi(z, lambda z: original(z.clone()))
+        else:
+            a = self._phi(z, original)
         if "a" in self._wanted:
-            self._kept["a"] = a
+            self._keep_activation(a)
         return a
 
     def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self._expects_phi:  # else called elsewhere, or kept already by compute_phi
+        if self.takes_phi():  # else called elsewhere, or kept already by compute_phi
             self._expects_phi = False
-            self._kept["a"] = output
+            self._keep_activation(output)
+
+    def _keep_activation(self, a: Tensor) -> None:
+        between = (part.module for part in self.block.between)
+        overwritten = any(getattr(module, "inplace", False) for module in between)
+        self._kept["a"] = a.clone() if overwritten and not self.block.gated else a
 
     def _on_down_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if _asleep:
+            return
         if self._expects_phi and self._phi is not None:
             raise RuntimeError(
                 f"block {self.block.name!r} ran without calling its activation "
@@ -270,104 +331,12 @@ class Site:
             self._kept["a"] = args[0]
 
     def _on_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if _asleep:
+            return output
         for transform in self._outputs:
             output = transform(self, output, args[0], self.block.down)
         kept = {**self._kept, "y": output} if "y" in self._wanted else dict(self._kept)
         self._kept.clear()
-        for tap, stages in self._taps:
+        for tap, stages in self._served:
             tap(self, {stage: kept[stage] for stage in stages})
         return output
-
-
-class _Replacement:
-    """An activation module's own ``forward``, exchanged on the instance while sites ask for it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.own = module.__dict__.get("forward")  # an override someone else has set
-        self.original = module.forward
-        self.sites: list[Site] = []
-
-    @classmethod
-    def at(cls, module: nn.Module, site: Site) -> _Release:
-        held = getattr(module.__dict__.get("forward"), "__self__", None)
-        replacement = held if isinstance(held, cls) else cls(module)
-        replacement.sites.append(site)
-        module.forward = replacement.run
-        return _Release(replacement, site)
-
-    def run(self, z: Tensor) -> Tensor:
-        for site in self.sites:
-            if site.takes_phi():
-                return site.compute_phi(z, self.original)
-        return self.original(z)
-
-    def remove(self, site: Site) -> None:
-        self.sites.remove(site)
-        if self.sites:
-            return
-        if self.own is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.forward = self.own
-
-
-class _Interception(_Replacement):
-    """The forward of a module that calls its activation as a function: run under a mode."""
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with _CatchActivation(self.sites):
-            return self.original(*args, **kwargs)
-
-
-class _CatchActivation(TorchFunctionMode):
-    def __init__(self, sites: list[Site]) -> None:
-        super().__init__()
-        self.sites = sites
-        self.site: Site | None = None
-        self.step = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if self.site is not None:  # the later operations of an activation already computed
-            steps = self.site.block.activation.steps
-            if func == steps[self.step]:
-                self.step += 1
-                if self.step == len(steps):
-                    self.site = None
-                return args[0]
-        for site in self.sites:
-            steps = site.block.activation.steps
-            if site.takes_phi() and func == steps[0]:
-                call = site.block.activation.call
-                assert call is not None
-                self.site, self.step = (site, 1) if len(steps) > 1 else (None, 0)
-                return site.compute_phi(args[0], call)
-        return func(*args, **kwargs)
-
-
-class _Release:
-    def __init__(self, replacement: _Replacement, site: Site) -> None:
-        self.replacement, self.site = replacement, site
-
-    def remove(self) -> None:
-        self.replacement.remove(self.site)
-
-
-class _NoNestedTensors:
-    """``nn.TransformerEncoder`` packs padded batches for its fast path; hooks need them whole."""
-
-    def __init__(self, encoder: nn.TransformerEncoder) -> None:
-        self.encoder = encoder
-        count = encoder.__dict__.setdefault("_actsparse_nested", [encoder.use_nested_tensor, 0])
-        count[1] += 1
-        encoder.use_nested_tensor = False
-
-    def remove(self) -> None:
-        count = self.encoder.__dict__["_actsparse_nested"]
-        count[1] -= 1
-        if count[1] == 0:
-            self.encoder.use_nested_tensor = count[0]
-            del self.encoder.__dict__["_actsparse_nested"]

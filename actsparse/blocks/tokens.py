@@ -2,19 +2,23 @@
 
 An MLP sees rows of features and cannot know where they stand: with a key–value cache it sees one
 token at position t, left padding shifts positions, some models flatten [B, T, D] to [B·T, D]. The
-call of the *stack* around it knows: the nearest module that takes token ids or their embeddings
-(encoder and decoder apart), else the model itself.
+call of the *stack* around it knows: the nearest module that takes token ids, their embeddings or a
+picture or sound (encoder and decoder, image and text apart), else the model itself.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-_MARKS = ("input_ids", "inputs_embeds", "src_key_padding_mask", "tgt_key_padding_mask")
+_IDS = ("input_ids", "inputs_embeds")  # [B, T] and [B, T, D]
+_MARKS = (
+    *_IDS, "pixel_values", "input_features", "input_values",
+    "src_key_padding_mask", "tgt_key_padding_mask",
+)  # fmt: skip
 _PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # True or -inf where padded
 
 
@@ -46,16 +50,23 @@ class Tokens:
         self.stack = stack
         self.batch_first = batch_first
         self.users = 0
+        self._repeats = False  # whether a block runs several times in one call of the stack
         self._names = tuple(inspect.signature(stack.forward).parameters)
         self._hook: Any = None
         self._shape: tuple[int, ...] = ()
         self._keep: Tensor | None = None
         self._position_ids: Tensor | None = None
+        self._cache_position: Tensor | None = None
         self._past: int = 0
+        self._length: int | None = None  # tokens in the call, where its arguments say so
 
-    def attach(self) -> None:
-        """Start to listen; call :meth:`detach` once for each call of this."""
+    def attach(self, calls: int = 1) -> None:
+        """Start to listen for a block that runs ``calls`` times in a call of the stack.
+
+        Call :meth:`detach` once for each call of this.
+        """
         self.users += 1
+        self._repeats |= calls > 1
         if self._hook is None:
             self._hook = self.stack.register_forward_pre_hook(self._enter, with_kwargs=True)
 
@@ -70,23 +81,19 @@ class Tokens:
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = dict(zip(self._names, args, strict=False))
         call.update(kwargs)
-        first = call.get("input_ids")
-        if first is None:
-            first = call.get("inputs_embeds")
-        if first is None:
-            first = next((v for v in call.values() if isinstance(v, Tensor)), None)
+        given = [call[name] for name in _IDS if isinstance(call.get(name), Tensor)]
+        first = next((v for v in (*given, *call.values()) if isinstance(v, Tensor)), None)
         self._shape = () if first is None else tuple(first.shape)
+        self._length = self._shape[1] if given and len(self._shape) > 1 else None
         mask = call.get("attention_mask")
         self._keep = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
         for name in _PADDING:
             padding = call.get(name)
             if isinstance(padding, Tensor):
-                self._keep = ~padding if padding.dtype == torch.bool else padding == 0
-        ids = call.get("position_ids")
-        if not isinstance(ids, Tensor):
-            ids = call.get("cache_position")
-        ids = ids[None] if isinstance(ids, Tensor) and ids.dim() == 1 else ids
-        self._position_ids = ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+                keep = ~padding if padding.dtype == torch.bool else padding == 0
+                self._keep = keep[None] if keep.dim() == 1 else keep  # one unbatched sequence
+        self._position_ids = _rows(call.get("position_ids"))
+        self._cache_position = _rows(call.get("cache_position"))
         self._past = _past_length(call.get("past_key_values"))
 
     def arrange(self, x: Tensor) -> Tensor:
@@ -100,10 +107,10 @@ class Tokens:
         if x.dim() > 3:
             return x.flatten(1, -2)
         batch, length = (*self._shape, 0, 0)[:2]
-        if len(self._shape) in (2, 3) and x.dim() == 2:
-            if batch * length == x.shape[0]:
+        if len(self._shape) in (1, 2, 3) and x.dim() == 2:
+            if len(self._shape) > 1 and batch * length == x.shape[0]:
                 return x.unflatten(0, (batch, length))
-            if len(self._shape) == 2 and batch == x.shape[0]:  # one unbatched sequence [T, D]
+            if len(self._shape) < 3 and batch == x.shape[0]:  # unbatched, [T] or [T, D]
                 return x[None]
         raise ValueError(
             f"cannot tell tokens apart: the block's input has shape {tuple(x.shape)} and "
@@ -120,13 +127,24 @@ class Tokens:
     def positions(self, batch: int, length: int) -> Tensor | int:
         """Where the tokens of an arranged [B, T, D] stand: an int p for p, p+1, …, or [B or 1, T].
 
-        ``position_ids`` of the call, else ``cumsum(attention_mask) − 1``, else past + arange.
+        ``position_ids`` of the call, else ``cumsum(attention_mask) − 1``, else ``cache_position``
+        (which does not know of padding), else past + arange.
+
+        Raises:
+            ValueError: the block sees a part of the call's tokens, nobody knows which.
         """
-        ids = self._position_ids
-        if ids is not None and ids.shape[1] == length and ids.shape[0] in (1, batch):
-            return ids
+        if self._repeats and self._length is not None and length < self._length:
+            raise ValueError(
+                f"the block sees {length} of the {self._length} tokens that "
+                f"{type(self.stack).__name__} was called on, so that their positions are unknown; "
+                f"let it see all at once (config.chunk_size_feed_forward = 0)"
+            )
+        if _place(self._position_ids, batch, length):
+            return self._position_ids
         if self._keep is not None and self._fits(self._keep, batch, length):
             return (self._keep.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        if _place(self._cache_position, batch, length):
+            return self._cache_position
         return self._past
 
     def keep(self, batch: int, length: int) -> Tensor | None:
@@ -135,9 +153,27 @@ class Tokens:
             return None
         return self._keep[:, -length:]
 
-    @staticmethod
-    def _fits(mask: Tensor, batch: int, length: int) -> bool:
-        return mask.shape[0] == batch and mask.shape[1] >= length
+    def _fits(self, mask: Tensor, batch: int, length: int) -> bool:
+        """Whether ``mask`` is about these tokens: these alone, or these behind those in a cache.
+
+        A wider one may be another tower's, or count the frames of a sound before it was
+        shortened.
+        """
+        width = mask.shape[1]
+        return mask.shape[0] == batch and (
+            width == length or (width > length and length == self._length)
+        )
+
+
+def _rows(ids: Any) -> Tensor | None:
+    """Positions as [B or 1, T]; other shapes (of several axes in space) are no table's rows."""
+    if not isinstance(ids, Tensor) or ids.dim() not in (1, 2):
+        return None
+    return ids[None] if ids.dim() == 1 else ids
+
+
+def _place(ids: Tensor | None, batch: int, length: int) -> TypeGuard[Tensor]:
+    return ids is not None and ids.shape[1] == length and ids.shape[0] in (1, batch)
 
 
 def _past_length(cache: Any) -> int:

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from actsparse.blocks.block import Norm
 from actsparse.blocks.inputs import run_forward
 from actsparse.blocks.norm import inspect_norm
+from actsparse.blocks.site import sites_asleep
 
 Window = tuple[int, int, int]  # start, step, size along the last axis
 
@@ -83,7 +84,7 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
     Mode, buffers, random state and hooks are as before when it returns, also on an error.
     """
     recorder = _Recorder(model)
-    with _undisturbed(model), torch.no_grad(), recorder.hooked(), recorder:
+    with _undisturbed(model), sites_asleep(), torch.no_grad(), recorder.hooked(), recorder:
         run_forward(model, inputs)
     return Trace(recorder.nodes, recorder.calls, recorder.modules)
 

@@ -1,0 +1,132 @@
+"""How a block's activation is exchanged, whether it is a module or a call inside a forward.
+
+These act on the instance only, are shared by the sites that meet at one module, and are undone by
+``remove``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from actsparse.blocks.site import Site
+
+
+def works_in_place(call: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether φ overwrites its input, like ``nn.ReLU(inplace=True)``."""
+    # a module's hooks are nobody's business here
+    forward = call.forward if isinstance(call, nn.Module) else call
+    if forward is None:
+        return False
+    with torch.inference_mode(False):  # tensors made inside it count no versions
+        probe = torch.zeros(2, 2)
+    before = probe._version
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            forward(probe)
+    except Exception:  # a stranger's function may want another shape or dtype
+        return False
+    return probe._version != before
+
+
+class Replacement:
+    """An activation module's own ``forward``, exchanged on the instance while sites ask for it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.own = module.__dict__.get("forward")  # an override someone else has set
+        self.original = module.forward
+        self.sites: list[Site] = []
+
+    @classmethod
+    def at(cls, module: nn.Module, site: Site) -> _Release:
+        """Exchange the module's forward for ``site``, beside other sites that did so."""
+        held = getattr(module.__dict__.get("forward"), "__self__", None)
+        replacement = held if isinstance(held, cls) else cls(module)
+        replacement.sites.append(site)
+        module.forward = replacement.run
+        return _Release(replacement, site)
+
+    def run(self, z: Tensor) -> Tensor:
+        """The forward in force: the φ of the site whose turn it is, else the module's own."""
+        for site in self.sites:
+            if site.takes_phi():
+                return site.compute_phi(z, self.original)
+        return self.original(z)
+
+    def remove(self, site: Site) -> None:
+        """Leave; the last site to leave puts the module's own forward back."""
+        self.sites.remove(site)
+        if self.sites:
+            return
+        if self.own is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.forward = self.own
+
+
+class Interception(Replacement):
+    """The forward of a module that calls its activation as a function: run under a mode."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with _CatchActivation(self.sites):
+            return self.original(*args, **kwargs)
+
+
+class _CatchActivation(TorchFunctionMode):
+    def __init__(self, sites: list[Site]) -> None:
+        super().__init__()
+        self.sites = sites
+        self.site: Site | None = None
+        self.step = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.site is not None:  # the later operations of an activation already computed
+            steps = self.site.block.activation.steps
+            if func == steps[self.step]:
+                self.step += 1
+                if self.step == len(steps):
+                    self.site = None
+                return args[0]
+        for site in self.sites:
+            steps = site.block.activation.steps
+            if site.takes_phi() and func == steps[0]:
+                call = site.block.activation.call
+                assert call is not None
+                self.site, self.step = (site, 1) if len(steps) > 1 else (None, 0)
+                return site.compute_phi(args[0], call)
+        return func(*args, **kwargs)
+
+
+class _Release:
+    def __init__(self, replacement: Replacement, site: Site) -> None:
+        self.replacement, self.site = replacement, site
+
+    def remove(self) -> None:
+        self.replacement.remove(self.site)
+
+
+class NoNestedTensors:
+    """``nn.TransformerEncoder`` packs padded batches for its fast path; hooks need them whole."""
+
+    def __init__(self, encoder: nn.TransformerEncoder) -> None:
+        self.encoder = encoder
+        count = encoder.__dict__.setdefault("_actsparse_nested", [encoder.use_nested_tensor, 0])
+        count[1] += 1
+        encoder.use_nested_tensor = False
+
+    def remove(self) -> None:
+        """Allow it again, once nobody else forbids it."""
+        count = self.encoder.__dict__["_actsparse_nested"]
+        count[1] -= 1
+        if count[1] == 0:
+            self.encoder.use_nested_tensor = count[0]
+            del self.encoder.__dict__["_actsparse_nested"]

@@ -1,0 +1,87 @@
+"""What pays: the multiplications of a model's MLPs that exact zeros let one skip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from actsparse.blocks.block import MLPBlock
+
+
+def skippable(summary: dict[str, Any], blocks: Iterable[MLPBlock]) -> dict[str, float]:
+    """The share of the MLPs' multiplications that zeros of a and of φ′(z) make needless.
+
+    Returns ``{"forward": f, "backward": b}``, shares from 0 to 1; ``summary`` is what
+    :meth:`Seen.summary` returns and ``blocks`` holds (at least) the blocks in it. Every matrix
+    product of a block takes ``tokens·D·H`` multiplications, so that blocks weigh by
+    ``tokens·D·H·(number of products)``. Products with a zero only are left out, so the results
+    stay exact. The rest of the model, and products of one element with one (φ ⊙ u), do not count.
+
+    *Ungated*, 2 products forward and 4 backward. With d = density, s = derivative density:
+
+    ====================  =======================================  ==========
+    ``z = x Uᵀ``          all needed, to know where the zeros are  0
+    ``y = a Vᵀ``          columns of V where a ≠ 0                 1 − d
+    ``dV = g_yᵀ a``       where a ≠ 0                              1 − d
+    ``g_a = g_y V``       asked for by ``g_z = g_a ⊙ φ′(z)`` only  1 − s
+    ``dx = g_z U``        where g_z ≠ 0, so φ′(z) ≠ 0              1 − s
+    ``dU = g_zᵀ x``       the same                                 1 − s
+    ====================  =======================================  ==========
+
+    ``f = (1 − d)/2`` and ``b = ((1 − d) + 3·(1 − s))/4`` (Peng et al. 2026, arXiv 2605.25612, for
+    the backward pass).
+
+    *Gated*, ``a = φ(z) ⊙ u`` with ``z = x Gᵀ``, ``u = x Uᵀ``: 3 forward and 6 backward. With
+    ``g_z = g_a ⊙ u ⊙ φ′(z)``, ``g_u = g_a ⊙ φ(z)``, and p the share of φ(z) ≠ 0:
+
+    ====================  =======================================  ==========
+    ``z = x Gᵀ``          all needed                               0
+    ``u = x Uᵀ``          a is 0 whatever u where φ(z) = 0         1 − p
+    ``y = a Vᵀ``          where a ≠ 0                              1 − d
+    ``dV = g_yᵀ a``       where a ≠ 0                              1 − d
+    ``g_a = g_y V``       asked for where φ(z) ≠ 0 or φ′(z) ≠ 0    1 − p
+    ``dx += g_z G``       where φ′(z) ≠ 0                          1 − s
+    ``dG = g_zᵀ x``       the same                                 1 − s
+    ``dx += g_u U``       where φ(z) ≠ 0                           1 − p
+    ``dU = g_uᵀ x``       the same                                 1 − p
+    ====================  =======================================  ==========
+
+    ``f = ((1 − p) + (1 − d))/3`` and ``b = ((1 − d) + 3·(1 − p) + 2·(1 − s))/6``. φ′ is 0 wherever
+    φ is 0 on an interval, so φ′(z) ≠ 0 within φ(z) ≠ 0 but for single points, and the or above is
+    p. Nobody counts p: it is ``max(d, s)``. That is s where φ and φ′ share their zeros (ReLU,
+    JSReLU), and d where they do not, as u is hardly ever exactly 0.
+
+    Raises:
+        ValueError: ``summary`` is None, or holds a block that ``blocks`` lacks.
+
+    >>> import torch
+    >>> from actsparse.blocks import find_mlp_blocks
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    >>> blocks = find_mlp_blocks(mlp, torch.randn(2, 8))
+    >>> row = {"block": blocks[0].name, "tokens": 2, "density": 0.25, "derivative_density": 0.5}
+    >>> skippable({"blocks": [row]}, blocks)
+    {'forward': 0.375, 'backward': 0.5625}
+    """
+    if summary is None:
+        raise ValueError("no summary: no pass of that phase was seen")
+    known: dict[str, MLPBlock] = {}
+    for block in blocks:
+        known |= {block.name: block, block.up.name: block}  # rows are called by either
+    skipped = {"forward": 0.0, "backward": 0.0}
+    all_of = {"forward": 0, "backward": 0}
+    for row in summary["blocks"]:
+        if row["block"] not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"block {row['block']!r} of the summary is not in blocks: {names}")
+        block = known[row["block"]]
+        size = block.d_model * block.d_hidden * row["tokens"]
+        d, s = 1 - row["density"], 1 - row["derivative_density"]
+        if block.gated:
+            p = min(d, s)
+            products = {"forward": (0, p, d), "backward": (d, p, s, s, p, p)}
+        else:
+            products = {"forward": (0, d), "backward": (d, s, s, s)}
+        for way, shares in products.items():
+            skipped[way] += size * sum(shares)
+            all_of[way] += size * len(shares)
+    return {way: skipped[way] / all_of[way] if all_of[way] else 0.0 for way in skipped}
