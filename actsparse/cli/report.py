@@ -18,6 +18,9 @@ def report(
     json: Annotated[
         bool, typer.Option("--json", help="Print the table as JSON instead, and nothing else.")
     ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table as Markdown, and nothing else.")
+    ] = False,
 ) -> None:
     """Rebuild a comparison's page from its records alone; nothing is trained.
 
@@ -26,7 +29,7 @@ def report(
     Example: actsparse report out
     """
     try:
-        from actsparse.report import compare, print_table, to_json, write_report
+        from actsparse.report import compare, markdown_table, print_table, to_json, write_report
     except ModuleNotFoundError as error:
         message = f"Error: a report needs {error.name}: pip install 'actsparse[report]'"
         typer.echo(message, err=True)
@@ -39,6 +42,9 @@ def report(
         raise typer.Exit(2) from error
     if json:
         typer.echo(to_json(compare(runs)))
+        return
+    if markdown:
+        typer.echo(markdown_table(compare(runs)), nl=False)
         return
     print_table(runs, Console())
     typer.echo(str(page))

@@ -167,6 +167,17 @@ def print_table(runs: list[Run], console: Console) -> None:
         console.print(Text(f"• {remark}"))
 
 
+def markdown_table(table: Table) -> str:
+    """The table of arms with every column, for a README or a lab log."""
+    shown = columns(table)
+    lines = [" | ".join(["arm", *(column.head for column in shown)])]
+    lines.append(" | ".join(["---"] * (len(shown) + 1)))
+    for arm in table.arms:
+        name = " ".join([arm.name, *(f"*({mark})*" for mark in marks(arm))])
+        lines.append(" | ".join([name, *(column.cell(arm) for column in shown)]))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
 def columns(table: Table) -> list[Column]:
     """The columns after the arm's name, from what matters most."""
 

@@ -1,0 +1,1 @@
+"""Timings: interleaved, in one process, as ratios of medians with an interval."""

@@ -1,0 +1,64 @@
+"""``actsparse bench``: timings, printed and kept as records."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+bench = typer.Typer(
+    help="Time actsparse on this machine.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Timings run interleaved in one process and are reported as ratios of medians."""
+
+
+@bench.command()
+def step(
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 21,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 2,
+    compiled: Annotated[bool, typer.Option(help="Time torch.compile too (slow to start).")] = True,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What the paper recipe and observation cost in a training step of a ViT-S.
+
+    Example: actsparse bench step --rounds 11 --out benchmarks/training_step.json
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from actsparse.bench.training_step import bench_training_step
+    from actsparse.records import environment, write_whole
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    log = Console(stderr=True)
+    with Progress(console=log, disable=not log.is_terminal) as bar:
+        task = bar.add_task("training steps", total=rounds)
+        result: dict[str, Any] = bench_training_step(
+            rounds, batch, compiled, lambda done: bar.update(task, completed=done)
+        )
+    record = {**environment(threads=torch.get_num_threads()), **result}
+    text = jsonlib.dumps(record, indent=1) + "\n"
+    if out is not None:
+        write_whole(out, text.encode())
+        log.print(f"record: {out}")
+    if json:
+        typer.echo(text, nl=False)
+        return
+    table = Table("training step", "ratio", "95 % interval", title="ViT-S, ratios of medians")
+    for row in result["ratios"]:
+        interval = f"{row['low']:.3f} … {row['high']:.3f}"
+        table.add_row(f"{row['of']} ÷ {row['to']}", f"{row['value']:.3f}", interval)
+    Console().print(table)
