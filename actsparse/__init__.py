@@ -22,6 +22,7 @@ from actsparse.modify import (
     save,
     sparsify,
 )
+from actsparse.observe import Seen, observe, skippable
 
 __version__ = "0.1.0.dev0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "NoMLPFound",
     "NormFloor",
     "Recipe",
+    "Seen",
     "SwapActivation",
     "WeightNoise",
     "ZerothBias",
@@ -41,6 +43,8 @@ __all__ = [
     "find_mlp_blocks",
     "handle_of",
     "load",
+    "observe",
     "save",
+    "skippable",
     "sparsify",
 ]

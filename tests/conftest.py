@@ -20,6 +20,9 @@ from hypothesis import settings
 settings.register_profile("actsparse", deadline=None, derandomize=True, database=None)
 settings.load_profile("actsparse")
 
+# At these sizes a second thread costs more than it brings, and CI's cores are shared.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def same_seeds() -> None:

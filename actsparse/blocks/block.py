@@ -199,6 +199,7 @@ def base_layer(module: nn.Module) -> nn.Module:
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model inside ``torch.compile`` and DDP wrappers.
 
+    >>> import torch
     >>> inner = nn.Linear(2, 2)
     >>> unwrap(torch.compile(inner, backend="eager")) is inner
     True

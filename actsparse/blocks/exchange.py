@@ -74,6 +74,7 @@ class Interception(Replacement):
     """The forward of a module that calls its activation as a function: run under a mode."""
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, its activation calls caught."""
         with _CatchActivation(self.sites):
             return self.original(*args, **kwargs)
 

@@ -10,6 +10,7 @@ from torch import nn
 from actsparse.blocks.norm import inspect_norm
 
 _KINDS = ("norm", "bias", "zeroth_bias")
+_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # batch and instance norms too
 
 
 def decay_groups(
@@ -42,6 +43,8 @@ def decay_groups(
         if norm is not None:
             kinds[id(norm.parameter("scale"))] = "norm"
             kinds[id(norm.parameter("bias"))] = "bias"
+        elif isinstance(module, _OVER_CHANNELS):
+            kinds[id(module.weight)] = "norm"
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -47,12 +47,14 @@ class Handle:
         projected. Right under accumulation, GradScaler's skipped steps and DDP.
 
         ``steps`` is the number of optimizer steps of the whole training, needed by schedules given
-        as fractions. Zeroth biases that the optimizer does not know yet join the group of their
-        block's up layer. Call it again after loading a checkpoint.
+        as fractions; None keeps the number known from before. Zeroth biases that the optimizer does
+        not know yet join the group of their block's up layer. One optimizer is followed at a time:
+        call it again after loading a checkpoint or with another one.
 
         Raises:
-            TypeError: not a torch optimizer (Accelerate's wrapper: pass its ``.optimizer``).
-            ValueError: a schedule is a fraction of the steps and ``steps`` is missing.
+            TypeError: not a torch optimizer; Accelerate's wrapper of one is taken too.
+            ValueError: a schedule is a fraction of the steps and ``steps`` is missing, or a layer
+                was wrapped (peft) after ``sparsify``.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -61,9 +63,16 @@ class Handle:
             optimizer = inner
         if steps is not None and steps < 1:
             raise ValueError(f"steps={steps!r}: expected the number of optimizer steps, at least 1")
+        steps = self.steps if steps is None else steps
+        for block in self.blocks:
+            if self.model.get_submodule(block.up.name) is not block.up.module:
+                raise ValueError(
+                    f"layer {block.up.name!r} was exchanged or wrapped after sparsify (by peft?), "
+                    f"so its modifications miss a part of it; wrap first, then sparsify"
+                )
         for modification, _ in self._attached:
             for ramp in modification.ramps():  # fail now rather than after the first step
-                ramp.value(self.step, steps)
+                ramp.value(max(1, self.step), steps)
         self.steps = steps
         for _, attached in self._attached:
             attached.update(Progress(self.step, steps))
@@ -74,6 +83,7 @@ class Handle:
 
     def _join(self, optimizer: torch.optim.Optimizer) -> None:
         known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        names = {id(p): name for name, p in self.model.named_parameters()}
         for block in self.blocks:
             table = block.up.module._modules.get(CHILD)
             for parameter in table.parameters() if table is not None else ():
@@ -84,8 +94,14 @@ class Handle:
                     optimizer.param_groups[0],
                 )
                 group["params"].append(parameter)
+                if "param_names" in group:
+                    group["param_names"].append(names[id(parameter)])
 
-    def _after_step(self, *hook: Any) -> None:
+    def _after_step(self, optimizer: torch.optim.Optimizer, *hook: Any) -> None:
+        # GradScaler calls a fused optimizer even where it skips the step, and tells it so
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return
         self.step += 1
         progress = Progress(self.step, self.steps)
         for _, change in sorted(self._attached, key=lambda pair: pair[0].order):
@@ -165,7 +181,7 @@ class Handle:
             alike: dict[tuple[str, str], list[str]] = {}
             for row in self.rows():
                 if key in row:
-                    text = re.sub(r"\.\d+\b", ".*", row[key])  # the same in every layer
+                    text = _alike(row[key])
                     alike.setdefault((row["modification"], text), []).append(row["block"])
             for (modification, text), blocks in alike.items():
                 where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
@@ -173,6 +189,16 @@ class Handle:
         for refused in self.blocks.refused:
             lines.append(f"  refused {refused.name}: {refused.reason}")
         return "\n".join(lines)
+
+
+def _alike(text: str) -> str:
+    """The text without the numbers of layers, so that it is the same in every layer.
+
+    >>> _alike("h.0.ln.weight, weight 0.5")
+    'h.*.ln.weight, weight 0.5'
+    """
+    decimal, layer = r"(?<![\w.])\d+\.\d+(?![\w.])", r"\.\d+\b"
+    return re.sub(f"({decimal})|{layer}", lambda found: found[1] or ".*", text)
 
 
 def handle_of(model: nn.Module) -> Handle | None:

@@ -76,6 +76,9 @@ class _Floored(Attached):
             return
         for ramp in self.config.ramps():
             floor *= ramp.value(progress.step, progress.steps)
-        scale = weight + offset
-        lifted = scale.abs().clamp(min=floor)
-        weight.copy_(torch.where(scale < 0, -lifted, lifted) - offset)
+        # as exact as the norm itself, which adds its offset in float32 at least
+        scale = weight.to(torch.promote_types(weight.dtype, torch.float32)) + offset
+        raised = torch.full_like(scale, floor)
+        raised = torch.where(scale < 0, -raised, raised) - offset
+        # what is high enough stays as it is: adding the offset and taking it away again rounds
+        weight.copy_(torch.where(scale.abs() < floor, raised.to(weight.dtype), weight))

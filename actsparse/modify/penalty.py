@@ -18,7 +18,7 @@ from actsparse.modify.schedule import Ramp
 
 def l1(a: Tensor) -> Tensor:
     """Mean absolute activation of each token: [..., H] → [...]."""
-    return a.abs().mean(-1)
+    return a.abs().mean(-1, dtype=torch.promote_types(a.dtype, torch.float32))
 
 
 def hoyer(a: Tensor) -> Tensor:
@@ -30,10 +30,12 @@ def hoyer(a: Tensor) -> Tensor:
     >>> hoyer(torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.0]]))
     tensor([1.0000, 0.5000, 0.0000])
     """
-    square = a.square().sum(-1)
+    dtype = torch.promote_types(a.dtype, torch.float32)  # a sum of squares overflows float16
+    one = torch.linalg.vector_norm(a, 1, dim=-1, dtype=dtype)
+    two = torch.linalg.vector_norm(a, 2, dim=-1, dtype=dtype)
     # the inner where keeps the gradient of a silent token 0 instead of NaN
-    safe = torch.where(square > 0, square, torch.ones_like(square))
-    return a.abs().sum(-1).square() / (a.shape[-1] * safe)
+    ratio = one / torch.where(two > 0, two, torch.ones_like(two))
+    return ratio.square() / a.shape[-1]
 
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"hoyer": hoyer, "l1": l1}
@@ -73,13 +75,15 @@ class _Penalised(Attached):
     def __init__(self, site: Site, note: str, config: ActivationPenalty) -> None:
         super().__init__(site, note)
         self.config = config
-        self.weight = torch.tensor(config.weight if config.ramp is None else 0.0)
+        self.weight = config.weight if config.ramp is None else 0.0
+        self.without_grad = False  # whether the last pass ran under no_grad
         # the passes of one forward (a shared block runs several times), never more
         self.values: deque[Tensor] = deque(maxlen=site.block.calls)
         site.tap(self.collect, ["a"])
 
     def collect(self, site: Site, stages: dict[str, Tensor]) -> None:
         if not site.block.up.module.training:
+            self.values.clear()
             return
         a = site.tokens.arrange(stages["a"])
         value = PENALTIES[self.config.kind](a)
@@ -87,11 +91,12 @@ class _Penalised(Attached):
         mean = value.mean() if keep is None else (value * keep).sum() / keep.sum().clamp(min=1)
         if not site.recomputing:  # checkpointing must see the same operations, but count them once
             self.values.append(mean)
+            self.without_grad = not torch.is_grad_enabled()
 
     @override
     def update(self, progress: Progress) -> None:
         for ramp in self.config.ramps():
-            self.weight.fill_(self.config.weight * ramp.value(progress.step, progress.steps))
+            self.weight = self.config.weight * ramp.value(progress.step, progress.steps)
 
     @override
     def penalty(self) -> Tensor | None:
@@ -99,12 +104,12 @@ class _Penalised(Attached):
             return None
         total = torch.stack(list(self.values)).mean()
         self.values.clear()
-        if torch.is_grad_enabled() and not total.requires_grad:
+        if torch.is_grad_enabled() and self.without_grad:
             raise RuntimeError(
                 f"the penalty at block {self.site.block.name!r} has no gradient: the forward ran "
                 f"without one (reentrant gradient checkpointing? use use_reentrant=False)"
             )
-        return self.weight.to(total) * total
+        return self.weight * total
 
     @override
     def remove(self) -> None:

@@ -47,7 +47,7 @@ class Recipe:
                     f"{modification} holds a function of your own, which no file can keep; "
                     f"use an activation by name"
                 )
-            items.append({"kind": type(modification).__name__, **asdict(modification)})
+            items.append({"modification": type(modification).__name__, **asdict(modification)})
         return {"name": self.name, "modifications": items}
 
     @classmethod
@@ -59,14 +59,18 @@ class Recipe:
         """
         modifications = []
         for item in values["modifications"]:
-            options = {key: value for key, value in item.items() if key != "kind"}
-            kind = MODIFICATIONS.get(item["kind"])
+            options = {
+                key: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+                for key, value in item.items()
+                if key != "modification"
+            }
+            kind = MODIFICATIONS.get(item["modification"])
             if kind is None:
                 known = ", ".join(MODIFICATIONS)
-                raise ValueError(f"unknown modification {item['kind']!r}; known: {known}")
+                raise ValueError(f"unknown modification {item['modification']!r}; known: {known}")
             unknown = set(options) - {field.name for field in fields(kind)}
             if unknown:
-                raise ValueError(f"unknown options {sorted(unknown)} of {item['kind']}")
+                raise ValueError(f"unknown options {sorted(unknown)} of {item['modification']}")
             modifications.append(kind(**options))
         return cls(values["name"], tuple(modifications))
 
@@ -115,7 +119,8 @@ def as_recipe(recipe: RecipeLike) -> Recipe:
         return recipe_named(recipe)
     if isinstance(recipe, Recipe):
         return recipe
-    items = (recipe,) if isinstance(recipe, Modification) else tuple(recipe)
+    several = isinstance(recipe, Sequence) and not isinstance(recipe, Modification)
+    items: tuple[Any, ...] = tuple(recipe) if several else (recipe,)  # type: ignore[arg-type]
     for item in items:
         if not isinstance(item, Modification):
             raise TypeError(f"a recipe is made of modifications, got {item!r}")

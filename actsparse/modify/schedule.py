@@ -21,7 +21,7 @@ class Ramp:
 
     def __post_init__(self) -> None:
         fraction = isinstance(self.over, float)
-        if self.over <= 0 or (fraction and self.over > 1):
+        if not self.over > 0 or (fraction and self.over > 1):
             raise ValueError(
                 f"Ramp(over={self.over!r}): expected a number of steps (int > 0) "
                 f"or a fraction of all steps (float in (0, 1])"
@@ -31,8 +31,10 @@ class Ramp:
         """The ramp after ``step`` optimizer steps out of ``steps``.
 
         Raises:
-            ValueError: ``over`` is a fraction and the number of steps is unknown.
+            ValueError: ``over`` is a fraction, the number of steps unknown, and ``step`` not 0.
         """
+        if step == 0:  # wherever the ramp ends
+            return 0.0
         over: float = self.over
         if isinstance(self.over, float):
             if steps is None:

@@ -34,8 +34,9 @@ def sparsify(
         The handle: print it, ``attach`` an optimizer, ``remove`` everything again.
 
     Raises:
-        ValueError: unknown recipe; no block; a modification that fits no block at all; a model
-            that is sparsified already or wrapped in DDP. The model is untouched then.
+        ValueError: unknown recipe; no block; blocks of another model; a modification that fits no
+            block at all; a model that is sparsified already or wrapped in DDP. The model is
+            untouched then.
 
     >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> handle = sparsify(mlp, "paper", inputs=torch.randn(2, 5, 8))
@@ -53,17 +54,19 @@ def sparsify(
             f"sparsify it before wrapping"
         )
     root = unwrap(model)
-    existing = handle_of(root)
-    if existing is not None:
-        raise ValueError(
-            f"the model is sparsified already (recipe {existing.recipe.name!r}); "
-            f"call its handle's remove() first"
-        )
+    for name, module in root.named_modules():
+        existing = handle_of(module)
+        if existing is not None:
+            raise ValueError(
+                f"{f'its part {name!r}' if name else 'the model'} is sparsified already (recipe "
+                f"{existing.recipe.name!r}); call its handle's remove() first"
+            )
     if blocks is None:
         if inputs is None:
             raise ValueError("sparsify needs inputs=, on which the model runs, or blocks=")
         blocks = find_mlp_blocks(root, inputs)
     blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
+    _check_blocks(root, blocks)
     handle = Handle(root, recipe, blocks)
     try:
         for modification in recipe.modifications:
@@ -75,6 +78,25 @@ def sparsify(
         raise
     keep_handle(root, handle)
     return handle
+
+
+def _check_blocks(root: nn.Module, blocks: Blocks) -> None:
+    if not blocks:
+        raise ValueError("blocks= is empty: there is nothing to modify")
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for block in blocks:
+        if modules.get(block.up.name) is not block.up.module:
+            raise ValueError(
+                f"block {block.name!r} is not of this {type(root).__name__}: it was found in "
+                f"another model or in a part of this one, or its layers were exchanged since (by "
+                f"peft?); find the blocks of this very model, or give inputs="
+            )
+        site = block.up.module.__dict__.get("_actsparse_site")
+        if site is not None and site.modified:
+            raise ValueError(
+                f"block {block.name!r} is modified already, as part of another model that is "
+                f"sparsified; call that one's handle's remove() first"
+            )
 
 
 def _apply(handle: Handle, modification: Modification) -> None:

@@ -31,6 +31,11 @@ class SwapActivation(Modification):
     def __post_init__(self) -> None:
         if isinstance(self.to, str):
             named(self.to)
+        elif not isinstance(self.to, ActivationFunction):
+            raise TypeError(
+                f"SwapActivation(to={self.to!r}): expected a name or an ActivationFunction, which "
+                f"brings its derivative"
+            )
         self.ramps()
 
     @override
@@ -87,7 +92,9 @@ class _Swapped(Attached):
         for ramp in self.config.ramps():
             k = ramp.value(progress.step, progress.steps)
             self.phi.k.fill_(k)
-            self.phi.done = k >= 1.0
+            if self.phi.done != (k >= 1.0):
+                self.phi.done = k >= 1.0
+                self.site.refresh()
 
     @override
     def remove(self) -> None:

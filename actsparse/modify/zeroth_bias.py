@@ -46,8 +46,10 @@ class ZerothBias(Modification):
             raise ValueError(f"ZerothBias(at={self.at!r}): expected 'input' or 'output'")
         if not self.clip > 0:
             raise ValueError(f"ZerothBias(clip={self.clip!r}): expected a number > 0")
-        if self.length is not None and self.length < 1:
-            raise ValueError(f"ZerothBias(length={self.length!r}): expected at least 1, or None")
+        if self.length is not None and not (isinstance(self.length, int) and self.length >= 1):
+            raise ValueError(
+                f"ZerothBias(length={self.length!r}): expected an int of at least 1, or None"
+            )
 
     @override
     def apply(self, block: MLPBlock) -> Attached:
@@ -67,6 +69,8 @@ class ZerothBias(Modification):
                     )
                 freeze = True
                 notes.append(f"{norm.name}.{norm.bias} frozen")
+        if CHILD in block.up.module._modules:
+            raise ValueError(f"block {block.name!r} has a zeroth bias already; a recipe takes one")
         scale = norm.parameter("scale") if norm else None
         reference = scale if scale is not None else block.up.weight
         table = ZerothBiasTable(length, block.d_model, reference, block.name)
@@ -127,6 +131,7 @@ class _Added(Attached):
             assert bias is not None
             self.thawed = bias.requires_grad
             bias.requires_grad_(False)
+            bias.grad = None  # else an optimizer that holds the bias would go on moving it
         if config.at == "input":
             site.transform_input(self.shift_input)
         else:

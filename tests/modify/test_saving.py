@@ -1,0 +1,448 @@
+"""save and load: the same bits come back, and what is broken is said to be broken."""
+
+# ruff: noqa: C408  (a table of keyword arguments reads as one)
+from __future__ import annotations
+
+import copy
+import errno
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from actsparse import (
+    ActivationPenalty,
+    Handle,
+    NormFloor,
+    Recipe,
+    SwapActivation,
+    WeightNoise,
+    ZerothBias,
+    handle_of,
+    load,
+    save,
+    sparsify,
+)
+from actsparse.activations import ACTIVATIONS
+from actsparse.modify import saving
+from tests.zoo import BY_ID, call
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors on a busy machine: threads would mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+RECIPE = Recipe(
+    "mine",
+    (
+        ZerothBias(clip=0.3, finetune=True),
+        NormFloor(0.9, uplift=8, shared=True),
+        SwapActivation("jsrelu", mix=10),
+        WeightNoise(0.2, ("up",)),
+        ActivationPenalty("l1", 0.1, ramp=6),
+    ),
+)
+
+
+@functools.cache
+def _built(name: str) -> tuple[nn.Module, Any]:
+    return BY_ID[name].build()
+
+
+def half_trained(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Handle]:
+    """A model three steps into a schedule of ten, in eval mode."""
+    model, inputs = copy.deepcopy(_built(name))
+    model.to(dtype)
+    handle = sparsify(model, RECIPE, inputs=inputs)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    handle.attach(optimizer, steps=10)
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = noise.to(parameter.dtype)
+        optimizer.step()
+    optimizer.zero_grad()
+    assert handle.step == 3
+    return model.eval(), inputs, handle
+
+
+def flat(output: Any) -> list[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        return [output]
+    values = output.values() if isinstance(output, dict) else output
+    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    return flat(call(model, inputs))
+
+
+def assert_same(model: nn.Module, twin: nn.Module, inputs: Any) -> None:
+    first, second = model.state_dict(), twin.state_dict()
+    assert list(first) == list(second)
+    for key, value in first.items():
+        assert value.dtype == second[key].dtype, key
+        assert torch.equal(value, second[key]), key
+    for a, b in zip(outputs(model, inputs), outputs(twin, inputs), strict=True):
+        assert torch.equal(a, b)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [name for name, p in twin.named_parameters() if p.requires_grad]
+
+
+# --- round trips -------------------------------------------------------------------------------
+
+HF = ["gpt2", "t5-relu", "vit-pooler-relu", "llama", "phi3", "bert-masked-lm", "clip",
+      "albert-one-layer-used-four-times"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HF)
+def test_a_transformers_model_comes_back_bit_for_bit_from_the_folder_alone(
+    name: str, tmp_path: Path
+) -> None:
+    model, inputs, handle = half_trained(name)
+    assert save(model, tmp_path / "m") == tmp_path / "m"
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == sorted(
+        ["actsparse.json", "model.safetensors"]
+    )
+    twin = load(tmp_path / "m")
+    assert type(twin) is type(model)
+    assert not twin.training
+    assert_same(model, twin, inputs)
+    again = handle_of(twin)
+    assert again.recipe == handle.recipe
+    assert again.state_dict() == handle.state_dict() == {"step": 3, "steps": 10}
+    assert str(again) == str(handle)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_dtype_comes_back_too(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, inputs, _ = half_trained(name, dtype)
+    twin = load(save(model, tmp_path / "m"))
+    assert {p.dtype for p in twin.parameters()} == {dtype}
+    # buffers that no state dict holds (rotary frequencies) decide the outputs as well
+    assert_same(model, twin, inputs)
+
+
+def test_norms_kept_in_float32_and_their_zeroth_biases_come_back_so(tmp_path: Path) -> None:
+    model, inputs = copy.deepcopy(_built("gpt2"))
+    model.to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    sparsify(model, ZerothBias(finetune=True), inputs=inputs)
+    twin = load(save(model.eval(), tmp_path / "m"))
+    assert_same(model, twin, inputs)
+    dtypes = {
+        name.rpartition(".")[2]: p.dtype for name, p in twin.named_parameters() if "h.0" in name
+    }
+    assert dtypes["zeroth_bias"] == twin.transformer.h[0].ln_2.weight.dtype == torch.float32
+    assert twin.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+
+
+def test_attention_that_was_chosen_comes_back(tmp_path: Path) -> None:
+    model, inputs = copy.deepcopy(_built("gpt2"))
+    model.set_attn_implementation("eager")
+    sparsify(model, ZerothBias(finetune=True), inputs=inputs)
+    twin = load(save(model.eval(), tmp_path / "m"))
+    assert twin.config._attn_implementation == "eager"
+    assert_same(model, twin, inputs)
+
+
+OWN = ["sequential-relu-in-place", "swiglu", "nanogpt-inline-gelu", "time-first",
+       "torch-encoder-relu-pre-batch_first"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_model_of_ones_own_comes_back_bit_for_bit_given_the_plain_one(
+    name: str, tmp_path: Path
+) -> None:
+    model, inputs, handle = half_trained(name)
+    save(model, tmp_path / "m")
+    with pytest.raises(ValueError, match="model="):
+        load(tmp_path / "m")
+    plain, _ = copy.deepcopy(_built(name))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.add_(1)  # in any state
+    twin = load(tmp_path / "m", model=plain.eval())
+    assert twin is plain
+    assert_same(model, twin, inputs)
+    assert handle_of(twin).state_dict() == handle.state_dict()
+
+
+def test_a_plain_model_with_norm_biases_may_take_in_one_trained_from_scratch(
+    tmp_path: Path,
+) -> None:
+    x = torch.randn(2, 5, 8)
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    plain = copy.deepcopy(model)
+    nn.init.constant_(plain[0].bias, 0.5)
+    sparsify(model, "paper", inputs=x)
+    assert_same(model, load(save(model, tmp_path / "m"), model=plain), x)
+
+
+def test_tied_weights_are_stored_once_and_tied_again(tmp_path: Path) -> None:
+    model, inputs, _ = half_trained("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    save(model, tmp_path / "m")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert len({"lm_head.weight", "transformer.wte.weight"} & set(stored)) == 1
+    twin = load(tmp_path / "m")
+    assert twin.lm_head.weight is twin.transformer.wte.weight
+    assert_same(model, twin, inputs)
+
+
+def test_a_schedule_goes_on_where_it_was(tmp_path: Path) -> None:
+    model, inputs, _ = half_trained("vit-pooler-relu")
+    save(model, tmp_path / "m")
+    twin = load(tmp_path / "m")
+    for each in (model, twin):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        handle_of(each).attach(optimizer, steps=10)
+        for _ in range(4):
+            optimizer.zero_grad()
+            sum(t.square().mean() for t in flat(call(each, inputs))).backward()
+            optimizer.step()
+    assert handle_of(twin).step == 7
+    assert_same(model, twin, inputs)
+
+
+def test_a_vanilla_recipe_and_a_compiled_model_are_saved_as_well(tmp_path: Path) -> None:
+    model, inputs = copy.deepcopy(_built("gpt2"))
+    sparsify(model, "vanilla", inputs=inputs)
+    save(torch.compile(model.eval(), backend="eager"), tmp_path / "m")
+    twin = load(tmp_path / "m")
+    assert_same(model, twin, inputs)
+    assert handle_of(twin).recipe.name == "vanilla"
+
+
+def test_saving_again_replaces_what_was_saved_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    model, inputs, _ = half_trained("gpt2")
+    save(model, tmp_path / "m")
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    save(model, tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert_same(model, load(tmp_path / "m"), inputs)
+    (tmp_path / "usual").mkdir()  # with the permissions that any folder has
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_link_to_a_folder_and_a_relative_path_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, _ = half_trained("gpt2")
+    save(model, tmp_path / "there")
+    (tmp_path / "link").symlink_to(tmp_path / "there", target_is_directory=True)
+    save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert_same(model, load(tmp_path / "link"), inputs)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save(model, "../deep/er")
+    assert_same(model, load(tmp_path / "deep" / "er"), inputs)
+
+
+# --- what cannot be saved ----------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_other_files_is_not_replaced(tmp_path: Path) -> None:
+    model, _, _ = half_trained("gpt2")
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(FileExistsError, match=r"thesis\.tex.*a folder of its own"):
+        save(model, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "all of it"
+    with pytest.raises(FileExistsError, match="is a file"):
+        save(model, tmp_path / "thesis.tex")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def full_disk(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk_as_safetensors_says_it(*args: Any) -> None:
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+def interrupted(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["weights", "weights, by safetensors", "sidecar", "swap", "stop"])
+def test_a_write_that_fails_leaves_the_old_folder_whole(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, _ = half_trained("gpt2")
+    before = copy.deepcopy(model)
+    folder = tmp_path / "m"
+    save(model, folder)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    error: type[BaseException] = OSError
+    if where == "weights":
+        monkeypatch.setattr(saving, "save_model", full_disk)
+    elif where == "weights, by safetensors":
+        monkeypatch.setattr(saving, "save_model", full_disk_as_safetensors_says_it)
+    elif where == "sidecar":
+        monkeypatch.setattr(Path, "write_text", full_disk)
+    elif where == "stop":
+        monkeypatch.setattr(saving, "save_model", interrupted)
+        error = KeyboardInterrupt
+    else:
+        real, calls = os.replace, []
+
+        def second_fails(source: Any, target: Any) -> None:
+            calls.append(target)
+            if len(calls) == 2:
+                full_disk()
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(error) as caught:
+        save(model, folder)
+    monkeypatch.undo()
+    if error is OSError:
+        assert caught.value.errno == errno.ENOSPC
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert_same(before, load(folder), inputs)
+
+
+# --- what cannot be loaded ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save(half_trained("gpt2")[0], tmp_path / "m")
+
+
+def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere.actsparse\.json is missing"):
+        load(tmp_path / "nowhere")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is missing"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -100])
+def test_torn_weights_say_so(folder: Path, keep: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"format": 1', "[]", "null", "{}", '{"format": 1, "recipe": {}}', "\xff"]
+)
+def test_a_torn_or_foreign_sidecar_says_so(folder: Path, text: str) -> None:
+    (folder / "actsparse.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match=r"actsparse\.json is not"):
+        load(folder)
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    file = folder / "actsparse.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def made_of(**modification: Any) -> dict[str, Any]:
+    return {"name": "x", "modifications": [modification]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(format=99), "format 99; this version reads 1"),
+        (dict(recipe=[1]), "'recipe'"),
+        (dict(state=None), "'state'"),
+        (dict(blocks="all"), "'blocks'"),
+        (dict(model=7), "'model'"),
+        (dict(state={"step": 1}), "not a handle's state"),
+        (dict(recipe={"name": "x"}), "no recipe"),
+        (dict(recipe=made_of(kind="NormFloor")), "no recipe"),
+        (dict(recipe=made_of(modification="Dropconnect")), "unknown modification 'Dropconnect'"),
+        (dict(recipe=made_of(modification="NormFloor", c=1)), r"unknown options \['c'\]"),
+        (dict(blocks=["transformer.h.0.mlp.c_fc"]), "does not fit the model"),
+        (dict(blocks=["encoder.0.fc1"]), "MLP blocks"),
+        (dict(model=None), "model="),
+        (dict(model={}), "not a model class"),
+        (dict(model={"class": "Trainer", "config": {}}), "'Trainer' is not a model class"),
+        (dict(model={"class": "os.system", "config": {}}), "is not a model class"),
+        (dict(model={"class": "GPT2LMHeadModel"}), "cannot build GPT2LMHeadModel"),
+        (dict(model={"class": "GPT2LMHeadModel", "config": {"n_embd": "wide"}}), "cannot build"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_sidecar_that_does_not_make_sense_says_where(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    rewrite(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_weights_of_another_model_do_not_load_and_leave_it_plain(folder: Path) -> None:
+    other, _ = copy.deepcopy(_built("gpt2"))
+    other.config.n_inner = 48
+    model = type(other)(other.config)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load(folder, model=model)
+    assert handle_of(model) is None
+    assert [name for name, _ in model.named_modules()] == names
+    other.config.n_layer = 1
+    shallow = hf.GPT2LMHeadModel(other.config)
+    with pytest.raises(ValueError, match="MLP blocks"):
+        load(folder, model=shallow)
+
+
+def test_a_sparsified_model_is_not_loaded_into(folder: Path) -> None:
+    model, _, handle = half_trained("gpt2")
+    with pytest.raises(ValueError, match="sparsified already"):
+        load(folder, model=model)
+    assert handle_of(model) is handle
+
+
+def test_loading_runs_no_code_from_the_folder(folder: Path) -> None:
+    """Everything is JSON and safetensors: a config that asks for remote code gets none."""
+    spec = json.loads((folder / "actsparse.json").read_text())["model"]
+    spec["config"]["auto_map"] = {"AutoModel": "evil.Model", "AutoConfig": "evil.Config"}
+    rewrite(folder, model=spec)
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    assert type(load(folder)).__name__ == "GPT2LMHeadModel"
+
+
+# --- recipes as JSON ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [RECIPE, *(Recipe(name, (SwapActivation(name),)) for name in sorted(ACTIVATIONS)),
+     Recipe("both", (WeightNoise(layers=("up", "down")),)), Recipe("none")],
+    ids=lambda recipe: recipe.name,
+)  # fmt: skip
+def test_a_recipe_survives_json(recipe: Recipe) -> None:
+    again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+    assert again == recipe
+    assert hash(again) == hash(recipe)
