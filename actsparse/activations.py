@@ -12,6 +12,7 @@ tensor([0., 0., 3.])
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class _JSReLU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -57,6 +59,10 @@ class _JSReLU(torch.autograd.Function):
         # as ReLU's own backward: 0 where z <= 0, so that NaN stays visible in the gradient
         slope = torch.addcmul(grad, grad, z)
         return torch.ops.aten.threshold_backward(slope, z, 0)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return _JSReLU.backward(ctx, tangent)  # pointwise: pushing is pulling
 
 
 def jsrelu(z: Tensor) -> Tensor:
@@ -96,12 +102,12 @@ def _as_it_is(saved: Tensor) -> Tensor:
 def _by_autograd(value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def derivative(z: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-            return torch.func.grad(lambda leaf: value(leaf).sum())(z.detach())
+            return torch.func.grad(lambda leaf: value(leaf.clone()).sum())(z.detach())
         # autograd.grad, unlike func.grad, takes autograd.Functions of every style; hooks of its
         # own hide what it saves from gradient checkpointing, which counts saved tensors
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             leaf = z.detach().requires_grad_()
-            return torch.autograd.grad(value(leaf).sum(), leaf)[0]
+            return torch.autograd.grad(value(leaf.clone()).sum(), leaf)[0]  # may overwrite it
 
     return derivative
 
@@ -112,7 +118,7 @@ def _smooth(name: str, value: Callable[[Tensor], Tensor]) -> ActivationFunction:
 
 _ALL = [
     ActivationFunction("relu", torch.relu, lambda z: _open(z > 0, z), True, True),
-    ActivationFunction("jsrelu", jsrelu, lambda z: (z + 1) * _open(z > 0, z), True, True),
+    ActivationFunction("jsrelu", jsrelu, lambda z: (z + 1).masked_fill(z <= 0, 0), True, True),
     ActivationFunction(
         "squared_relu", lambda z: torch.relu(z).square(), lambda z: 2 * torch.relu(z), True, True
     ),
@@ -129,7 +135,7 @@ _ALL = [
     _smooth("leaky_relu", F.leaky_relu),
     _smooth("mish", F.mish),
     _smooth("softplus", F.softplus),
-    _smooth("hardswish", F.hardswish),
+    ActivationFunction("hardswish", F.hardswish, _by_autograd(F.hardswish), True),
     _smooth("identity", lambda z: z * 1),
 ]
 ACTIVATIONS: dict[str, ActivationFunction] = {f.name: f for f in _ALL}
@@ -171,17 +177,21 @@ def shifted_s_shape(
 def identify(function: Callable[[Tensor], Tensor]) -> str | None:
     """Name a pointwise function by its values on a grid; ``None`` when it is none of ours.
 
-    Values are compared, not classes, so that anybody's ReLU is a ReLU. The probe is float64 unless
-    the function has parameters of another type; the tolerance is far above rounding and far below
-    the distance of any two of our functions on the grid.
+    Values are compared, not classes, so that anybody's ReLU is a ReLU. The probe is float64
+    and fires no hooks; the tolerance is far above rounding and far below the
+    distance of any two of our functions on the grid. A module that learns has no name, since what
+    it computes today says nothing about tomorrow.
     """
     grid = torch.linspace(-7.0, 7.0, 113, dtype=torch.float64)
-    if isinstance(function, torch.nn.Module):
-        reference = next(function.parameters(), None)
-        if reference is not None:
-            grid = grid.to(reference)
-    tolerance = max(1e-6, 64 * torch.finfo(grid.dtype).eps)
+    tolerance = 1e-6
     try:
+        if isinstance(function, torch.nn.Module):
+            if any(parameter.requires_grad for parameter in function.parameters()):
+                return None
+            if [*function.parameters(), *function.buffers()]:
+                # in half precision GELU and ReLU are closer than rounding
+                function = copy.deepcopy(function).double().cpu()
+            function = function.forward  # nobody's hooks
         with torch.no_grad():
             values = function(grid.clone())  # which it may overwrite
     except Exception:  # a stranger's function may refuse a 1-D or float64 probe: then unnamed

@@ -27,9 +27,6 @@ KINKS = {
     "hardswish": [-3.0, 3.0], "softplus": [20.0],
 }  # fmt: skip
 
-# known wrong, and said so to the owner of activations.py: remove the mark with the fault
-waits = pytest.mark.xfail(strict=True, reason="activations.py has this wrong still")
-
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 finite = st.floats(-30, 30, allow_nan=False)
 
@@ -88,7 +85,6 @@ def test_jsrelu_keeps_its_dtype_and_rounds_once_or_twice(dtype: torch.dtype) -> 
     torch.testing.assert_close(z.grad.double(), (exact + 1) * on, rtol=1.01 * eps, atol=0)
 
 
-@waits
 def test_jsrelu_lets_nan_through_and_infinity_be_infinite() -> None:
     z = double(math.nan, math.inf, -math.inf).requires_grad_()
     out = jsrelu(z)
@@ -119,7 +115,6 @@ def test_jsrelu_works_under_vmap_and_grad() -> None:
     assert torch.equal(slope, (z + 1) * (z > 0))
 
 
-@waits
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own imports
 def test_jsrelu_has_a_forward_mode_derivative() -> None:
     z = torch.randn(9, dtype=torch.float64)
@@ -190,7 +185,7 @@ def test_dtype_and_shape_are_kept(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=waits) if n == "hardswish" else n for n in sorted(ACTIVATIONS)],
+    sorted(ACTIVATIONS),
 )
 def test_the_flags_say_where_the_function_is_silent(name: str) -> None:
     function = ACTIVATIONS[name]
@@ -273,7 +268,6 @@ class Learnt(nn.Module):
         return nn.functional.gelu(z * self.k)
 
 
-@waits
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_function_that_learns_is_not_named_after_what_it_is_today(dtype: torch.dtype) -> None:
     assert identify(Learnt(dtype)) is None
@@ -282,7 +276,7 @@ def test_a_function_that_learns_is_not_named_after_what_it_is_today(dtype: torch
 
 @pytest.mark.parametrize(
     "dtype",
-    [pytest.param(d, marks=waits) if d == torch.bfloat16 else d for d in FLOATS],
+    FLOATS,
     ids=str,
 )
 def test_a_function_with_frozen_parameters_of_any_dtype_is_named_rightly(
@@ -294,7 +288,6 @@ def test_a_function_with_frozen_parameters_of_any_dtype_is_named_rightly(
     assert module.k.dtype == dtype
 
 
-@waits
 def test_identify_fires_no_hook_and_changes_no_parameter() -> None:
     module, fired = nn.ReLU(), []
     module.register_forward_hook(lambda *a: fired.append(a))
@@ -314,7 +307,6 @@ def test_names_and_unknown_names() -> None:
         named("geglu")
 
 
-@waits
 def test_derivative_of_takes_the_formula_then_autograd_then_refuses() -> None:
     z = torch.linspace(-2, 2, 9)
     assert derivative_of(None, "relu") is ACTIVATIONS["relu"].derivative

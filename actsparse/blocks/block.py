@@ -188,6 +188,11 @@ class Blocks(list[MLPBlock]):
         self.refused = list(refused)
         self.inputs = inputs
 
+    def __getitem__(self, index: Any) -> Any:
+        """One block, or for a slice the chosen ones as :class:`Blocks`."""
+        chosen = super().__getitem__(index)
+        return Blocks(chosen, self.refused, self.inputs) if isinstance(index, slice) else chosen
+
 
 def base_layer(module: nn.Module) -> nn.Module:
     """The pretrained layer inside a layer of peft, else the layer itself."""

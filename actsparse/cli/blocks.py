@@ -1,0 +1,61 @@
+"""``actsparse blocks``: where a model's MLP blocks are."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def blocks(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="digits, text or lm; a local Hugging Face folder or config.json; "
+            "or package.module:factory, a function that returns a model, or (model, inputs)."
+        ),
+    ],
+    json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Print a model's MLP blocks: norm, up, gate, activation, down, widths.
+
+    Of a Hugging Face folder only the config is read: weights do not matter here, and no code of
+    the folder runs. A factory's module is imported, so it runs.
+
+    Examples:
+
+      actsparse blocks lm
+
+      actsparse blocks path/to/llama/config.json --json
+
+      actsparse blocks my_package.models:build
+    """
+    from json import dumps
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from actsparse.blocks import find_mlp_blocks
+    from actsparse.cli.models import model_named
+
+    found = find_mlp_blocks(*model_named(model))
+    rows = [block.row() for block in found]
+    if json:
+        refused = [{"name": each.name, "reason": each.reason} for each in found.refused]
+        typer.echo(dumps({"blocks": rows, "refused": refused}, indent=2))
+        return
+    console = Console()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = ["name", "norm", "up", "gate", "activation", "down", "D → H"]
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        inner = row["name"] + "."
+        shown = [str(row[name] or "–").removeprefix(inner) for name in names[1:-1]]
+        shown[3] = row["function"] or shown[3]
+        width = f"{row['d_model']} → {row['d_hidden']}"
+        table.add_row(*map(Text, (row["name"], *shown, width)))
+    console.print(table)
+    for each in found.refused:
+        console.print(Text(f"refused: {each.name}: {each.reason}"), soft_wrap=True)

@@ -1,0 +1,104 @@
+"""``actsparse compare``: arms × seeds, side by side, and the page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actsparse.cli.options import BatchSize, EvalEvery, LogEvery, Lr, Steps, Task, WeightDecay
+
+
+def compare(
+    task: Task = "digits",
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Arms, with commas between; all of them: `--arms help`.", show_default="five"
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Paired seeds for each arm, from 0.", min=1)] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for records, weights and the page.", show_default="runs/TASK"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time, a thread each.", min=1, show_default="cores"),
+    ] = None,
+    steps: Steps = None,
+    lr: Lr = None,
+    weight_decay: WeightDecay = None,
+    batch_size: BatchSize = None,
+    log_every: LogEvery = None,
+    eval_every: EvalEvery = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the table as JSON; progress goes to stderr.")
+    ] = False,
+) -> None:
+    """Train arms × seeds on a task and write a page that compares them.
+
+    Stopped or failed, it goes on where it was when called again: finished runs are not repeated.
+    Exits with 1 if a run failed, with 130 after Ctrl-C.
+
+    Examples:
+
+      actsparse compare --task digits --out runs/demo
+
+      actsparse compare --task lm --arms vanilla,paper,norm-floor --seeds 5
+
+      actsparse compare --arms vanilla,paper --steps 100 --json
+    """
+    from rich.console import Console
+
+    from actsparse.cli.progress import show
+    from actsparse.experiments import ARMS, DEFAULT_ARMS, run_config
+    from actsparse.experiments.compare import compare as compare_runs
+    from actsparse.records import read_runs
+    from actsparse.report import compare as table_of
+    from actsparse.report import print_table, to_json, write_report
+
+    if arms == "help":
+        typer.echo("\n".join(ARMS))
+        return
+    names = DEFAULT_ARMS if arms is None else tuple(dict.fromkeys(arms.split(",")))
+    out = out or Path("runs") / task
+    configs = [
+        run_config(
+            task,
+            arm.strip(),
+            seed,
+            steps=steps,
+            lr=lr,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            log_every=log_every,
+            eval_every=eval_every,
+        )
+        for seed in range(seeds)
+        for arm in names
+    ]
+    console = Console(stderr=json)
+    command = shlex.join(["actsparse", *sys.argv[1:]])
+    events = compare_runs(configs, out, workers=workers, command=command)
+    console.print(f"{len(names)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
+    try:
+        failed = show(events, len(configs), str(out), console)
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. What is finished is kept; to go on: {command}", err=True)
+        raise typer.Exit(130) from None
+    page = write_report(out)
+    runs = read_runs(out)
+    if json:
+        typer.echo(to_json(table_of(runs)))
+    else:
+        print_table(runs, console)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True)
+    if failed:
+        typer.echo(
+            f"{len(failed)} of {len(configs)} runs failed; to try them again: {command}", err=True
+        )
+        raise typer.Exit(1)

@@ -1,0 +1,59 @@
+"""The arms: what is compared. An arm is a recipe and a choice of what weight decay spares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actsparse.modify import (
+    ActivationPenalty,
+    LeaveOutMLP,
+    NormFloor,
+    Recipe,
+    SwapActivation,
+    WeightNoise,
+    ZerothBias,
+    recipe_named,
+)
+
+ONE_DIMENSIONAL = ("norm", "bias")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``no_decay``: the kinds of parameters that weight decay spares, see `decay_groups`."""
+
+    recipe: Recipe
+    no_decay: tuple[str, ...] = ()
+
+
+_HOYER = Recipe("hoyer", (ActivationPenalty("hoyer", weight=0.5, ramp=0.5),))
+_L1 = Recipe("l1", (ActivationPenalty("l1", weight=1.0, ramp=0.5),))
+_PAPER = recipe_named("paper")
+
+ARMS = {
+    "vanilla": Arm(recipe_named("vanilla")),
+    "paper": Arm(_PAPER),
+    "vanilla-no-1d-decay": Arm(recipe_named("vanilla"), ONE_DIMENSIONAL),
+    "hoyer-no-1d-decay": Arm(_HOYER, ONE_DIMENSIONAL),
+    "no-mlp": Arm(Recipe("no-mlp", (LeaveOutMLP(),))),
+    # one change at a time, and the strong baselines' neighbours
+    "paper-no-1d-decay": Arm(_PAPER, ONE_DIMENSIONAL),
+    "hoyer": Arm(_HOYER),
+    "l1-no-1d-decay": Arm(_L1, ONE_DIMENSIONAL),
+    "zeroth-bias": Arm(Recipe("zeroth-bias", (ZerothBias(),))),
+    "norm-floor": Arm(Recipe("norm-floor", (NormFloor(),))),
+    "jsrelu": Arm(Recipe("jsrelu", (SwapActivation("jsrelu"),))),
+    "weight-noise": Arm(Recipe("weight-noise", (WeightNoise(),))),
+}
+DEFAULT_ARMS = ("vanilla", "paper", "vanilla-no-1d-decay", "hoyer-no-1d-decay", "no-mlp")
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name; `ValueError` lists the known ones.
+
+    >>> arm_named("vanilla-no-1d-decay").no_decay
+    ('norm', 'bias')
+    """
+    if name not in ARMS:
+        raise ValueError(f"unknown arm {name!r}; known: {', '.join(ARMS)}")
+    return ARMS[name]

@@ -1,0 +1,245 @@
+"""Everything a run needs beyond Hugging Face's Trainer, as one callback for anyone's Trainer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from actsparse.modify import Handle
+from actsparse.observe import Seen, observe
+from actsparse.records import RecordWriter
+
+LAST = 0.8  # "training density" is measured from here to the end of the steps
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on: ``reason``, after ``step`` optimizer steps."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"stopped after {step} steps: {reason}")
+        self.step, self.reason = step, reason
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the last evaluation gave; ``measures`` is None where nothing is observed."""
+
+    step: int
+    loss: float
+    quality: float
+    measures: dict[str, Any] | None
+
+
+class SparsityCallback(TrainerCallback):
+    """Attaches a handle to the Trainer's optimizer, adds its penalty to the loss, keeps a record.
+
+    - ``handle``, from `sparsify`: its projections and schedules follow the real optimizer, also
+      when Trainer resumes from a checkpoint. Its penalty joins the model's own ``loss`` in
+      training, so that each optimizer step sees its mean over the accumulated batches, whichever
+      way Trainer averages the loss.
+    - ``seen``, from `observe`: read and reset at each log (training) and evaluation (inference).
+    - ``record``: gets a ``train`` line at each log and an ``eval`` line at each evaluation.
+      ``quality`` and ``loss`` name the metrics it takes, without Trainer's prefix.
+    - ``on_step`` is called with the number of optimizer steps done, after each.
+
+    A loss that is NaN or infinite raises `TrainingFailed` before it reaches the weights. A penalty
+    that finds no loss to join (label smoothing and ``compute_loss_func`` take the labels away from
+    the model) is a `ValueError`, not lost.
+
+    ``Trainer(model, args, callbacks=[SparsityCallback(handle)], ...)`` is all a user has to write.
+    """
+
+    def __init__(
+        self,
+        handle: Handle,
+        seen: Seen | None = None,
+        record: RecordWriter | None = None,
+        *,
+        quality: str = "loss",
+        loss: str = "loss",
+        on_step: Callable[[int], None] | None = None,
+    ) -> None:
+        self.handle, self.seen, self.record = handle, seen, record
+        self.quality, self.loss, self.on_step = quality, loss, on_step
+        self.evaluation: Evaluation | None = None
+        self.tail: Seen | None = None  # sees the last fifth of the steps
+        self._hooks: list[Any] = []
+        self._start(0)
+
+    def _start(self, step: int) -> None:
+        self._began = time.perf_counter()
+        self._step = self._logged = step
+        self._group = self._devices = 1
+        self._penalty: float | Tensor = 0.0
+        self._penalised = False
+
+    # -- training -------------------------------------------------------------------------------
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the optimizer and to the model's loss."""
+        self._start(state.global_step)
+        # Trainer may resume from a checkpoint; schedules go where its steps are.
+        self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
+        optimizer = kwargs["optimizer"]
+        self.handle.attach(getattr(optimizer, "optimizer", optimizer), steps=state.max_steps)
+        # Trainer multiplies a loss that it averages over all devices' tokens by their number.
+        self._devices = (
+            max(args.n_gpu, args.world_size) if args.average_tokens_across_devices else 1
+        )
+        self._hooks.append(
+            kwargs["model"].register_forward_hook(self._on_forward, with_kwargs=True)
+        )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Learn how many batches the step will accumulate."""
+        self._step = state.global_step
+        self._group = group = args.gradient_accumulation_steps
+        loader: Any = kwargs.get("train_dataloader")
+        if group > 1 and hasattr(loader, "__len__"):
+            batches = len(loader)
+            done = state.global_step % max(1, math.ceil(batches / group)) * group
+            self._group = min(group, batches - done)  # the last step of an epoch may have fewer
+        if (
+            self.seen is not None
+            and self.tail is None
+            and state.global_step >= int(LAST * state.max_steps)
+        ):
+            self.tail = observe(kwargs["model"], self.seen.measures, blocks=self.handle.blocks)
+
+    def _on_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        if not model.training or not torch.is_grad_enabled():
+            return None
+        penalty = self.handle.penalty()
+        loss = _loss_of(output)
+        if loss is None:
+            if penalty.requires_grad:
+                raise ValueError(
+                    f"the penalty has no loss to join: {type(model).__name__} was called without "
+                    f"labels, as Trainer does for label_smoothing_factor and compute_loss_func; "
+                    f"leave these out, or add handle.penalty() to your loss yourself"
+                )
+            return None
+        total = loss
+        if penalty.requires_grad:
+            self._penalised = True
+            self._penalty = self._penalty + penalty.detach() / self._group
+            # Given num_items_in_batch, the loss is a share of the step's, else Trainer divides it.
+            shared = kwargs.get("num_items_in_batch") is not None
+            total = loss + penalty / (self._group * self._devices if shared else 1)
+        if not math.isfinite(value := total.item()):
+            raise TrainingFailed(self._step, f"the loss became {value}")
+        return output if total is loss else _with_loss(output, total)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Report progress."""
+        if self.on_step is not None:
+            self.on_step(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a ``train`` line over the batches since the last."""
+        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        steps = state.global_step - self._logged
+        penalty = float(self._penalty) / steps if self._penalised else None
+        if self.record is not None:
+            self.record.write(
+                "train",
+                step=state.global_step,
+                loss=logs["loss"] - (penalty or 0.0),
+                lr=logs["learning_rate"],
+                seconds=time.perf_counter() - self._began,
+                penalty=penalty,
+                measures=None if self.seen is None else self.seen.summary("train"),
+            )
+        if self.seen is not None:
+            self.seen.reset("train")
+        self._logged, self._penalty = state.global_step, 0.0
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model's loss alone again."""
+        self.close()
+
+    def close(self) -> None:
+        """Take back the hook on the loss and the second observation."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self.tail is not None:
+            self.tail.close()
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the evaluation, and write an ``eval`` line if it was of the validation split."""
+        metrics = metrics or {}
+        runtime = next((name for name in metrics if name.endswith("_runtime")), "eval_runtime")
+        prefix = runtime.removesuffix("_runtime")
+        names = [f"{prefix}_{self.loss}", f"{prefix}_{self.quality}"]
+        if not set(names) <= set(metrics):
+            if self.record is None:
+                return
+            raise ValueError(
+                f"evaluation gives no metric {' or '.join(set(names) - set(metrics))}, which the "
+                f"record needs; it gives {', '.join(metrics)}"
+            )
+        loss, quality = (float(metrics[name]) for name in names)
+        if not (math.isfinite(loss) and math.isfinite(quality)):
+            reason = f"at evaluation the loss is {loss}, the quality {quality}"
+            raise TrainingFailed(state.global_step, reason)
+        measures = None if self.seen is None else self.seen.summary("inference")
+        if self.seen is not None:
+            self.seen.reset("inference")
+        self.evaluation = Evaluation(state.global_step, loss, quality, measures)
+        if self.record is not None and prefix == "eval" and state.is_world_process_zero:
+            self.record.write(
+                "eval",
+                split="validation",
+                step=state.global_step,
+                loss=loss,
+                quality=quality,
+                measures=measures,
+            )
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """The scalar loss in a model's output, or None."""
+    first = output.get("loss") if isinstance(output, dict) else output
+    if isinstance(first, tuple | list) and first:
+        first = first[0]
+    return first if isinstance(first, Tensor) and first.dim() == 0 else None
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, dict):
+        output["loss"] = loss
+        return output
+    return loss if isinstance(output, Tensor) else type(output)((loss, *output[1:]))

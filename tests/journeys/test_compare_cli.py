@@ -1,0 +1,114 @@
+"""The main journey, as a user types it: compare, stop, go on, look."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from actsparse.cli.main import app
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "actsparse.cli.main", *words]
+
+
+def records(out: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in out.glob("runs/*/record.jsonl")}
+
+
+def test_compare_stopped_and_called_again_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
+    words = ["compare", "--arms", "vanilla,paper", "--seeds", "2", "--steps", "120"]
+    words += [
+        "--batch-size",
+        "8",
+        "--log-every",
+        "20",
+        "--eval-every",
+        "40",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not any(b'"result"' in each for each in records(tmp_path).values()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "to go on: actsparse compare --arms vanilla,paper" in errors
+    before = {name: each for name, each in records(tmp_path).items() if b'"result"' in each}
+    assert 1 <= len(before) < 4
+    assert not (tmp_path / "report.html").exists()
+
+    done = subprocess.run(command(*words), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "[4/4]" in done.stdout
+    assert done.stdout.count("done before") == len(before)
+    assert f"page: {tmp_path / 'report.html'}" in done.stdout
+    assert "vanilla" in (tmp_path / "report.html").read_text()
+    after = records(tmp_path)
+    assert set(after) == {f"{arm}-seed{seed}" for arm in ("vanilla", "paper") for seed in (0, 1)}
+    assert {name: after[name] for name in before} == before
+
+    again = CliRunner().invoke(app, [*words, "--json"])
+    assert again.exit_code == 0
+    arms = {arm["name"]: arm for arm in json.loads(again.stdout)["arms"]}
+    assert arms["paper"]["seeds"] == [0, 1]
+    assert again.stderr.count("done before") == 4
+    assert records(tmp_path) == after
+
+    other = CliRunner().invoke(app, [*words, "--lr", "0.1"])
+    assert other.exit_code == 2
+    assert "lr=0.005 (now 0.1)" in other.stderr
+
+
+def test_train_that_blows_up_says_so_and_exits_with_1(tmp_path: Path) -> None:
+    words = ["train", "--arm", "vanilla", "--steps", "20", "--eval-every", "1", "--lr", "1e30"]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "vanilla seed 0: failed, stopped after" in done.stdout
+    lines = records(tmp_path)["vanilla-seed0"].splitlines()
+    assert json.loads(lines[-1])["kind"] == "failed"
+    assert (tmp_path / "runs" / "vanilla-seed0" / "weights" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "--task", "dogs"], "unknown task 'dogs'; known: digits, text, lm"),
+        (["compare", "--arms", "vanila"], "unknown arm 'vanila'; known: vanilla, paper"),
+        (["train", "--steps", "0"], "steps=0: expected a whole number, 1 or more"),
+        (["train", "--out", "/dev/full/runs"], "cannot"),
+        (["compare", "--out", "/dev/null"], "cannot"),
+        (["blocks", "nothing"], "no model 'nothing': expected one of digits, text, lm"),
+        (["report", "/dev/null"], "no records under"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words: list[str], said: str) -> None:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_has_an_example_for_every_verb_and_version_is_told() -> None:
+    for verb in ("blocks", "train", "compare", "report"):
+        done = CliRunner().invoke(app, [verb, "--help"])
+        assert done.exit_code == 0
+        assert f"actsparse {verb}" in done.stdout
+    assert CliRunner().invoke(app, ["--version"]).stdout.startswith("actsparse ")

@@ -1,0 +1,183 @@
+"""One run: paired starts, an honest record, and clear ends when something is wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from actsparse.experiments import DEFAULT_ARMS, run_config
+from actsparse.modify import Recipe, load, sparsify
+from actsparse.records import RecordError, read_run, run_path
+from actsparse.train import RunConfig, TrainingFailed
+from actsparse.train.run import run
+from actsparse.train.tasks import TASKS, task_of
+
+TINY: dict[str, Any] = {"steps": 6, "batch_size": 8, "log_every": 3, "eval_every": 3}
+
+
+def config(arm: str = "vanilla", task: str = "digits", seed: int = 0, **settings: Any) -> RunConfig:
+    return run_config(task, arm, seed, **TINY | settings)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_same_seed_starts_every_arm_from_the_same_weights(task: str) -> None:
+    starts = []
+    for arm in DEFAULT_ARMS:
+        settings = config(arm, task)
+        torch.manual_seed(settings.seed)
+        model = task_of(task).model(settings)
+        plain = {name: value.clone() for name, value in model.state_dict().items()}
+        row = task_of(task).splits(settings).train[0]
+        inputs = {name: value[None] for name, value in row.items()}
+        sparsify(model, Recipe.from_json(settings.recipe), inputs=inputs)
+        for name, value in plain.items():  # the recipe adds, and starts from where it is
+            assert torch.equal(model.state_dict()[name], value), f"{arm}: {name}"
+        starts.append(plain)
+    for other in starts[1:]:
+        assert all(torch.equal(starts[0][name], other[name]) for name in starts[0])
+
+
+def test_the_same_seed_gives_every_arm_the_same_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: dict[str, list[Tensor]] = {}
+    for arm in ("vanilla", "paper", "weight-noise"):  # weight noise draws random numbers itself
+        seen = batches[arm] = []
+        task = TASKS["digits"]
+
+        def model(settings: RunConfig, seen: list[Tensor] = seen, task: Any = task) -> Any:
+            built = task.model(settings)
+            built.register_forward_pre_hook(
+                lambda module, args, kwargs: (
+                    seen.append(kwargs["labels"].clone()) if module.training else None
+                ),
+                with_kwargs=True,
+            )
+            return built
+
+        with monkeypatch.context() as patch:
+            patch.setitem(TASKS, "digits", type(task)(**{**vars(task), "model": model}))
+            run(config(arm), tmp_path)
+    first, *others = batches.values()
+    for other in others:
+        assert [each.tolist() for each in other[-6:]] == [each.tolist() for each in first[-6:]]
+
+
+def test_a_run_leaves_a_whole_record_and_its_weights(tmp_path: Path) -> None:
+    steps: list[int] = []
+    done = run(config("paper"), tmp_path, command="make it so", on_step=steps.append)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in done.train] == [3, 6]
+    assert [line["step"] for line in done.evals] == [0, 3, 6]
+    assert {line["split"] for line in done.evals} == {"validation"}
+    assert done.result is not None
+    assert done.result["split"] == "test"
+    assert done.result["inference"]["blocks"][0]["tokens"] == 300 * 17
+    assert done.result["training"]["blocks"][0]["tokens"] == 2 * 8 * 17  # from step 4 on
+    assert 0 < done.result["skippable"]["forward"] < 0.5 < 1
+    assert done.header["config"]["recipe"]["name"] == "paper"
+    assert done.header["command"] == "make it so"
+    model = load(done.path.parent / "weights").eval()
+    splits = task_of("digits").splits(config())
+    right = 0
+    with torch.no_grad():
+        for row in (splits.test[index] for index in range(300)):
+            right += int(model(row["pixel_values"][None]).logits.argmax() == row["labels"])
+    assert right / 300 == pytest.approx(done.result["quality"])
+
+
+def test_the_control_has_no_density(tmp_path: Path) -> None:
+    done = run(config("no-mlp"), tmp_path)
+    assert done.result is not None
+    assert done.result["inference"] is done.result["training"] is done.result["skippable"] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "unit"), [("text", "bits per hidden byte"), ("lm", "bits per byte")]
+)
+def test_text_is_scored_on_the_bytes_that_the_bigram_is(
+    task: str, unit: str, tmp_path: Path
+) -> None:
+    done = run(config("vanilla", task, steps=2, eval_every=2, validate_on=16), tmp_path)
+    assert done.result is not None
+    assert done.result["quality_name"] == unit
+    assert done.result["quality"] == pytest.approx(done.result["loss"] / math.log(2))
+    assert 2.0 < done.result["baselines"]["bigram"] < 3.0
+    assert done.result["loss"] > done.result["baselines"]["bigram"]  # two steps
+
+
+def test_a_finished_run_is_not_repeated_and_an_unfinished_one_is(tmp_path: Path) -> None:
+    path = run(config(), tmp_path).path
+    whole = path.read_bytes()
+    run(config(), tmp_path)
+    assert path.read_bytes() == whole
+    for rest in (whole[:-20], whole[:30], b""):
+        path.write_bytes(rest)
+        assert run(config(), tmp_path).finished
+
+
+def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    run(config(), tmp_path)
+    with pytest.raises(ValueError, match=r"lr=0.005 \(now 0.1\).*--out"):
+        run(config(lr=0.1), tmp_path)
+
+
+def test_a_nan_leaves_a_failed_record_and_the_last_good_weights(tmp_path: Path) -> None:
+    settings = config(lr=1e30, eval_every=1)
+    with pytest.raises(TrainingFailed, match="stopped after"):
+        run(settings, tmp_path)
+    done = read_run(run_path(tmp_path, "vanilla", 0))
+    assert done.failed is not None
+    assert not done.finished
+    assert done.failed["step"] >= 1
+    assert "nan" in done.failed["reason"] or "inf" in done.failed["reason"]
+    weights = load(done.path.parent / "weights")
+    assert all(bool(parameter.isfinite().all()) for parameter in weights.parameters())
+    assert all(math.isfinite(line["loss"]) for line in done.evals)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_training(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    with pytest.raises(RecordError, match=r"cannot write.*runs.*choose another folder"):
+        run(config(), tmp_path)
+
+
+def test_a_full_disk_is_an_error_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("usage", (), {"free": 2**20})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(RecordError, match="only 1 of 64 MiB are free"):
+        run(config(), tmp_path)
+
+
+def test_a_disk_that_fills_up_in_training_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+
+    def full(fd: int, data: bytes) -> int:
+        if b'"kind": "train"' in data:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(RecordError, match=r"record.jsonl: No space left.*free some space"):
+        run(config(), tmp_path)
+    assert not read_run(run_path(tmp_path, "vanilla", 0)).finished
+
+
+def test_a_config_says_what_would_be_right() -> None:
+    for name, value in {"steps": 0, "seed": -1, "lr": 0.0, "warmup": 2.0, "clip": 0.0}.items():
+        settings: dict[str, Any] = {"task": "digits", "arm": "a", "seed": 0, name: value}
+        with pytest.raises(ValueError, match=f"{name}={value}: expected"):
+            RunConfig(**settings)
+    assert json.loads(json.dumps(config("paper").to_json())) == config("paper").to_json()
