@@ -11,6 +11,8 @@ TORCH ?= torch==2.13.0
 BENCH ?=
 REPORT ?= --help
 TESTS ?=
+# Test processes, a thread each.
+WORKERS ?= 2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --no-input --disable-pip-version-check
@@ -30,7 +32,7 @@ demo: $(VENV)/.demo  ## train the arms on digits and write the report to runs/de
 test: $(VENV)/.dev browser  ## ruff, mypy, pytest with doctests; TESTS="-m slow" and the like
 	@status=0; \
 	$(MAKE) --no-print-directory lint || { status=1; lint="ruff or mypy failed, see above"; }; \
-	$(PY) -m pytest $(TESTS) || status=1; \
+	$(PY) -m pytest -n $(WORKERS) $(TESTS) || status=1; \
 	[ -z "$$lint" ] || echo "$$lint"; \
 	exit $$status
 

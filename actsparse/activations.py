@@ -74,6 +74,9 @@ def jsrelu(z: Tensor) -> Tensor:
     >>> jsrelu(torch.tensor([-3.0, 1.0]))
     tensor([0.0000, 1.5000])
     """
+    if torch.compiler.is_compiling():  # a compiler fuses the formula, and rejects a custom jvp
+        r = torch.relu(z)
+        return torch.addcmul(r, r, r, value=0.5)
     return _JSReLU.apply(z)
 
 

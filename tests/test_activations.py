@@ -123,8 +123,6 @@ def test_jsrelu_has_a_forward_mode_derivative() -> None:
     torch.testing.assert_close(push, 2 * (z + 1) * (z > 0), rtol=1e-15, atol=0)
 
 
-# Dynamo makes an instance of every autograd.Function it traces, and torch warns of that
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_jsrelu_compiles_whole_with_its_gradient() -> None:
     z = torch.randn(33)
     both = torch.compile(

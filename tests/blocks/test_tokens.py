@@ -105,7 +105,7 @@ GIVEN = torch.tensor([[7, 8, 9, 1], [3, 2, 1, 0]])
         ({"past_key_values": ()}, 2, 2, [[0, 1]] * 2),
         ({"past_key_values": object()}, 2, 2, [[0, 1]] * 2),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value)[:40],
 )  # fmt: skip
 def test_where_tokens_stand(
     stack: Stack, tokens: Tokens, call: dict[str, Any], batch: int, length: int, want: list[Any]

@@ -91,7 +91,7 @@ def test_memory_does_not_grow_with_steps() -> None:
         first = tensors()
         for _ in range(5):
             model(X).sum().backward()
-        assert tensors() == first
+        assert tensors() <= first  # other tests' leftovers may go meanwhile
     assert seen.summary("train")["blocks"][0]["tokens"] == 6 * 20  # type: ignore[index]
 
 
