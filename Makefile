@@ -8,7 +8,7 @@ VENV ?= .venv
 # Installed before anything that depends on torch: left to the resolver, torch may
 # arrive with several GB of CUDA. Pick another build with `make test TORCH=...`.
 TORCH ?= torch==2.13.0
-BENCH ?=
+BENCH ?= step --out benchmarks/training_step.json
 REPORT ?= --help
 TESTS ?=
 # Test processes, a thread each.
@@ -27,7 +27,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo  ## train the arms on digits and write the report to runs/demo
-	$(PY) -m actsparse.cli.main compare --task digits --out runs/demo
+	$(PY) -m actsparse.cli.main compare --task digits --seeds 5 --out runs/demo
 
 test: $(VENV)/.dev browser  ## ruff, mypy, pytest with doctests; TESTS="-m slow" and the like
 	@status=0; \

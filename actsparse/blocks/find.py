@@ -270,8 +270,10 @@ class _Finder:
         if active == [False, False]:
             raise _Refusal("the nonlinearity stands behind the gated product")
         which = active.index(True)
-        (gate,), (up,) = origins(data[which]), origins(data[1 - which])
-        return up, gate, sides[which]
+        gates, ups = origins(data[which]), origins(data[1 - which])
+        if len(gates) != 1 or len(ups) != 1:
+            return None
+        return next(iter(ups)), next(iter(gates)), sides[which]
 
     def _activation(self, nodes: list[Node], up: Node, gate: Node | None, down: Node) -> Activation:
         nodes = sorted(nodes, key=self.trace.nodes.index)

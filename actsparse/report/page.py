@@ -154,7 +154,8 @@ def print_table(runs: list[Run], console: Console) -> None:
     shown = [column for column in columns(table) if column.brief]
     grid.add_column("arm", no_wrap=True)
     for column in shown:
-        grid.add_column(column.head, justify="right")
+        words = column.head.split()
+        grid.add_column(column.head, justify="right", min_width=max(map(len, words)))
     for arm in table.arms:
         name = Text(arm.name)
         for mark in marks(arm):
@@ -209,7 +210,7 @@ def columns(table: Table) -> list[Column]:
             lambda arm: arm.training_density,
         ),
         Column("fewer active, inference", fewer(lambda arm: arm.inference_improvement)),
-        Column("fewer active, training", fewer(lambda arm: arm.training_improvement)),
+        Column("fewer active, training", fewer(lambda arm: arm.training_improvement), brief=False),
         Column("dead units", fewer(lambda arm: arm.dead_share), brief=False),
         Column("living density", lambda arm: density_text(arm.living_density), brief=False),
         Column("skippable, forward / backward", skippable, brief=False),

@@ -220,7 +220,7 @@ def _png(figure: Figure, axes: Axes, table: Table) -> bytes:
         [lines[name] for name in names],
         names,
         loc="outside lower center",
-        ncols=min(3, len(names)),
+        ncols=min(2, len(names)),  # three long names would run off the picture
         frameon=False,
         fontsize=12,
         labelcolor="linecolor",

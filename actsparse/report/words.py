@@ -116,7 +116,13 @@ def tiles(table: Table) -> list[tuple[str, str]]:
         (arm.skippable_forward, "of forward multiplications skippable"),
         (arm.skippable_backward, "of backward multiplications skippable"),
     ]
-    return [(_percent(value.mean), what) for value, what in found if value is not None]
+    return [(_large(value), what) for value, what in found if value is not None]
+
+
+def _large(share: Estimate) -> str:
+    if share.half is None:
+        return _percent(share.mean)
+    return f"{_minus(f'{100 * share.mean:.0f}')} ± {100 * share.half:.0f} %"
 
 
 # Numbers as text
