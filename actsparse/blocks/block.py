@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 
 class NoMLPFound(ValueError):
-    """The model shows no MLP block; the message lists what was seen and what is missing."""
+    """The model shows no MLP block; the message lists what was seen and what is missing.
+
+    ``refused`` holds what looks like one but cannot be handled.
+    """
+
+    def __init__(self, message: str, refused: Iterable[Refused] = ()) -> None:
+        super().__init__(message)
+        self.refused = list(refused)
 
 
 @dataclass(eq=False)

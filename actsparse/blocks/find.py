@@ -129,7 +129,7 @@ class _Finder:
                 self.refused.pop(layer.name if layer else "", None)
         refused = [Refused(name, reason) for name, reason in self.refused.items()]
         if not found:
-            raise NoMLPFound(self._nothing(refused))
+            raise NoMLPFound(self._nothing(refused), refused)
         return Blocks((item.block for item in found.values()), refused, self.inputs)
 
     def _nothing(self, refused: list[Refused]) -> str:
