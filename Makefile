@@ -43,7 +43,7 @@ lint: $(VENV)/.dev  ## ruff and mypy alone
 	$(PY) -m mypy || status=1; \
 	exit $$status
 
-bench: $(VENV)/.demo  ## time the kernels here; BENCH="..." passes arguments
+bench: $(VENV)/.demo  ## time a training step here; BENCH="..." passes arguments
 	$(PY) -m actsparse.cli.main bench $(BENCH)
 
 report: $(VENV)/.demo  ## a page from records; REPORT="..." passes arguments

@@ -37,6 +37,12 @@ class ActivationFunction:
     silent: bool = False
     same_zeros: bool = False
 
+    def __reduce__(self) -> Any:
+        # ours pickle by name, so that models that use them pickle
+        if ACTIVATIONS.get(self.name) is self:
+            return named, (self.name,)
+        return super().__reduce__()
+
 
 class _JSReLU(torch.autograd.Function):
     """φ and φ′ in two passes each; plain operations would keep three temporaries for backward."""
@@ -220,3 +226,20 @@ def derivative_of(
     if function is None:
         raise ValueError("the activation is computed inline and unknown: it has no derivative here")
     return _by_autograd(function)
+
+
+def works_in_place(call: Callable[[Tensor], Tensor] | None) -> bool:
+    """Whether φ overwrites its input, like ``nn.ReLU(inplace=True)``."""
+    # a module's hooks are nobody's business here
+    forward = call.forward if isinstance(call, torch.nn.Module) else call
+    if forward is None:
+        return False
+    with torch.inference_mode(False):  # tensors made inside it count no versions
+        probe = torch.zeros(2, 2)
+    before = probe._version
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            forward(probe)
+    except Exception:  # a stranger's function may want another shape or dtype
+        return False
+    return probe._version != before

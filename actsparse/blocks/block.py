@@ -92,7 +92,7 @@ class Activation:
     ``function`` is its name in :mod:`actsparse.activations`, found by probing, or ``None``;
     ``call`` computes it. ``module`` is None for a function; then ``owner`` is the module whose
     forward computes it by the functions in ``steps``, one applied to the other's result; empty
-    where the operations form no such chain.
+    where the operations form no such chain. ``in_place``: φ overwrites its input.
     """
 
     name: str
@@ -101,6 +101,7 @@ class Activation:
     module: nn.Module | None = None
     owner: nn.Module | None = None
     steps: tuple[Callable[..., Any], ...] = ()
+    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,18 @@ class Blocks(list[MLPBlock]):
         super().__init__(blocks)
         self.refused = list(refused)
         self.inputs = inputs
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} MLP block{'s' * (len(self) != 1)}"]
+        for block in self:
+            gate = f" × {block.gate}" if block.gate else ""
+            lines.append(
+                f"  {block.name or '(root)'}: {block.norm.name if block.norm else 'no norm'} → "
+                f"{block.up}{gate} → {block.activation.name} ({block.activation.function}) → "
+                f"{block.down}, {block.d_model} → {block.d_hidden}"
+            )
+        lines += [f"  refused {item.name}: {item.reason}" for item in self.refused]
+        return "\n".join(lines)
 
     def __getitem__(self, index: Any) -> Any:
         """One block, or for a slice the chosen ones as :class:`Blocks`."""

@@ -6,32 +6,13 @@ These act on the instance only, are shared by the sites that meet at one module,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from actsparse.blocks.site import Site
-
-
-def works_in_place(call: Callable[[Tensor], Tensor] | None) -> bool:
-    """Whether φ overwrites its input, like ``nn.ReLU(inplace=True)``."""
-    # a module's hooks are nobody's business here
-    forward = call.forward if isinstance(call, nn.Module) else call
-    if forward is None:
-        return False
-    with torch.inference_mode(False):  # tensors made inside it count no versions
-        probe = torch.zeros(2, 2)
-    before = probe._version
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            forward(probe)
-    except Exception:  # a stranger's function may want another shape or dtype
-        return False
-    return probe._version != before
 
 
 class Replacement:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from actsparse.activations import identify
+from actsparse.activations import identify, works_in_place
 from actsparse.blocks.block import (
     Activation,
     Between,
@@ -41,7 +41,7 @@ from actsparse.blocks.flow import (
     upstream,
 )
 from actsparse.blocks.inputs import describe_inputs
-from actsparse.blocks.trace import FrozenCall, Node, Trace, is_linear, trace
+from actsparse.blocks.trace import FrozenCall, Node, Trace, is_linear, trace, undisturbed
 
 
 def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
@@ -63,7 +63,8 @@ def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
     ('0', 'relu', '2', 32)
     """
     model = unwrap(model)
-    return _Finder(trace(model, inputs), describe_inputs(inputs)).blocks()
+    with undisturbed(model):  # naming an activation runs it, too
+        return _Finder(trace(model, inputs), describe_inputs(inputs)).blocks()
 
 
 @dataclass(eq=False)
@@ -180,6 +181,8 @@ class _Finder:
                     f"that hooks can reach; make it an nn.Linear"
                 )
         hidden = up[1][2] if up[1] else up[0].width
+        if hidden != root_width(down):
+            return None  # other rows of a fused layer than those seen here
         name = _common_parent(up[0].name, down.name)
         activation = self._activation(branch, up[0], gate[0] if gate else None, down)
         between = self._between(cone, gating, act_nodes)
@@ -282,7 +285,8 @@ class _Finder:
         owner_name = path[-1]
         module = self.trace.modules[owner_name]
         if not any(_inside(owner_name, name) for name in held):
-            return Activation(owner_name, identify(module), module, module)
+            in_place = works_in_place(module)
+            return Activation(owner_name, identify(module), module, module, in_place=in_place)
         call = _chain(nodes)
         steps = tuple(call.steps) if call else ()
         function = identify(call) if call else None
@@ -296,6 +300,7 @@ class _Finder:
             call,
             owner=module,
             steps=steps,
+            in_place=works_in_place(call),
         )
 
     def _between(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from actsparse.blocks.trace import Node
+from actsparse.blocks.trace import Node, Window
 
 # Operations that move or cast values without computing: looked through everywhere.
 MOVES = {
@@ -91,8 +91,16 @@ def origins(start: Node) -> set[tuple[Node, Any]]:
         if node.kind == "linear":
             found.add((node, window))
         elif node.kind != "parameter":
-            queue.extend((n, node.window or window) for n in node.inputs)
+            queue.extend((n, _within(node.window, window)) for n in node.inputs)
     return found
+
+
+def _within(outer: Window | None, inner: Window | None) -> Window | None:
+    """The part ``inner`` of the part ``outer`` of a layer's rows."""
+    if outer is None or inner is None:
+        return outer or inner
+    start, step, _ = outer
+    return (start + inner[0] * step, inner[1] * step, inner[2])
 
 
 def residual_sum(down: Node) -> tuple[Node | None, Node | None]:

@@ -16,7 +16,7 @@ def run_forward(model: nn.Module, inputs: Any) -> Any:
     """
     if isinstance(inputs, Tensor):
         return model(inputs)
-    if isinstance(inputs, tuple | list):
+    if isinstance(inputs, tuple):
         return model(*inputs)
     if hasattr(inputs, "keys"):
         return model(**dict(inputs))

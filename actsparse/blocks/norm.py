@@ -38,6 +38,7 @@ def inspect_norm(name: str, module: nn.Module) -> Norm | None:
     values = {key: torch.ones_like(value) for key, value in parameters.items()}
 
     clone = copy.copy(module)  # its forward is called, so that nobody's hooks fire
+    clone.training = False
 
     def run(changes: dict[str, Tensor], x: Tensor) -> Tensor:
         held: dict[str, Any] = {**module._parameters, **values, **changes}

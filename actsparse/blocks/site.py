@@ -28,7 +28,6 @@ from actsparse.blocks.exchange import (
     Interception,
     NoNestedTensors,
     Replacement,
-    works_in_place,
 )
 from actsparse.blocks.tokens import Tokens, tokens_of
 
@@ -211,7 +210,7 @@ class Site:
             for layer in self._entries():
                 add(layer.module.register_forward_pre_hook(self._on_input))
         inside = bool(self._phi) or bool(self._wanted & {"z", "u", "a"})
-        self._in_place = inside and works_in_place(block.activation.call)
+        self._in_place = inside and block.activation.in_place
         if inside or self._layers:
             for layer in self._entries():
                 add(layer.module.register_forward_hook(self._on_layer))
@@ -310,9 +309,12 @@ class Site:
             self._keep_activation(output)
 
     def _keep_activation(self, a: Tensor) -> None:
-        between = (part.module for part in self.block.between)
-        overwritten = any(getattr(module, "inplace", False) for module in between)
-        self._kept["a"] = a.clone() if overwritten and not self.block.gated else a
+        between = self.block.between
+        # what follows may work in place: a dropout that says so or is a function, or `a *= u`
+        overwritten = any(
+            part.module is None or getattr(part.module, "inplace", False) for part in between
+        )
+        self._kept["a"] = a.clone() if overwritten or (between and self.block.gated) else a
 
     def _on_down_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if _asleep:
@@ -320,7 +322,8 @@ class Site:
         if self._expects_phi and self._phi is not None:
             raise RuntimeError(
                 f"block {self.block.name!r} ran without calling its activation "
-                f"{self.block.activation.name!r}, so the replacement had no effect"
+                f"{self.block.activation.name!r}, so the replacement had no effect; "
+                f"were its layers called one by one, outside the block's forward?"
             )
         self._expects_phi = False
         if "a" not in self._wanted:

@@ -30,7 +30,7 @@ def tokens_of(path: tuple[nn.Module, ...]) -> Tokens:
             stack = module
     tokens = stack.__dict__.get("_actsparse_tokens")
     if tokens is None:
-        tokens = stack._actsparse_tokens = Tokens(stack, batch_first(path))  # type: ignore[assignment]
+        tokens = stack._actsparse_tokens = Tokens(stack, batch_first(path), path[0])  # type: ignore[assignment]
     return tokens
 
 
@@ -46,13 +46,16 @@ def batch_first(path: tuple[nn.Module, ...]) -> bool:
 class Tokens:
     """Positions and padding of one stack's running call; read by sites, written by a hook."""
 
-    def __init__(self, stack: nn.Module, batch_first: bool) -> None:
+    def __init__(self, stack: nn.Module, batch_first: bool, root: nn.Module | None = None) -> None:
         self.stack = stack
+        self.root = root
         self.batch_first = batch_first
         self.users = 0
         self._repeats = False  # whether a block runs several times in one call of the stack
         self._names = tuple(inspect.signature(stack.forward).parameters)
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._labels: Tensor | None = None  # of the root's running call
+        self._labelled: Tensor | None = None  # [B, T], False where a decoder's token is padding
         self._shape: tuple[int, ...] = ()
         self._keep: Tensor | None = None
         self._position_ids: Tensor | None = None
@@ -67,16 +70,25 @@ class Tokens:
         """
         self.users += 1
         self._repeats |= calls > 1
-        if self._hook is None:
-            self._hook = self.stack.register_forward_pre_hook(self._enter, with_kwargs=True)
+        if not self._hooks:
+            self._hooks.append(self.stack.register_forward_pre_hook(self._enter, with_kwargs=True))
+            if self.root is not None and self.root is not self.stack:
+                self._hooks.append(
+                    self.root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
+                )
 
     def detach(self) -> None:
         """Stop to listen when the last user has gone."""
         self.users -= 1
         if self.users == 0:
-            self._hook.remove()
-            self._hook = None
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
             self.stack.__dict__.pop("_actsparse_tokens", None)
+
+    def _enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        labels = kwargs.get("labels")
+        self._labels = labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = dict(zip(self._names, args, strict=False))
@@ -95,6 +107,12 @@ class Tokens:
         self._position_ids = _rows(call.get("position_ids"))
         self._cache_position = _rows(call.get("cache_position"))
         self._past = _past_length(call.get("past_key_values"))
+        # an encoder–decoder pads its labels with -100 and gives its decoder no mask; used once,
+        # so that a decoder called by itself later does not meet old labels
+        labels, self._labels = self._labels, None
+        self._labelled = None
+        if labels is not None and call.get("encoder_hidden_states") is not None:
+            self._labelled = labels.ne(-100)
 
     def arrange(self, x: Tensor) -> Tensor:
         """View a stage of the block as [B, T, features].
@@ -147,11 +165,25 @@ class Tokens:
             return self._cache_position
         return self._past
 
-    def keep(self, batch: int, length: int) -> Tensor | None:
-        """[B, T], False at padding, or None where nothing is padded."""
-        if self._keep is None or not self._fits(self._keep, batch, length):
+    def reach(self, batch: int, length: int) -> int | None:
+        """A number that no position exceeds, known without a look at values; else None."""
+        if _place(self._position_ids, batch, length):
             return None
-        return self._keep[:, -length:]
+        if self._keep is not None and self._fits(self._keep, batch, length):
+            return self._keep.shape[1]
+        return None
+
+    def keep(self, batch: int, length: int) -> Tensor | None:
+        """[B, T], False at padding, or None where nothing is padded.
+
+        By the call's mask, else, in the decoder of an encoder–decoder, by labels of -100.
+        """
+        if self._keep is not None and self._fits(self._keep, batch, length):
+            return self._keep[:, -length:]
+        labelled = self._labelled
+        if labelled is not None and labelled.shape == (batch, length):
+            return labelled
+        return None
 
     def _fits(self, mask: Tensor, batch: int, length: int) -> bool:
         """Whether ``mask`` is about these tokens: these alone, or these behind those in a cache.

@@ -79,12 +79,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def trace(model: nn.Module, inputs: Any) -> Trace:
-    """Run ``model`` once on ``inputs`` in eval mode without gradients and record its graph.
+    """Run ``model`` once on ``inputs`` without gradients and record its graph.
 
-    Mode, buffers, random state and hooks are as before when it returns, also on an error.
+    Call it inside :func:`undisturbed`, so that nothing of the model changes.
     """
     recorder = _Recorder(model)
-    with _undisturbed(model), sites_asleep(), torch.no_grad(), recorder.hooked(), recorder:
+    with sites_asleep(), torch.no_grad(), recorder.hooked(), recorder:
         run_forward(model, inputs)
     return Trace(recorder.nodes, recorder.calls, recorder.modules)
 
@@ -244,10 +244,15 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; mode, buffers and random state as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module, _ in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -258,6 +263,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for buffer, saved in buffers:
+                for module, name, buffer, saved in buffers:
+                    module._buffers[name] = buffer  # a forward may have put another in its place
                     if not torch.equal(buffer, saved):
                         buffer.copy_(saved)

@@ -66,7 +66,10 @@ def _from_factory(name: str) -> tuple[nn.Module, Any]:
         raise ValueError(f"cannot import {name!r}: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
-    made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    try:
+        made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except Exception as error:  # whatever a stranger's factory does wrong
+        raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
     if isinstance(made, nn.Module):
         return made, inputs_of(made)
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):

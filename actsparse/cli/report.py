@@ -28,6 +28,9 @@ def report(
 
     Example: actsparse report out
     """
+    if json and markdown:
+        typer.echo("Error: --json and --markdown exclude each other", err=True)
+        raise typer.Exit(2)
     try:
         from actsparse.report import compare, markdown_table, print_table, to_json, write_report
     except ModuleNotFoundError as error:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from actsparse.modify import (
     ActivationPenalty,
-    LeaveOutMLP,
     NormFloor,
     Recipe,
     SwapActivation,
@@ -35,7 +34,7 @@ ARMS = {
     "paper": Arm(_PAPER),
     "vanilla-no-1d-decay": Arm(recipe_named("vanilla"), ONE_DIMENSIONAL),
     "hoyer-no-1d-decay": Arm(_HOYER, ONE_DIMENSIONAL),
-    "no-mlp": Arm(Recipe("no-mlp", (LeaveOutMLP(),))),
+    "no-mlp": Arm(recipe_named("no-mlp")),
     # one change at a time, and the strong baselines' neighbours
     "paper-no-1d-decay": Arm(_PAPER, ONE_DIMENSIONAL),
     "hoyer": Arm(_HOYER),

@@ -31,6 +31,7 @@ class Handle:
         self._attached: list[tuple[Modification, Attached]] = []
         self._left_alone: list[tuple[str, str, str]] = []  # modification, block, reason
         self._hooks: list[Any] = []
+        self._joined: list[tuple[torch.optim.Optimizer, dict[str, Any], nn.Parameter]] = []
 
     def add(self, modification: Modification, attached: Attached) -> None:
         """Take over something that ``sparsify`` attached."""
@@ -94,6 +95,7 @@ class Handle:
                     optimizer.param_groups[0],
                 )
                 group["params"].append(parameter)
+                self._joined.append((optimizer, group, parameter))
                 if "param_names" in group:
                     group["param_names"].append(names[id(parameter)])
 
@@ -149,6 +151,13 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for optimizer, group, parameter in self._joined:
+            places = [i for i, p in enumerate(group["params"]) if p is parameter]
+            for key in ("params", "param_names"):
+                if places and key in group:
+                    del group[key][places[0]]
+            optimizer.state.pop(parameter, None)
+        self._joined.clear()
         for _, attached in reversed(self._attached):
             attached.remove()
         self._attached.clear()
@@ -182,7 +191,9 @@ class Handle:
             for row in self.rows():
                 if key in row:
                     text = _alike(row[key])
-                    alike.setdefault((row["modification"], text), []).append(row["block"])
+                    alike.setdefault((row["modification"], text), []).append(
+                        row["block"] or "(root)"
+                    )
             for (modification, text), blocks in alike.items():
                 where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
                 lines.append(f"  {modification:<18} {where}: {label}{text}")

@@ -43,6 +43,7 @@ class Attached:
 
     def remove(self) -> None:
         """Detach; the block computes as before."""
+        self.site.release()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock, Norm
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
-from actsparse.modify.schedule import Ramp
+from actsparse.modify.schedule import Ramp, ramp_note
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class NormFloor(Modification):
                 f"{norm.name} also feeds {others}, which the floor would change; "
                 f"NormFloor(shared=True) allows it"
             )
-        note = f"{norm.name}.{norm.scale}"
+        note = f"{norm.name}.{norm.scale} ≥ {self.floor:g}{ramp_note(self.ramps())}"
         return _Floored(site_of(block), note, self, norm)
 
 

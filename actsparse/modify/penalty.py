@@ -13,7 +13,7 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, Progress
-from actsparse.modify.schedule import Ramp
+from actsparse.modify.schedule import Ramp, ramp_note
 
 
 def l1(a: Tensor) -> Tensor:
@@ -68,7 +68,10 @@ class ActivationPenalty(Modification):
 
     @override
     def apply(self, block: MLPBlock) -> Attached:
-        return _Penalised(site_of(block), f"{self.kind}, weight {self.weight:g}", self)
+        return _Penalised(site_of(block), self._note(), self)
+
+    def _note(self) -> str:
+        return f"{self.kind}, weight {self.weight:g}{ramp_note(self.ramps())}"
 
 
 class _Penalised(Attached):

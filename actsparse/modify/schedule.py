@@ -44,3 +44,9 @@ class Ramp:
                 )
             over = self.over * steps
         return min(1.0, step / over)
+
+
+def ramp_note(ramps: list[Ramp]) -> str:
+    """How a modification's schedule reads in a handle's table."""
+    texts = [f"{r.over:.0%} of the" if isinstance(r.over, float) else f"{r.over}" for r in ramps]
+    return f", over {texts[0]} steps" if texts else ""

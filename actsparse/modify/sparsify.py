@@ -26,7 +26,8 @@ def sparsify(
     """Modify a model in place so that its MLP neurons stay silent more often.
 
     Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
-    or a checkpoint of the plain model still loads. ``inputs`` is anything the model runs on (a
+    or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
+    missing). ``inputs`` is anything the model runs on (a
     tensor, a tuple, or a dict for ``model(**inputs)``), by which its MLP blocks are found;
     ``blocks`` gives them instead. ``optimizer`` is attached (:meth:`Handle.attach`) if given.
 
@@ -42,11 +43,13 @@ def sparsify(
     >>> handle = sparsify(mlp, "paper", inputs=torch.randn(2, 5, 8))
     >>> print(handle)
     paper: 1 MLP block of Sequential
-      ZerothBias         : 5 positions (the length seen in inputs), 0.bias frozen
-      NormFloor          : 0.weight
-      SwapActivation     : relu → jsrelu
+      ZerothBias         (root): 5 positions (the length seen in inputs), 0.bias frozen
+      NormFloor          (root): 0.weight ≥ 1
+      SwapActivation     (root): relu → jsrelu
     >>> handle.remove()
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"sparsify takes a torch.nn.Module, got {type(model).__name__}")
     recipe = as_recipe(recipe)
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ValueError(

@@ -13,7 +13,7 @@ from actsparse.activations import ActivationFunction, named
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
-from actsparse.modify.schedule import Ramp
+from actsparse.modify.schedule import Ramp, ramp_note
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,12 @@ class SwapActivation(Modification):
         except ValueError as error:
             site.release()
             raise NotApplicable(str(error)) from None
-        return _Swapped(site, f"{block.activation.function or 'its own'} → {new.name}", self, phi)
+        return _Swapped(
+            site,
+            f"{block.activation.function or 'its own'} → {new.name}{ramp_note(self.ramps())}",
+            self,
+            phi,
+        )
 
 
 class MixedActivation:

@@ -104,9 +104,13 @@ class ZerothBiasTable(nn.Module):
             self._check(positions + time)
             shift = table[positions : positions + time]
         else:
-            # on an accelerator a look at the values would stop the pipeline; gather checks there
-            if positions.device.type == "cpu" and not torch.compiler.is_compiling():
-                self._check(int(positions.max()) + 1 if positions.numel() else 0)
+            reach = tokens.reach(batch, time)
+            if reach is None or reach > len(table):
+                # a look at the values would break a graph, and stop an accelerator's pipeline
+                if not torch.compiler.is_compiling() and positions.device.type == "cpu":
+                    self._check(int(positions.max()) + 1 if positions.numel() else 0)
+                elif reach is not None:
+                    self._check(reach)
             shift = F.embedding(positions, table)
         return tokens.restore(arranged + shift, x)
 

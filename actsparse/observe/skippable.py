@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from actsparse.blocks.block import MLPBlock
 
 
-def skippable(summary: dict[str, Any], blocks: Iterable[MLPBlock]) -> dict[str, float]:
+def skippable(
+    summary: dict[str, Any], blocks: Iterable[MLPBlock] | Mapping[str, MLPBlock]
+) -> dict[str, float]:
     """The share of the MLPs' multiplications that zeros of a and of φ′(z) make needless.
 
     Returns ``{"forward": f, "backward": b}``, shares from 0 to 1; ``summary`` is what
@@ -65,7 +67,7 @@ def skippable(summary: dict[str, Any], blocks: Iterable[MLPBlock]) -> dict[str, 
     if summary is None:
         raise ValueError("no summary: no pass of that phase was seen")
     known: dict[str, MLPBlock] = {}
-    for block in blocks:
+    for block in blocks.values() if isinstance(blocks, Mapping) else blocks:
         known |= {block.name: block, block.up.name: block}  # rows are called by either
     skipped = {"forward": 0.0, "backward": 0.0}
     all_of = {"forward": 0, "backward": 0}

@@ -18,6 +18,7 @@ REFERENCE = "vanilla"
 CONTROL = "no-mlp"  # does the task need its MLPs at all?
 SUBJECT = "paper"  # arms whose names begin so are what is tested, not baselines
 UNDERTRAINED = 0.01  # relative fall of the validation loss over the last fifth of the steps
+MARGIN = 0.01  # of accuracy (a point), or of the reference's quality: less than that is no loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Arm:
     """One row. None where not measured or not applicable (an arm without MLPs, no reference).
 
     ``change`` and the improvements are paired: seed by seed against the reference, seeds both have.
-    ``verdict`` on quality: "better", "no clear loss", "lower", or "one seed".
+    ``verdict`` on quality: "better" and "lower" where the interval of the change excludes 0; else
+    "kept" where it excludes a loss of `MARGIN` or more, "unclear" where it does not; "one seed".
     """
 
     name: str
@@ -122,6 +124,8 @@ def compare(runs: list[Run]) -> Table:
     task = _same([run.header for run in runs], "tasks", "task")
     results = [run.result for run in runs if run.result is not None]
     quality_name = _same(results, "measures of quality", "quality_name")
+    data = [entry["data"] for entry in results if "sha256" in (entry.get("data") or {})]
+    _same(data, "versions of the data (Python's own text changes with its version)", "sha256")
     higher = _same(results, "directions of quality", "higher_is_better") is not False
     (arm, seed), times = Counter((run.arm, run.seed) for run in runs).most_common(1)[0]
     if times > 1:
@@ -142,7 +146,7 @@ def compare(runs: list[Run]) -> Table:
 
     control = table.arm(CONTROL)
     needs_mlps = None
-    if control is not None and control.verdict in ("better", "no clear loss", "lower"):
+    if control is not None and control.verdict in ("better", "kept", "lower"):
         needs_mlps = control.verdict == "lower"
     subject = _subject(arms)
     baseline = _strongest_baseline(arms, subject, higher)
@@ -220,7 +224,7 @@ def _arm(name: str, runs: list[Run], reference: dict[int, Run], higher: bool) ->
         loss=loss,
         quality=over_seeds(QUALITY),
         change=change,
-        verdict=_verdict(change, higher),
+        verdict=_verdict(change, higher, _margin(done, reference)),
         inference_density=over_seeds(INFERENCE),
         training_density=over_seeds(TRAINING),
         inference_improvement=_paired(done, reference, INFERENCE, _fewer),
@@ -230,7 +234,7 @@ def _arm(name: str, runs: list[Run], reference: dict[int, Run], higher: bool) ->
         skippable_forward=over_seeds(_read("skippable", "forward")),
         skippable_backward=over_seeds(_read("skippable", "backward")),
         loss_drop=drop,
-        undertrained=_undertrained(drop),
+        undertrained=_undertrained([value for value in map(loss_drop, done) if value is not None]),
         beats_bigram=None if bigram is None or loss is None else loss.mean < bigram.mean,
     )
 
@@ -258,19 +262,28 @@ def _dead_share(run: Run) -> float | None:
     return dead / units if dead is not None and units else None
 
 
-def _verdict(change: Estimate | None, higher: bool) -> str | None:
+def _verdict(change: Estimate | None, higher: bool, margin: float) -> str | None:
     if change is None:
         return None
     if change.low is None or change.high is None:
         return "one seed"
     worst, best = (change.low, change.high) if higher else (-change.high, -change.low)
-    return "better" if worst > 0 else "lower" if best < 0 else "no clear loss"
+    if worst > 0 or best < 0:
+        return "better" if worst > 0 else "lower"
+    return "kept" if worst > -margin else "unclear"
 
 
-def _undertrained(drop: Estimate | None) -> bool | None:
-    if drop is None:
+def _margin(runs: list[Run], reference: dict[int, Run]) -> float:
+    if any(run.result and run.result["quality_name"] == "accuracy" for run in runs):
+        return MARGIN
+    mean = t_interval(v for v in map(QUALITY, reference.values()) if v is not None)
+    return MARGIN * abs(mean.mean) if mean else 0.0
+
+
+def _undertrained(drops: list[float]) -> bool | None:
+    if not drops:
         return None
-    return drop.mean > UNDERTRAINED and (drop.low is None or drop.low > 0)
+    return math.fsum(drops) / len(drops) > UNDERTRAINED and min(drops) > 0
 
 
 def _reading_order(arm: Arm) -> tuple[bool, bool, float, str]:
@@ -289,7 +302,7 @@ def _strongest_baseline(arms: list[Arm], subject: str | None, higher: bool) -> s
     def keeps_quality(arm: Arm) -> bool:
         if arm.verdict == "one seed" and arm.change is not None:
             return (arm.change.mean >= 0) if higher else (arm.change.mean <= 0)
-        return arm.verdict in ("better", "no clear loss")
+        return arm.verdict in ("better", "kept")
 
     rivals = [
         arm.name

@@ -35,7 +35,8 @@ from actsparse.report.words import (
 _HARD = "\N{NO-BREAK SPACE}"
 VERDICTS = {
     "better": "better",
-    "no clear loss": "no clear loss",
+    "kept": "kept",
+    "unclear": "unclear",
     "lower": "clearly lower",
     "one seed": "one seed: cannot tell",
 }

@@ -27,7 +27,8 @@ def title(table: Table) -> str:
     first = _share_fewer(fewer.mean) if clear else "no clear change in active neurons"
     ending = {
         "better": f"at better {name}",
-        "no clear loss": f"without clear loss of {name}",
+        "kept": f"at {name} that is kept",
+        "unclear": f"{name} unclear at so few seeds",
         "lower": f"but at clearly worse {name}",
     }.get(arm.verdict or "", "")
     return f"{arm.name}: {first} {'than' if clear else 'against'} {table.reference}, {ending}"
@@ -63,12 +64,12 @@ def remarks(table: Table) -> list[str]:
         )
     baseline, gain = table.arm(table.baseline), table.baseline_gain
     if table.subject is not None and baseline is None:
-        said.append("No simple baseline kept its quality, or none was run: there is none to beat.")
+        said.append("No simple baseline is known to keep its quality here, or none was run.")
     elif baseline is not None:
         density = density_text(baseline.inference_density)
         dead = baseline.dead_share.mean if baseline.dead_share else 0
         said.append(
-            f"Strongest simple baseline without clear loss of quality: {baseline.name}, density "
+            f"Strongest simple baseline that keeps its quality: {baseline.name}, density "
             f"{density}, {_percent(dead)} of its units dead{_beside(table.subject, gain)}."
         )
     late = [arm.name for arm in table.arms if arm.undertrained]

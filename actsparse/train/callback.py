@@ -44,7 +44,8 @@ class SparsityCallback(TrainerCallback):
       when Trainer resumes from a checkpoint. Its penalty joins the model's own ``loss`` in
       training, so that each optimizer step sees its mean over the accumulated batches, whichever
       way Trainer averages the loss.
-    - ``seen``, from `observe`: read and reset at each log (training) and evaluation (inference).
+    - ``seen``, from `observe`: with a ``record`` read and reset at each log (training) and
+      evaluation (inference), without one left to count on.
     - ``record``: gets a ``train`` line at each log and an ``eval`` line at each evaluation.
       ``quality`` and ``loss`` name the metrics it takes, without Trainer's prefix.
     - ``on_step`` is called with the number of optimizer steps done, after each.
@@ -87,8 +88,9 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Attach to the optimizer and to the model's loss."""
         self._start(state.global_step)
-        # Trainer may resume from a checkpoint; schedules go where its steps are.
-        self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
+        self.tail = self.evaluation = None
+        if state.global_step:  # resumed from a checkpoint: schedules go where its steps are
+            self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
         optimizer = kwargs["optimizer"]
         self.handle.attach(getattr(optimizer, "optimizer", optimizer), steps=state.max_steps)
         # Trainer multiplies a loss that it averages over all devices' tokens by their number.
@@ -171,7 +173,7 @@ class SparsityCallback(TrainerCallback):
                 penalty=penalty,
                 measures=None if self.seen is None else self.seen.summary("train"),
             )
-        if self.seen is not None:
+        if self.seen is not None and self.record is not None:
             self.seen.reset("train")
         self._logged, self._penalty = state.global_step, 0.0
 
@@ -216,7 +218,7 @@ class SparsityCallback(TrainerCallback):
             reason = f"at evaluation the loss is {loss}, the quality {quality}"
             raise TrainingFailed(state.global_step, reason)
         measures = None if self.seen is None else self.seen.summary("inference")
-        if self.seen is not None:
+        if self.seen is not None and self.record is not None:
             self.seen.reset("inference")
         self.evaluation = Evaluation(state.global_step, loss, quality, measures)
         if self.record is not None and prefix == "eval" and state.is_world_process_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,4 +60,4 @@ class RunConfig:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON has them (a tuple is a list)."""
-        return {**asdict(self), "no_decay": list(self.no_decay)}
+        return json.loads(json.dumps(asdict(self)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_an_arm_survives_its_way_through_json(name: str) -> None:
     config = run_config("digits", name, 0)
     assert Recipe.from_json(config.recipe) == ARMS[name].recipe
     assert RunConfig(**config.to_json()).to_json() == config.to_json()
+    assert json.loads(json.dumps(config.to_json())) == config.to_json()  # a record's own config
 
 
 def test_the_default_arms_are_the_five_that_the_question_needs() -> None:

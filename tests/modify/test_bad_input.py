@@ -378,7 +378,7 @@ def test_what_fits_some_blocks_only_is_told_for_each_that_it_does_not_fit() -> N
     handle = sparsify(model, NormFloor(), inputs=torch.randn(2, 4, 8))
     rows = {row["block"]: row for row in handle.rows()}
     assert "no norm" in rows["bare"]["left_alone"]
-    assert rows["normed"]["change"] == "norm.weight"
+    assert rows["normed"]["change"] == "norm.weight ≥ 1"
     assert "left alone: no norm feeds its up layer" in str(handle)
 
 

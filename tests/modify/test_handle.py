@@ -83,7 +83,7 @@ def test_what_is_the_same_in_every_layer_is_printed_once() -> None:
         "  ZerothBias         transformer.h.0.mlp … transformer.h.1.mlp: "
         "16 positions (config.max_position_embeddings), transformer.h.*.ln_2.bias frozen",
         "  NormFloor          transformer.h.0.mlp … transformer.h.1.mlp: "
-        "transformer.h.*.ln_2.weight",
+        "transformer.h.*.ln_2.weight ≥ 1",
     ]
 
 

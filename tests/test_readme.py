@@ -1,0 +1,45 @@
+"""The README says what the records say, and its example runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from actsparse.records import read_runs
+from actsparse.report import compare, markdown_table
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(name: str) -> str:
+    found = re.search(rf"<!-- {name}: .*? -->\n(.*?)<!-- end of {name} -->", README, re.DOTALL)
+    assert found, f"README has no section {name}"
+    return found[1].strip()
+
+
+@pytest.mark.parametrize("task", ["digits", "text", "lm"])
+def test_the_tables_are_the_records(task: str) -> None:
+    name = "table" if task == "digits" else f"table of {task}"
+    source = ROOT / "docs" / "results.md" if task != "digits" else None
+    text = section(name) if source is None else source.read_text(encoding="utf-8")
+    table = markdown_table(compare(read_runs(ROOT / "benchmarks" / task))).strip()
+    assert table in text
+
+
+def test_the_costs_are_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "training_step.json").read_text(encoding="utf-8"))
+    text = section("costs")
+    for row in record["ratios"]:
+        line = f"| {row['of']} ÷ {row['to']} | {row['value']:.3f} |"
+        assert f"{line} {row['low']:.3f} … {row['high']:.3f} |" in text
+
+
+def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code
+    exec(compile(code[1], "README.md", "exec"), {})
+    assert "sparsity" in capsys.readouterr().out
