@@ -175,7 +175,7 @@ class RecordWriter:
         try:
             self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
-            raise _disk(self.path, error) from error
+            raise refused(self.path, error) from error
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one ``train``, ``eval``, ``result`` or ``failed`` line."""
@@ -192,7 +192,7 @@ class RecordWriter:
         except OSError as error:
             with suppress(OSError):  # or the next line would land behind half a line
                 os.ftruncate(self._fd, size)
-            raise _disk(self.path, error) from error
+            raise refused(self.path, error) from error
 
     def close(self) -> None:
         """Take no more lines; closing twice is fine."""
@@ -301,13 +301,14 @@ def write_whole(path: str | Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise _disk(path, error) from error
+        raise refused(path, error) from error
 
 
-def _disk(path: Path, error: OSError) -> RecordError:
-    return RecordError(
-        f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-    )
+def refused(path: Path, error: OSError) -> RecordError:
+    """What to tell a user when the system would not write ``path``."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space or choose another folder" if full else "choose another folder"
+    return RecordError(f"cannot write {path}: {error.strerror or error}; {remedy}")
 
 
 def _line(entry: Entry, path: Path) -> bytes:

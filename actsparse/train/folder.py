@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from actsparse.records import RecordError, Run, read_run, run_path
+from actsparse.records import RecordError, Run, read_run, refused, run_path
 from actsparse.train.config import RunConfig
 
 ROOM = 64 * 2**20  # bytes that must be free before a run starts
@@ -61,7 +61,4 @@ def check_folder(folder: str | Path) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except OSError as error:
-        raise RecordError(
-            f"cannot write to {folder}: {error.strerror or error}; "
-            f"free some space or choose another folder"
-        ) from error
+        raise refused(folder, error) from error

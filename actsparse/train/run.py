@@ -24,7 +24,7 @@ from transformers import (
 
 from actsparse.modify import Handle, LeaveOutMLP, Recipe, decay_groups, save, sparsify
 from actsparse.observe import observe, skippable
-from actsparse.records import RecordError, RecordWriter, Run, environment, read_run, run_path
+from actsparse.records import RecordWriter, Run, environment, read_run, refused, run_path
 from actsparse.train.callback import SparsityCallback, TrainingFailed
 from actsparse.train.config import RunConfig
 from actsparse.train.folder import check_folder, finished_run
@@ -181,10 +181,7 @@ class _KeepWeights(TrainerCallback):
         try:
             save(kwargs["model"], self.folder)
         except OSError as error:
-            raise RecordError(
-                f"cannot write {self.folder}: {error.strerror or error}; free some space or "
-                f"choose another folder"
-            ) from error
+            raise refused(self.folder, error) from error
 
 
 def _some(rows: Dataset[Any], count: int | None) -> Dataset[Any]:
