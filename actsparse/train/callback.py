@@ -139,8 +139,11 @@ class SparsityCallback(TrainerCallback):
             # Given num_items_in_batch, the loss is a share of the step's, else Trainer divides it.
             shared = kwargs.get("num_items_in_batch") is not None
             total = loss + penalty / (self._group * self._devices if shared else 1)
-        if not math.isfinite(value := total.item()):
-            raise TrainingFailed(self._step, f"the loss became {value}")
+        value = total.item()
+        if not _everywhere(math.isfinite(value), total.device):
+            here = not math.isfinite(value)
+            what = value if here else "NaN or infinite in another process"
+            raise TrainingFailed(self._step, f"the loss became {what}")
         return output if total is loss else _with_loss(output, total)
 
     def on_step_end(
@@ -230,6 +233,15 @@ class SparsityCallback(TrainerCallback):
                 quality=quality,
                 measures=measures,
             )
+
+
+def _everywhere(fine: bool, device: torch.device) -> bool:
+    """Whether all processes are fine: one that stopped alone would leave the others waiting."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return fine
+    flag = torch.tensor(float(fine), device=device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+    return bool(flag)
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -29,6 +29,22 @@ def test_the_penalty_across_two_processes_is_that_of_one(accumulate: int, tmp_pa
             torch.testing.assert_close(two[key], value, rtol=0, atol=1e-10)
 
 
+def _vote(rank: int, folder: str, device: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    from actsparse.train.callback import _everywhere
+
+    votes = [_everywhere(fine, torch.device(device)) for fine in (True, rank == 0, False)]
+    Path(folder, str(rank)).write_text(str(votes))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_nan_in_one_process_stops_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_vote, (str(tmp_path), "cpu"), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[True, False, False]"] * 2
+
+
 def _process(folder: Path, accumulate: int) -> None:
     import test_callback  # beside this file, where a script's imports begin
 
