@@ -43,3 +43,10 @@ def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert code
     exec(compile(code[1], "README.md", "exec"), {})
     assert "sparsity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/lab-log.md"])
+def test_links_to_files_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    local = [to for to in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in to]
+    assert [to for to in local if not (ROOT / page).parent.joinpath(to).exists()] == []
