@@ -37,7 +37,7 @@ VERDICTS = {
     "better": "better",
     "kept": "kept",
     "unclear": "unclear",
-    "lower": "clearly lower",
+    "lower": "clearly worse",
     "one seed": "one seed: cannot tell",
 }
 
