@@ -56,8 +56,8 @@ class _Noisy(Attached):
         with torch.no_grad():
             weight = layer.weight
             # in float32: squares of small half-precision weights vanish
-            rms = torch.linalg.vector_norm(weight, dtype=_at_least_float32(weight))
-            rms = rms / weight.numel() ** 0.5
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            rms = torch.linalg.vector_norm(weight, dtype=dtype) / weight.numel() ** 0.5
             std = self.rho * rms * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             noise = torch.randn_like(output) * std.to(output.dtype)
         return output + noise
@@ -65,7 +65,3 @@ class _Noisy(Attached):
     @override
     def remove(self) -> None:
         self.site.release(self.disturb)
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     logs = "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(2))
     assert [worker.returncode for worker in workers] == [0, 0], logs
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the workers have; on tensors this small more threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,16 +25,6 @@ from actsparse import (
 from actsparse.blocks.site import site_of
 from actsparse.modify.zeroth_bias import CHILD
 from tests.zoo import BY_ID, call
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors on a busy machine: threads would mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 FROM_SCRATCH = [ZerothBias(), NormFloor()]  # the paper recipe less JSReLU
 FINETUNE = [ZerothBias(finetune=True), SwapActivation("jsrelu"), WeightNoise(), ActivationPenalty()]

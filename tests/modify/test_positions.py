@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,16 +16,6 @@ from torch import Tensor, nn
 
 from actsparse import ZerothBias, find_mlp_blocks, handle_of, sparsify
 from actsparse.blocks.tokens import Tokens
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors on a busy machine: threads would mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 V, D, H, LONGEST, NEW = 61, 32, 64, 40, 12
 TOKENS = dict(vocab_size=V, bos_token_id=None, eos_token_id=None, pad_token_id=0)

@@ -8,7 +8,6 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,6 @@ from actsparse import (
 from actsparse.activations import ACTIVATIONS
 from actsparse.modify import saving
 from tests.zoo import BY_ID, call
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors on a busy machine: threads would mostly wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 RECIPE = Recipe(
     "mine",
