@@ -9,7 +9,10 @@ Stages, as tensors in the model's own layout:
 - ``z``: pre-activation (of the gate, in gated blocks)
 - ``u``: output of up in gated blocks
 - ``a``: φ(z), in gated blocks φ(z) ⊙ u, before any dropout
+- ``d``: input of down: a, after a dropout or norm where there is one
 - ``y``: output of down
+
+Gradients can be read at ``z``, ``u``, ``y`` and at ``f``, φ's output φ(z).
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ from actsparse.blocks.exchange import (
     NoNestedTensors,
     Replacement,
 )
+from actsparse.blocks.reading import Reading, read_gradient
 from actsparse.blocks.tokens import Tokens, tokens_of
 
 InputTransform = Callable[["Site", Tensor], Tensor]
 OutputTransform = Callable[["Site", Tensor, Tensor, Layer], Tensor]  # site, output, input, layer
 Tap = Callable[["Site", dict[str, Tensor]], None]
 Stages = Sequence[str] | Callable[["Site"], Sequence[str]]
+GradientTap = Callable[["Site", Tensor, dict[str, Tensor]], Reading | None]
 
 
 class Phi(Protocol):
@@ -51,6 +56,7 @@ class Phi(Protocol):
         """φ′(z), any shape."""
 
 
+_KNOWN_AT = {"z": "x", "u": "x", "f": "xz", "y": "d"}  # place → stages
 _asleep: list[bool] = []  # not empty while the finder looks at a model
 
 
@@ -83,8 +89,10 @@ class Site:
         self._phi: Phi | None = None
         self._taps: list[tuple[Tap, Stages]] = []
         self._served: list[tuple[Tap, frozenset[str]]] = []
+        self._gradient_taps: list[tuple[GradientTap, str, Stages]] = []
+        self._readers: dict[str, list[tuple[GradientTap, frozenset[str]]]] = {}
         self._hooks: list[Any] = []
-        self._wanted: frozenset[str] = frozenset()
+        self._wanted: frozenset[str] = frozenset()  # by taps, and by readers below
         self._tokens: Tokens | None = None
         self._kept: dict[str, Tensor] = {}
         self._entered: tuple[Tensor, Tensor, nn.Module] | None = None
@@ -168,11 +176,29 @@ class Site:
         self._taps.append((tap, stages))
         self._rewire()
 
+    def tap_gradient(self, tap: GradientTap, place: str, stages: Stages = ()) -> None:
+        """Read the gradient at ``place``: z, u, f or y.
+
+        In each pass that builds a graph ``tap(site, output, {stage: tensor})`` is asked, at that
+        place and with the stages that are known there (x; at f also z; at y d), for a
+        :class:`Reading`, or None to leave the pass alone. At u of ungated blocks nothing is read.
+
+        Raises:
+            ValueError: unknown place or stages.
+        """
+        if place not in _KNOWN_AT:
+            raise ValueError(f"unknown place {place!r}; known: {', '.join(_KNOWN_AT)}")
+        late = self._stages(stages) - set(_KNOWN_AT[place])
+        if late:
+            raise ValueError(f"stages {sorted(late)} are not known yet at {place!r}")
+        self._gradient_taps.append((tap, place, stages))
+        self._rewire()
+
     def _stages(self, stages: Stages) -> frozenset[str]:
         names = set(stages(self) if callable(stages) else stages)
-        if names - set("xzuay"):
-            unknown = sorted(names - set("xzuay"))
-            raise ValueError(f"unknown stages {unknown}; known: x, z, u, a, y")
+        if names - set("xzuady"):
+            unknown = sorted(names - set("xzuady"))
+            raise ValueError(f"unknown stages {unknown}; known: x, z, u, a, d, y")
         return frozenset(names if self.block.gated else names - {"u"})
 
     def refresh(self) -> None:
@@ -185,6 +211,7 @@ class Site:
         self._layers = [item for item in self._layers if item not in what]
         self._outputs = [item for item in self._outputs if item not in what]
         self._taps = [item for item in self._taps if item[0] not in what]
+        self._gradient_taps = [item for item in self._gradient_taps if item[0] not in what]
         if self._phi in what:
             self._phi = None
         self._rewire()
@@ -194,8 +221,13 @@ class Site:
     def _rewire(self) -> None:
         self._detach()
         self._served = [(tap, self._stages(stages)) for tap, stages in self._taps]
-        self._wanted = frozenset().union(*(stages for _, stages in self._served))
-        if not (self._inputs or self._layers or self._outputs or self._taps or self._phi):
+        self._readers = {}
+        for read, place, wants in self._gradient_taps:
+            if place != "u" or self.block.gated:
+                self._readers.setdefault(place, []).append((read, self._stages(wants)))
+        readers = [reader for at in self._readers.values() for reader in at]
+        self._wanted = frozenset().union(*(stages for _, stages in [*self._served, *readers]))
+        if not (self.modified or self._taps or self._gradient_taps):
             self.block.up.module.__dict__.pop("_actsparse_site", None)
         else:
             self._attach()
@@ -209,7 +241,9 @@ class Site:
         if self._inputs or "x" in self._wanted:
             for layer in self._entries():
                 add(layer.module.register_forward_pre_hook(self._on_input))
-        inside = bool(self._phi) or bool(self._wanted & {"z", "u", "a"})
+        inside = bool(
+            self._phi or self._wanted & {"z", "u", "a"} or self._readers.keys() & {"z", "u", "f"}
+        )
         self._in_place = inside and block.activation.in_place
         if inside or self._layers:
             for layer in self._entries():
@@ -218,14 +252,14 @@ class Site:
         if activation.module is not None:
             if self._phi is not None:
                 add(Replacement.at(activation.module, self))
-            elif "a" in self._wanted:
+            elif "a" in self._wanted or "f" in self._readers:
                 add(activation.module.register_forward_hook(self._on_activation))
-        elif self._phi is not None or ("a" in self._wanted and block.between):
+        elif self._phi or "f" in self._readers or ("a" in self._wanted and block.between):
             assert activation.owner is not None
             add(Interception.at(activation.owner, self))
         if inside:
             add(block.down.module.register_forward_pre_hook(self._on_down_input))
-        if self._outputs or self._taps:
+        if self._outputs or self._taps or "y" in self._readers:
             add(block.down.module.register_forward_hook(self._on_down))
         for module in block.path:
             if isinstance(module, nn.TransformerEncoder):
@@ -278,12 +312,16 @@ class Site:
         source = block.pre_activation
         if source.module is module:
             self._expects_phi = True
-            if "z" in self._wanted:
-                self._kept["z"] = source.select(output)
-                if self._in_place:
-                    output = output.clone()
-        if block.gate is not None and block.up.module is module and self._wanted & {"u", "a"}:
-            self._kept["u"] = block.up.select(output)
+            output = self._read("z", output, source)
+        if block.gate is not None and block.up.module is module:
+            output = self._read("u", output, block.up)
+            if self._wanted & {"u", "a"}:
+                self._kept["u"] = block.up.select(output)
+        if source.module is module and self._in_place:
+            self._kept["z"] = source.select(output)
+            return output.clone()
+        if source.module is module and "z" in self._wanted:
+            self._kept["z"] = source.select(output)
         return output
 
     def takes_phi(self) -> bool:
@@ -299,22 +337,24 @@ class Site:
             a = self._phi(z, lambda z: original(z.clone()))
         else:
             a = self._phi(z, original)
-        if "a" in self._wanted:
-            self._keep_activation(a)
-        return a
+        return self._take_activation(a)
 
-    def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.takes_phi():  # else called elsewhere, or kept already by compute_phi
             self._expects_phi = False
-            self._keep_activation(output)
+            return self._take_activation(output)
+        return output
 
-    def _keep_activation(self, a: Tensor) -> None:
+    def _take_activation(self, f: Tensor) -> Tensor:
         between = self.block.between
         # what follows may work in place: a dropout that says so or is a function, or `a *= u`
-        overwritten = any(
+        overwritten = self.block.gated or any(
             part.module is None or getattr(part.module, "inplace", False) for part in between
         )
-        self._kept["a"] = a.clone() if overwritten or (between and self.block.gated) else a
+        f = self._read("f", f, copy=overwritten)
+        if "a" in self._wanted and (between or not self.block.gated):
+            self._kept["a"] = f.clone() if overwritten else f
+        return f
 
     def _on_down_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if _asleep:
@@ -326,6 +366,10 @@ class Site:
                 f"were its layers called one by one, outside the block's forward?"
             )
         self._expects_phi = False
+        if self._readers:  # checkpointing's second pass ends here, and would keep them alive
+            for stage in "xz":
+                if not any(stage in stages for _, stages in self._served):
+                    self._kept.pop(stage, None)
         if "a" not in self._wanted:
             return
         if self.block.gated and self.block.between:
@@ -338,8 +382,24 @@ class Site:
             return output
         for transform in self._outputs:
             output = transform(self, output, args[0], self.block.down)
-        kept = {**self._kept, "y": output} if "y" in self._wanted else dict(self._kept)
+        self._kept["d"] = args[0]
+        output = self._read("y", output, self.block.down, copy=True)
+        kept = {**self._kept, "y": output}
         self._kept.clear()
         for tap, stages in self._served:
             tap(self, {stage: kept[stage] for stage in stages})
+        return output
+
+    def _read(
+        self, place: str, output: Tensor, layer: Layer | None = None, copy: bool = False
+    ) -> Tensor:
+        """``output``, with what is to be read of its gradient."""
+        if place not in self._readers or not torch.is_grad_enabled():
+            return output
+        rows = None if layer is None else layer.rows
+        for tap, stages in self._readers[place]:
+            stage = output if rows is None else output[..., rows]
+            reading = tap(self, stage, {name: self._kept[name] for name in stages})
+            if reading is not None:
+                output, copy = read_gradient(output, reading, rows, copy), False
         return output

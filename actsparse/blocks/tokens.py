@@ -136,6 +136,24 @@ class Tokens:
             f"or [B·T, D] where the model's input is [B, T] or [B, T, D]"
         )
 
+    def samples(self, x: Tensor) -> tuple[Tensor, int]:
+        """Which sample each row of a stage [..., features] is of, int64 [...], and their number.
+
+        Windows (Swin) go to their picture. Where the model itself gets rows [N, features], each
+        is a sample of one token.
+
+        Raises:
+            ValueError: the shape fits no known layout of tokens.
+        """
+        size = self._shape[0] if self._shape else 1
+        if x.dim() == 2 and self._length is None and len(self._shape) == 2 and len(x) == size:
+            return torch.arange(size, device=x.device), size
+        batch, length = self.arrange(x[..., :1]).shape[:2]
+        count = size if self.batch_first and size and batch % size == 0 else batch
+        each = torch.arange(batch, device=x.device) // max(batch // max(count, 1), 1)
+        rows = each[:, None, None].expand(batch, length, 1)
+        return self.restore(rows, like=x[..., :1])[..., 0], count
+
     def restore(self, x: Tensor, like: Tensor) -> Tensor:
         """Undo :meth:`arrange`."""
         if like.dim() == 3:

@@ -77,8 +77,12 @@ class Density:
 
     def reset(self) -> None:
         """Forget what was counted."""
-        for counter in (self.active, self.sloped, self.tokens):
+        for counter in self.state():
             counter.zero_()
+
+    def state(self) -> list[Tensor]:
+        """The three counters."""
+        return [self.active, self.sloped, self.tokens]
 
     @staticmethod
     def summary(parts: dict[str, Density]) -> dict[str, Any] | None:

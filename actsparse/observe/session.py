@@ -2,59 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
-from actsparse.blocks.site import Site, site_of
 from actsparse.observe.density import Density
+from actsparse.observe.gradients import Reduction, Scale, Weighing
+from actsparse.observe.watch import MEASURES, PHASES, Mask, Phase, Watch
 
-Phase = Literal["train", "inference"]
-PHASES: tuple[Phase, ...] = ("train", "inference")
-Mask = Tensor | Callable[[int, int], Tensor | None]
-
-
-class Measure(Protocol):
-    """What a measure is: the numbers of one block in one phase, and how to pool blocks.
-
-    ``columns`` are those of the printed table: title → the key in a row of the summary, and how to
-    write its value.
-    """
-
-    columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]]
-
-    def __init__(self, block: MLPBlock) -> None: ...
-
-    @staticmethod
-    def stages(site: Site) -> tuple[str, ...]:
-        """The stages ``update`` needs, out of x, z, u, a, y, with the φ now in force."""
-
-    def update(self, site: Site, stages: dict[str, Tensor], keep: Tensor | None) -> None:
-        """Take in one pass; ``keep`` [B, T] is False at padding, None where there is none."""
-
-    def reset(self) -> None:
-        """Forget all passes."""
-
-    @staticmethod
-    def summary(parts: dict[str, Any]) -> dict[str, Any] | None:
-        """All blocks by name, with ``"blocks"``, a list of rows ``{"block": name, …}``."""
+SampleMask = Tensor | Callable[[int], Tensor | None]
 
 
-MEASURES: dict[str, type[Measure]] = {"density": Density}
+Measures = str | Iterable[str] | Mapping[str, Mapping[str, Any]]
 
 
 def observe(
     model: nn.Module,
-    measures: Iterable[str] = ("density",),
+    measures: Measures = ("density",),
     *,
     inputs: Any = None,
     blocks: Iterable[MLPBlock] | None = None,
     mask: Mask | None = None,
+    sample_mask: SampleMask | None = None,
+    loss_reduction: Reduction = "mean",
+    loss_scale: Scale | torch.amp.GradScaler = 1.0,
 ) -> Seen:
     """Watch the MLP blocks of ``model`` through the user's own passes until closed.
 
@@ -65,16 +41,25 @@ def observe(
 
     Args:
         model: any model; compiled or not, modified by ``sparsify`` before or after, or not at all.
-        measures: names; ``"density"``.
+        measures: names, or name → options of the measure. ``"density"``; of gradients, read
+            in backward: ``"flatness"``, ``"gradient"``, ``"noise"``; of weights: ``"spectrum"``.
         inputs: for finding the blocks in one pass, as :func:`actsparse.find_mlp_blocks` takes them.
         blocks: the blocks to watch, instead. A model that ``sparsify`` has modified needs neither.
         mask: which tokens to count: bool [B, T], True = count, or a function of (B, T), the batch
             and length of the running call, that returns such a mask or None for all. Without it,
             padding that the model's own ``attention_mask`` (or ``…_key_padding_mask``) marks is
             left out; where a model gets none, padding counts.
+        sample_mask: which samples have a part in the loss: bool [B], or a function of B. The
+            others are left out of the measures of gradients.
+        loss_reduction: how the loss that backward starts from is made of per-sample losses:
+            ``"mean"`` or ``"sum"`` over samples. A language model's mean over all tokens of
+            the batch is, for per-sample losses summed over tokens, a sum with
+            ``loss_scale=1 / tokens``; for samples of equal length also a mean of means.
+        loss_scale: what that loss was multiplied by: 1/k under accumulation of k batches; AMP's
+            ``GradScaler``; a number, or a function that gives it, asked in each forward.
 
     Raises:
-        ValueError: unknown measures; blocks missing, or not of this model.
+        ValueError: unknown measures; blocks missing, or not of this model; ``loss_reduction``.
         NoMLPFound: ``inputs`` show no MLP block.
 
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
@@ -87,10 +72,7 @@ def observe(
     >>> seen.summary("train") is None
     True
     """
-    names = (measures,) if isinstance(measures, str) else tuple(measures)
-    for name in names:
-        if name not in MEASURES:
-            raise ValueError(f"unknown measure {name!r}; known: {', '.join(sorted(MEASURES))}")
+    options = _options(measures)
     found = _blocks_of(model, inputs, blocks)
     modules = set(model.modules())
     for block in found:
@@ -99,7 +81,17 @@ def observe(
                 f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; find "
                 f"its blocks again with find_mlp_blocks (copies have blocks of their own)"
             )
-    return Seen(found, dict.fromkeys(names), mask)
+    return Seen(found, options, mask, Weighing(loss_reduction, loss_scale, sample_mask))
+
+
+def _options(measures: Measures) -> dict[str, dict[str, Any]]:
+    if isinstance(measures, str):
+        measures = (measures,)
+    given = measures if isinstance(measures, Mapping) else {name: {} for name in measures}
+    for name in given:
+        if name not in MEASURES:
+            raise ValueError(f"unknown measure {name!r}; known: {', '.join(sorted(MEASURES))}")
+    return {name: dict(options) for name, options in given.items()}
 
 
 def _blocks_of(model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None) -> list[MLPBlock]:
@@ -121,47 +113,6 @@ def _blocks_of(model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None)
     return chosen
 
 
-class _Watch:
-    """What is tapped at one block: for each phase, a measure of each kind."""
-
-    def __init__(self, block: MLPBlock, names: Iterable[str], mask: Mask | None) -> None:
-        self.block = block
-        self.mask = mask
-        self.kinds = [MEASURES[name] for name in names]
-        self.measures = {phase: {name: MEASURES[name](block) for name in names} for phase in PHASES}
-
-    def stages(self, site: Site) -> list[str]:
-        return sorted({stage for kind in self.kinds for stage in kind.stages(site)})
-
-    def see(self, site: Site, stages: dict[str, Tensor]) -> None:
-        if site.recomputing:
-            return
-        training = site.block.up.module.training
-        with torch.no_grad():
-            keep = self.keep(site, next(iter(stages.values())))
-            for measure in self.measures["train" if training else "inference"].values():
-                measure.update(site, stages, keep)
-
-    def keep(self, site: Site, stage: Tensor) -> Tensor | None:
-        tokens = site.tokens
-        if self.mask is None:
-            try:
-                batch, length = tokens.arrange(stage[..., :1]).shape[:2]
-            except ValueError:  # rows of no batch: whoever packed them has left out the padding
-                return None
-            return tokens.keep(batch, length)
-        batch, length = tokens.arrange(stage[..., :1]).shape[:2]
-        keep = self.mask if isinstance(self.mask, Tensor) else self.mask(batch, length)
-        if keep is None:
-            return None
-        if tuple(keep.shape) != (batch, length):
-            raise ValueError(
-                f"mask has shape {tuple(keep.shape)}, but block {self.block.name!r} runs on "
-                f"[B, T] = {(batch, length)}; for batches of several shapes pass a function of B, T"
-            )
-        return keep.to(stage.device) != 0
-
-
 class Seen:
     """What ``observe`` has seen so far; print it for a table.
 
@@ -169,18 +120,25 @@ class Seen:
     """
 
     def __init__(
-        self, blocks: list[MLPBlock], names: Iterable[str], mask: Mask | None = None
+        self,
+        blocks: list[MLPBlock],
+        options: dict[str, dict[str, Any]],
+        mask: Mask | None = None,
+        weighing: Weighing | None = None,
+        always: bool = False,
     ) -> None:
-        self.measures = tuple(names)
+        self.measures = tuple(options)
+        self.options = options
+        self.weighing = weighing or Weighing()
         called = [block.name for block in blocks]
-        self._watches: dict[str, _Watch] = {}
+        self._watches: dict[str, Watch] = {}
         for block in blocks:
             alone = block.name and called.count(block.name) == 1
             label = block.name if alone else block.up.name
-            self._watches[label] = _Watch(block, self.measures, mask)
+            self._watches[label] = Watch(block, options, mask, self.weighing, always)
         self.blocks = {name: watch.block for name, watch in self._watches.items()}
         for watch in self._watches.values():
-            site_of(watch.block).tap(watch.see, watch.stages)
+            watch.attach()
         self._open = True
 
     def summary(self, phase: Phase) -> dict[str, Any] | None:
@@ -230,12 +188,23 @@ class Seen:
                 for measure in watch.measures[each].values():
                     measure.reset()
 
+    def pool(self) -> None:
+        """Add up what all processes of ``torch.distributed`` have seen; call it in each of them.
+
+        Afterwards each holds the sum, so reset all but one before they see more.
+        """
+        for watch in self._watches.values():
+            for phase in PHASES:
+                for measure in watch.measures[phase].values():
+                    for tensor in measure.state():
+                        torch.distributed.all_reduce(tensor)
+
     def close(self) -> None:
         """Stop watching; what was seen stays. Closing twice is fine."""
         if self._open:
             self._open = False
             for watch in self._watches.values():
-                site_of(watch.block).release(watch.see)
+                watch.release()
 
     def __enter__(self) -> Self:
         return self
@@ -249,41 +218,49 @@ class Seen:
         self.close()
 
     def print(self) -> None:
-        """Print the table, in colour where the terminal has it."""
+        """Print the tables, in colour where the terminal has it."""
         from rich.console import Console
 
-        Console().print(self._table())
+        for table in self._tables():
+            Console().print(table)
 
     def __str__(self) -> str:
         from rich.console import Console
 
         console = Console(width=120, color_system=None)
         with console.capture() as capture:
-            console.print(self._table())
+            for table in self._tables():
+                console.print(table)
         return capture.get().rstrip()
 
-    def _table(self) -> Any:
-        from rich.table import Table
+    def _tables(self) -> list[Any]:
+        """One for each measure."""
+        summaries = {phase: self.summary(phase) for phase in PHASES}
+        return [table_of(MEASURES[name].columns, summaries) for name in self.measures]
 
-        columns = {
-            title: column
-            for name in self.measures
-            for title, column in MEASURES[name].columns.items()
-        }
-        table = Table()
-        for title in ("phase", "block"):
-            table.add_column(title, no_wrap=True)
-        for title in columns:
-            table.add_column(title, justify="right")
-        for phase in PHASES:
-            summary = self.summary(phase)
-            if summary is None:
-                table.add_row(phase, "no pass seen", *[""] * len(columns))
-                continue
-            for row in [*summary["blocks"], summary | {"block": "all"}]:
-                cells = [write(row[key]) if key in row else "" for key, write in columns.values()]
-                table.add_row(phase, row["block"], *cells, end_section=row["block"] == "all")
-        return table
+
+def table_of(
+    columns: dict[str, tuple[str, Callable[[Any], str]]],
+    summaries: Mapping[Any, dict[str, Any] | None],
+) -> Any:
+    """A rich table: a row for each block of each phase's summary, and one for all."""
+    from rich.table import Table
+
+    table = Table()
+    for title in ("phase", "block"):
+        table.add_column(title, no_wrap=True)
+    for title in columns:
+        table.add_column(title, justify="right")
+    for phase, summary in summaries.items():
+        if summary is None:
+            table.add_row(phase, "no pass seen", *[""] * len(columns))
+            continue
+        for row in [*summary["blocks"], summary | {"block": "all"}]:
+            cells = [
+                "" if row.get(key) is None else write(row[key]) for key, write in columns.values()
+            ]
+            table.add_row(phase, row["block"], *cells, end_section=row["block"] == "all")
+    return table
 
 
 def _check(phase: str) -> None:

@@ -1,0 +1,132 @@
+"""Effective gradients: what φ lets through of the gradient, and where it gathers.
+
+``η = g_z = g_f ⊙ φ′(z)`` of the per-sample loss, at every token and hidden unit (Peng et al. 2023,
+arXiv 2309.03004; g_f is the gradient at φ's output, in gated blocks g_a ⊙ u).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.site import Site
+from actsparse.observe.gradients import GradientMeasure, row_squares
+
+
+class Gradient(GradientMeasure):
+    """Sparsity, sizes and concentration of the effective gradient of one block.
+
+    ``epsilon`` is the size up to which an entry of η counts as zero, in the units of the
+    per-sample gradient; 0 counts exact zeros.
+    """
+
+    columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]] = {
+        "η sparsity": ("gradient_sparsity", "{:.2%}".format),
+        "mean |η|": ("gradient_l1", "{:.3g}".format),
+        "‖η_t‖": ("gradient_l2", "{:.3g}".format),
+        "participation": ("participation", "{:.2%}".format),
+        "on active": ("concentration", "{:.2%}".format),
+    }
+    readings: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
+        "effective": ("z", ("small", "l1", "squares", "participation", "alive", "tokens")),
+        "phi": ("f", ("active", "all")),
+    }
+
+    def __init__(self, block: MLPBlock, epsilon: float = 0.0) -> None:
+        super().__init__(block)
+        if not epsilon >= 0:
+            raise ValueError(f"epsilon={epsilon!r}: expected 0 or more")
+        self.epsilon = epsilon
+
+    @staticmethod
+    def needs(site: Site, reading: str) -> tuple[str, ...]:
+        """At φ what tells where φ′ ≠ 0."""
+        if reading == "effective":
+            return ()
+        return ("f",) if site.function == "relu" else ("z",)
+
+    def read(self, site: Site, reading: str) -> Callable[..., list[Tensor]]:
+        """The sums of one reading."""
+        if reading == "effective":
+            return partial(_effective, self.epsilon)
+        return partial(_concentration, None if site.function == "relu" else site.derivative)
+
+    @staticmethod
+    def summary(parts: dict[str, Gradient]) -> dict[str, Any] | None:
+        """Of the blocks called ``parts`` together and, under ``blocks``, of each.
+
+        ``gradient_sparsity``: the share of |η| ≤ ε; ``gradient_l1``: the mean of |η|;
+        ``gradient_l2``: the root of the mean over tokens of ‖η_t‖²; ``participation``: the mean
+        over tokens of ``(Σ_h η²)² / (H Σ_h η⁴)``, 1 where all units share alike and 1/H where one
+        has all, over tokens with any gradient; ``concentration``: the share of ``Σ g_f²`` that
+        falls on units with φ′ ≠ 0. None where no gradient has come.
+        """
+        sums = {name: part.gathered() for name, part in parts.items()}
+        seen = {name: each for name, each in sums.items() if each is not None}
+        if not seen:
+            return None
+        rows = [{"block": name, **_numbers([each])} for name, each in seen.items()]
+        return {**_numbers(list(seen.values())), "blocks": rows}
+
+    def gathered(self) -> dict[str, float] | None:
+        """The sums of both readings, with the number of entries of η; None: none."""
+        effective, phi = self.sums("effective"), self.sums("phi")
+        if not effective or not effective["tokens"]:
+            return None
+        entries = effective["tokens"] * self.block.d_hidden
+        return {"active": 0.0, "all": 0.0, **(phi or {}), **effective, "entries": entries}
+
+
+def _numbers(parts: list[dict[str, float]]) -> dict[str, Any]:
+    def total(key: str) -> float:
+        return math.fsum(part[key] for part in parts)
+
+    return {
+        "gradient_sparsity": total("small") / total("entries"),
+        "gradient_l1": total("l1") / total("entries"),
+        "gradient_l2": math.sqrt(total("squares") / total("tokens")),
+        "participation": total("participation") / total("alive") if total("alive") else None,
+        "concentration": total("active") / total("all") if total("all") else None,
+    }
+
+
+def _effective(epsilon: float, g_z: Tensor, weight: Tensor, samples: Tensor) -> list[Tensor]:
+    counted = weight != 0
+    size = g_z.abs() * weight.unsqueeze(-1) if epsilon else g_z.abs()
+    small = (size <= epsilon).sum(-1)
+    dtype = torch.promote_types(g_z.dtype, torch.float32)
+    l1 = torch.linalg.vector_norm(g_z, ord=1, dim=-1, dtype=dtype).double() * weight
+    squares = row_squares(g_z)
+    # of η/‖η‖, whose fourth powers neither overflow nor vanish
+    unit = g_z / torch.where(squares > 0, squares, 1).sqrt().unsqueeze(-1)
+    alive = (squares > 0) & counted
+    share = 1 / (row_squares(unit.square()).double() * g_z.shape[-1])
+    return [
+        (small * counted).sum(),
+        l1.sum(),
+        (squares.double() * weight.double().square()).sum(),
+        torch.where(alive, share, 0).sum(),
+        alive.sum(),
+        counted.sum(),
+    ]
+
+
+def _concentration(
+    derivative: Callable[[Tensor], Tensor] | None,
+    g_f: Tensor,
+    weight: Tensor,
+    samples: Tensor,
+    stage: Tensor,
+) -> list[Tensor]:
+    sloped = stage != 0 if derivative is None else derivative(stage) != 0
+    squares = weight.double().square()
+    return [
+        (row_squares(g_f * sloped).double() * squares).sum(),
+        (row_squares(g_f).double() * squares).sum(),
+    ]

@@ -1,0 +1,186 @@
+"""What measures of gradients share: whose gradient it is, and sums gathered in backward.
+
+A pass gives ``∂L/∂z`` of the batch's loss L, the measures are of per-sample losses ℓ_b. With
+``L = Σ_b w_b ℓ_b`` the per-sample gradient of a token's row is the row divided by w_b: w_b = 1/B
+where L is a mean over B samples, 1 where it is a sum, times whatever scale the loss had (1/k under
+accumulation of k batches, the scale of AMP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.reading import Reading
+from actsparse.blocks.site import Site
+
+Reduction = Literal["mean", "sum"]
+Scale = float | Callable[[], float | Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of each row (token) of a stage [..., features]: whose it is, and what it weighs.
+
+    ``weight`` [...] is 1/w_b, 0 at rows left out; ``sample`` [...] the number of its sample, of
+    ``batch`` in all; ``samples`` [] how many of them count.
+    """
+
+    weight: Tensor
+    sample: Tensor
+    batch: int
+    samples: Tensor
+
+
+class Weighing:
+    """Turns rows of a batch's gradient into per-sample gradients.
+
+    ``reduction`` says how the batch's loss is made of per-sample losses, ``scale`` what it was
+    multiplied by: a number, a function that returns it (asked in each forward), or a
+    ``torch.amp.GradScaler``. ``samples`` masks samples: bool [B], True = count, or a function of B;
+    those left out must have no part in the loss, and a mean is over the others.
+    """
+
+    def __init__(
+        self,
+        reduction: Reduction = "mean",
+        scale: Scale | torch.amp.GradScaler = 1.0,
+        samples: Tensor | Callable[[int], Tensor | None] | None = None,
+    ) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction={reduction!r}: expected 'mean' or 'sum'")
+        if isinstance(scale, int | float) and not scale > 0:
+            raise ValueError(f"loss_scale={scale!r}: expected a number above 0")
+        self.reduction, self.scale, self.samples = reduction, scale, samples
+
+    def __call__(self, site: Site, stage: Tensor, keep: Tensor | None) -> Rows:
+        """Of the rows of ``stage`` [..., features]; ``keep`` [B, T] is False at those left out."""
+        dtype = torch.promote_types(stage.dtype, torch.float32)
+        of, count = site.tokens.samples(stage)
+        some = self.samples(count) if callable(self.samples) else self.samples
+        if some is None:
+            samples = torch.full((), float(count), dtype=dtype, device=stage.device)
+            weight = torch.ones(of.shape, dtype=dtype, device=stage.device)
+        else:
+            if tuple(some.shape) != (count,):
+                raise ValueError(
+                    f"sample_mask has shape {tuple(some.shape)}, but the batch has {count} "
+                    f"samples; for batches of several sizes pass a function of B"
+                )
+            some = some.to(stage.device).ne(0).to(dtype)
+            samples, weight = some.sum(), some[of]
+        if keep is not None:
+            rows = site.tokens.restore(keep.unsqueeze(-1), like=stage[..., :1])
+            weight = weight * rows.reshape(of.shape).to(dtype)
+        if self.reduction == "mean":
+            weight = weight * samples
+        return Rows(weight / self._scale(), of, count, samples)
+
+    def _scale(self) -> float | Tensor:
+        if isinstance(self.scale, int | float):
+            return self.scale
+        if callable(self.scale):
+            return self.scale()
+        # its tensor, where it has one: get_scale() waits for the device
+        held = getattr(self.scale, "_scale", None)
+        return held if isinstance(held, Tensor) else self.scale.get_scale()
+
+
+class GradientMeasure:
+    """Sums over samples and tokens of one block, gathered in backward, in one phase.
+
+    ``readings`` maps each reading's name to its place (z, u, f, y) and to the names of its sums.
+    A pass whose sums are not finite (AMP's overflow) adds nothing but to ``skipped``.
+    """
+
+    columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]] = {}
+    readings: ClassVar[dict[str, tuple[str, tuple[str, ...]]]]
+
+    def __init__(self, block: MLPBlock) -> None:
+        self.block = block
+        self._sums: dict[str, Tensor] = {}
+
+    @staticmethod
+    def stages(site: Site) -> tuple[str, ...]:
+        """None: nothing is read in the forward."""
+        return ()
+
+    def update(self, site: Site, stages: dict[str, Tensor], keep: Tensor | None) -> None:
+        """Nothing: sums come in backward."""
+
+    @staticmethod
+    def needs(site: Site, reading: str) -> tuple[str, ...]:
+        """The stages that ``reading`` keeps until backward."""
+        raise NotImplementedError
+
+    def read(self, site: Site, reading: str) -> Callable[..., list[Tensor]]:
+        """A pure function ``(gradient, weight, samples, *stages) -> sums``, each 0-dim."""
+        raise NotImplementedError
+
+    def reading(self, site: Site, name: str, rows: Rows, stages: dict[str, Tensor]) -> Reading:
+        """What the site is to read in this pass."""
+        kept = tuple(stages[stage] for stage in self.needs(site, name))
+        leaf = self._leaf(name, len(self.readings[name][1]) + 1, rows.weight.device)
+        return Reading(leaf, _Total(self.read(site, name)), (rows.weight, rows.samples, *kept))
+
+    def _leaf(self, name: str, size: int, device: torch.device) -> Tensor:
+        leaf = self._sums.get(name)
+        if leaf is None or leaf.device != device:  # the first pass, or the model has moved
+            with torch.inference_mode(False):
+                new = torch.zeros(size, dtype=torch.float64, device=device, requires_grad=True)
+                if leaf is not None and leaf.grad is not None:
+                    new.grad = leaf.grad.to(device)
+            leaf = self._sums[name] = new
+        return leaf
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """The leaves that gather the sums as their gradients."""
+        return list(self._sums.values())
+
+    def state(self) -> list[Tensor]:
+        """The sums, which add up over processes; of readings that have begun."""
+        for leaf in self._sums.values():
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        return [leaf.grad for leaf in self._sums.values() if leaf.grad is not None]
+
+    def sums(self, name: str) -> dict[str, float] | None:
+        """What ``reading`` has gathered, by name, with ``skipped``; None: nothing."""
+        leaf = self._sums.get(name)
+        if leaf is None or leaf.grad is None:
+            return None
+        return dict(zip((*self.readings[name][1], "skipped"), leaf.grad.tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Forget all passes."""
+        for leaf in self._sums.values():
+            leaf.grad = None
+
+
+class _Total:
+    """The sums as one float64 vector, with a count of passes that were not finite."""
+
+    def __init__(self, read: Callable[..., list[Tensor]]) -> None:
+        self.read = read
+
+    def __call__(self, gradient: Tensor, *kept: Tensor) -> Tensor:
+        sums = torch.stack([total.double() for total in self.read(gradient, *kept)])
+        fine = sums.isfinite().all()
+        skipped = (~fine).double()[None]
+        return torch.cat([torch.where(fine, sums, torch.zeros_like(sums)), skipped])
+
+
+def row_squares(rows: Tensor) -> Tensor:
+    """``‖row‖²`` over the last axis, in float32 at least: [...].
+
+    >>> row_squares(torch.tensor([[3.0, 4.0]]))
+    tensor([25.])
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).square()

@@ -1,0 +1,151 @@
+"""What ``observe`` attaches to one block: measures of each kind, apart by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.reading import Reading
+from actsparse.blocks.site import Site, site_of
+from actsparse.observe.density import Density
+from actsparse.observe.flatness import Flatness
+from actsparse.observe.gradient import Gradient
+from actsparse.observe.gradients import GradientMeasure, Weighing
+from actsparse.observe.noise import Noise
+
+Phase = Literal["train", "inference"]
+PHASES: tuple[Phase, ...] = ("train", "inference")
+Mask = Tensor | Callable[[int, int], Tensor | None]
+
+
+class Measure(Protocol):
+    """What a measure is: the numbers of one block in one phase, and how to pool blocks.
+
+    ``columns`` are those of the printed table: title → the key in a row of the summary, and how to
+    write its value. Measures that read gradients build on
+    :class:`actsparse.observe.gradients.GradientMeasure`.
+    """
+
+    columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]]
+
+    def __init__(self, block: MLPBlock) -> None: ...
+
+    @staticmethod
+    def stages(site: Site) -> tuple[str, ...]:
+        """The stages ``update`` needs, out of x, z, u, a, y, with the φ now in force."""
+
+    def update(self, site: Site, stages: dict[str, Tensor], keep: Tensor | None) -> None:
+        """Take in one pass; ``keep`` [B, T] is False at padding, None where there is none."""
+
+    def reset(self) -> None:
+        """Forget all passes."""
+
+    def state(self) -> list[Tensor]:
+        """The tensors that hold it, which add up over processes."""
+
+    @staticmethod
+    def summary(parts: dict[str, Any]) -> dict[str, Any] | None:
+        """All blocks by name, with ``"blocks"``, a list of rows ``{"block": name, …}``."""
+
+
+MEASURES: dict[str, Any] = {  # name → class of Measure
+    "density": Density,
+    "flatness": Flatness,
+    "gradient": Gradient,
+    "noise": Noise,
+}
+
+
+class Watch:
+    """What is tapped at one block: for each phase, a measure of each kind."""
+
+    def __init__(
+        self,
+        block: MLPBlock,
+        options: dict[str, dict[str, Any]],
+        mask: Mask | None,
+        weighing: Weighing,
+        always: bool,
+    ) -> None:
+        self.block, self.mask, self.weighing, self.always = block, mask, weighing, always
+        self.kinds = [MEASURES[name] for name in options]
+        self.measures = {
+            phase: {name: MEASURES[name](block, **given) for name, given in options.items()}
+            for phase in PHASES
+        }
+        self.taps: list[Any] = []
+
+    def attach(self) -> None:
+        """Tap the block."""
+        site = site_of(self.block)
+        if any(kind.stages(site) for kind in self.kinds):
+            self.taps.append(self.see)
+            site.tap(self.see, self.stages)
+        for name, measure in self.measures["train"].items():
+            if isinstance(measure, GradientMeasure):
+                for reading, (place, _) in measure.readings.items():
+                    tap = partial(self.read, name, reading)
+                    self.taps.append(tap)
+                    site.tap_gradient(tap, place, partial(_needs, measure, reading))
+
+    def release(self) -> None:
+        """Leave it; what was seen stays."""
+        site_of(self.block).release(*self.taps)
+        self.taps.clear()
+
+    def stages(self, site: Site) -> list[str]:
+        """All that measures of the forward need."""
+        return sorted({stage for kind in self.kinds for stage in kind.stages(site)})
+
+    def now(self) -> dict[str, Any]:
+        """The measures of the phase the block is in."""
+        return self.measures["train" if self.block.up.module.training else "inference"]
+
+    def see(self, site: Site, stages: dict[str, Tensor]) -> None:
+        """Take in one forward."""
+        if site.recomputing:
+            return
+        with torch.no_grad():
+            keep = self.keep(site, next(iter(stages.values())))
+            for measure in self.now().values():
+                measure.update(site, stages, keep)
+
+    def read(
+        self, name: str, reading: str, site: Site, output: Tensor, stages: dict[str, Tensor]
+    ) -> Reading | None:
+        """Say what to read of the gradient at one place, or that this pass has none."""
+        if not (output.requires_grad or self.always):
+            return None
+        with torch.no_grad():
+            rows = self.weighing(site, output, self.keep(site, output))
+        measure: GradientMeasure = self.now()[name]
+        return measure.reading(site, reading, rows, {**stages, "f": output})
+
+    def keep(self, site: Site, stage: Tensor) -> Tensor | None:
+        """[B, T], False at tokens to leave out; None: there are none."""
+        tokens = site.tokens
+        if self.mask is None:
+            try:
+                batch, length = tokens.arrange(stage[..., :1]).shape[:2]
+            except ValueError:  # rows of no batch: whoever packed them has left out the padding
+                return None
+            return tokens.keep(batch, length)
+        batch, length = tokens.arrange(stage[..., :1]).shape[:2]
+        keep = self.mask if isinstance(self.mask, Tensor) else self.mask(batch, length)
+        if keep is None:
+            return None
+        if tuple(keep.shape) != (batch, length):
+            raise ValueError(
+                f"mask has shape {tuple(keep.shape)}, but block {self.block.name!r} runs on "
+                f"[B, T] = {(batch, length)}; for batches of several shapes pass a function of B, T"
+            )
+        return keep.to(stage.device) != 0
+
+
+def _needs(measure: GradientMeasure, reading: str, site: Site) -> list[str]:
+    return [stage for stage in measure.needs(site, reading) if stage != "f"]
