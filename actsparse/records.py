@@ -1,7 +1,7 @@
 """The record of a run: one file of JSON lines, ``<out>/runs/<arm>-seed<seed>/record.jsonl``.
 
-The first line (kind ``run``) says what ran, on what and when; ``train`` and ``eval`` lines follow;
-a ``result`` line means the run is finished, a ``failed`` line says why it is not. `SCHEMA` below
+The first line (kind ``run``) says what ran, on what and when; ``train``, ``eval`` and, where asked
+for, ``measured`` lines follow; a ``result`` line means the run is finished, a ``failed`` line says why it is not. `SCHEMA` below
 lists every field. Numbers are finite; null stands only where the schema says so.
 
 A line counts once its newline is there, so a run killed half-way through a line loses that alone.
@@ -111,6 +111,12 @@ SCHEMA: dict[str, dict[str, Shape]] = {
         "seconds": NUMBER,
         "baselines": NUMBERS,
     },
+    "measured": {  # by passes of its own, in eval mode
+        "step": COUNT,
+        "how": OBJECT,
+        "measures": (OBJECT, None),
+        "curvature": OBJECT,
+    },
     "failed": {"step": COUNT, "reason": TEXT},
 }
 
@@ -123,6 +129,7 @@ class Run:
     header: Entry
     train: list[Entry]
     evals: list[Entry]
+    measured: list[Entry]
     result: Entry | None
     failed: Entry | None
     torn: bool
@@ -178,7 +185,7 @@ class RecordWriter:
             raise refused(self.path, error) from error
 
     def write(self, kind: str, **fields: Any) -> None:
-        """Append one ``train``, ``eval``, ``result`` or ``failed`` line."""
+        """Append one line, of any kind but ``run``."""
         if self._fd is None:
             raise RecordError(f"{self.path}: the record is closed; nothing more can be written")
         if kind == "run":
@@ -218,6 +225,15 @@ def run_path(out: str | Path, arm: str, seed: int) -> Path:
     return Path(out) / "runs" / f"{arm}-seed{seed}" / "record.jsonl"
 
 
+def run_measures_path(folder: str | Path) -> Path:
+    """Where `actsparse measure` keeps the measures of the run in ``folder``.
+
+    >>> run_measures_path("out/runs/paper-seed3").as_posix()
+    'out/runs/paper-seed3/measures.json'
+    """
+    return Path(folder) / "measures.json"
+
+
 def read_run(path: str | Path) -> Run:
     """Read one record.
 
@@ -244,6 +260,7 @@ def read_run(path: str | Path) -> Run:
         header=header,
         train=by_kind["train"],
         evals=by_kind["eval"],
+        measured=by_kind["measured"],
         result=by_kind["result"][0] if by_kind["result"] else None,
         failed=by_kind["failed"][0] if by_kind["failed"] else None,
         torn=rest != b"",

@@ -168,7 +168,7 @@ def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("metric", {}, "unknown kind 'metric'; one of run, train, eval, result, failed"),
+        ("metric", {}, "unknown kind 'metric'; one of run, train, eval, result, measured, failed"),
         ("run", HEADER, "the run line is the header"),
         ("failed", {"step": 3}, "failed lacks 'reason'"),
         ("train", {**TRAIN, "loss": float("nan")}, "train.loss must be a finite number; got nan"),

@@ -55,7 +55,7 @@ class _Read(torch.autograd.Function):
         copy: bool,
         *kept: Tensor,
     ) -> Tensor:
-        return stage.clone() if copy else stage.view_as(stage)
+        return stage.clone() if copy else stage.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

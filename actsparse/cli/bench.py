@@ -62,3 +62,50 @@ def step(
         interval = f"{row['low']:.3f} … {row['high']:.3f}"
         table.add_row(f"{row['of']} ÷ {row['to']}", f"{row['value']:.3f}", interval)
     Console().print(table)
+
+
+@bench.command()
+def measures(
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 15,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    probes: Annotated[int, typer.Option(min=2, help="Of the Gauss–Newton trace.")] = 10,
+    activation: Annotated[str, typer.Option(help="relu, gelu, ….")] = "relu",
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What the measures cost in a training step of a ViT-S, and a Gauss–Newton trace of it.
+
+    Example: actsparse bench measures --out benchmarks/measures.json
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from actsparse.bench.measures import bench_measures
+    from actsparse.records import environment, write_whole
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    log = Console(stderr=True)
+    result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
+    record = {**environment(threads=torch.get_num_threads()), **result}
+    text = jsonlib.dumps(record, indent=1) + "\n"
+    if out is not None:
+        write_whole(out, text.encode())
+        log.print(f"record: {out}")
+    if json:
+        typer.echo(text, nl=False)
+        return
+    table = Table("observed", "time", "95 % interval", "peak memory", title="÷ the plain step")
+    plain = result["memory"]["plain"]["peak_mib"]
+    for row in result["ratios"]:
+        interval = f"{row['low']:.3f} … {row['high']:.3f}"
+        peak = result["memory"][row["of"]]["peak_mib"] / plain
+        table.add_row(row["of"], f"{row['value']:.3f}", interval, f"{peak:.3f}")
+    Console().print(table)
+    trace = result["gauss_newton"]
+    Console().print(
+        f"Gauss–Newton trace, {trace['probes']} probes, {trace['samples']} images: "
+        f"{trace['value']:.4g} ± {trace['standard_error']:.2g} in {trace['seconds']:.1f} s"
+    )

@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from actsparse.cli.options import BatchSize, EvalEvery, LogEvery, Lr, Steps, Task, WeightDecay
+from actsparse.cli.options import (
+    BatchSize,
+    EvalEvery,
+    LogEvery,
+    Lr,
+    MeasureEvery,
+    Measures,
+    Steps,
+    Task,
+    WeightDecay,
+    names,
+)
 
 
 def compare(
@@ -35,6 +46,8 @@ def compare(
     batch_size: BatchSize = None,
     log_every: LogEvery = None,
     eval_every: EvalEvery = None,
+    measures: Measures = None,
+    measure_every: MeasureEvery = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the table as JSON; progress goes to stderr.")
     ] = False,
@@ -50,6 +63,8 @@ def compare(
 
       actsparse compare --task lm --arms vanilla,paper,norm-floor --seeds 5
 
+      actsparse compare --arms vanilla,paper --measures flatness,gradient,spectrum
+
       actsparse compare --arms vanilla,paper --steps 100 --json
     """
     from rich.console import Console
@@ -64,7 +79,7 @@ def compare(
     if arms == "help":
         typer.echo("\n".join(ARMS))
         return
-    names = DEFAULT_ARMS if arms is None else tuple(dict.fromkeys(arms.split(",")))
+    chosen = DEFAULT_ARMS if arms is None else tuple(dict.fromkeys(arms.split(",")))
     out = out or Path("runs") / task
     configs = [
         run_config(
@@ -77,14 +92,16 @@ def compare(
             batch_size=batch_size,
             log_every=log_every,
             eval_every=eval_every,
+            measures=names(measures),
+            active_every=measure_every,
         )
         for seed in range(seeds)
-        for arm in names
+        for arm in chosen
     ]
     console = Console(stderr=json)
     command = shlex.join(["actsparse", *sys.argv[1:]])
     events = compare_runs(configs, out, workers=workers, command=command)
-    console.print(f"{len(names)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
+    console.print(f"{len(chosen)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
     try:
         failed = show(events, len(configs), str(out), console)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-VERBS = ("blocks", "train", "compare", "report", "bench")
+VERBS = ("blocks", "train", "compare", "measure", "report", "bench")
 
 
 class Verbs(typer.core.TyperGroup):
@@ -19,7 +19,7 @@ class Verbs(typer.core.TyperGroup):
 
         try:
             return super().invoke(ctx)
-        except (RecordError, ValueError, ModuleNotFoundError) as error:
+        except (RecordError, ValueError, ArithmeticError, ModuleNotFoundError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from error
 

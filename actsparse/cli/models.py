@@ -57,7 +57,12 @@ def _from_config(path: Path) -> nn.Module:
     return transformers.AutoModel.from_config(config, trust_remote_code=False)
 
 
-def _from_factory(name: str) -> tuple[nn.Module, Any]:
+def called(name: str) -> Any:
+    """What ``package.module:function`` returns, or the object itself where it is no function.
+
+    Raises:
+        ValueError: it cannot be imported, or fails.
+    """
     module, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
@@ -67,9 +72,13 @@ def _from_factory(name: str) -> tuple[nn.Module, Any]:
     finally:
         sys.path.remove(os.getcwd())
     try:
-        made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+        return factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     except Exception as error:  # whatever a stranger's factory does wrong
         raise ValueError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+def _from_factory(name: str) -> tuple[nn.Module, Any]:
+    made = called(name)
     if isinstance(made, nn.Module):
         return made, inputs_of(made)
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):

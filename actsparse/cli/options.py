@@ -16,3 +16,20 @@ LogEvery = Annotated[int | None, typer.Option(help="Steps between logs.", show_d
 EvalEvery = Annotated[
     int | None, typer.Option(help="Steps between validations.", show_default=_OWN)
 ]
+Measures = Annotated[
+    str | None,
+    typer.Option(
+        help="With commas between: density, flatness, gradient, noise, spectrum, read in each "
+        "pass; gauss_newton, hessian, token_copies, top_eigenvalue, by passes of their own.",
+        show_default="density",
+    ),
+]
+MeasureEvery = Annotated[
+    int | None,
+    typer.Option(help="Steps between the latter.", min=1, show_default="start and end alone"),
+]
+
+
+def names(text: str | None) -> tuple[str, ...] | None:
+    """The names in ``a,b``; None stays None."""
+    return None if text is None else tuple(name.strip() for name in text.split(","))

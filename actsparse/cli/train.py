@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from actsparse.cli.options import BatchSize, EvalEvery, LogEvery, Lr, Steps, Task, WeightDecay
+from actsparse.cli.options import (
+    BatchSize,
+    EvalEvery,
+    LogEvery,
+    Lr,
+    MeasureEvery,
+    Measures,
+    Steps,
+    Task,
+    WeightDecay,
+    names,
+)
 
 
 def train(
@@ -26,6 +37,8 @@ def train(
     batch_size: BatchSize = None,
     log_every: LogEvery = None,
     eval_every: EvalEvery = None,
+    measures: Measures = None,
+    measure_every: MeasureEvery = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train one arm with one seed; the record and the weights stay in its folder.
@@ -58,6 +71,8 @@ def train(
         batch_size=batch_size,
         log_every=log_every,
         eval_every=eval_every,
+        measures=names(measures),
+        active_every=measure_every,
     )
     console = Console(stderr=json)
     command = shlex.join(["actsparse", *sys.argv[1:]])

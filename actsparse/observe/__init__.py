@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from actsparse.observe.measure import CURVATURES, Measures, measure, spectra_of
 from actsparse.observe.session import Seen, observe
 from actsparse.observe.skippable import skippable
+from actsparse.observe.watch import MEASURES
 
-__all__ = ["Seen", "observe", "skippable"]
+__all__ = [
+    "CURVATURES",
+    "MEASURES",
+    "Measures",
+    "Seen",
+    "measure",
+    "observe",
+    "skippable",
+    "spectra_of",
+]

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from actsparse.blocks.site import Site
@@ -36,16 +37,16 @@ class Flatness(GradientMeasure):
     columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]] = {
         "flatness": ("flatness", "{:.3g}".format),
         "of down": ("flatness_down", "{:.3g}".format),
-        "coefficient": ("coefficient", "{:.3g}".format),
+        "c": ("coefficient", "{:.3g}".format),
         "‖x‖²": ("input_norm", "{:.3g}".format),
         "g² active": ("activation_gradient", "{:.3g}".format),
         "ratio": ("ratio", "{:.3g}".format),
     }
     readings: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
-        "entry": ("z", ("flatness", "input", "effective", "tokens", "samples")),
+        "entry": ("z", ("flatness", "input", "tokens", "samples", "effective")),
         "phi": ("f", ("weighted", "gradient", "sloped")),
-        "up": ("u", ("flatness",)),
-        "down": ("y", ("flatness", "input")),
+        "up": ("u", ("flatness", "input", "tokens", "samples")),
+        "down": ("y", ("flatness", "input", "tokens", "samples")),
     }
 
     @staticmethod
@@ -54,6 +55,11 @@ class Flatness(GradientMeasure):
         if reading == "phi":  # what the model keeps for backward anyway: ReLU its output, others z
             return ("x", "f") if site.function == "relu" else ("x", "z")
         return ("d",) if reading == "down" else ("x",)
+
+    @staticmethod
+    def kept(stage: str, value: Tensor) -> Tensor:
+        """Of what enters a layer its norms, which nothing overwrites and which are small."""
+        return row_squares(value.detach()) if stage in "xd" else value
 
     def read(self, site: Site, reading: str) -> Callable[..., list[Tensor]]:
         """The sums of one reading."""
@@ -68,7 +74,9 @@ class Flatness(GradientMeasure):
         """Of the blocks called ``parts`` together and, under ``blocks``, of each.
 
         Flatness adds up over blocks, as a trace does; the rest are means over all their tokens and
-        units. None where no gradient has come.
+        units. A block that is called several times in a pass (ALBERT) has the tokens of all its
+        calls in each sample. A number is None where no gradient has come that tells it, as at
+        frozen layers that nothing before them needs a gradient of; None where none has come at all.
         """
         sums = {name: part.gathered() for name, part in parts.items()}
         seen = {name: each for name, each in sums.items() if each is not None}
@@ -79,69 +87,78 @@ class Flatness(GradientMeasure):
 
     def gathered(self) -> dict[str, float] | None:
         """The sums of all readings under ``reading.sum``, with the block's sizes; None: none."""
-        if not (self.sums("entry") or {}).get("samples"):
-            return None
         found = {"hidden": float(self.block.d_hidden), "gated": float(self.block.gated)}
-        for name in self.readings:
-            sums = self.sums(name) or dict.fromkeys(self.readings[name][1], 0.0)
+        for name, (_, keys) in self.readings.items():
+            sums = self.sums(name) or dict.fromkeys((*keys, "skipped"), 0.0)
             found |= {f"{name}.{key}": value for key, value in sums.items()}
-        found["flatness.up"] = found["up.flatness" if self.block.gated else "entry.flatness"]
-        found["flatness.gate"] = found["entry.flatness"] if self.block.gated else 0.0
-        return found
+        layers = [name for name in ("entry", "up", "down") if found[f"{name}.samples"]]
+        for name in layers:  # each call counted its samples
+            found[f"{name}.samples"] /= self.block.calls
+        if not layers:
+            return None
+        found |= {key: found[f"{layers[0]}.{key}"] for key in ("tokens", "samples")}
+        return found | {"skipped": max(found[f"{name}.skipped"] for name in self.readings)}
 
 
 def _numbers(parts: list[dict[str, float]]) -> dict[str, Any]:
-    def total(key: str, per: str | None = None) -> float:
-        return math.fsum(part[key] / (part[per] if per else 1) for part in parts)
+    def total(key: str) -> float:
+        return math.fsum(part[key] for part in parts)
 
-    flatness = total("entry.flatness", per="entry.samples")
-    gated = any(part["gated"] for part in parts)
-    tokens, sloped = total("entry.tokens"), total("phi.sloped")
+    def flatness(layer: str, parts: list[dict[str, float]]) -> float | None:
+        known = [part for part in parts if part[f"{layer}.samples"]]
+        each = [part[f"{layer}.flatness"] / part[f"{layer}.samples"] for part in known]
+        return math.fsum(each) if each else None
+
+    gated = [part for part in parts if part["gated"]]
+    plain = [part for part in parts if not part["gated"]]
+    up = [flatness("up", gated), flatness("entry", plain)]
+    entry, sloped = flatness("entry", parts), total("phi.sloped")
     slots = math.fsum(  # T·H
-        part["entry.tokens"] / part["entry.samples"] * part["hidden"] for part in parts
+        part["entry.tokens"] / part["entry.samples"] * part["hidden"]
+        for part in parts
+        if part["entry.samples"]
     )
-    norm = _share(total("entry.input"), tokens)
+    norm = _share(total("entry.input"), total("entry.tokens"))
     effective = _share(total("entry.effective"), sloped)
     coefficient = _share(total("phi.weighted"), sloped)
     return {
-        "flatness": flatness,
-        "flatness_up": total("flatness.up", per="entry.samples"),
-        **({"flatness_gate": total("flatness.gate", per="entry.samples")} if gated else {}),
-        "flatness_down": total("down.flatness", per="entry.samples"),
+        "flatness": entry,
+        "flatness_up": None if up == [None, None] else math.fsum(each or 0 for each in up),
+        **({"flatness_gate": flatness("entry", gated)} if gated else {}),
+        "flatness_down": flatness("down", parts),
         "coefficient": coefficient,
-        "density_from_flatness": _share(flatness, slots * (coefficient or 0)),
+        "density_from_flatness": _share(entry, slots * (coefficient or 0)),
         "input_norm": norm,
         "activation_gradient": _share(total("phi.gradient"), sloped),
         "effective_gradient": effective,
-        "ratio": _share(flatness, slots * (norm or 0) * (effective or 0)),
-        "down_input_norm": _share(total("down.input"), tokens),
-        "samples": int(max(part["entry.samples"] for part in parts)),
-        "tokens_per_sample": tokens / total("entry.samples"),
-        "skipped": int(max(part["entry.skipped"] for part in parts)),
+        "ratio": _share(entry, slots * (norm or 0) * (effective or 0)),
+        "down_input_norm": _share(total("down.input"), total("down.tokens")),
+        "samples": round(max(part["samples"] for part in parts)),
+        "tokens_per_sample": total("tokens") / total("samples"),
+        "skipped": int(max(part["skipped"] for part in parts)),
     }
 
 
-def _share(part: float, of: float) -> float | None:
-    return part / of if of else None
+def _share(part: float | None, of: float) -> float | None:
+    return part / of if part is not None and of else None
 
 
-def _entry(g_z: Tensor, weight: Tensor, samples: Tensor, x: Tensor) -> list[Tensor]:
-    squares, norms, counted = _squares(g_z, weight), _norms(x, weight), weight != 0
-    return [(squares * norms).sum(), norms.sum(), squares.sum(), counted.sum(), samples]
+def _layer(g: Tensor, weight: Tensor, samples: Tensor, norms: Tensor) -> list[Tensor]:
+    norms = _counted(norms, weight)
+    return [(_squares(g, weight) * norms).sum(), norms.sum(), (weight != 0).sum(), samples]
 
 
-def _layer(g: Tensor, weight: Tensor, samples: Tensor, entering: Tensor) -> list[Tensor]:
-    norms = _norms(entering, weight)
-    return [(_squares(g, weight) * norms).sum(), norms.sum()]
+def _entry(g_z: Tensor, weight: Tensor, samples: Tensor, norms: Tensor) -> list[Tensor]:
+    return [*_layer(g_z, weight, samples, norms), _squares(g_z, weight).sum()]
 
 
 def _phi_of_relu(
-    g_f: Tensor, weight: Tensor, samples: Tensor, x: Tensor, f: Tensor
+    g_f: Tensor, weight: Tensor, samples: Tensor, norms: Tensor, f: Tensor
 ) -> list[Tensor]:
     sloped = f != 0
-    squares = _squares(g_f * sloped, weight)
+    squares = _squares(torch.where(sloped, g_f, 0), weight)
     count = (sloped.sum(-1) * (weight != 0)).sum()
-    return [(squares * _norms(x, weight)).sum(), squares.sum(), count]
+    return [(squares * _counted(norms, weight)).sum(), squares.sum(), count]
 
 
 def _phi(
@@ -149,21 +166,22 @@ def _phi(
     g_f: Tensor,
     weight: Tensor,
     samples: Tensor,
-    x: Tensor,
+    norms: Tensor,
     z: Tensor,
 ) -> list[Tensor]:
     slope = derivative(z)
     sloped = slope != 0
-    weighted = _squares(g_f * slope, weight) * _norms(x, weight)
+    g_f = torch.where(sloped, g_f, 0)
+    weighted = _squares(g_f * slope, weight) * _counted(norms, weight)
     count = (sloped.sum(-1) * (weight != 0)).sum()
-    return [weighted.sum(), _squares(g_f * sloped, weight).sum(), count]
+    return [weighted.sum(), _squares(g_f, weight).sum(), count]
 
 
 def _squares(gradient: Tensor, weight: Tensor) -> Tensor:
     """‖g_t‖² of the per-sample loss, 0 at tokens left out: [...]."""
-    return row_squares(gradient).double() * weight.double().square()
+    return _counted(row_squares(gradient), weight) * weight.double().square()
 
 
-def _norms(entering: Tensor, weight: Tensor) -> Tensor:
-    """‖x_t‖², 0 at tokens left out: [...]."""
-    return row_squares(entering).double() * (weight != 0)
+def _counted(rows: Tensor, weight: Tensor) -> Tensor:
+    """In float64, 0 at tokens left out, whatever they hold: [...]."""
+    return torch.where(weight != 0, rows.double(), 0)

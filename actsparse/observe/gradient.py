@@ -30,7 +30,7 @@ class Gradient(GradientMeasure):
         "η sparsity": ("gradient_sparsity", "{:.2%}".format),
         "mean |η|": ("gradient_l1", "{:.3g}".format),
         "‖η_t‖": ("gradient_l2", "{:.3g}".format),
-        "participation": ("participation", "{:.2%}".format),
+        "particip.": ("participation", "{:.2%}".format),
         "on active": ("concentration", "{:.2%}".format),
     }
     readings: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {

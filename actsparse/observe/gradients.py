@@ -56,6 +56,11 @@ class Weighing:
             raise ValueError(f"loss_reduction={reduction!r}: expected 'mean' or 'sum'")
         if isinstance(scale, int | float) and not scale > 0:
             raise ValueError(f"loss_scale={scale!r}: expected a number above 0")
+        if not (isinstance(scale, int | float) or callable(scale) or hasattr(scale, "get_scale")):
+            raise ValueError(
+                f"loss_scale={scale!r}: expected a number, a function that gives it, or a "
+                f"torch.amp.GradScaler"
+            )
         self.reduction, self.scale, self.samples = reduction, scale, samples
 
     def __call__(self, site: Site, stage: Tensor, keep: Tensor | None) -> Rows:
@@ -103,7 +108,9 @@ class GradientMeasure:
 
     def __init__(self, block: MLPBlock) -> None:
         self.block = block
-        self._sums: dict[str, Tensor] = {}
+        device = next((p.device for p in block.down.module.parameters()), None)
+        # all of them now: compilers make no leaves, and processes must agree on what there is
+        self._sums = {name: _leaf(self.size(name), device) for name in self.readings}
 
     @staticmethod
     def stages(site: Site) -> tuple[str, ...]:
@@ -118,25 +125,33 @@ class GradientMeasure:
         """The stages that ``reading`` keeps until backward."""
         raise NotImplementedError
 
+    @staticmethod
+    def kept(stage: str, value: Tensor) -> Tensor:
+        """What of a stage waits for backward: all of it."""
+        return value
+
     def read(self, site: Site, reading: str) -> Callable[..., list[Tensor]]:
-        """A pure function ``(gradient, weight, samples, *stages) -> sums``, each 0-dim."""
+        """A pure function ``(gradient, weight, samples, *kept) -> sums``, each 0-dim."""
         raise NotImplementedError
+
+    def size(self, name: str) -> int:
+        """How many numbers a reading gathers: its sums, and the passes skipped."""
+        return len(self.readings[name][1]) + 1
 
     def reading(self, site: Site, name: str, rows: Rows, stages: dict[str, Tensor]) -> Reading:
         """What the site is to read in this pass."""
-        kept = tuple(stages[stage] for stage in self.needs(site, name))
-        leaf = self._leaf(name, len(self.readings[name][1]) + 1, rows.weight.device)
+        kept = tuple(self.kept(stage, stages[stage]) for stage in self.needs(site, name))
+        leaf = self.leaf(name, rows.weight.device)
         return Reading(leaf, _Total(self.read(site, name)), (rows.weight, rows.samples, *kept))
 
-    def _leaf(self, name: str, size: int, device: torch.device) -> Tensor:
-        leaf = self._sums.get(name)
-        if leaf is None or leaf.device != device:  # the first pass, or the model has moved
-            with torch.inference_mode(False):
-                new = torch.zeros(size, dtype=torch.float64, device=device, requires_grad=True)
-                if leaf is not None and leaf.grad is not None:
-                    new.grad = leaf.grad.to(device)
-            leaf = self._sums[name] = new
-        return leaf
+    def leaf(self, name: str, device: torch.device) -> Tensor:
+        """Where a reading's sums gather, on ``device``."""
+        leaf = self._sums[name]
+        if leaf.device != device:  # the model has moved
+            new = self._sums[name] = _leaf(self.size(name), device)
+            if leaf.grad is not None:
+                new.grad = leaf.grad.to(device)
+        return self._sums[name]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -144,7 +159,7 @@ class GradientMeasure:
         return list(self._sums.values())
 
     def state(self) -> list[Tensor]:
-        """The sums, which add up over processes; of readings that have begun."""
+        """The sums, which add up over processes; zeros where no pass has come."""
         for leaf in self._sums.values():
             if leaf.grad is None:
                 leaf.grad = torch.zeros_like(leaf)
@@ -152,15 +167,22 @@ class GradientMeasure:
 
     def sums(self, name: str) -> dict[str, float] | None:
         """What ``reading`` has gathered, by name, with ``skipped``; None: nothing."""
-        leaf = self._sums.get(name)
-        if leaf is None or leaf.grad is None:
+        grad = self._sums[name].grad
+        if grad is None:
             return None
-        return dict(zip((*self.readings[name][1], "skipped"), leaf.grad.tolist(), strict=True))
+        return dict(zip((*self.readings[name][1], "skipped"), grad.tolist(), strict=True))
 
     def reset(self) -> None:
         """Forget all passes."""
         for leaf in self._sums.values():
             leaf.grad = None
+
+
+def _leaf(size: int, device: torch.device | None) -> Tensor:
+    """A leaf [size] that requires grad; its own values are never read, and take no memory."""
+    with torch.inference_mode(False):
+        one = torch.zeros(1, dtype=torch.float64, device=device)
+        return one.expand(size).requires_grad_()
 
 
 class _Total:

@@ -50,11 +50,14 @@ class Noise(GradientMeasure):
         """x, but for the gradients' own moment."""
         return () if reading == "gradients" else ("x",)
 
-    def reading(self, site: Site, name: str, rows: Rows, stages: dict[str, Tensor]) -> Reading:
+    def size(self, name: str) -> int:
         """Matrices are summed flat, [H·D], [D·D] and [H·H]."""
         d, h = self.block.d_model, self.block.d_hidden
-        size = {"samples": 3, "mean": h * d, "features": d * d, "gradients": h * h}[name]
-        leaf = self._leaf(name, size, rows.weight.device)
+        return {"samples": 3, "mean": h * d, "features": d * d, "gradients": h * h}[name]
+
+    def reading(self, site: Site, name: str, rows: Rows, stages: dict[str, Tensor]) -> Reading:
+        """Of a pass; ``samples`` sorts rows by sample."""
+        leaf = self.leaf(name, rows.weight.device)
         kept = tuple(stages[stage] for stage in self.needs(site, name))
         if name != "samples":
             return Reading(leaf, partial(_moment, name), (rows.weight, *kept))
@@ -70,7 +73,11 @@ class Noise(GradientMeasure):
         blocks. None where a number has no meaning: fewer than two samples, a mean gradient that is
         lost in its own noise, no feature or gradient at all.
         """
-        seen = {name: part for name, part in parts.items() if part.sums("samples")}
+        seen = {
+            name: part
+            for name, part in parts.items()
+            if (part.sums("samples") or {}).get("samples")  # zeros: pooled, or all passes skipped
+        }
         if not seen:
             return None
         rows = []
@@ -100,7 +107,7 @@ class Noise(GradientMeasure):
         return row, noise, signal
 
     def _matrix(self, name: str, *shape: int) -> Tensor:
-        grad = self._sums[name].grad if name in self._sums else None
+        grad = self._sums[name].grad
         return torch.zeros(shape) if grad is None else grad.view(shape)
 
 

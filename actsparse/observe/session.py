@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.observe.density import Density
-from actsparse.observe.gradients import Reduction, Scale, Weighing
+from actsparse.observe.gradients import GradientMeasure, Reduction, Scale, Weighing
 from actsparse.observe.watch import MEASURES, PHASES, Mask, Phase, Watch
 
 SampleMask = Tensor | Callable[[int], Tensor | None]
 
 
-Measures = str | Iterable[str] | Mapping[str, Mapping[str, Any]]
+Names = str | Iterable[str] | Mapping[str, Mapping[str, Any]]
 
 
 def observe(
     model: nn.Module,
-    measures: Measures = ("density",),
+    measures: Names = ("density",),
     *,
     inputs: Any = None,
     blocks: Iterable[MLPBlock] | None = None,
@@ -72,29 +72,32 @@ def observe(
     >>> seen.summary("train") is None
     True
     """
-    options = _options(measures)
-    found = _blocks_of(model, inputs, blocks)
-    modules = set(model.modules())
-    for block in found:
-        if block.up.module not in modules:
-            raise ValueError(
-                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; find "
-                f"its blocks again with find_mlp_blocks (copies have blocks of their own)"
-            )
+    options = options_of(measures, MEASURES)
+    found = blocks_of(model, inputs, blocks)
     return Seen(found, options, mask, Weighing(loss_reduction, loss_scale, sample_mask))
 
 
-def _options(measures: Measures) -> dict[str, dict[str, Any]]:
+def options_of(measures: Names, known: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """``measures`` as name → options.
+
+    Raises:
+        ValueError: a name that is not ``known``.
+    """
     if isinstance(measures, str):
         measures = (measures,)
     given = measures if isinstance(measures, Mapping) else {name: {} for name in measures}
     for name in given:
-        if name not in MEASURES:
-            raise ValueError(f"unknown measure {name!r}; known: {', '.join(sorted(MEASURES))}")
+        if name not in (names := sorted(known)):
+            raise ValueError(f"unknown measure {name!r}; known: {', '.join(names)}")
     return {name: dict(options) for name, options in given.items()}
 
 
-def _blocks_of(model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None) -> list[MLPBlock]:
+def blocks_of(model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None) -> list[MLPBlock]:
+    """The blocks given, found with ``inputs``, or those that ``sparsify`` has modified.
+
+    Raises:
+        ValueError: both or none of them; blocks that are not the model's.
+    """
     if inputs is not None and blocks is not None:
         raise ValueError("give observe inputs= or blocks=, not both")
     if inputs is not None:
@@ -110,6 +113,13 @@ def _blocks_of(model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None)
     chosen = list(blocks)
     if not chosen:
         raise ValueError("blocks is empty; give at least one block of find_mlp_blocks")
+    modules = set(model.modules())
+    for block in chosen:
+        if block.up.module not in modules:
+            raise ValueError(
+                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; find "
+                f"its blocks again with find_mlp_blocks (copies have blocks of their own)"
+            )
     return chosen
 
 
@@ -179,6 +189,16 @@ class Seen:
             raise ValueError(f"block {block!r} has seen no token in phase {phase!r}")
         return density.active.double() / density.tokens
 
+    def leaves(self, phase: Phase) -> list[Tensor]:
+        """The leaves that gather what is read in backward, as their gradients."""
+        return [
+            leaf
+            for watch in self._watches.values()
+            for measure in watch.measures[phase].values()
+            if isinstance(measure, GradientMeasure)
+            for leaf in measure.leaves
+        ]
+
     def reset(self, phase: Phase | None = None) -> None:
         """Forget the passes of one phase, or of both."""
         if phase is not None:
@@ -246,11 +266,11 @@ def table_of(
     """A rich table: a row for each block of each phase's summary, and one for all."""
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("phase", "block"):
         table.add_column(title, no_wrap=True)
     for title in columns:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", overflow="fold")
     for phase, summary in summaries.items():
         if summary is None:
             table.add_row(phase, "no pass seen", *[""] * len(columns))

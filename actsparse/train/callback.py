@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from actsparse.modify import Handle
-from actsparse.observe import Seen, observe
+from actsparse.observe import Measures, Seen, observe
 from actsparse.records import RecordWriter
 
 LAST = 0.8  # "training density" is measured from here to the end of the steps
@@ -48,7 +48,12 @@ class SparsityCallback(TrainerCallback):
       evaluation (inference), without one left to count on.
     - ``record``: gets a ``train`` line at each log and an ``eval`` line at each evaluation.
       ``quality`` and ``loss`` name the metrics it takes, without Trainer's prefix.
+    - ``active`` measures the model by passes of its own, at the start, every ``active_every`` steps
+      and at the end, into ``measured`` lines.
     - ``on_step`` is called with the number of optimizer steps done, after each.
+
+    Measures of gradients are of per-sample losses: where Trainer gives the model the step's number
+    of items, the sum over a sample's positions, else the mean, and the summary says which.
 
     A loss that is NaN or infinite raises `TrainingFailed` before it reaches the weights. A penalty
     that finds no loss to join (label smoothing and ``compute_loss_func`` take the labels away from
@@ -65,10 +70,13 @@ class SparsityCallback(TrainerCallback):
         *,
         quality: str = "loss",
         loss: str = "loss",
+        active: Callable[[nn.Module], Measures] | None = None,
+        active_every: int | None = None,
         on_step: Callable[[int], None] | None = None,
     ) -> None:
         self.handle, self.seen, self.record = handle, seen, record
         self.quality, self.loss, self.on_step = quality, loss, on_step
+        self.active, self.active_every = active, active_every
         self.evaluation: Evaluation | None = None
         self.tail: Seen | None = None  # sees the last fifth of the steps
         self._hooks: list[Any] = []
@@ -97,9 +105,10 @@ class SparsityCallback(TrainerCallback):
         self._devices = (
             max(args.n_gpu, args.world_size) if args.average_tokens_across_devices else 1
         )
-        self._hooks.append(
-            kwargs["model"].register_forward_hook(self._on_forward, with_kwargs=True)
-        )
+        model = kwargs["model"]
+        self._hooks.append(model.register_forward_pre_hook(self._on_call, with_kwargs=True))
+        self._hooks.append(model.register_forward_hook(self._on_forward, with_kwargs=True))
+        self._measure(model, state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -117,7 +126,17 @@ class SparsityCallback(TrainerCallback):
             and self.tail is None
             and state.global_step >= int(LAST * state.max_steps)
         ):
-            self.tail = observe(kwargs["model"], self.seen.measures, blocks=self.handle.blocks)
+            self.tail = observe(kwargs["model"], blocks=self.handle.blocks)
+
+    def _on_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Say whose gradients the readings of this pass are."""
+        if self.seen is None or not model.training:
+            return
+        items, weighing = kwargs.get("num_items_in_batch"), self.seen.weighing
+        if items is None:
+            weighing.reduction, weighing.scale = "mean", 1 / self._group
+        else:
+            weighing.reduction, weighing.scale = "sum", self._devices / float(items)
 
     def _on_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not model.training or not torch.is_grad_enabled():
@@ -149,9 +168,21 @@ class SparsityCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report progress."""
+        """Report progress, and measure where it is time to."""
         if self.on_step is not None:
             self.on_step(state.global_step)
+        every, done = self.active_every, state.global_step
+        if (every is not None and done % every == 0) or done == state.max_steps:
+            self._measure(kwargs["model"], state)
+
+    def _measure(self, model: nn.Module, state: TrainerState) -> None:
+        if self.active is None or self.record is None:
+            return
+        found = self.active(model)
+        if self.seen is not None:
+            self.seen.reset("inference")  # it saw these passes too
+        if state.is_world_process_zero:
+            self.record.write("measured", step=state.global_step, **found.to_json())
 
     def on_log(
         self,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from actsparse.modify import recipe_named
+from actsparse.observe import CURVATURES, MEASURES
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,10 @@ class RunConfig:
     the Hugging Face config, ``data`` to the function that makes the splits. ``validate_on`` limits
     the validation rows (None: all); the test split is always read whole. Evaluation and a log line
     come every ``eval_every`` and ``log_every`` steps.
+
+    ``measures`` are read in each pass (`observe`); those of ``active`` (`measure`) at the start,
+    every ``active_every`` steps (None: never between) and at the end, on ``active_on`` rows of the
+    validation split.
 
     >>> config = RunConfig(task="digits", arm="vanilla", seed=0, steps=100)
     >>> config.to_json()["recipe"]
@@ -39,14 +44,27 @@ class RunConfig:
     log_every: int = 50
     eval_every: int = 100
     validate_on: int | None = None
+    measures: tuple[str, ...] = ("density",)
+    active: tuple[str, ...] = ()
+    active_every: int | None = None
+    active_on: int = 128
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "eval_every"):
+        for name in ("steps", "batch_size", "log_every", "eval_every", "active_on", "active_every"):
             value = getattr(self, name)
+            if name == "active_every" and value is None:
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
+        passive, active = list(MEASURES), [*MEASURES, *CURVATURES]
+        for name, known in [("measures", passive), ("active", active)]:
+            unknown = [each for each in getattr(self, name) if each not in known]
+            if unknown:
+                raise ValueError(f"{name} holds {unknown[0]!r}; known: {', '.join(known)}")
+        if "density" not in self.measures:
+            raise ValueError(f"measures={self.measures!r} lacks 'density', which each record needs")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: expected a whole number, 0 or more")
         if not self.lr > 0:

@@ -31,7 +31,10 @@ def finished_run(config: RunConfig, out: str | Path) -> Run | None:
     run = read_run(path)
     if not run.finished:
         return None
-    then, now = run.header["config"], config.to_json()
+    now = config.to_json()
+    # a setting that is newer than the run had its default
+    then = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
+    then |= run.header["config"]
     other = [key for key in {**now, **then} if then.get(key) != now.get(key)]
     if run.task != config.task:
         other = ["task"]

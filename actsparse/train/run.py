@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import Dataset, Subset
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from actsparse.modify import Handle, LeaveOutMLP, Recipe, decay_groups, save, sparsify
-from actsparse.observe import observe, skippable
+from actsparse.observe import Measures, measure, observe, skippable, spectra_of
 from actsparse.records import RecordWriter, Run, environment, read_run, refused, run_path
 from actsparse.train.callback import SparsityCallback, TrainingFailed
 from actsparse.train.config import RunConfig
@@ -88,11 +89,26 @@ def _train(
     recipe = Recipe.from_json(config.recipe)
     handle = sparsify(model, recipe, inputs=inputs)
     without = any(isinstance(change, LeaveOutMLP) for change in recipe.modifications)
-    seen = None if without else observe(model, blocks=handle.blocks)
-    callback = SparsityCallback(
-        handle, seen, record, quality="quality", loss="nats", on_step=on_step
-    )
+    seen = None if without else observe(model, config.measures, blocks=handle.blocks)
     validation = _some(splits.validation, config.validate_on)
+
+    batches = batches_of(splits.validation, config.active_on, config.batch_size)
+
+    def active(model: nn.Module) -> Measures:
+        device = next(model.parameters()).device
+        on = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+        return measure(model, task.predict, on, config.active, labels="model")
+
+    callback = SparsityCallback(
+        handle,
+        seen,
+        record,
+        quality="quality",
+        loss="nats",
+        active=active if config.active and not without else None,
+        active_every=config.active_every,
+        on_step=on_step,
+    )
     weights = record.path.parent / "weights"
     trainer = _trainer(config, task, model, splits.train, validation, callback, weights)
     try:
@@ -118,6 +134,7 @@ def _train(
         skippable=_skippable(handle, last.measures, training),
         baselines=task.baselines(splits),
         data=splits.info,
+        **({"spectra": spectra_of(handle.blocks)} if "spectrum" in config.measures else {}),
         seconds=time.perf_counter() - began,
     )
 
@@ -169,6 +186,16 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def batches_of(rows: Dataset[Any], count: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """``count`` rows of a split, evenly spread, as batches."""
+    some = _some(rows, count)
+    found = [some[index] for index in range(len(some))]  # type: ignore[arg-type]
+    return [
+        default_data_collator(found[start : start + batch_size])
+        for start in range(0, len(found), batch_size)
+    ]
 
 
 class _KeepWeights(TrainerCallback):

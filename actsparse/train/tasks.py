@@ -39,7 +39,9 @@ class Task:
     """What `run` needs to know of a task.
 
     ``reduce`` makes of a batch's logits what is kept for ``score``, which gives ``loss`` and
-    ``quality`` over a whole split. ``baselines`` are losses (nats) on the test split.
+    ``quality`` over a whole split. ``predict`` runs a model on a batch and returns what training's
+    loss is the cross-entropy of, (logits, targets). ``baselines`` are losses (nats) on the test
+    split.
     """
 
     quality_name: str
@@ -48,6 +50,7 @@ class Task:
     splits: Callable[[RunConfig], Splits[Any]]
     reduce: Callable[[Any, Tensor], Tensor]
     score: Callable[[EvalPrediction], Scores]
+    predict: Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
     baselines: Callable[[Splits[Any]], Scores] = lambda splits: {}
 
 
@@ -56,6 +59,14 @@ def task_of(name: str) -> Task:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def _predict(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    return model(**batch).logits, batch["labels"]
+
+
+def _predict_next(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    return model(**batch).logits[:, :-1], batch["labels"][:, 1:]
 
 
 # digits: images to classes
@@ -126,6 +137,7 @@ TASKS = {
         splits=lambda config: load_digits_splits(**config.data),
         reduce=_class_losses,
         score=_accuracy,
+        predict=_predict,
     ),
     "text": Task(
         quality_name="bits per hidden byte",
@@ -134,6 +146,7 @@ TASKS = {
         splits=lambda config: span_corruption_splits(seed=config.seed, **config.data),
         reduce=_hidden_byte_losses,
         score=_bits_per_byte,
+        predict=_predict,
         baselines=_bigram,
     ),
     "lm": Task(
@@ -143,6 +156,7 @@ TASKS = {
         splits=lambda config: lm_splits(**config.data),
         reduce=_next_byte_losses,
         score=_bits_per_byte,
+        predict=_predict_next,
         baselines=_bigram,
     ),
 }

@@ -1,0 +1,191 @@
+"""``actsparse measure``: why is this network sparse? Measures of a trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT = "density,flatness,gradient,spectrum,gauss_newton,token_copies"
+
+
+def measure(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="A run's folder (its record.jsonl and weights/), or a checkpoint: a folder that "
+            "actsparse.save or Hugging Face's save_pretrained wrote."
+        ),
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option(help="digits, text or lm: whose data.", show_default="the run's"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="package.module:function that returns (loss_fn, batches), as "
+            "actsparse.observe.measure takes them."
+        ),
+    ] = None,
+    measures: Annotated[
+        str,
+        typer.Option(
+            help="With commas between: density, flatness, gradient, noise, spectrum, gauss_newton, "
+            "token_copies, hessian, top_eigenvalue."
+        ),
+    ] = DEFAULT,
+    labels: Annotated[
+        str, typer.Option(help="Of the measures of gradients: data's, or drawn from the model.")
+    ] = "data",
+    reduction: Annotated[
+        str, typer.Option(help="Of a sample's loss over its positions: mean or sum.")
+    ] = "mean",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
+    rows: Annotated[int, typer.Option(help="Samples, evenly spread over the split.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Samples in a pass.", min=1)] = 64,
+    probes: Annotated[int, typer.Option(help="Random draws of each estimate.", min=2)] = 10,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for the result.", show_default="measures.json in a run's folder"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Measure a trained model: density, flatness and its identity, gradients, curvature, spectra.
+
+    Nothing is trained and the model stays as it is. A run's measures are kept beside its record,
+    where `actsparse report` finds them.
+
+    Examples:
+
+      actsparse measure runs/demo/runs/paper-seed0
+
+      actsparse measure runs/demo/runs/paper-seed0 --measures hessian,top_eigenvalue --probes 50
+
+      actsparse measure my_checkpoint --data my_package.data:batches --labels model --json
+    """
+    from json import dumps
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from actsparse.records import environment, run_measures_path, write_whole
+
+    log = Console(stderr=True)
+    model, run = _model(target)
+    loss_fn, batches, where = _data(run, task, data, split, rows, batch_size)
+    names = [name.strip() for name in measures.split(",")]
+    with Progress(console=log, disable=not log.is_terminal, transient=True) as bar:
+        bars: dict[str, Any] = {}
+
+        def told(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = bar.add_task(name, total=total)
+                if not log.is_terminal:
+                    log.print(f"{name}: {total} passes", highlight=False)
+            bar.update(bars[name], completed=done)
+
+        from actsparse.observe import measure as measure_model
+
+        found = measure_model(
+            model,
+            loss_fn,
+            batches,
+            names,
+            labels=labels,  # type: ignore[arg-type]
+            reduction=reduction,  # type: ignore[arg-type]
+            probes=probes,
+            seed=seed,
+            progress=told,
+        )
+    header = {} if run is None else {"task": run.task, "arm": run.arm, "seed": run.seed}
+    record = {
+        "kind": "measures",
+        "schema": 1,
+        **header,
+        **found.to_json(),
+        **environment(torch.get_num_threads()),
+    }
+    record["how"] |= where
+    text = dumps(record, indent=1, allow_nan=False) + "\n"
+    place = out or (None if run is None else run_measures_path(target))
+    if place is not None:
+        write_whole(place, text.encode())
+    if json:
+        typer.echo(text, nl=False)
+    else:
+        for table in found.tables():
+            Console().print(table)
+    if place is not None:
+        log.print(f"measures: {place}", highlight=False, soft_wrap=True)
+
+
+def _model(target: Path) -> tuple[Any, Any]:
+    """The model, and the run it is from or None."""
+    from actsparse import load
+    from actsparse.records import read_run
+
+    if (target / "record.jsonl").is_file():
+        run = read_run(target / "record.jsonl")
+        if not (target / "weights").is_dir():
+            raise ValueError(f"{target} has no weights/: nothing to measure")
+        return load(target / "weights"), run
+    if (target / "actsparse.json").is_file():
+        return load(target), None
+    if (target / "config.json").is_file():
+        return _pretrained(target), None
+    raise ValueError(
+        f"{target} is neither a run's folder (record.jsonl) nor a checkpoint (actsparse.json, or "
+        f"Hugging Face's config.json)"
+    )
+
+
+def _pretrained(path: Path) -> Any:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False
+        )
+        name = (getattr(config, "architectures", None) or [""])[0]
+        cls = getattr(transformers, name, None)
+        if cls is None:
+            raise ValueError(f"its config names the architecture {name!r}, unknown to transformers")
+        return cls.from_pretrained(path, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"cannot load {path}: {error}") from error
+
+
+def _data(
+    run: Any, task: str | None, data: str | None, split: str, rows: int, batch_size: int
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A loss function, batches, and what they are in words."""
+    if data is not None:
+        if task is not None:
+            raise ValueError("give --task or --data, not both")
+        from actsparse.cli.models import called
+
+        made = called(data)
+        if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
+            raise ValueError(f"{data} returned {type(made).__name__}; expected (loss_fn, batches)")
+        return *made, {"data": data}
+    if run is None and task is None:
+        raise ValueError("a checkpoint does not say on what to measure it: give --task or --data")
+    from actsparse.experiments import run_config
+    from actsparse.train.config import RunConfig
+    from actsparse.train.run import batches_of
+    from actsparse.train.tasks import task_of
+
+    if run is not None and task in (None, run.task):
+        config = RunConfig(**run.header["config"])
+    else:
+        config = run_config(str(task), "vanilla", 0)
+    chosen = task_of(config.task)
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"unknown split {split!r}; known: train, validation, test")
+    batches = batches_of(getattr(chosen.splits(config), split), rows, batch_size)
+    return chosen.predict, batches, {"data": config.task, "split": split}
