@@ -28,12 +28,8 @@ class Reading:
     kept: tuple[Tensor, ...] = ()
 
 
-def read_gradient(
-    stage: Tensor, reading: Reading, rows: slice | None = None, copy: bool = False
-) -> Tensor:
+def read_gradient(stage: Tensor, reading: Reading, rows: slice | None = None) -> Tensor:
     """``stage`` as it is, with ``reading`` in its backward; of its features ``rows`` alone.
-
-    ``copy`` gives memory of its own to a stage that the model overwrites later.
 
     >>> x, sums = torch.tensor([1.0, 2.0], requires_grad=True), torch.zeros(1, requires_grad=True)
     >>> y = read_gradient(3 * x, Reading(sums, lambda gradient: gradient.sum()[None]))
@@ -41,7 +37,7 @@ def read_gradient(
     >>> sums.grad  # 2y, summed
     tensor([18.])
     """
-    out: Tensor = _Read.apply(stage, reading.sums, reading.read, rows, copy, *reading.kept)
+    out: Tensor = _Read.apply(stage, reading.sums, reading.read, rows, *reading.kept)
     return out
 
 
@@ -52,14 +48,14 @@ class _Read(torch.autograd.Function):
         sums: Tensor,
         read: Callable[..., Tensor],
         rows: slice | None,
-        copy: bool,
         *kept: Tensor,
     ) -> Tensor:
-        return stage.clone() if copy else stage.detach()
+        # no view: autograd lets nobody write to a view that a Function has made
+        return stage.detach()  # the same memory, which what follows may overwrite as before
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.read, ctx.rows, _, *kept = inputs
+        _, _, ctx.read, ctx.rows, *kept = inputs
         ctx.save_for_backward(*kept)
 
     @staticmethod
@@ -68,4 +64,4 @@ class _Read(torch.autograd.Function):
         with torch.no_grad():
             seen = gradient if ctx.rows is None else gradient[..., ctx.rows]
             sums = ctx.read(seen.detach(), *(tensor.detach() for tensor in kept))
-        return gradient, sums, None, None, None, *[None] * len(kept)
+        return gradient, sums, None, None, *[None] * len(kept)

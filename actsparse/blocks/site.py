@@ -254,7 +254,9 @@ class Site:
                 add(Replacement.at(activation.module, self))
             elif "a" in self._wanted or "f" in self._readers:
                 add(activation.module.register_forward_hook(self._on_activation))
-        elif self._phi or "f" in self._readers or ("a" in self._wanted and block.between):
+        elif self._phi or (
+            activation.steps and ("f" in self._readers or ("a" in self._wanted and block.between))
+        ):
             assert activation.owner is not None
             add(Interception.at(activation.owner, self))
         if inside:
@@ -337,21 +339,23 @@ class Site:
             a = self._phi(z, lambda z: original(z.clone()))
         else:
             a = self._phi(z, original)
-        return self._take_activation(a)
+        return self._take_activation(a, z)
 
     def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.takes_phi():  # else called elsewhere, or kept already by compute_phi
             self._expects_phi = False
-            return self._take_activation(output)
+            return self._take_activation(output, args[0])
         return output
 
-    def _take_activation(self, f: Tensor) -> Tensor:
+    def _take_activation(self, f: Tensor, z: Tensor) -> Tensor:
+        if "z" in self._wanted and not self._in_place:
+            self._kept["z"] = z  # a bias may have joined up's output
         between = self.block.between
         # what follows may work in place: a dropout that says so or is a function, or `a *= u`
         overwritten = self.block.gated or any(
             part.module is None or getattr(part.module, "inplace", False) for part in between
         )
-        f = self._read("f", f, copy=overwritten)
+        f = self._read("f", f)
         if "a" in self._wanted and (between or not self.block.gated):
             self._kept["a"] = f.clone() if overwritten else f
         return f
@@ -383,16 +387,14 @@ class Site:
         for transform in self._outputs:
             output = transform(self, output, args[0], self.block.down)
         self._kept["d"] = args[0]
-        output = self._read("y", output, self.block.down, copy=True)
+        output = self._read("y", output, self.block.down)
         kept = {**self._kept, "y": output}
         self._kept.clear()
         for tap, stages in self._served:
             tap(self, {stage: kept[stage] for stage in stages})
         return output
 
-    def _read(
-        self, place: str, output: Tensor, layer: Layer | None = None, copy: bool = False
-    ) -> Tensor:
+    def _read(self, place: str, output: Tensor, layer: Layer | None = None) -> Tensor:
         """``output``, with what is to be read of its gradient."""
         if place not in self._readers or not torch.is_grad_enabled():
             return output
@@ -401,5 +403,5 @@ class Site:
             stage = output if rows is None else output[..., rows]
             reading = tap(self, stage, {name: self._kept[name] for name in stages})
             if reading is not None:
-                output, copy = read_gradient(output, reading, rows, copy), False
+                output = read_gradient(output, reading, rows)
         return output

@@ -145,7 +145,7 @@ class Tokens:
         Raises:
             ValueError: the shape fits no known layout of tokens.
         """
-        size = self._shape[0] if self._shape else 1
+        size = self._shape[0] if self._shape else 0
         if x.dim() == 2 and self._length is None and len(self._shape) == 2 and len(x) == size:
             return torch.arange(size, device=x.device), size
         batch, length = self.arrange(x[..., :1]).shape[:2]

@@ -144,8 +144,8 @@ def _share(part: float | None, of: float) -> float | None:
 
 
 def _layer(g: Tensor, weight: Tensor, samples: Tensor, norms: Tensor) -> list[Tensor]:
-    norms = _counted(norms, weight)
-    return [(_squares(g, weight) * norms).sum(), norms.sum(), (weight != 0).sum(), samples]
+    weighted, counted = _squares(g, weight) * norms, weight != 0
+    return [weighted.sum(), (norms.double() * counted).sum(), counted.sum(), samples]
 
 
 def _entry(g_z: Tensor, weight: Tensor, samples: Tensor, norms: Tensor) -> list[Tensor]:
@@ -158,7 +158,7 @@ def _phi_of_relu(
     sloped = f != 0
     squares = _squares(torch.where(sloped, g_f, 0), weight)
     count = (sloped.sum(-1) * (weight != 0)).sum()
-    return [(squares * _counted(norms, weight)).sum(), squares.sum(), count]
+    return [(squares * norms).sum(), squares.sum(), count]
 
 
 def _phi(
@@ -172,16 +172,11 @@ def _phi(
     slope = derivative(z)
     sloped = slope != 0
     g_f = torch.where(sloped, g_f, 0)
-    weighted = _squares(g_f * slope, weight) * _counted(norms, weight)
+    weighted = _squares(g_f * slope, weight) * norms
     count = (sloped.sum(-1) * (weight != 0)).sum()
     return [weighted.sum(), _squares(g_f, weight).sum(), count]
 
 
 def _squares(gradient: Tensor, weight: Tensor) -> Tensor:
     """‖g_t‖² of the per-sample loss, 0 at tokens left out: [...]."""
-    return _counted(row_squares(gradient), weight) * weight.double().square()
-
-
-def _counted(rows: Tensor, weight: Tensor) -> Tensor:
-    """In float64, 0 at tokens left out, whatever they hold: [...]."""
-    return torch.where(weight != 0, rows.double(), 0)
+    return row_squares(gradient).double() * weight.double().square()
