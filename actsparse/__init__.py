@@ -22,7 +22,7 @@ from actsparse.modify import (
     save,
     sparsify,
 )
-from actsparse.observe import Seen, observe, skippable
+from actsparse.observe import Measures, Seen, measure, observe, skippable
 
 __version__ = "0.1.0.dev0"
 
@@ -32,6 +32,7 @@ __all__ = [
     "Handle",
     "LeaveOutMLP",
     "MLPBlock",
+    "Measures",
     "NoMLPFound",
     "NormFloor",
     "Recipe",
@@ -43,6 +44,7 @@ __all__ = [
     "find_mlp_blocks",
     "handle_of",
     "load",
+    "measure",
     "observe",
     "save",
     "skippable",

@@ -259,9 +259,10 @@ class Site:
         ):
             assert activation.owner is not None
             add(Interception.at(activation.owner, self))
-        if inside:
+        late = [stages for _, stages in self._served if "y" in stages]
+        if inside or len(late) < len(self._served):
             add(block.down.module.register_forward_pre_hook(self._on_down_input))
-        if self._outputs or self._taps or "y" in self._readers:
+        if self._outputs or late or "y" in self._readers:
             add(block.down.module.register_forward_hook(self._on_down))
         for module in block.path:
             if isinstance(module, nn.TransformerEncoder):
@@ -370,38 +371,41 @@ class Site:
                 f"were its layers called one by one, outside the block's forward?"
             )
         self._expects_phi = False
-        if self._readers:  # checkpointing's second pass ends here, and would keep them alive
-            for stage in "xz":
-                if not any(stage in stages for _, stages in self._served):
-                    self._kept.pop(stage, None)
-        if "a" not in self._wanted:
-            return
-        if self.block.gated and self.block.between:
-            self._kept["a"] = self._kept["a"] * self._kept["u"]
-        elif self.block.gated or "a" not in self._kept:
-            self._kept["a"] = args[0]
+        kept = {"a": args[0], **self._kept, "d": args[0]}
+        if self.block.gated and "a" in self._wanted:
+            kept["a"] = kept["a"] * kept["u"] if self.block.between else args[0]
+        self._kept.clear()  # checkpointing breaks off its second pass inside down
+        if any("y" in stages for _, stages in self._served):
+            self._kept.update(kept)
+        self._serve(kept)
 
     def _on_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if _asleep:
             return output
         for transform in self._outputs:
             output = transform(self, output, args[0], self.block.down)
-        self._kept["d"] = args[0]
-        output = self._read("y", output, self.block.down)
-        kept = {**self._kept, "y": output}
+        kept = {**self._kept, "d": args[0]}
         self._kept.clear()
-        for tap, stages in self._served:
-            tap(self, {stage: kept[stage] for stage in stages})
+        output = self._read("y", output, self.block.down, d=args[0])
+        self._serve({**kept, "y": output})
         return output
 
-    def _read(self, place: str, output: Tensor, layer: Layer | None = None) -> Tensor:
+    def _serve(self, kept: dict[str, Tensor]) -> None:
+        """Call the taps that want y where it is known, the others before down runs."""
+        for tap, stages in self._served:
+            if ("y" in stages) == ("y" in kept):
+                tap(self, {stage: kept[stage] for stage in stages})
+
+    def _read(
+        self, place: str, output: Tensor, layer: Layer | None = None, **known: Tensor
+    ) -> Tensor:
         """``output``, with what is to be read of its gradient."""
         if place not in self._readers or not torch.is_grad_enabled():
             return output
-        rows = None if layer is None else layer.rows
+        rows, known = None if layer is None else layer.rows, {**self._kept, **known}
         for tap, stages in self._readers[place]:
             stage = output if rows is None else output[..., rows]
-            reading = tap(self, stage, {name: self._kept[name] for name in stages})
+            reading = tap(self, stage, {name: known[name] for name in stages})
             if reading is not None:
                 output = read_gradient(output, reading, rows)
         return output

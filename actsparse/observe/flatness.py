@@ -73,6 +73,13 @@ class Flatness(GradientMeasure):
     def summary(parts: dict[str, Flatness]) -> dict[str, Any] | None:
         """Of the blocks called ``parts`` together and, under ``blocks``, of each.
 
+        ``flatness``: AF of the layer whose output enters φ; ``flatness_up``, ``flatness_gate``,
+        ``flatness_down``: of each layer; ``coefficient``: c; ``density_from_flatness``: the
+        identity's ``AF / (T·H·c)``. Means: ``input_norm`` of ‖x_t‖² over tokens,
+        ``down_input_norm`` of ‖d_t‖², ``activation_gradient`` of g_f² and ``effective_gradient``
+        of η² over (t, h) with φ′ ≠ 0. ``ratio``: ``AF / (T·H·input_norm·effective_gradient)``, what
+        the identity would give if ‖x_t‖² and η² were independent.
+
         Flatness adds up over blocks, as a trace does; the rest are means over all their tokens and
         units. A block that is called several times in a pass (ALBERT) has the tokens of all its
         calls in each sample. A number is None where no gradient has come that tells it, as at
@@ -144,8 +151,8 @@ def _share(part: float | None, of: float) -> float | None:
 
 
 def _layer(g: Tensor, weight: Tensor, samples: Tensor, norms: Tensor) -> list[Tensor]:
-    weighted, counted = _squares(g, weight) * norms, weight != 0
-    return [weighted.sum(), (norms.double() * counted).sum(), counted.sum(), samples]
+    norms, counted = _counted(norms, weight), weight != 0
+    return [(_squares(g, weight) * norms).sum(), norms.sum(), counted.sum(), samples]
 
 
 def _entry(g_z: Tensor, weight: Tensor, samples: Tensor, norms: Tensor) -> list[Tensor]:
@@ -158,7 +165,7 @@ def _phi_of_relu(
     sloped = f != 0
     squares = _squares(torch.where(sloped, g_f, 0), weight)
     count = (sloped.sum(-1) * (weight != 0)).sum()
-    return [(squares * norms).sum(), squares.sum(), count]
+    return [(squares * _counted(norms, weight)).sum(), squares.sum(), count]
 
 
 def _phi(
@@ -172,11 +179,16 @@ def _phi(
     slope = derivative(z)
     sloped = slope != 0
     g_f = torch.where(sloped, g_f, 0)
-    weighted = _squares(g_f * slope, weight) * norms
+    weighted = _squares(g_f * slope, weight) * _counted(norms, weight)
     count = (sloped.sum(-1) * (weight != 0)).sum()
     return [weighted.sum(), _squares(g_f, weight).sum(), count]
 
 
 def _squares(gradient: Tensor, weight: Tensor) -> Tensor:
     """‖g_t‖² of the per-sample loss, 0 at tokens left out: [...]."""
-    return row_squares(gradient).double() * weight.double().square()
+    return _counted(row_squares(gradient), weight) * weight.double().square()
+
+
+def _counted(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows`` [...] in float64, 0 at tokens left out, also where these are NaN."""
+    return torch.where(weight != 0, rows.double(), 0)

@@ -97,21 +97,21 @@ def _numbers(parts: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _effective(epsilon: float, g_z: Tensor, weight: Tensor, samples: Tensor) -> list[Tensor]:
-    counted = weight != 0
-    size = g_z.abs() * weight.unsqueeze(-1) if epsilon else g_z.abs()
-    small = (size <= epsilon).sum(-1)
+    counted, weight = weight != 0, weight.double()
     dtype = torch.promote_types(g_z.dtype, torch.float32)
-    l1 = torch.linalg.vector_norm(g_z, ord=1, dim=-1, dtype=dtype).double() * weight
-    squares = row_squares(g_z)
-    # of η/‖η‖, whose fourth powers neither overflow nor vanish
-    unit = g_z / torch.where(squares > 0, squares, 1).sqrt().unsqueeze(-1)
-    alive = (squares > 0) & counted
-    share = 1 / (row_squares(unit.square()).double() * g_z.shape[-1])
+    size = g_z.abs()
+    small = size * weight.to(dtype).unsqueeze(-1) if epsilon else size
+    l1 = torch.linalg.vector_norm(size, ord=1, dim=-1, dtype=dtype).double()
+    # of η over its largest entry, whose fourth powers neither overflow nor vanish
+    peak = size.amax(-1).to(dtype)
+    unit = size / torch.where(peak > 0, peak, 1).unsqueeze(-1)
+    two, four = row_squares(unit).double(), row_squares(unit.square()).double()
+    alive = (peak > 0) & counted
     return [
-        (small * counted).sum(),
-        l1.sum(),
-        (squares.double() * weight.double().square()).sum(),
-        torch.where(alive, share, 0).sum(),
+        ((small <= epsilon).sum(-1) * counted).sum(),
+        torch.where(counted, l1 * weight, 0).sum(),
+        torch.where(counted, two * (peak.double() * weight).square(), 0).sum(),
+        torch.where(alive, two.square() / (four * g_z.shape[-1]), 0).sum(),
         alive.sum(),
         counted.sum(),
     ]
@@ -125,8 +125,6 @@ def _concentration(
     stage: Tensor,
 ) -> list[Tensor]:
     sloped = stage != 0 if derivative is None else derivative(stage) != 0
-    squares = weight.double().square()
-    return [
-        (row_squares(g_f * sloped).double() * squares).sum(),
-        (row_squares(g_f).double() * squares).sum(),
-    ]
+    scale = weight.double().square()
+    squares = [row_squares(rows).double() for rows in (torch.where(sloped, g_f, 0), g_f)]
+    return [torch.where(weight != 0, each * scale, 0).sum() for each in squares]

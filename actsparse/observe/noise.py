@@ -30,7 +30,9 @@ class Noise(GradientMeasure):
     """Anisotropy of features and gradients, and the gradient noise scale, of one block.
 
     Over several steps of training the parameters move, and the scale is that of the whole window.
-    Memory: D² + H² + D·H float64 numbers; time: matrix products of D·H, D² and H² for each token.
+    Memory: D² + H² + D·H float64 numbers, and x until backward where the model itself does not
+    keep it (under autocast, at frozen layers); time: matrix products of D·H, D² and H² for each
+    token.
     """
 
     columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]] = {
@@ -71,7 +73,8 @@ class Noise(GradientMeasure):
 
         Scales are pooled over blocks as if their layers were one, anisotropies are the mean over
         blocks. None where a number has no meaning: fewer than two samples, a mean gradient that is
-        lost in its own noise, no feature or gradient at all.
+        lost in its own noise, no feature or gradient at all; and the scale of a block that is
+        called several times in a pass.
         """
         seen = {
             name: part
@@ -95,7 +98,8 @@ class Noise(GradientMeasure):
         assert sums is not None
         count = sums["samples"]
         noise = signal = math.nan
-        if count > 1:
+        # a sample's gradient is summed over the calls of a shared block, which come one by one
+        if count > 1 and self.block.calls == 1:
             mean = float(self._matrix("mean", h * d).norm() ** 2) / count**2
             noise = (sums["squares"] / count - mean) * count / (count - 1)
             signal = mean - noise / count
@@ -140,8 +144,8 @@ def _sample_norms(
 ) -> Tensor:
     """``Σ_b ‖∇_W ℓ_b‖²``, and the number of samples: [3], the last counts passes skipped."""
     g = _flat(g_z, weight)[order].unflatten(0, (batch, -1))  # [B, T, H]
-    x = x.flatten(0, -2).to(g.dtype)[order].unflatten(0, (batch, -1))
-    squares = torch.stack([(a.T @ b).double().square().sum() for a, b in zip(g, x, strict=True)])
+    x = _flat(x, weight != 0)[order].unflatten(0, (batch, -1))
+    squares = torch.stack([_product(a, b).square().sum() for a, b in zip(g, x, strict=True)])
     sums = torch.stack([squares.sum(), samples.double()])
     fine = sums.isfinite().all()
     return torch.cat([torch.where(fine, sums, torch.zeros_like(sums)), (~fine).double()[None]])
@@ -153,11 +157,17 @@ def _moment(name: str, g_z: Tensor, weight: Tensor, *x: Tensor) -> Tensor:
     entering = _flat(x[0], weight != 0) if x else g
     left = entering if name == "features" else g
     right = g if name == "gradients" else entering
-    total = (left.T @ right).double().flatten()
+    total = _product(left, right).flatten()
     return torch.where(g.isfinite().all() & total.isfinite().all(), total, 0)
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ right`` in float64, of factors in their own precision: [p, q]."""
+    with torch.autocast(left.device.type, enabled=False):  # backward may run under it
+        return (left.T @ right).double()
+
+
 def _flat(stage: Tensor, weight: Tensor) -> Tensor:
-    """Rows times their weights, [N, features], in float32 at least."""
-    dtype = torch.promote_types(stage.dtype, torch.float32)
-    return (stage.to(dtype) * weight.unsqueeze(-1).to(dtype)).flatten(0, -2)
+    """Rows times their weights, [N, features], in float32 at least; 0 at those left out."""
+    dtype, weight = torch.promote_types(stage.dtype, torch.float32), weight.unsqueeze(-1)
+    return torch.where(weight != 0, stage.to(dtype) * weight.to(dtype), 0).flatten(0, -2)

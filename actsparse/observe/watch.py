@@ -126,7 +126,8 @@ class Watch:
         with torch.no_grad():
             rows = self.weighing(site, output, self.keep(site, output))
         measure: GradientMeasure = self.now()[name]
-        return measure.reading(site, reading, rows, {**stages, "f": output})
+        # under another name, since compilers take no tensor twice
+        return measure.reading(site, reading, rows, {**stages, "f": output.detach()})
 
     def keep(self, site: Site, stage: Tensor) -> Tensor | None:
         """[B, T], False at tokens to leave out; None: there are none."""

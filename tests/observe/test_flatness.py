@@ -269,3 +269,17 @@ def test_a_sample_mask_of_another_size_is_refused() -> None:
     model = mlp()
     with pytest.raises(ValueError, match=r"sample_mask has shape \(2,\), but the batch has 3 sam"):
         seen_in(model, lambda: losses(model).mean(), sample_mask=torch.ones(2))
+
+
+def test_nan_at_a_token_left_out_leaves_the_others_their_numbers() -> None:
+    model, x = Mlp("relu").double(), torch.randn(2, 3, D, dtype=torch.float64)
+    keep = torch.tensor([[True, True, True], [True, True, False]])
+    broken = x.clone()
+    broken[1, 2] = torch.nan
+    found = []
+    for batch in (x, broken):
+        with observe(model, "flatness", inputs=x, mask=keep, loss_reduction="sum") as seen:
+            (model(batch) * keep[..., None]).nan_to_num().square().sum().backward()
+        found.append(seen.summary("train"))
+    assert found[0] is not None
+    assert found[0] == found[1]

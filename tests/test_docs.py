@@ -1,0 +1,118 @@
+"""The page on measures: its examples run, its commands parse, and it leaves no number out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import nn
+
+from actsparse.cli.main import app
+from actsparse.observe import CURVATURES, MEASURES, measure
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "measures.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = re.findall(r"^    (actsparse .*)$", TEXT, re.MULTILINE)
+PLAIN = {"block", "value", "products"}  # words that say what they are
+WORDS = set(re.findall(r"[a-z]\w*", " ".join(re.findall(r"`([^`\n]+)`", TEXT))))
+
+
+@pytest.fixture
+def page() -> Iterator[dict[str, Any]]:
+    """The names that the examples leave behind, run in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        names: dict[str, Any] = {}
+        for code in CODE:
+            exec(compile(code, PAGE.name, "exec"), names)
+        yield names
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Sums of at most H = 32 squares and 64 tokens, all positive, and a few products: off by less than
+# 200 · 2ε, 1e-13. The gradients below are sums of 8 terms that may cancel, hence some digits less.
+RELATIVE = 1e-10
+
+
+def test_the_examples_run_one_after_the_other(page: dict[str, Any]) -> None:
+    row, found = page["row"], page["found"]
+    assert row["density_from_flatness"] == pytest.approx(row["derivative_density"], rel=RELATIVE)
+    assert set(found.curvature) == {"gauss_newton", "token_copies", "hessian"}
+
+
+def test_a_language_models_mean_is_read_as_sums_over_positions(page: dict[str, Any]) -> None:
+    up, rest = page["model"][0], page["model"][1:]
+    squares = []
+    for x, y in zip(page["tokens"], page["targets"], strict=True):
+        z = up(x)
+        loss = nn.functional.cross_entropy(rest(z), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, z)
+        squares.append(float((gradient.square().sum(1) * x.square().sum(1)).sum()))
+    flatness = page["seen"].summary("train")["flatness"]
+    assert flatness == pytest.approx(sum(squares) / 4, rel=RELATIVE)
+
+
+def test_every_number_of_a_summary_is_on_the_page(page: dict[str, Any]) -> None:
+    batches = [{"x": torch.randn(6, 4, 8), "y": torch.randint(8, (6, 4))}]
+    model = Gated()
+    found = measure(
+        model, lambda m, b: (m(b["x"]), b["y"]), batches, [*MEASURES, *CURVATURES],
+        labels="model", inputs=batches[0]["x"], probes=2,
+    )  # fmt: skip
+    assert found.measures is not None
+    (row,) = found.measures["blocks"]
+    keys = {
+        *page["row"],
+        *found.measures,
+        *row,
+        *found.spectra[0]["marchenko_pastur"],
+        *found.curvature,
+    }
+    keys |= {key for name in CURVATURES for key in found.curvature[name]}
+    keys = {re.sub(r"^(gate|down)_(?=concentration|stable|ks|outl|random)", "up_", k) for k in keys}
+    keys = {
+        "flatness_error" if key.endswith("_error") and "flatness" in key else key for key in keys
+    }
+    assert keys - WORDS - PLAIN == set()
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.gate(x)) * self.up(x))
+
+
+def test_every_measure_has_its_name_on_the_page() -> None:
+    assert {*MEASURES, *CURVATURES} - WORDS == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_parse_and_name_known_measures(command: str) -> None:
+    group: Any = typer.main.get_command(app)
+    _, verb, *arguments = shlex.split(command)
+    with group.make_context("actsparse", [verb, *arguments]) as context:
+        options = group.get_command(context, verb).make_context(verb, arguments).params
+    asked = {name.strip() for name in (options["measures"] or "").split(",")}
+    assert asked - {""} <= {*MEASURES, *CURVATURES}
+
+
+def test_links_lead_somewhere() -> None:
+    heads = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+    for to in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if to.startswith("#"):
+            assert to[1:] in anchors
+        elif "://" not in to:
+            assert (PAGE.parent / to).exists()
