@@ -6,7 +6,8 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import math
-from collections.abc import Callable, Iterable
+import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,16 @@ from rich.text import Text
 from actsparse.records import Entry, RecordError, Run, read_runs, write_whole
 from actsparse.report import plots
 from actsparse.report.compare import Arm, Estimate, Table, compare, to_json
+from actsparse.report.measures import theory_of
+from actsparse.report.plots import Picture
+from actsparse.report.theory import THEORY
 from actsparse.report.words import (
     NONE,
     change_text,
+    curvature_table,
     density_text,
+    how_text,
+    identity_text,
     lead,
     marks,
     percent_text,
@@ -57,16 +64,6 @@ class Column:
         means = {arm.name: value.mean for arm in table.arms if (value := read(arm))}
         longest = max(means.values(), default=0)
         return {name: mean / longest for name, mean in means.items()} if longest else {}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A plot with the words beside it; ``name`` is its file's."""
-
-    name: str
-    plot: plots.Plot
-    title: str
-    caption: str
 
 
 PICTURES = (
@@ -107,6 +104,8 @@ PICTURES = (
 def write_report(out: str | Path) -> Path:
     """Build ``report.html``, ``plots/*.png`` and ``table.json`` in ``out`` from its records alone.
 
+    Where the records hold measures of the theory, also ``theory.json``: a `Theory`, as JSON.
+
     Returns the page's path. Raises `RecordError` where there are no records, where one is broken,
     or where the disk refuses.
 
@@ -119,15 +118,11 @@ def write_report(out: str | Path) -> Path:
             f"no records under {out / 'runs'}; give the folder that `actsparse compare --out` wrote"
         )
     table = compare(runs)
-    shown = []
-    for picture in PICTURES:
-        light = picture.plot(table, runs, False)
-        dark = picture.plot(table, runs, True)
-        if light is None or dark is None:
-            continue
-        write_whole(out / "plots" / f"{picture.name}.png", light)
-        shown.append({"picture": picture, "light": _inline(light), "dark": _inline(dark)})
+    found = theory_of(table, runs)
+    shown = [list(_drawn(pictures, table, runs, out)) for pictures in (PICTURES, THEORY)]
     write_whole(out / "table.json", to_json(table).encode() + b"\n")
+    if found is not None:
+        write_whole(out / "theory.json", to_json(found).encode() + b"\n")
     page = _template().render(
         table=table,
         title=title(table),
@@ -136,7 +131,12 @@ def write_report(out: str | Path) -> Path:
         tiles=tiles(table),
         columns=columns(table),
         marks=marks,
-        pictures=shown,
+        pictures=shown[0],
+        theory=found,
+        theory_pictures=shown[1],
+        identity_text=identity_text,
+        how_text=how_text,
+        curvature_table=curvature_table,
         runs=runs,
         facts=facts(runs),
         differences=differences(table, runs),
@@ -146,6 +146,20 @@ def write_report(out: str | Path) -> Path:
     path = out / "report.html"
     write_whole(path, page.encode())
     return path
+
+
+def _drawn(
+    pictures: Iterable[Picture], table: Table, runs: list[Run], out: Path
+) -> Iterator[dict[str, Any]]:
+    """Those with something to show, for the template; each is also written to its file."""
+    for picture in pictures:
+        light, dark = (picture.plot(table, runs, each) for each in (False, True))
+        if light is None or dark is None:
+            continue
+        write_whole(out / "plots" / f"{picture.name}.png", light)
+        width, height = struct.unpack(">II", light[16:24])  # where a PNG has them
+        images = {"light": _inline(light), "dark": _inline(dark)}
+        yield {"picture": picture, "width": width, "height": height, **images}
 
 
 def print_table(runs: list[Run], console: Console) -> None:

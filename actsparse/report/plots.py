@@ -6,12 +6,14 @@ Colours are Okabe and Ito's, apart also for colour-blind eyes; marks and dashes 
 from __future__ import annotations
 
 import io
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from actsparse.records import Entry, Run
 from actsparse.report.compare import Estimate, Table
+from actsparse.report.words import amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,16 +27,46 @@ SERIES_INK = {False: "#6B6B6B", True: "#B4B4B4"}  # the reference arm
 INK = {False: "#33373D", True: "#C9CDD3"}
 PAPER = {False: "#FFFFFF", True: "#1B1E23"}  # as in page.html.jinja
 WIDTH, HEIGHT, DPI = 5.4, 4.1, 180  # inches: large type, for it shrinks to a phone's width
+PANEL = 1.45  # the height of one of several above each other
+
+Plot = Callable[[Table, list[Run], bool], bytes | None]
+Axis = Literal["zero", "log", "fit"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot with the words beside it; ``name`` is its file's."""
+
+    name: str
+    plot: Plot
+    title: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A number over steps; ``read`` gives step → value.
+
+    The axis begins at zero, or is a log axis where no value is zero, or fits the values. ``level``
+    is where a dotted line goes.
+    """
+
+    label: str
+    read: Callable[[Run], dict[int, float]]
+    axis: Axis = "zero"
+    level: float | None = None
 
 
 def inference_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
     """Density on held-out data in eval mode, over steps: a line a seed, thick for their mean."""
-    return _over_steps(table, runs, dark, lambda run: _densities(run.evals), "inference density")
+    density = Panel("inference density", lambda run: _densities(run.evals))
+    return over_steps(table, runs, dark, density)
 
 
 def training_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
     """Density on training batches in train mode, over steps."""
-    return _over_steps(table, runs, dark, lambda run: _densities(run.train), "training density")
+    density = Panel("training density", lambda run: _densities(run.train))
+    return over_steps(table, runs, dark, density)
 
 
 def loss(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
@@ -43,14 +75,14 @@ def loss(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
     def losses(run: Run) -> dict[int, float]:
         return {entry["step"]: entry["loss"] for entry in run.evals}
 
-    return _over_steps(table, runs, dark, losses, "validation loss", log=True)
+    return over_steps(table, runs, dark, Panel("validation loss", losses, "log"))
 
 
 def density_by_block(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
     """Inference density of every block at the end, by depth: a mark a seed, a line for the mean."""
-    figure, axes = _figure(dark)
+    figure, (axes,) = new_figure(dark)
     deepest = 0
-    for name, style in _styles(table, dark):
+    for name, style in styles(table, dark):
         profiles = [
             [block["density"] for block in run.result["inference"]["blocks"]]
             for run in runs
@@ -72,7 +104,7 @@ def density_by_block(table: Table, runs: list[Run], dark: bool = False) -> bytes
     axes.set_ylim(bottom=0)
     axes.set_xlabel("block, input to output")
     axes.set_ylabel("inference density")
-    return _png(figure, axes, table)
+    return png(figure, table)
 
 
 def quality_against_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
@@ -81,9 +113,9 @@ def quality_against_density(table: Table, runs: list[Run], dark: bool = False) -
     An arm without MLPs has no density and is drawn as a line. The axes fit the seeds, so that the
     wide intervals of two seeds run off the plot rather than flatten it.
     """
-    figure, axes = _figure(dark)
+    figure, (axes,) = new_figure(dark)
     seen: list[tuple[float, float]] = []
-    for name, style in _styles(table, dark):
+    for name, style in styles(table, dark):
         arm = table.arm(name)
         if arm is None or arm.quality is None:
             continue
@@ -119,51 +151,56 @@ def quality_against_density(table: Table, runs: list[Run], dark: bool = False) -
     axes.set_xlabel("inference density  (left is sparser)")
     better = "up" if table.higher_is_better else "down"
     axes.set_ylabel(f"{table.quality_name}  ({better} is better)")
-    return _png(figure, axes, table)
+    return png(figure, table)
 
 
-Plot = Callable[[Table, list[Run], bool], bytes | None]
+def over_steps(table: Table, runs: list[Run], dark: bool, *panels: Panel) -> bytes | None:
+    """Panels above each other over the same steps; those with nothing to show are left out.
 
-
-def _over_steps(
-    table: Table,
-    runs: list[Run],
-    dark: bool,
-    read: Callable[[Run], dict[int, float]],
-    label: str,
-    log: bool = False,
-) -> bytes | None:
-    figure, axes = _figure(dark)
-    lowest = float("inf")
-    for name, style in _styles(table, dark):
-        line = {"color": style["color"], "linestyle": style["linestyle"]}
-        by_step: dict[int, list[float]] = defaultdict(list)
-        own = [run for run in runs if run.arm == name]
-        series = [(run.finished, read(run)) for run in own]
-        for _, points in series:
-            if points:
-                axes.plot(list(points), list(points.values()), **line, alpha=0.3, linewidth=1)
-                lowest = min(lowest, *points.values())
-        finished = [points for done, points in series if done and points]
-        for points in finished:
-            for step, value in points.items():
-                by_step[step].append(value)
-        mean = {
-            step: sum(values) / len(values)
-            for step, values in sorted(by_step.items())
-            if len(values) == len(finished)  # a step some seeds lack would bend the mean
-        }
-        if mean or any(points for _, points in series):
-            axes.plot(list(mean), list(mean.values()), **line, linewidth=2.4, label=name)
-    if lowest == float("inf"):
+    Thin lines are seeds. Thick ones are the mean over an arm's finished seeds, with a gap at a step
+    that some of them lack, which would bend it.
+    """
+    read = [(panel, [(run, panel.read(run)) for run in runs]) for panel in panels]
+    shown = [(panel, series) for panel, series in read if any(points for _, points in series)]
+    if not shown:
         return None
-    if log and lowest > 0:
-        _log_axis(axes)
-    else:
-        axes.set_ylim(bottom=min(0, lowest))
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    return _png(figure, axes, table)
+    size = (WIDTH, max(HEIGHT, 0.7 + PANEL * len(shown)))
+    figure, every = new_figure(dark, rows=len(shown), size=size)
+    for axes, (panel, series) in zip(every, shown, strict=True):
+        if axes is not every[0]:
+            axes.sharex(every[0])
+        axes.tick_params(labelbottom=axes is every[-1])
+        _draw(axes, table, series, dark)
+        lowest = min(min(points.values()) for _, points in series if points)
+        if panel.axis == "log" and lowest > 0:
+            log_axis(axes, "y", few=len(shown) > 1)
+        elif panel.axis != "fit":
+            axes.set_ylim(bottom=min(0, lowest))
+            if len(shown) > 1:  # a thick line at the top of a low panel would be cut
+                axes.set_ylim(top=1.08 * axes.get_ylim()[1])
+        if panel.level is not None:
+            axes.axhline(panel.level, color=INK[dark], linestyle=":", linewidth=1.2)
+        if len(shown) == 1:
+            axes.set_ylabel(panel.label)
+        else:
+            axes.set_title(panel.label, loc="left", fontsize=12, color=INK[dark])
+    every[-1].set_xlabel("step")
+    return png(figure, table)
+
+
+def _draw(axes: Axes, table: Table, series: list[tuple[Run, dict[int, float]]], dark: bool) -> None:
+    for name, style in styles(table, dark):
+        line = {"color": style["color"], "linestyle": style["linestyle"]}
+        own = [(run.finished, points) for run, points in series if run.arm == name and points]
+        for _, points in own:
+            axes.plot(list(points), list(points.values()), **line, alpha=0.3, linewidth=1)
+        finished = [points for done, points in own if done]
+        mean = {
+            step: sum(points.get(step, math.nan) for points in finished) / len(finished)
+            for step in sorted({step for points in finished for step in points})
+        }
+        if own:
+            axes.plot(list(mean), list(mean.values()), **line, linewidth=2.4, label=name)
 
 
 def _densities(entries: list[Entry]) -> dict[int, float]:
@@ -174,7 +211,7 @@ def _bar(estimate: Estimate) -> float:
     return estimate.half or 0.0
 
 
-def _styles(table: Table, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def styles(table: Table, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Colour, mark and dash of every arm, the same in all plots."""
     palette = DARK if dark else LIGHT
     others = 0
@@ -188,43 +225,69 @@ def _styles(table: Table, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         others += 1
 
 
-def _figure(dark: bool) -> tuple[Figure, Axes]:
+def new_figure(
+    dark: bool, rows: int = 1, columns: int = 1, size: tuple[float, float] = (WIDTH, HEIGHT)
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``size`` in inches, and its axes row by row."""
     # Figure without pyplot: no global state, no window, safe in threads.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=PAPER[dark], layout="constrained")
-    axes = figure.add_subplot(facecolor=PAPER[dark])
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(INK[dark])
-    axes.tick_params(colors=INK[dark], labelsize=12)
-    axes.grid(axis="y", color=INK[dark], alpha=0.15)
-    axes.set_axisbelow(True)
-    for side in (axes.xaxis.label, axes.yaxis.label):
-        side.set(color=INK[dark], fontsize=13)
-    return figure, axes
+    figure = Figure(figsize=size, dpi=DPI, facecolor=PAPER[dark], layout="constrained")
+    every = []
+    for index in range(rows * columns):
+        axes = figure.add_subplot(rows, columns, index + 1, facecolor=PAPER[dark])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(INK[dark])
+        axes.tick_params(colors=INK[dark], labelsize=12)
+        axes.grid(axis="y", color=INK[dark], alpha=0.15)
+        axes.set_axisbelow(True)
+        for side in (axes.xaxis.label, axes.yaxis.label):
+            side.set(color=INK[dark], fontsize=13)
+        every.append(axes)
+    return figure, every
 
 
-def _log_axis(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _png(figure: Figure, axes: Axes, table: Table) -> bytes:
-    lines = {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    names = [arm.name for arm in table.arms if arm.name in lines]
-    figure.legend(
-        [lines[name] for name in names],
-        names,
-        loc="outside lower center",
-        ncols=min(2, len(names)),  # three long names would run off the picture
-        frameon=False,
-        fontsize=12,
-        labelcolor="linecolor",
+def log_axis(axes: Axes, which: Literal["x", "y"], few: bool = False) -> None:
+    """A log scale with labels in plain numbers; ``few`` for an axis too short for many."""
+    from matplotlib.ticker import (
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
     )
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    low, high = axis.get_data_interval()
+    if few:
+        ratio = high / low
+        within = (1, 2, 5) if ratio < 20 else (1, 3) if ratio < 200 else (1,)
+        narrow = MaxNLocator(4, steps=[1, 2, 5, 10])
+        axis.set_major_locator(narrow if ratio < 4 else LogLocator(subs=within, numticks=5))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: amount(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def png(figure: Figure, table: Table) -> bytes:
+    """The figure with a legend of its arms, as a PNG."""
+    lines: dict[str, Any] = {}
+    for axes in figure.axes:
+        lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    names = [arm.name for arm in table.arms if arm.name in lines]
+    if names:
+        figure.legend(
+            [lines[name] for name in names],
+            names,
+            loc="outside lower center",
+            ncols=min(2, len(names)),  # three long names would run off the picture
+            frameon=False,
+            fontsize=12,
+            labelcolor="linecolor",
+        )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

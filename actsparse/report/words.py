@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from actsparse.report.compare import Arm, Estimate, Table
+from actsparse.report.measures import Drawn, Identity, Measured, Theory
 
 NONE = "–"
+ROUNDING = 2**-8  # bfloat16 rounds by up to 2⁻⁹, a square by twice that
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def title(table: Table) -> str:
@@ -126,6 +132,68 @@ def _large(share: Estimate) -> str:
     return f"{_minus(f'{100 * share.mean:.0f}')} ± {100 * share.half:.0f} %"
 
 
+def identity_text(identity: Identity) -> str:
+    """How far the identity held, and whether rounding explains it."""
+    said = (
+        f"The two sides are measured apart. Over {identity.count} pairs, in all lines and blocks "
+        f"of all runs, they differ by at most {amount(identity.gap)} of the density "
+        f"({identity.where})."
+    )
+    if identity.gap > ROUNDING:
+        said += (
+            " That is more than rounding: the two have not seen the same passes, or one is wrong."
+        )
+    if identity.skipped:
+        said += (
+            f" {identity.skipped} more are not compared: gradients that were not finite are left "
+            f"out of AF, and their passes not of density."
+        )
+    return said
+
+
+def curvature_table(theory: Theory) -> tuple[list[str], list[tuple[str, list[list[str]]]]]:
+    """Heads, and for each arm with any number its name and cells, of lines of text."""
+    columns: list[tuple[str, Callable[[Measured], Drawn | Estimate | None]]] = [
+        ("Gauss–Newton trace", lambda arm: arm.gauss_newton),
+        ("Hessian trace", lambda arm: arm.hessian),
+        ("token-copied trace", lambda arm: arm.token_copies),
+        ("AF of all MLP layers", lambda arm: arm.flatness),
+        ("largest eigenvalue", lambda arm: arm.top_eigenvalue),
+    ]
+    arms = [arm for arm in theory.arms if arm.curved]
+    shown = [(head, read) for head, read in columns if any(read(arm) for arm in arms)]
+    rows = [
+        (arm.arm, [*(_lines(read(arm)) for _, read in shown), [str(arm.seeds)]]) for arm in arms
+    ]
+    return [*(head for head, _ in shown), "seeds"], rows
+
+
+def _lines(value: Drawn | Estimate | None) -> list[str]:
+    if value is None:
+        return [NONE]
+    seeds = value.over_seeds if isinstance(value, Drawn) else value
+    lines = [amount(seeds.mean)]
+    lines += [] if seeds.half is None else [f"± {amount(seeds.half)}"]
+    if isinstance(value, Drawn) and value.standard_error is not None:
+        lines.append(f"SE {amount(value.standard_error)}")
+    return lines
+
+
+def how_text(theory: Theory) -> str:
+    """On what the trained models were measured, and whether all in one way."""
+    ways = [
+        ", ".join(f"{key}: {_plain(value)}" for key, value in how.items()).replace("_", " ")
+        for how in theory.how
+    ]
+    if len(ways) < 2:
+        return "".join(f"How: {way}." for way in ways)
+    return f"Measured in {len(ways)} ways, which do not compare like with like: {'; '.join(ways)}."
+
+
+def _plain(value: Any) -> str:
+    return amount(value) if isinstance(value, int | float) else str(value)
+
+
 # Numbers as text
 
 
@@ -151,6 +219,20 @@ def change_text(table: Table, estimate: Estimate | None) -> str:
     if table.quality_name == "accuracy":
         return _text(estimate, "{:+.1f} points", 100)
     return _text(estimate, "{:+.3f}")
+
+
+def amount(value: float) -> str:
+    """A number of any size, three digits of it.
+
+    >>> amount(31215.0), amount(0.25), amount(-0.0000314), amount(1e-5)
+    ('31200', '0.25', '−3.14 × 10⁻⁵', '10⁻⁵')
+    """
+    plain = f"{float(f'{value:.3g}'):g}"
+    digits, e, power = plain.partition("e")
+    if e:
+        raised = str(int(power)).translate(_RAISED)
+        plain = f"10{raised}" if digits == "1" else f"{digits} × 10{raised}"
+    return _minus(plain)
 
 
 def _text(estimate: Estimate | None, form: str, scale: float = 1) -> str:

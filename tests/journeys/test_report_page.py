@@ -17,6 +17,7 @@ import pytest
 
 from actsparse.report import write_report
 from actsparse.report.page import PICTURES
+from actsparse.report.theory import THEORY
 
 QUIET = (
     "--headless",
@@ -82,6 +83,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec.loader.exec_module(synthetic)
     out = tmp_path_factory.mktemp("journey")
     synthetic.write_comparison(out)
+    synthetic.write_theory(out, seeds=1, gated=True)
     return write_report(out)
 
 
@@ -124,7 +126,7 @@ def test_nothing_overflows_and_every_plot_is_drawn(
     assert seen["page"] <= width
     assert seen["body"] <= width
     assert seen["widest"] <= width
-    assert seen["images"] == [True] * len(PICTURES)
+    assert seen["images"] == [True] * len(PICTURES + THEORY)
     assert seen["fetched"] == 0
     assert seen["heading"].startswith("paper: ")
     if width == 390:

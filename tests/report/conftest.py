@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ ARMS: dict[str, tuple[float, float | None, float]] = {
     "no-mlp": (0.871, None, 0.0),
 }
 UNITS = 192
+SPECTRAL = ("concentration", "ks")
 
 
 def measures(density: float | None, dead: float = 0.0, blocks: int = 2) -> Entry | None:
@@ -134,6 +137,117 @@ def write_comparison(out: Path, seeds: int = 3) -> None:
                 )
 
 
+def explained(measures: Entry, flatness: float = 2.0, gated: bool = False, **changed: Any) -> Entry:
+    """Measures with the theory's beside: T · H = 100, and a coefficient that fits the density."""
+
+    def more(row: Entry) -> Entry:
+        coefficient = flatness / (100 * row["derivative_density"])
+        return {
+            **row,
+            "flatness": flatness,
+            "flatness_up": flatness,
+            **({"flatness_gate": flatness / 2} if gated else {}),
+            "flatness_down": flatness / 4,
+            "coefficient": coefficient,
+            "density_from_flatness": flatness / (100 * coefficient),
+            "input_norm": 48.0,
+            "activation_gradient": 2e-4,
+            "effective_gradient": coefficient / 48,
+            "ratio": 1.25 * row["density"],
+            "down_input_norm": 3.0,
+            "samples": 64,
+            "tokens_per_sample": 17.0,
+            "skipped": 0,
+            "gradient_sparsity": 1 - row["density"],
+            "gradient_l1": 1e-4,
+            "gradient_l2": 1e-2,
+            "participation": 0.1,
+            "concentration": 0.4,
+            "feature_anisotropy": 40.0,
+            "gradient_anisotropy": 180.0,
+            "noise_scale": 900.0,
+            **changed,
+        }
+
+    rows = [
+        more(row) | {f"{layer}_{key}": at + 2.0 for layer in ("up", "down") for key in SPECTRAL}
+        for at, row in enumerate(measures["blocks"])
+    ]
+    return {**more(measures), "blocks": rows}
+
+
+def spectrum(block: str, layer: str = "up", outliers: int = 2, far: float = 2.0) -> Entry:
+    """A histogram with outliers up to ``far`` times the law's upper edge, as observe writes it."""
+    lower, upper = 1.0, 9.0  # p = 100, N = 400, σ² = 0.01
+    bins = [lower + (upper - lower) * i / 48 for i in range(49)]
+    counts = [2] * 48 + ([0] * (16 - outliers) + [1] * outliers if outliers else [])
+    if outliers:
+        bins += [upper * far ** (i / 16) for i in range(1, 17)]
+    law = {"variance": 0.01, "ratio": 0.25, "lower": lower, "upper": upper, "ks": 0.2}
+    law |= {"ks_limit": 0.03, "outliers": outliers, "below": 0, "accepted": outliers == 0}
+    entry = {"block": block, "layer": layer, "shape": [400, 100], "concentration": 9.0}
+    return {**entry, "marchenko_pastur": law, "bins": bins, "counts": counts}
+
+
+def measures_file(run: Run, **changed: Any) -> Path:
+    """Writes ``measures.json`` beside a run's record."""
+    entry = {
+        "kind": "measures",
+        "schema": 1,
+        "task": run.task,
+        "arm": run.arm,
+        "seed": run.seed,
+        "how": {"samples": 64, "labels": "model", "reduction": "sum", "split": "validation"},
+        "measures": explained(measures(0.2) or {}, 4.0),
+        "curvature": {
+            "gauss_newton": {"value": 20.0 + run.seed, "standard_error": 3.0, "probes": 4},
+            "hessian": {"value": -1.5, "standard_error": 4.0, "probes": 4},
+            "token_copies": {"value": 5.0, "standard_error": 0.5, "probes": 4},
+            "top_eigenvalue": {"value": 7.0, "error_bound": 0.01},
+        },
+        **changed,
+    }
+    path = run.path.with_name("measures.json")
+    path.write_text(json.dumps(entry), encoding="utf-8")
+    return path
+
+
+def write_theory(out: Path, seeds: int = 2, gated: bool = False) -> None:
+    """Two arms whose records hold every measure of the theory, and one that has no MLPs."""
+    layers = ("up", "gate", "down") if gated else ("up", "down")
+    spectra = [spectrum(f"blocks.{i}.mlp", layer) for i in range(5) for layer in layers]
+    for arm in ("vanilla", "paper", "no-mlp"):
+        for seed in range(seeds):
+            with RecordWriter(run_path(out, arm, seed), header(arm, seed)) as record:
+                for i in range(1, 7):
+                    density = (0.5 if arm == "vanilla" else 0.4) / i
+                    now = measures(density)
+                    assert now is not None
+                    record.write(
+                        "train",
+                        step=250 * i,
+                        loss=1 / i,
+                        lr=5e-3,
+                        seconds=2.0,
+                        penalty=None,
+                        measures=None
+                        if arm == "no-mlp"
+                        else explained(now, (1 + seed) * 10.0 ** (1 - i), gated),
+                    )
+                    if arm != "no-mlp" and i in (1, 6):
+                        found = {"gauss_newton": {"value": i + seed}, "hessian": {"value": -1.0}}
+                        record.write(
+                            "measured", step=250 * i, how={}, measures=None, curvature=found
+                        )
+                last = None if arm == "no-mlp" else explained(now, 1e-5, gated)
+                plain = None if arm == "no-mlp" else now
+                more = {} if arm == "no-mlp" else {"spectra": spectra}
+                record.write("result", **result(training=last, inference=plain, **more))
+    for run in read_runs(out):
+        if run.arm != "no-mlp":
+            measures_file(run)
+
+
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of five arms and three seeds. Read it; do not write into it."""
@@ -151,3 +265,19 @@ def add_run(tmp_path: Path) -> Callable[..., Run]:
 @pytest.fixture
 def measured() -> Callable[..., Entry | None]:
     return measures
+
+
+@pytest.fixture(scope="session")
+def theory_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with all measures of the theory. Read it; do not write into it."""
+    out = tmp_path_factory.mktemp("theory")
+    write_theory(out)
+    return out
+
+
+@pytest.fixture
+def theory_parts() -> SimpleNamespace:
+    """The functions above that make parts of such records."""
+    return SimpleNamespace(
+        explained=explained, spectrum=spectrum, measures_file=measures_file, write=write_theory
+    )

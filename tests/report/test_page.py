@@ -57,6 +57,8 @@ def test_page_plots_and_json_are_there(copy: Path) -> None:
     table = compare(read_runs(copy))
     assert (copy / "table.json").read_text() == to_json(table) + "\n"
     text = page_text(copy)
+    assert "Why it is sparse" not in text  # the records hold nothing of it
+    assert not (copy / "theory.json").exists()
     for arm in table.arms:
         assert f" {arm.name} " in text
     assert "actsparse compare --task digits --seeds 3" in text
