@@ -67,6 +67,7 @@ def measure(
       actsparse measure my_checkpoint --data my_package.data:batches --labels model --json
     """
     from json import dumps
+    from sys import stdout
 
     import torch
     from rich.console import Console
@@ -76,7 +77,7 @@ def measure(
 
     log = Console(stderr=True)
     model, run = _model(target)
-    loss_fn, batches, where = _data(run, task, data, split, rows, batch_size)
+    loss_fn, batches, where = _data(model, run, task, data, split, rows, batch_size)
     names = [name.strip() for name in measures.split(",")]
     with Progress(console=log, disable=not log.is_terminal, transient=True) as bar:
         bars: dict[str, Any] = {}
@@ -111,42 +112,52 @@ def measure(
     }
     record["how"] |= where
     text = dumps(record, indent=1, allow_nan=False) + "\n"
-    place = out or (None if run is None else run_measures_path(target))
-    if place is not None:
-        write_whole(place, text.encode())
     if json:
         typer.echo(text, nl=False)
     else:
+        console = Console(width=None if stdout.isatty() else 120)
         for table in found.tables():
-            Console().print(table)
+            console.print(table)
+    place = out or (None if run is None else run_measures_path(target))
     if place is not None:
+        write_whole(place, text.encode())
         log.print(f"measures: {place}", highlight=False, soft_wrap=True)
 
 
 def _model(target: Path) -> tuple[Any, Any]:
     """The model, and the run it is from or None."""
-    from actsparse import load
+    from actsparse import LeaveOutMLP, handle_of, load
     from actsparse.records import read_run
 
+    run = None
     if (target / "record.jsonl").is_file():
-        run = read_run(target / "record.jsonl")
-        if not (target / "weights").is_dir():
-            raise ValueError(f"{target} has no weights/: nothing to measure")
-        return load(target / "weights"), run
-    if (target / "actsparse.json").is_file():
-        return load(target), None
-    if (target / "config.json").is_file():
-        return _pretrained(target), None
-    raise ValueError(
-        f"{target} is neither a run's folder (record.jsonl) nor a checkpoint (actsparse.json, or "
-        f"Hugging Face's config.json)"
-    )
+        run, target = read_run(target / "record.jsonl"), target / "weights"
+        if not target.is_dir():
+            raise ValueError(f"{target.parent} has no weights/: nothing to measure")
+    elif not (target / "actsparse.json").is_file():
+        if (target / "config.json").is_file():
+            return _pretrained(target), None
+        raise ValueError(
+            f"{target} is neither a run's folder (record.jsonl) nor a checkpoint (actsparse.json, "
+            f"or Hugging Face's config.json)"
+        )
+    try:
+        model = load(target)
+    except FileNotFoundError as error:
+        raise ValueError(f"cannot load {target}: {error}") from error
+    handle = handle_of(model)
+    if handle is not None and any(
+        isinstance(change, LeaveOutMLP) for change in handle.recipe.modifications
+    ):
+        raise ValueError(f"{target} leaves its MLPs out ({handle.recipe.name}): nothing to measure")
+    return model, run
 
 
 def _pretrained(path: Path) -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
@@ -155,13 +166,24 @@ def _pretrained(path: Path) -> Any:
         cls = getattr(transformers, name, None)
         if cls is None:
             raise ValueError(f"its config names the architecture {name!r}, unknown to transformers")
-        return cls.from_pretrained(path, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
+        model, report = cls.from_pretrained(
+            path, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"it lacks {len(missing)} weights: {', '.join(missing[:3])}, …")
+    except Exception as error:  # whatever a stranger's folder does wrong
         raise ValueError(f"cannot load {path}: {error}") from error
+    return model
 
 
 def _data(
-    run: Any, task: str | None, data: str | None, split: str, rows: int, batch_size: int
+    model: Any,
+    run: Any,
+    task: str | None,
+    data: str | None,
+    split: str,
+    rows: int,
+    batch_size: int,
 ) -> tuple[Any, Any, dict[str, Any]]:
     """A loss function, batches, and what they are in words."""
     if data is not None:
@@ -175,17 +197,28 @@ def _data(
         return *made, {"data": data}
     if run is None and task is None:
         raise ValueError("a checkpoint does not say on what to measure it: give --task or --data")
+    from torch import no_grad
+
     from actsparse.experiments import run_config
     from actsparse.train.config import RunConfig
     from actsparse.train.run import batches_of
     from actsparse.train.tasks import task_of
 
-    if run is not None and task in (None, run.task):
-        config = RunConfig(**run.header["config"])
-    else:
-        config = run_config(str(task), "vanilla", 0)
-    chosen = task_of(config.task)
+    chosen = task_of(task or run.task)
+    config = run_config(task or run.task, "vanilla", 0)
+    if run is not None and run.task == config.task:
+        try:
+            config = RunConfig(**run.header["config"])
+        except TypeError as error:
+            raise ValueError(
+                f"{run.path} has the config of another actsparse ({error}); give --data"
+            ) from error
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; known: train, validation, test")
     batches = batches_of(getattr(chosen.splits(config), split), rows, batch_size)
+    try:
+        with no_grad():
+            chosen.predict(model, batches[0])
+    except Exception as error:  # whatever a model does with data that are not its own
+        raise ValueError(f"the model does not run on the data of {config.task}: {error}") from error
     return chosen.predict, batches, {"data": config.task, "split": split}

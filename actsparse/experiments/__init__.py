@@ -34,5 +34,5 @@ def run_config(task: str, arm: str, seed: int, **overrides: Any) -> RunConfig:
     asked = dict.fromkeys(("density", *settings.get("measures", ())))
     active = [name for name in asked if name in CURVATURES]
     settings["measures"] = tuple(name for name in asked if name not in active)
-    settings.setdefault("active", tuple(active))
+    settings["active"] = tuple(dict.fromkeys((*settings.get("active", ()), *active)))
     return RunConfig(task=task, arm=arm, seed=seed, **settings)

@@ -65,7 +65,8 @@ class Gradient(GradientMeasure):
         ``gradient_l2``: the root of the mean over tokens of ‖η_t‖²; ``participation``: the mean
         over tokens of ``(Σ_h η²)² / (H Σ_h η⁴)``, 1 where all units share alike and 1/H where one
         has all, over tokens with any gradient; ``concentration``: the share of ``Σ g_f²`` that
-        falls on units with φ′ ≠ 0. None where no gradient has come.
+        falls on units with φ′ ≠ 0; ``skipped``: how many passes were left out, as
+        not finite. None where no gradient has come.
         """
         sums = {name: part.gathered() for name, part in parts.items()}
         seen = {name: each for name, each in sums.items() if each is not None}
@@ -93,6 +94,7 @@ def _numbers(parts: list[dict[str, float]]) -> dict[str, Any]:
         "gradient_l2": math.sqrt(total("squares") / total("tokens")),
         "participation": total("participation") / total("alive") if total("alive") else None,
         "concentration": total("active") / total("all") if total("all") else None,
+        "skipped": int(max(part["skipped"] for part in parts)),
     }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from actsparse.blocks.block import MLPBlock, base_layer, unwrap
 from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.trace import undisturbed
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.curvature_product import LossSurface
-from actsparse.observe.gradients import Weighing
-from actsparse.observe.loss import LossFn, Reduction, draw_labels, sample_losses
+from actsparse.observe.gradients import GradientMeasure, Weighing
+from actsparse.observe.loss import LossFn, Reduction, check_logits, draw_labels, sample_losses
 from actsparse.observe.session import Names, Seen, blocks_of, options_of, table_of
 from actsparse.observe.spectrum import spectra
 from actsparse.observe.watch import MEASURES, Mask
@@ -99,7 +101,8 @@ def measure(
 
     Modes, gradients, ``requires_grad`` and global random numbers are afterwards as they were.
     Frozen models are measured like others. The loss is the mean over samples of per-sample losses
-    (see :mod:`actsparse.observe.loss`).
+    (see :mod:`actsparse.observe.loss`); samples that predict nothing do not count in it, nor in
+    flatness.
 
     Args:
         model: any model, modified or not.
@@ -125,8 +128,8 @@ def measure(
         progress: called with (measure, passes done, passes in all).
 
     Raises:
-        ValueError: unknown measures or labels; a loss that is wrong or not enough; batches that
-            can be read only once; no MLP block.
+        ValueError: unknown measures, options, labels or reduction; a loss that is wrong or not
+            enough; batches that can be read only once; no MLP block.
         ArithmeticError: a curvature is not finite.
 
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -137,13 +140,25 @@ def measure(
     >>> sorted(found.curvature), found.measures["samples"]
     (['hessian'], 16)
     """
-    known = [*MEASURES, *CURVATURES]
-    options = options_of(measures, known)
+    options = options_of(measures, [*MEASURES, *CURVATURES])
+    if not options:
+        raise ValueError(f"measures is empty; known: {', '.join(sorted([*MEASURES, *CURVATURES]))}")
+    for name, given in options.items():
+        _check_options(name, given, probes)
     if labels not in ("data", "model"):
         raise ValueError(f'labels must be "data" or "model", got {labels!r}')
-    if probes < 2:
-        raise ValueError(f"probes must be at least 2 for a standard error, got {probes}")
-    found = _blocks(model, inputs, blocks, batches)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum" over positions, got {reduction!r}')
+    # says what is wrong with the batches before one is taken
+    LossSurface(model, loss_fn, batches, dict(model.named_parameters()), reduction)
+    with undisturbed(model):  # a loader draws its order
+        first = next(iter(batches))
+    found = _blocks(model, inputs, blocks, first)
+    purposes = [name for name in options if name in ("gauss_newton", "token_copies")]
+    purposes += ['labels="model"'] if labels == "model" else []
+    if purposes:
+        with undisturbed(model), torch.enable_grad():
+            check_logits(loss_fn(model, first), purposes[0], "loss_fn on batch 0")
     chosen = list(parameters) if parameters is not None else _weights(model, found)
     passive = {name: given for name, given in options.items() if name in MEASURES}
 
@@ -151,49 +166,31 @@ def measure(
         return None if progress is None else lambda done, total: progress(name, done, total)
 
     curvature: dict[str, dict[str, Any]] = {}
-    summary = None
+    summary, histograms = None, []
     how: dict[str, Any] = {}
     if passive:
-        draws = probes if labels == "model" else 1
+        draws = probes if labels == "model" and any(map(_of_gradients, passive)) else 1
         surface = LossSurface(model, loss_fn, batches, chosen, reduction, draws, told("passes"))
-        summary = _passes(surface, found, passive, mask, labels, draws, seed)
+        summary, watched = _passes(surface, found, passive, mask, labels, draws, seed)
+        histograms = spectra_of(watched) if "spectrum" in passive else []
         how = _how(surface)
-    for name in options:
-        if name in MEASURES:
-            continue
-        if name == "token_copies":
-            given = {"probes": probes, **options[name]}
-            surface = LossSurface(
-                model, loss_fn, batches, chosen, reduction, given["probes"], told(name)
-            )
-            curvature[name] = _token_copies(surface, found, given["probes"], seed)
-            how = _how(surface)
-            continue
-        run = {"gauss_newton": gauss_newton_trace, "hessian": hessian_trace}.get(name)
-        given = {"probes": probes, **options[name]} if run else options[name]
-        estimate = (run or top_eigenvalue)(
-            model,
-            loss_fn,
-            batches,
-            parameters=chosen,
-            reduction=reduction,
-            seed=seed,
-            progress=told(name),
-            **given,
-        )
+    for name in [name for name in options if name not in MEASURES]:
+        given = {"parameters": chosen, "reduction": reduction, "seed": seed, "progress": told(name)}
+        given |= {} if name == "top_eigenvalue" else {"probes": probes}
+        given |= {"blocks": found} if name == "token_copies" else {}
+        estimate = _ESTIMATES[name](model, loss_fn, batches, **(given | options[name]))
         curvature[name] = estimate.to_json()
         how = {key: curvature[name][key] for key in ("samples", "positions", "reduction")}
     how |= {"measures": list(options), "labels": labels, "seed": seed}
     how |= {"batches": len(batches), "parameters": chosen}  # type: ignore[arg-type]
-    histograms = spectra_of(found) if "spectrum" in options else []
     return Measures(summary, curvature, histograms, how)
 
 
-def spectra_of(blocks: Iterable[MLPBlock]) -> list[dict[str, Any]]:
-    """The spectra of all blocks' layers as records hold them."""
+def spectra_of(blocks: Mapping[str, MLPBlock]) -> list[dict[str, Any]]:
+    """The spectra of all layers of ``blocks``, as :attr:`Seen.blocks` names them, for records."""
     return [
-        {"block": block.name, "layer": layer, **found.to_json()}
-        for block in blocks
+        {"block": name, "layer": layer, **found.to_json()}
+        for name, block in blocks.items()
         for layer, found in spectra(block).items()
     ]
 
@@ -206,44 +203,51 @@ def _passes(
     labels: Labels,
     draws: int,
     seed: int,
-) -> dict[str, Any] | None:
-    """The passive measures, over ``draws`` sweeps."""
+) -> tuple[dict[str, Any] | None, dict[str, MLPBlock]]:
+    """The passive measures, over ``draws`` sweeps, and the blocks as they are called there."""
     generator = _generator(surface, seed)
-    weighing = Weighing("sum")
     values: list[dict[str, float]] = []
-    with surface.still(), Seen(blocks, options, mask, weighing, always=True) as seen:
+    rows: list[int] = []
+    with surface.still(), Seen(blocks, options, mask, Weighing("sum"), always=True) as seen:
         for _ in range(draws):
 
             def visit(output: Any, samples: int) -> None:
-                weighing.reduction = "mean" if isinstance(output, Tensor) else "sum"
-                _backward(_loss(output, labels, surface.reduction, generator), seen)
+                _backward(_loss(output, samples, labels, surface.reduction, generator), seen)
+                rows.append(samples if isinstance(output, Tensor) else len(output[1]))
                 surface.tick()
 
             surface.sweep("gauss_newton" if labels == "model" else "hessian", visit)
-            values.append(_flatness(seen.summary("inference")))
-        summary = seen.summary("inference")
-    if summary is None or labels == "data":
-        return summary
-    errors = {f"{key}_error": _error([v[key] for v in values]) for key in values[0]}
-    repeated = {"samples", "tokens"} & summary.keys()
-    rows = [
-        row | {key: row[key] // draws for key in {"samples", "tokens"} & row.keys()}
-        for row in summary["blocks"]
-    ]
-    whole = {key: summary[key] // draws for key in repeated}
-    return summary | whole | errors | {"blocks": rows}
+            draw = len(values) + 1
+            values.append(_flatness(_per_draw(seen.summary("inference"), draw, rows, surface)))
+    summary = seen.summary("inference")
+    if summary is None:
+        return None, seen.blocks
+    found = _per_draw(summary, draws, rows, surface)
+    found["blocks"] = [_per_draw(row, draws, rows, surface) for row in summary["blocks"]]
+    if labels == "model":
+        found |= {f"{key}_error": _error([v[key] for v in values]) for key in values[0]}
+    return found, seen.blocks
 
 
 def _token_copies(
-    surface: LossSurface, blocks: list[MLPBlock], probes: int, seed: int
-) -> dict[str, Any]:
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    blocks: list[MLPBlock],
+    parameters: Iterable[str],
+    reduction: Reduction,
+    probes: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> _Copies:
     """``tr G`` for copied MLP weights: the mean AF of drawn-label losses weighted by √w_bt."""
+    surface = LossSurface(model, loss_fn, batches, parameters, reduction, probes, progress)
     generator = _generator(surface, seed)
     values: list[dict[str, float]] = []
-    with (
-        surface.still(),
-        Seen(blocks, {"flatness": {}}, None, Weighing("sum"), always=True) as seen,
-    ):
+    rows: list[int] = []
+    weighing = Weighing("sum")
+    with surface.still(), Seen(blocks, {"flatness": {}}, None, weighing, always=True) as seen:
         for _ in range(probes):
 
             def visit(output: Any, samples: int) -> None:
@@ -252,26 +256,44 @@ def _token_copies(
                 with torch.enable_grad():
                     nats = nn.functional.cross_entropy(logits, drawn[:, 0], reduction="none")
                     _backward((nats * weights.sqrt()).sum(), seen)
+                rows.append(len(output[1]))
                 surface.tick()
 
             surface.sweep("gauss_newton", visit)
-            values.append(_flatness(seen.summary("inference")))
+            draw = len(values) + 1
+            values.append(_flatness(_per_draw(seen.summary("inference"), draw, rows, surface)))
+    grads = [leaf.grad for leaf in seen.leaves("inference") if leaf.grad is not None]
+    if any(grad[-1] for grad in grads):  # passes skipped
+        raise ArithmeticError("a gradient of token_copies is NaN or infinite")
     layers = [key for key in values[0] if key != "flatness"]
     totals = [math.fsum(value[key] for key in layers) for value in values]
     each = {key.removeprefix("flatness_"): values[-1][key] for key in layers}
-    return {
-        "value": totals[-1],
-        "standard_error": _error(totals),
-        "probes": probes,
-        "by_layer": each,
-        **_how(surface),
-    }
+    return _Copies(totals[-1], _error(totals), probes, each, **_how(surface))
 
 
-def _loss(output: Any, labels: Labels, reduction: Reduction, generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class _Copies:
+    """As :class:`actsparse.observe.curvature.Trace`, split by the layers' roles."""
+
+    value: float
+    standard_error: float
+    probes: int
+    by_layer: dict[str, float]
+    samples: int
+    positions: float | None
+    reduction: Reduction | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _loss(
+    output: Any, samples: int, labels: Labels, reduction: Reduction, generator: torch.Generator
+) -> Tensor:
+    """The sum of a batch's per-sample losses."""
     with torch.enable_grad():
         if isinstance(output, Tensor):
-            return output
+            return output * samples
         logits, targets = output
         if labels == "model":
             targets = draw_labels(logits, targets, generator)
@@ -285,9 +307,27 @@ def _backward(loss: Tensor, seen: Seen) -> None:
         torch.autograd.backward(loss, inputs=leaves)
 
 
-def _flatness(summary: dict[str, Any] | None) -> dict[str, float]:
-    known = summary or {}
-    return {key: known[key] for key in _FLATNESS if known.get(key) is not None}
+def _per_draw(
+    summary: dict[str, Any] | None, draws: int, rows: list[int], surface: LossSurface
+) -> dict[str, Any]:
+    """Of ``draws`` draws as if of one, with means over samples over those that predict anything.
+
+    ``rows`` counts the samples of each pass, also those that predict nothing.
+    """
+    known = dict(summary or {})
+    share = sum(rows) / (draws * surface.samples)
+    for key in (*_FLATNESS, "tokens_per_sample"):
+        if known.get(key) is not None:
+            known[key] *= share
+    if "samples" in known:
+        known["samples"] = round(known["samples"] / (share * draws))
+    if "tokens" in known:
+        known["tokens"] //= draws
+    return known
+
+
+def _flatness(summary: dict[str, Any]) -> dict[str, float]:
+    return {key: summary[key] for key in _FLATNESS if summary.get(key) is not None}
 
 
 def _error(running: list[float]) -> float:
@@ -311,14 +351,38 @@ def _generator(surface: LossSurface, seed: int) -> torch.Generator:
     return torch.Generator(surface.chosen[0].device).manual_seed(seed)
 
 
+_ESTIMATES: dict[str, Callable[..., Any]] = {
+    "gauss_newton": gauss_newton_trace,
+    "token_copies": _token_copies,
+    "hessian": hessian_trace,
+    "top_eigenvalue": top_eigenvalue,
+}
+_OWN = "block blocks model loss_fn batches parameters reduction seed progress".split()
+
+
+def _check_options(name: str, given: Mapping[str, Any], probes: int) -> None:
+    parameters = inspect.signature((_ESTIMATES | MEASURES)[name]).parameters
+    known = [key for key in parameters if key not in _OWN]
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}; known: {', '.join(known) or 'none'}")
+    least = 4 if given.get("method") == "hutch++" else 2
+    if (count := given.get("probes", probes)) < least:
+        raise ValueError(f"probes must be at least {least} for a standard error, got {count}")
+
+
+def _of_gradients(name: str) -> bool:
+    return issubclass(MEASURES[name], GradientMeasure)
+
+
 def _blocks(
-    model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None, batches: Iterable[Any]
+    model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None, first: Any
 ) -> list[MLPBlock]:
     handle = unwrap(model).__dict__.get("_actsparse_handle")
     if inputs is not None or blocks is not None or handle is not None:
         return blocks_of(model, inputs, blocks)
     try:
-        return list(find_mlp_blocks(model, next(iter(batches), None)))
+        return list(find_mlp_blocks(model, first))
     except TypeError as error:
         raise ValueError(
             f"a batch is not what {type(model).__name__} runs on ({error}); give measure inputs= "

@@ -90,7 +90,8 @@ class Noise(GradientMeasure):
             rows.append({"block": name, **row})
             noise, signal = noise + own_noise, signal + own_signal
         whole = {key: _mean([row[key] for row in rows]) for key in rows[0] if "anisotropy" in key}
-        return {**whole, "noise_scale": _scale(noise, signal), "blocks": rows}
+        skipped = max(row["skipped"] for row in rows)
+        return {**whole, "noise_scale": _scale(noise, signal), "skipped": skipped, "blocks": rows}
 
     def _numbers(self) -> tuple[dict[str, Any], float, float]:
         d, h = self.block.d_model, self.block.d_hidden
@@ -107,6 +108,7 @@ class Noise(GradientMeasure):
             "feature_anisotropy": anisotropy(self._matrix("features", d, d)),
             "gradient_anisotropy": anisotropy(self._matrix("gradients", h, h)),
             "noise_scale": _scale(noise, signal),
+            "skipped": int(sums["skipped"]),
         }
         return row, noise, signal
 

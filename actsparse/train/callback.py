@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from actsparse.blocks.site import sites_asleep
+from actsparse.blocks.trace import undisturbed
 from actsparse.modify import Handle
 from actsparse.observe import Measures, Seen, observe
 from actsparse.records import RecordWriter
@@ -53,11 +55,13 @@ class SparsityCallback(TrainerCallback):
     - ``on_step`` is called with the number of optimizer steps done, after each.
 
     Measures of gradients are of per-sample losses: where Trainer gives the model the step's number
-    of items, the sum over a sample's positions, else the mean, and the summary says which.
+    of items, the sum over a sample's positions, else the mean; the ``train`` line says which as
+    ``loss_reduction``. A penalty is part of the loss.
 
-    A loss that is NaN or infinite raises `TrainingFailed` before it reaches the weights. A penalty
-    that finds no loss to join (label smoothing and ``compute_loss_func`` take the labels away from
-    the model) is a `ValueError`, not lost.
+    A loss that is NaN or infinite raises `TrainingFailed` before it reaches the weights, and so
+    does a model that ``active`` cannot measure. A penalty that finds no loss to join (label
+    smoothing and ``compute_loss_func`` take the labels away from the model) is a `ValueError`, not
+    lost.
 
     ``Trainer(model, args, callbacks=[SparsityCallback(handle)], ...)`` is all a user has to write.
     """
@@ -86,6 +90,8 @@ class SparsityCallback(TrainerCallback):
         self._began = time.perf_counter()
         self._step = self._logged = step
         self._group = self._devices = 1
+        self._scaler: Any = None  # Accelerate's, under fp16
+        self._shared: bool | None = None  # whether the model divides by the step's items
         self._penalty: float | Tensor = 0.0
         self._penalised = False
 
@@ -100,6 +106,7 @@ class SparsityCallback(TrainerCallback):
         if state.global_step:  # resumed from a checkpoint: schedules go where its steps are
             self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
         optimizer = kwargs["optimizer"]
+        self._scaler = getattr(optimizer, "scaler", None)
         self.handle.attach(getattr(optimizer, "optimizer", optimizer), steps=state.max_steps)
         # Trainer multiplies a loss that it averages over all devices' tokens by their number.
         self._devices = (
@@ -130,13 +137,18 @@ class SparsityCallback(TrainerCallback):
 
     def _on_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Say whose gradients the readings of this pass are."""
-        if self.seen is None or not model.training:
+        if self.seen is None or not model.training or not self.seen.leaves("train"):
             return
         items, weighing = kwargs.get("num_items_in_batch"), self.seen.weighing
+        amp = 1.0 if self._scaler is None else self._scaler.get_scale()
         if items is None:
-            weighing.reduction, weighing.scale = "mean", 1 / self._group
-        else:
-            weighing.reduction, weighing.scale = "sum", self._devices / float(items)
+            weighing.reduction, weighing.scale = "mean", amp / self._group
+            return
+        if self._shared is None and self._group * self._devices > 1:
+            self._shared = _divides_by_items(model, args, kwargs)
+        if self._shared is False:  # its loss is the mean over its own batch, come what may
+            items = kwargs["labels"].ne(-100).sum()
+        weighing.reduction, weighing.scale = "sum", amp * self._devices / float(items)
 
     def _on_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not model.training or not torch.is_grad_enabled():
@@ -178,7 +190,10 @@ class SparsityCallback(TrainerCallback):
     def _measure(self, model: nn.Module, state: TrainerState) -> None:
         if self.active is None or self.record is None:
             return
-        found = self.active(model)
+        try:
+            found = self.active(model)
+        except (ValueError, ArithmeticError) as error:
+            raise TrainingFailed(state.global_step, f"it cannot be measured: {error}") from error
         if self.seen is not None:
             self.seen.reset("inference")  # it saw these passes too
         if state.is_world_process_zero:
@@ -197,6 +212,9 @@ class SparsityCallback(TrainerCallback):
             return
         steps = state.global_step - self._logged
         penalty = float(self._penalty) / steps if self._penalised else None
+        measures = None if self.seen is None else self.seen.summary("train")
+        if self.seen is not None and measures is not None and self.seen.leaves("train"):
+            measures["loss_reduction"] = self.seen.weighing.reduction
         if self.record is not None:
             self.record.write(
                 "train",
@@ -205,7 +223,7 @@ class SparsityCallback(TrainerCallback):
                 lr=logs["learning_rate"],
                 seconds=time.perf_counter() - self._began,
                 penalty=penalty,
-                measures=None if self.seen is None else self.seen.summary("train"),
+                measures=measures,
             )
         if self.seen is not None and self.record is not None:
             self.seen.reset("train")
@@ -264,6 +282,22 @@ class SparsityCallback(TrainerCallback):
                 quality=quality,
                 measures=measures,
             )
+
+
+def _divides_by_items(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool | None:
+    """Whether the model's loss heeds ``num_items_in_batch``; many take it and do not.
+
+    None where this batch does not tell.
+    """
+    if kwargs.get("labels") is None:  # Trainer makes the loss itself, and heeds it
+        return True
+    items = kwargs["num_items_in_batch"]
+    with undisturbed(model), sites_asleep(), torch.no_grad():
+        once, half = (
+            _loss_of(model(*args, **{**kwargs, "num_items_in_batch": count}))
+            for count in (items, 2 * items)
+        )
+    return bool(once != half) if once else None
 
 
 def _everywhere(fine: bool, device: torch.device) -> bool:

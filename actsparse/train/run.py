@@ -134,7 +134,7 @@ def _train(
         skippable=_skippable(handle, last.measures, training),
         baselines=task.baselines(splits),
         data=splits.info,
-        **({"spectra": spectra_of(handle.blocks)} if "spectrum" in config.measures else {}),
+        **({"spectra": spectra_of(seen.blocks)} if seen and "spectrum" in config.measures else {}),
         seconds=time.perf_counter() - began,
     )
 

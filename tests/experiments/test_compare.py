@@ -82,6 +82,23 @@ def test_the_default_arms_are_the_five_that_the_question_needs() -> None:
     assert set(DEFAULT_ARMS) <= set(ARMS)
 
 
+def test_measures_of_both_kinds_go_where_they_belong() -> None:
+    asked = ("flatness", "token_copies", "flatness", "hessian")
+    config = run_config("digits", "vanilla", 0, measures=asked)
+    assert config.measures == ("density", "flatness")
+    assert config.active == ("token_copies", "hessian")
+    both = run_config("digits", "vanilla", 0, measures=asked, active=("gradient", "hessian"))
+    assert both.active == ("gradient", "hessian", "token_copies")
+    plain = run_config("digits", "vanilla", 0)
+    assert (plain.measures, plain.active, plain.active_every) == (("density",), (), None)
+    with pytest.raises(ValueError, match="measures holds 'flatnes'; known: density, flatness"):
+        run_config("digits", "vanilla", 0, measures=("flatnes",))
+    with pytest.raises(ValueError, match=r"active holds 'flatnes'; known: .*token_copies"):
+        run_config("digits", "vanilla", 0, active=("flatnes",))
+    with pytest.raises(ValueError, match="active_every=0: expected a whole number, 1 or more"):
+        run_config("digits", "vanilla", 0, active_every=0)
+
+
 def test_what_cannot_be_is_said_before_any_run(tmp_path: Path) -> None:
     config = run_config("digits", "vanilla", 0, **TINY)
     with pytest.raises(ValueError, match="unknown task 'dogs'; known: digits, text, lm"):

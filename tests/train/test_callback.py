@@ -19,8 +19,8 @@ from transformers import (
 
 from actsparse.data import TensorRows
 from actsparse.modify import ActivationPenalty, ZerothBias, sparsify
-from actsparse.observe import observe
-from actsparse.records import RecordWriter, environment, read_run
+from actsparse.observe import measure, observe
+from actsparse.records import RecordWriter, Run, environment, read_run
 from actsparse.train import SparsityCallback, TrainingFailed
 
 PENALTY = ActivationPenalty("l1", weight=10.0)
@@ -235,3 +235,158 @@ def test_a_run_resumed_from_a_checkpoint_ends_as_if_it_had_not_stopped(tmp_path:
         ends.append(model.state_dict())
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, rtol=0, atol=1e-10)
+
+
+# --- measures -----------------------------------------------------------------------------------
+
+
+def beit() -> BeitForImageClassification:
+    """Takes num_items_in_batch, and does not heed it."""
+    torch.manual_seed(0)
+    config = BeitConfig(
+        image_size=4, patch_size=2, num_channels=1, hidden_size=8, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=16, hidden_act="relu", num_labels=3,
+        layer_scale_init_value=0.0, drop_path_rate=0.0,
+    )  # fmt: skip
+    return BeitForImageClassification(config).double()
+
+
+def pictures() -> TensorRows:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(8, 1, 4, 4, dtype=torch.float64, generator=generator)
+    return TensorRows(pixel_values=pixels, labels=torch.randint(3, (8,), generator=generator))
+
+
+def padded() -> TensorRows:
+    """Eight texts of 8 tokens, of which some predict less."""
+    ids = rows(gpt2(), 8).columns["input_ids"]
+    labels = ids.clone()
+    for row in range(8):
+        labels[row, 8 - row % 4 :] = -100
+    return TensorRows(input_ids=ids, labels=labels)
+
+
+def observed(model: nn.Module, data: TensorRows, folder: Path, batch: int, **settings: Any) -> Run:
+    """The record of SGD on ``data`` with all measures of gradients."""
+    path = folder / f"{batch}" / "record.jsonl"
+    header = {"task": "t", "arm": "a", "seed": 0, "config": {}, **environment()}
+    handle = sparsify(model, "vanilla", inputs={k: v[:2] for k, v in data.columns.items()})
+    names = ["density", "flatness", "gradient"]
+    with (
+        RecordWriter(path, header) as record,
+        observe(model, names, blocks=handle.blocks) as seen,
+    ):
+        callback = SparsityCallback(handle, seen, record, **settings.pop("callback", {}))
+        engine = trainer(
+            model, folder, [callback], per_device_train_batch_size=batch, **settings
+        )  # fmt: skip
+        engine.train_dataset = data
+        engine.train()
+    return read_run(path)
+
+
+def predict(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"})["logits"]
+    labels = batch["labels"]
+    return (logits, labels) if labels.ndim == 1 else (logits[:, :-1], labels[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("build", "data", "reduction"),
+    [
+        (gpt2, padded, "sum"),  # Trainer gives it the step's number of items
+        (beit, pictures, "sum"),  # to this one too, in vain: over one position all is the same
+        (Plain, lambda: rows(Plain(), 8), "mean"),
+    ],
+)
+def test_accumulated_or_not_flatness_is_of_per_sample_losses(
+    build: Any, data: Any, reduction: Any, tmp_path: Path
+) -> None:
+    batch = data().columns
+    expected = measure(
+        build(), predict, [batch], ["flatness", "gradient"], reduction=reduction,
+        inputs={key: value[:2] for key, value in batch.items()},
+    ).measures  # fmt: skip
+    assert expected is not None
+    for size in (8, 4, 2):
+        (line,) = observed(
+            build(), data(), tmp_path, size, gradient_accumulation_steps=8 // size
+        ).train
+        found = line["measures"]
+        assert found["loss_reduction"] == reduction
+        for key in ("flatness", "flatness_down", "gradient_l2", "coefficient", "samples"):
+            # Hugging Face takes the cross-entropy of a language model in float32
+            assert found[key] == pytest.approx(expected[key], rel=1e-5), (size, key)
+        density = found["derivative_density"]
+        assert found["density_from_flatness"] == pytest.approx(density, rel=1e-10)
+
+
+def test_without_measures_of_gradients_no_line_speaks_of_a_loss_reduction(tmp_path: Path) -> None:
+    model = Plain()
+    handle = sparsify(model, "vanilla", inputs=dict(rows(model, 2).columns))
+    header = {"task": "t", "arm": "a", "seed": 0, "config": {}, **environment()}
+    with (
+        RecordWriter(tmp_path / "record.jsonl", header) as record,
+        observe(model, blocks=handle.blocks) as seen,
+    ):
+        callback = SparsityCallback(handle, seen, record)
+        trainer(model, tmp_path, [callback], per_device_train_batch_size=2).train()
+    (line,) = read_run(tmp_path / "record.jsonl").train
+    assert "loss_reduction" not in line["measures"]
+
+
+def test_active_measures_come_at_the_start_every_so_often_and_at_the_end(tmp_path: Path) -> None:
+    model = Plain()
+    batches = [rows(model, 4).columns]
+
+    def active(model: nn.Module) -> Any:
+        return measure(model, predict, batches, ["token_copies"], labels="model", probes=2)
+
+    done = observed(
+        model, rows(model, 8), tmp_path, 2, max_steps=5,
+        callback={"active": active, "active_every": 2},
+    )  # fmt: skip
+    assert [line["step"] for line in done.measured] == [0, 2, 4, 5]
+    assert all(line["curvature"]["token_copies"]["value"] > 0 for line in done.measured)
+    assert all(line["how"]["labels"] == "model" for line in done.measured)
+
+
+def test_a_model_that_cannot_be_measured_has_failed(tmp_path: Path) -> None:
+    def active(model: nn.Module) -> Any:
+        raise ArithmeticError("the curvature is infinite")
+
+    model = Plain()
+    with pytest.raises(TrainingFailed, match="after 0 steps: it cannot be measured: the curv"):
+        observed(model, rows(model, 2), tmp_path, 2, callback={"active": active})
+
+
+def test_the_scale_of_fp16_is_taken_back(tmp_path: Path) -> None:
+    """A scaler where Accelerate keeps its own; the losses here are not scaled, so AF is."""
+    found = []
+    for scale in (1.0, 8.0):
+        torch.manual_seed(0)
+        model = gpt2()
+        handle = sparsify(model, "vanilla", inputs=dict(rows(model, 2).columns))
+        with observe(model, "flatness", blocks=handle.blocks) as seen:
+            callback = SparsityCallback(handle, seen)
+
+            def as_under_fp16(scale: float = scale, callback: Any = callback) -> None:
+                callback._scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+            engine = trainer(
+                model, tmp_path, [callback], per_device_train_batch_size=4, max_steps=1
+            )
+            begin = callback.on_train_begin
+
+            def begun(
+                *args: Any, begin: Any = begin, set_up: Any = as_under_fp16, **k: Any
+            ) -> None:
+                begin(*args, **k)
+                set_up()
+
+            callback.on_train_begin = begun  # type: ignore[method-assign]
+            engine.train()
+            summary = seen.summary("train")
+            assert summary is not None
+            found.append(summary["flatness"])
+    assert found[1] == pytest.approx(found[0] / 64, rel=1e-6)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from actsparse.experiments import DEFAULT_ARMS, run_config
+from actsparse.experiments.digits import DIGITS
 from actsparse.modify import Recipe, load, sparsify
+from actsparse.observe import CURVATURES, MEASURES
 from actsparse.records import RecordError, read_run, run_path
 from actsparse.train import RunConfig, TrainingFailed
 from actsparse.train.run import run
@@ -181,3 +183,105 @@ def test_a_config_says_what_would_be_right() -> None:
         with pytest.raises(ValueError, match=f"{name}={value}: expected"):
             RunConfig(**settings)
     assert json.loads(json.dumps(config("paper").to_json())) == config("paper").to_json()
+
+
+# --- measures -----------------------------------------------------------------------------------
+
+
+def of(value: Any, keys: tuple[str, ...]) -> Any:
+    """``value`` with no keys but these, at any depth."""
+    if isinstance(value, dict):
+        return {key: of(each, keys) for key, each in value.items() if key in keys}
+    return [of(each, keys) for each in value] if isinstance(value, list) else value
+
+
+PLAIN = (
+    "step", "loss", "lr", "split", "quality", "measures", "inference", "training", "skippable",
+    "density", "dead", "blocks", "block", "tokens", "forward", "backward",
+)  # fmt: skip
+
+
+DROPOUT = {  # so that a random number drawn too many is seen
+    "model": DIGITS["model"] | {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "measures"),
+    [
+        ({}, {"measures": [*MEASURES]}),
+        (
+            DROPOUT,
+            {
+                "measures": ["flatness", "noise", *CURVATURES],
+                "active": ["density", "gradient"],
+                "active_every": 4,
+                "active_on": 4,
+            },
+        ),
+    ],
+)
+def test_measures_change_nothing_in_training(
+    settings: dict[str, Any], measures: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = run(config(**settings), tmp_path / "plain")
+    done = run(config(**settings, **measures), tmp_path / "measured")
+    for lines in ("train", "evals", "result"):
+        assert of(getattr(done, lines), PLAIN) == of(getattr(expected, lines), PLAIN)
+    weights = load(expected.path.parent / "weights").state_dict()
+    for name, value in load(done.path.parent / "weights").state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert [line["step"] for line in done.measured] == ([0, 4, 6] if "active" in measures else [])
+
+
+def test_a_record_holds_what_was_measured(tmp_path: Path) -> None:
+    settings = {"measures": ["flatness", "gradient", "spectrum", "token_copies"], "active_on": 10}
+    done = run(config("paper", **settings, active_every=4), tmp_path)
+    assert done.header["config"]["measures"] == ["density", "flatness", "gradient", "spectrum"]
+    assert done.header["config"]["active"] == ["token_copies"]
+    for line in done.train:
+        for row in (line["measures"], *line["measures"]["blocks"]):
+            # sums of some ten thousand float32 products on either side
+            density = row["derivative_density"]
+            assert row["density_from_flatness"] == pytest.approx(density, rel=1e-4)
+        assert line["measures"]["samples"] == 3 * 8
+        assert line["measures"]["loss_reduction"] == "sum"
+    assert [line["step"] for line in done.measured] == [0, 4, 6]
+    for line in done.measured:
+        assert line["curvature"]["token_copies"]["value"] > 0
+        assert line["how"]["samples"] == 10
+    assert done.result is not None
+    names = [row["block"] for row in done.result["inference"]["blocks"]]
+    assert [(each["block"], each["layer"]) for each in done.result["spectra"]] == [
+        (name, layer) for name in names for layer in ("up", "down")
+    ]
+
+
+def test_the_control_is_trained_and_not_measured(tmp_path: Path) -> None:
+    done = run(config("no-mlp", measures=[*MEASURES, "token_copies"]), tmp_path)
+    assert done.result is not None
+    assert "spectra" not in done.result
+    assert done.measured == []
+    assert all(line["measures"] is None for line in done.train)
+
+
+def test_a_blow_up_that_measures_meet_first_is_a_failed_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match="stopped after"):
+        run(config(lr=1e30, active=("hessian",), active_every=1, active_on=4), tmp_path)
+    failed = read_run(run_path(tmp_path, "vanilla", 0)).failed
+    assert failed is not None
+    assert "it cannot be measured: loss_fn on batch 0 returned logits" in failed["reason"]
+
+
+def test_a_run_from_before_measures_is_still_finished(tmp_path: Path) -> None:
+    path = run(config(), tmp_path).path
+    header, *rest = path.read_text().splitlines()
+    old = json.loads(header)
+    for key in ("measures", "active", "active_every", "active_on"):
+        del old["config"][key]
+    path.write_text("\n".join([json.dumps(old), *rest]) + "\n")
+    before = path.read_bytes()
+    assert run(config(), tmp_path).finished
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"active=\[\] \(now \['hessian'\]\)"):
+        run(config(measures=["hessian"]), tmp_path)
