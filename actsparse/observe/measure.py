@@ -118,12 +118,13 @@ def measure(
         labels: of the measures of gradients: the data's, or drawn from softmax(logits), in
             ``probes`` draws. Under ``"model"`` augmented flatness estimates the trace
             ``token_copies`` where a sample's loss is a sum over positions, that trace / N where it
-            is a mean.
+            is a mean over N. Curvature does not ask: Gauss–Newton traces always draw, the Hessian
+            takes the data's.
         reduction: of a sample's loss over its positions; of a scalar it is not known.
         inputs, blocks: as in :func:`observe`; without both the first batch serves as inputs.
         parameters: names, for curvature; None: the weights of the MLP blocks' layers.
         probes: draws for every estimate that has no option of its own.
-        mask: which tokens to count, as in :func:`observe`.
+        mask: which tokens the passive measures count, as in :func:`observe`.
         seed: of all draws.
         progress: called with (measure, passes done, passes in all).
 
@@ -166,13 +167,15 @@ def measure(
         return None if progress is None else lambda done, total: progress(name, done, total)
 
     curvature: dict[str, dict[str, Any]] = {}
-    summary, histograms = None, []
+    summary = None
+    histograms: list[dict[str, Any]] = []
     how: dict[str, Any] = {}
     if passive:
         draws = probes if labels == "model" and any(map(_of_gradients, passive)) else 1
         surface = LossSurface(model, loss_fn, batches, chosen, reduction, draws, told("passes"))
         summary, watched = _passes(surface, found, passive, mask, labels, draws, seed)
-        histograms = spectra_of(watched) if "spectrum" in passive else []
+        if "spectrum" in passive:
+            histograms = spectra_of(watched, **passive["spectrum"])
         how = _how(surface)
     for name in [name for name in options if name not in MEASURES]:
         given = {"parameters": chosen, "reduction": reduction, "seed": seed, "progress": told(name)}
@@ -186,12 +189,15 @@ def measure(
     return Measures(summary, curvature, histograms, how)
 
 
-def spectra_of(blocks: Mapping[str, MLPBlock]) -> list[dict[str, Any]]:
-    """The spectra of all layers of ``blocks``, as :attr:`Seen.blocks` names them, for records."""
+def spectra_of(blocks: Mapping[str, MLPBlock], zero: float = 0.1) -> list[dict[str, Any]]:
+    """The spectra of all layers of ``blocks``, as :attr:`Seen.blocks` names them, for records.
+
+    ``zero`` as in :func:`actsparse.observe.spectrum.spectrum`.
+    """
     return [
         {"block": name, "layer": layer, **found.to_json()}
         for name, block in blocks.items()
-        for layer, found in spectra(block).items()
+        for layer, found in spectra(block, zero).items()
     ]
 
 
