@@ -1,8 +1,9 @@
 """The record of a run: one file of JSON lines, ``<out>/runs/<arm>-seed<seed>/record.jsonl``.
 
 The first line (kind ``run``) says what ran, on what and when; ``train``, ``eval`` and, where asked
-for, ``measured`` lines follow; a ``result`` line means the run is finished, a ``failed`` line says why it is not. `SCHEMA` below
-lists every field. Numbers are finite; null stands only where the schema says so.
+for, ``measured`` lines follow; a ``result`` line means the run is finished, a ``failed`` line says
+why it is not. `SCHEMA` below lists every field. Numbers are finite; null stands only where the
+schema says so.
 
 A line counts once its newline is there, so a run killed half-way through a line loses that alone.
 """
