@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from actsparse.records import read_runs
-from actsparse.report import compare, markdown_table
+from actsparse.report import compare, markdown_table, markdown_theory
+from actsparse.report.measures import theory_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +30,33 @@ def test_the_tables_are_the_records(task: str) -> None:
     assert table in text
 
 
+def test_the_theory_is_the_record() -> None:
+    runs = read_runs(ROOT / "benchmarks" / "digits-measures")
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert markdown_theory(runs).strip() in page
+    table = compare(runs)
+    theory = theory_of(table, runs)
+    assert theory is not None
+    assert theory.identity is not None
+    said = re.search(r"The identity held to (\S+) over (\S+) pairs", page)
+    assert said
+    assert said[1] == f"{theory.identity.gap:.1e}"
+    assert said[2] == str(theory.identity.count)
+
+
+def test_the_cost_of_measures_is_the_record() -> None:
+    record = json.loads((ROOT / "benchmarks" / "measures.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "measures.md").read_text(encoding="utf-8")
+    plain = record["memory"]["plain"]["peak_mib"]
+    for row in record["ratios"]:
+        peak = record["memory"][row["of"]]["peak_mib"] / plain
+        times = f"{row['value']:.3f} | {row['low']:.3f} … {row['high']:.3f}"
+        assert f"| {row['of']} | {times} | {peak:.3f} |" in page
+    trace = record["gauss_newton"]
+    assert f"{trace['probes']} probes" in page
+    assert f"{trace['seconds']:.1f} s" in page
+
+
 def test_the_costs_are_the_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "training_step.json").read_text(encoding="utf-8"))
     text = section("costs")
@@ -44,7 +72,9 @@ def test_the_ten_lines_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "sparsity" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/lab-log.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/results.md", "docs/measures.md", "docs/lab-log.md"]
+)
 def test_links_to_files_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     local = [to for to in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in to]

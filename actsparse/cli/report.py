@@ -19,12 +19,13 @@ def report(
         bool, typer.Option("--json", help="Print the table as JSON instead, and nothing else.")
     ] = False,
     markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the table as Markdown, and nothing else.")
+        bool, typer.Option("--markdown", help="Print the tables as Markdown, and nothing else.")
     ] = False,
 ) -> None:
     """Rebuild a comparison's page from its records alone; nothing is trained.
 
-    Writes report.html, plots/ and table.json into the folder.
+    Writes report.html, plots/ and table.json into the folder, and theory.json where the records
+    hold measures of gradients.
 
     Example: actsparse report out
     """
@@ -32,7 +33,14 @@ def report(
         typer.echo("Error: --json and --markdown exclude each other", err=True)
         raise typer.Exit(2)
     try:
-        from actsparse.report import compare, markdown_table, print_table, to_json, write_report
+        from actsparse.report import (
+            compare,
+            markdown_table,
+            markdown_theory,
+            print_table,
+            to_json,
+            write_report,
+        )
     except ModuleNotFoundError as error:
         message = f"Error: a report needs {error.name}: pip install 'actsparse[report]'"
         typer.echo(message, err=True)
@@ -48,6 +56,8 @@ def report(
         return
     if markdown:
         typer.echo(markdown_table(compare(runs)), nl=False)
+        if theory := markdown_theory(runs):
+            typer.echo("\n" + theory, nl=False)
         return
     print_table(runs, Console())
     typer.echo(str(page))

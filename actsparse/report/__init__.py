@@ -4,5 +4,14 @@ from __future__ import annotations
 
 from actsparse.report.compare import Table, compare, to_json
 from actsparse.report.page import markdown_table, print_table, write_report
+from actsparse.report.words import markdown_theory
 
-__all__ = ["Table", "compare", "markdown_table", "print_table", "to_json", "write_report"]
+__all__ = [
+    "Table",
+    "compare",
+    "markdown_table",
+    "markdown_theory",
+    "print_table",
+    "to_json",
+    "write_report",
+]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from actsparse.report.compare import Arm, Estimate, Table
-from actsparse.report.measures import Drawn, Identity, Measured, Theory
+from actsparse.records import Run
+from actsparse.report.compare import Arm, Estimate, Table, t_interval
+from actsparse.report.measures import Drawn, Identity, Measured, Theory, number
 
 NONE = "–"
 ROUNDING = 2**-8  # bfloat16 rounds by up to 2⁻⁹, a square by twice that
@@ -195,6 +196,45 @@ def _plain(value: Any) -> str:
 
 
 # Numbers as text
+
+
+def markdown_theory(runs: list[Run]) -> str:
+    """Density beside what it is made of, early, half-way and last, for a lab log; "" without any.
+
+    Means over seeds with 95 % t-intervals; curvature as last measured by then.
+    """
+    numbers = {
+        "density": "density",
+        "AF": "flatness",
+        "c": "coefficient",
+        "‖x‖²": "input_norm",
+        "η², active": "effective_gradient",
+    }
+    traces = {"Gauss–Newton": "gauss_newton", "token copies": "token_copies"}
+    told = [run for run in runs if run.train and number(run.train[-1], "measures", "flatness")]
+    if not told:
+        return ""
+    lines = [" | ".join(["arm", "step", *numbers, *traces])]
+    lines.append(" | ".join(["---"] * len(lines[0].split(" | "))))
+    steps = [entry["step"] for entry in told[0].train]
+    for arm in dict.fromkeys(run.arm for run in told):
+        own = [run for run in told if run.arm == arm]
+        for step in (steps[0], steps[len(steps) // 2 - 1], steps[-1]):
+            at = [next((e for e in run.train if e["step"] == step), None) for run in own]
+            by = [[e for e in run.measured if e["step"] <= step][-1:] for run in own]
+            cells = [_spread(number(e, "measures", key) for e in at) for key in numbers.values()]
+            for key in traces.values():
+                cells.append(_spread(number(e, "curvature", key, "value") for m in by for e in m))
+            lines.append(" | ".join([arm, str(step), *cells]))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _spread(values: Iterable[float | None]) -> str:
+    estimate = t_interval([value for value in values if value is not None])
+    if estimate is None:
+        return NONE
+    half = "" if estimate.half is None else f" ± {estimate.half:.2g}"
+    return f"{estimate.mean:.3g}{half}"
 
 
 def density_text(estimate: Estimate | None) -> str:
