@@ -6,7 +6,8 @@ These act on the instance only, are shared by the sites that meet at one module,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -86,6 +87,42 @@ class _CatchActivation(TorchFunctionMode):
                 self.site, self.step = (site, 1) if len(steps) > 1 else (None, 0)
                 return site.compute_phi(args[0], call)
         return func(*args, **kwargs)
+
+
+class Executor(Protocol):
+    """Computes a block's y from x in one go, with the same numbers as its layers."""
+
+    def takes(self, site: Any, x: Tensor) -> bool:
+        """Whether it runs this call; else the block's own layers do."""
+
+    def __call__(self, site: Any, x: Tensor) -> Tensor:
+        """y [..., D_out] of x [..., D]."""
+
+    def passed(self, site: Any, d: Tensor) -> None:
+        """The layers ran instead, and down's input was d [..., H]."""
+
+
+class Detour:
+    """A layer's forward, exchanged on the instance, while an executor may run in its place."""
+
+    def __init__(self, module: nn.Module, run: Callable[[Callable[..., Any], Tensor], Any]) -> None:
+        self.module, self.run = module, run
+        self.own = module.__dict__.get("forward")  # an override someone else has set
+        self.original = module.forward
+        module.forward = self.forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the site decides; with arguments of its own the layer runs itself."""
+        if args or kwargs:
+            return self.original(x, *args, **kwargs)
+        return self.run(self.original, x)
+
+    def remove(self) -> None:
+        """Put the module's own forward back."""
+        if self.own is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.forward = self.own
 
 
 class _Release:

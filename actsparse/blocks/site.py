@@ -17,57 +17,33 @@ Gradients can be read at ``z``, ``u``, ``y`` and at ``f``, φ's output φ(z).
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actsparse.activations import derivative_of
-from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.exchange import (
+    Detour,
+    Executor,
     Interception,
     NoNestedTensors,
     Replacement,
 )
-from actsparse.blocks.reading import Reading, read_gradient
-from actsparse.blocks.tokens import Tokens, tokens_of
-
-InputTransform = Callable[["Site", Tensor], Tensor]
-OutputTransform = Callable[["Site", Tensor, Tensor, Layer], Tensor]  # site, output, input, layer
-Tap = Callable[["Site", dict[str, Tensor]], None]
-Stages = Sequence[str] | Callable[["Site"], Sequence[str]]
-GradientTap = Callable[["Site", Tensor, dict[str, Tensor]], Reading | None]
-
-
-class Phi(Protocol):
-    """What replaces a block's activation; ``own`` is the model's own φ, or its derivative."""
-
-    @property
-    def function(self) -> str | None:
-        """Its name in actsparse.activations, None while it has none."""
-
-    def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor], /) -> Tensor:
-        """φ(z), any shape."""
-
-    def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor], /) -> Tensor:
-        """φ′(z), any shape."""
-
+from actsparse.blocks.passage import (
+    GradientTap,
+    InputTransform,
+    OutputTransform,
+    Passage,
+    Phi,
+    Stages,
+    Tap,
+)
+from actsparse.blocks.tokens import tokens_of
 
 _KNOWN_AT = {"z": "x", "u": "x", "f": "xz", "y": "d"}  # place → stages
-_asleep: list[bool] = []  # not empty while the finder looks at a model
-
-
-@contextlib.contextmanager
-def sites_asleep() -> Iterator[None]:
-    """Inside, models run as if nothing were attached, and no tap is called."""
-    _asleep.append(True)
-    try:
-        yield
-    finally:
-        _asleep.pop()
 
 
 def site_of(block: MLPBlock) -> Site:
@@ -78,35 +54,10 @@ def site_of(block: MLPBlock) -> Site:
     return site
 
 
-class Site:
+class Site(Passage):
     """What is attached to one block. Plain data and bound methods, so that models deep-copy."""
 
-    def __init__(self, block: MLPBlock) -> None:
-        self.block = block
-        self._inputs: list[InputTransform] = []
-        self._layers: list[OutputTransform] = []
-        self._outputs: list[OutputTransform] = []
-        self._phi: Phi | None = None
-        self._taps: list[tuple[Tap, Stages]] = []
-        self._served: list[tuple[Tap, frozenset[str]]] = []
-        self._gradient_taps: list[tuple[GradientTap, str, Stages]] = []
-        self._readers: dict[str, list[tuple[GradientTap, frozenset[str]]]] = {}
-        self._hooks: list[Any] = []
-        self._wanted: frozenset[str] = frozenset()  # by taps, and by readers below
-        self._tokens: Tokens | None = None
-        self._kept: dict[str, Tensor] = {}
-        self._entered: tuple[Tensor, Tensor, nn.Module] | None = None
-        self._expects_phi = False
-        self._in_place = False
-
     # -- what others ask for --------------------------------------------------------------------
-
-    @property
-    def tokens(self) -> Tokens:
-        """Positions and padding of the running call."""
-        if self._tokens is None:
-            raise RuntimeError(f"site {self.block.name!r} is not attached")
-        return self._tokens
 
     @property
     def recomputing(self) -> bool:
@@ -163,6 +114,24 @@ class Site:
         self._phi = phi
         self._rewire()
 
+    def execute(self, executor: Executor) -> None:
+        """Let ``executor`` compute y from x, wherever nothing attached needs what lies between.
+
+        The layers are still called, for their hooks, and pass on an empty tensor.
+
+        Raises:
+            ValueError: another executor is set, or the block cannot be run so.
+        """
+        block = self.block
+        if self._executor is not None:
+            raise ValueError(f"block {block.name!r} has an executor already")
+        if block.activation.module is None and not block.activation.steps:
+            raise ValueError(f"the activation of block {block.name!r} cannot be passed by")
+        if any(part.module is None or part.kind == "norm" for part in block.between):
+            raise ValueError(f"between φ and down of block {block.name!r} stands more than dropout")
+        self._executor = executor
+        self._rewire()
+
     def tap(self, tap: Tap, stages: Stages) -> None:
         """Call ``tap(site, {stage: tensor})`` once in each pass through the block.
 
@@ -214,6 +183,8 @@ class Site:
         self._gradient_taps = [item for item in self._gradient_taps if item[0] not in what]
         if self._phi in what:
             self._phi = None
+        if self._executor in what:
+            self._executor = None
         self._rewire()
 
     # -- attaching ------------------------------------------------------------------------------
@@ -227,7 +198,7 @@ class Site:
                 self._readers.setdefault(place, []).append((read, self._stages(wants)))
         readers = [reader for at in self._readers.values() for reader in at]
         self._wanted = frozenset().union(*(stages for _, stages in [*self._served, *readers]))
-        if not (self.modified or self._taps or self._gradient_taps):
+        if not (self.modified or self._taps or self._gradient_taps or self._executor):
             self.block.up.module.__dict__.pop("_actsparse_site", None)
         else:
             self._attach()
@@ -242,7 +213,10 @@ class Site:
             for layer in self._entries():
                 add(layer.module.register_forward_pre_hook(self._on_input))
         inside = bool(
-            self._phi or self._wanted & {"z", "u", "a"} or self._readers.keys() & {"z", "u", "f"}
+            self._executor
+            or self._phi
+            or self._wanted & {"z", "u", "a"}
+            or self._readers.keys() & {"z", "u", "f"}
         )
         self._in_place = inside and block.activation.in_place
         if inside or self._layers:
@@ -250,12 +224,17 @@ class Site:
                 add(layer.module.register_forward_hook(self._on_layer))
         activation = block.activation
         if activation.module is not None:
-            if self._phi is not None:
+            if self._phi is not None or self._executor is not None:
                 add(Replacement.at(activation.module, self))
             elif "a" in self._wanted or "f" in self._readers:
                 add(activation.module.register_forward_hook(self._on_activation))
-        elif self._phi or (
-            activation.steps and ("f" in self._readers or ("a" in self._wanted and block.between))
+        elif (
+            self._phi
+            or self._executor
+            or (
+                activation.steps
+                and ("f" in self._readers or ("a" in self._wanted and block.between))
+            )
         ):
             assert activation.owner is not None
             add(Interception.at(activation.owner, self))
@@ -264,6 +243,13 @@ class Site:
             add(block.down.module.register_forward_pre_hook(self._on_down_input))
         if self._outputs or late or "y" in self._readers:
             add(block.down.module.register_forward_hook(self._on_down))
+        if self._executor is not None:
+            for layer in self._entries():
+                add(Detour(layer.module, self._enter))
+            for part in block.between:
+                assert part.module is not None
+                add(Detour(part.module, self._pass))
+            add(Detour(block.down.module, self._leave))
         for module in block.path:
             if isinstance(module, nn.TransformerEncoder):
                 add(NoNestedTensors(module))  # its eval fast path would pass all hooks by
@@ -275,137 +261,3 @@ class Site:
         if self._tokens is not None:
             self._tokens.detach()
             self._tokens = None
-
-    def _entries(self) -> list[Layer]:
-        """The layers that x enters, each module once."""
-        block = self.block
-        if block.gate is None or block.gate.module is block.up.module:
-            return [Layer(block.up.name, block.up.module, block.up.layout)]
-        return [block.gate, block.up]
-
-    # -- what the hooks do ----------------------------------------------------------------------
-
-    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if _asleep:
-            return None
-        if not args:
-            raise TypeError(f"{self.block.name}: up must be called with its input as an argument")
-        x, *rest = args
-        entered = self._entered
-        # gate and up get the same x: transform it once, but never serve a stale one
-        if entered is not None and entered[0] is x and entered[2] is not module:
-            new, self._entered = entered[1], None
-        else:
-            new = x
-            for transform in self._inputs:
-                new = transform(self, new)
-            self._entered = (x, new, module) if len(self._entries()) == 2 else None
-        if "x" in self._wanted:
-            self._kept["x"] = new
-        return (new, *rest)
-
-    def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if _asleep:
-            return output
-        block = self.block
-        for layer in self._entries():
-            if layer.module is module:
-                for transform in self._layers:
-                    output = transform(self, output, args[0], layer)
-        source = block.pre_activation
-        if source.module is module:
-            self._expects_phi = True
-            output = self._read("z", output, source)
-        if block.gate is not None and block.up.module is module:
-            output = self._read("u", output, block.up)
-            if self._wanted & {"u", "a"}:
-                self._kept["u"] = block.up.select(output)
-        if source.module is module and self._in_place:
-            self._kept["z"] = source.select(output)
-            return output.clone()
-        if source.module is module and "z" in self._wanted:
-            self._kept["z"] = source.select(output)
-        return output
-
-    def takes_phi(self) -> bool:
-        """Whether the next activation call is this block's; asked by replacements."""
-        return self._expects_phi and not _asleep
-
-    def compute_phi(self, z: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
-        """φ(z) as replaced, or the model's own."""
-        self._expects_phi = False
-        if self._phi is None:
-            a = original(z)
-        elif self._in_place:  # a mixture needs z a second time
-            a = self._phi(z, lambda z: original(z.clone()))
-        else:
-            a = self._phi(z, original)
-        return self._take_activation(a, z)
-
-    def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self.takes_phi():  # else called elsewhere, or kept already by compute_phi
-            self._expects_phi = False
-            return self._take_activation(output, args[0])
-        return output
-
-    def _take_activation(self, f: Tensor, z: Tensor) -> Tensor:
-        if "z" in self._wanted and not self._in_place:
-            self._kept["z"] = z  # a bias may have joined up's output
-        between = self.block.between
-        # what follows may work in place: a dropout that says so or is a function, or `a *= u`
-        overwritten = self.block.gated or any(
-            part.module is None or getattr(part.module, "inplace", False) for part in between
-        )
-        f = self._read("f", f)
-        if "a" in self._wanted and (between or not self.block.gated):
-            self._kept["a"] = f.clone() if overwritten else f
-        return f
-
-    def _on_down_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if _asleep:
-            return
-        if self._expects_phi and self._phi is not None:
-            raise RuntimeError(
-                f"block {self.block.name!r} ran without calling its activation "
-                f"{self.block.activation.name!r}, so the replacement had no effect; "
-                f"were its layers called one by one, outside the block's forward?"
-            )
-        self._expects_phi = False
-        kept = {"a": args[0], **self._kept, "d": args[0]}
-        if self.block.gated and "a" in self._wanted:
-            kept["a"] = kept["a"] * kept["u"] if self.block.between else args[0]
-        self._kept.clear()  # checkpointing breaks off its second pass inside down
-        if any("y" in stages for _, stages in self._served):
-            self._kept.update(kept)
-        self._serve(kept)
-
-    def _on_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if _asleep:
-            return output
-        for transform in self._outputs:
-            output = transform(self, output, args[0], self.block.down)
-        kept = {**self._kept, "d": args[0]}
-        self._kept.clear()
-        output = self._read("y", output, self.block.down, d=args[0])
-        self._serve({**kept, "y": output})
-        return output
-
-    def _serve(self, kept: dict[str, Tensor]) -> None:
-        """Call the taps that want y where it is known, the others before down runs."""
-        for tap, stages in self._served:
-            if ("y" in stages) == ("y" in kept):
-                tap(self, {stage: kept[stage] for stage in stages})
-
-    def _read(
-        self, place: str, output: Tensor, layer: Layer | None = None, **known: Tensor
-    ) -> Tensor:
-        """``output``, with what is to be read of its gradient."""
-        if place not in self._readers or not torch.is_grad_enabled():
-            return output
-        rows, known = None if layer is None else layer.rows, {**self._kept, **known}
-        for tap, stages in self._readers[place]:
-            stage = output if rows is None else output[..., rows]
-            reading = tap(self, stage, {name: known[name] for name in stages})
-            if reading is not None:
-                output = read_gradient(output, reading, rows)
-        return output

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from actsparse.blocks.site import sites_asleep
+from actsparse.blocks.passage import sites_asleep
 from actsparse.blocks.trace import undisturbed
 from actsparse.modify import Handle
 from actsparse.observe import Measures, Seen, observe
