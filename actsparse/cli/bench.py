@@ -109,3 +109,60 @@ def measures(
         f"Gauss–Newton trace, {trace['probes']} probes, {trace['samples']} images: "
         f"{trace['value']:.4g} ± {trace['standard_error']:.2g} in {trace['seconds']:.1f} s"
     )
+
+
+@bench.command()
+def mlp(
+    d: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 768,
+    h: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 3072,
+    tokens: Annotated[str, typer.Option(help="With commas between.")] = "1,16,197,1576",
+    densities: Annotated[str, typer.Option(help="With commas between.")] = ".01,.03,.05,.1,.2",
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds; of few tokens 8 ×.")] = 11,
+    activation: Annotated[str, typer.Option(help="relu, jsrelu, squared_relu, ….")] = "relu",
+    training: Annotated[bool, typer.Option(help="Time training steps too.")] = True,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Dense time ÷ sparse time of one MLP, by density and number of tokens.
+
+    Example: actsparse bench mlp --tokens 1,1576 --out benchmarks/mlp.json
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from actsparse.bench.mlp import bench_mlp
+    from actsparse.records import environment, write_whole
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    log = Console(stderr=True)
+    result = bench_mlp(
+        d,
+        h,
+        [float(each) for each in densities.split(",")],
+        [int(each) for each in tokens.split(",")],
+        activation,
+        rounds,
+        training,
+    )
+    record = {**environment(threads=torch.get_num_threads()), **result}
+    text = jsonlib.dumps(record, indent=1) + "\n"
+    if out is not None:
+        write_whole(out, text.encode())
+        log.print(f"record: {out}")
+    if json:
+        typer.echo(text, nl=False)
+        return
+    names = ["tokens", "density", "forward", "screened", "training", "screened"]
+    table = Table(*names, title=f"dense ÷ sparse, d = {d}, H = {h}")
+    for row in result["rows"]:
+        cells = [
+            f"{each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]"
+            for kind in ("forward", "training")
+            if kind in row
+            for each in row[kind]["ratios"]
+        ]
+        table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
+    Console().print(table)

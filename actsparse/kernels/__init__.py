@@ -1,0 +1,8 @@
+"""Sparse execution: the numbers of the dense MLP, without the work that its zeros save."""
+
+from __future__ import annotations
+
+from actsparse.kernels.accelerate import Accelerated, accelerate
+from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
+
+__all__ = ["Accelerated", "Prepared", "accelerate", "prepare", "sparse_mlp"]

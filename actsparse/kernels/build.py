@@ -1,0 +1,149 @@
+"""Compile the C++ kernels with the machine's compiler, once, and load them.
+
+``python -m actsparse.kernels.build`` builds them ahead of time. The library lies in a folder of
+the user's cache named after the sources, the torch version and the C++ ABI, so that a change of
+any of them builds anew; it appears whole or not at all. Without a compiler everything runs on
+PyTorch's own operators, and one line says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "cpu"
+LEVELS = ("baseline", "avx2", "avx512")
+_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-w", "-fno-math-errno", "-fno-strict-aliasing"]
+_FLAGS += ["-fvisibility=hidden"]
+_TARGETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": [
+        *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2"],
+        *["-mfma", "-mprefer-vector-width=512"],
+    ],
+    "bind": ["-DTORCH_TARGET_VERSION=0x020B000000000000"],  # torch 2.11's stable ABI
+}
+
+
+def library(folder: Path | None = None) -> Path:
+    """Where the compiled kernels of this torch and these sources are or will be.
+
+    ``folder`` None: $ACTSPARSE_CACHE, else $XDG_CACHE_HOME/actsparse, else ~/.cache/actsparse.
+    """
+    if folder is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(os.environ.get("ACTSPARSE_CACHE") or Path(cache) / "actsparse")
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    abi = int(torch.compiled_with_cxx11_abi())
+    flags = repr((_FLAGS, _TARGETS, torch.__version__, abi, platform.machine()))
+    digest.update(flags.encode())
+    return folder / f"kernels-{digest.hexdigest()[:16]}.so"
+
+
+def compiler() -> str | None:
+    """$CXX, or g++, c++ or clang++, whichever there is."""
+    names = [os.environ.get("CXX"), "g++", "c++", "clang++"]
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def build(folder: Path | None = None) -> Path:
+    """Compile what is not compiled yet, and return the library's path.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; the message ends with what it said.
+        OSError: the folder cannot be written.
+    """
+    target = library(folder)
+    if target.exists():
+        return target
+    cxx = compiler()
+    if cxx is None:
+        raise RuntimeError("no C++ compiler found (g++, c++, clang++, or the one $CXX names)")
+    root = Path(torch.__file__).parent
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    parts = [part for part in _TARGETS if x86 or not part.startswith("avx")]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as name:
+        work = Path(name)
+        running = []
+        for part in parts:
+            source, into = str(SOURCES / f"{part}.cpp"), str(work / f"{part}.o")
+            flags = [*_FLAGS, *_TARGETS[part], f"-I{root / 'include'}"]
+            command = [cxx, *flags, "-c", source, "-o", into]
+            running.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                )
+            )
+        said = [process.communicate()[0] for process in running]
+        for process, text in zip(running, said, strict=True):
+            _succeed(process.returncode, text)
+        objects = [str(work / f"{part}.o") for part in parts]
+        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        linked = subprocess.run(
+            [cxx, "-shared", *objects, *libraries, "-o", str(work / "all.so")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        _succeed(linked.returncode, linked.stdout)
+        os.replace(work / "all.so", target)  # atomic: another process sees all of it or nothing
+    return target
+
+
+def _succeed(code: int, said: str) -> None:
+    if code:
+        why = next((line for line in said.splitlines() if "error" in line), "it gave no reason")
+        raise RuntimeError(f"the C++ compiler failed: {why}\n{said[-2000:]}")
+
+
+@functools.cache
+def load() -> bool:
+    """Whether the compiled kernels are there; builds and loads them on the first call.
+
+    $ACTSPARSE_CPU names the instruction set (baseline, avx2, avx512; the best one by default), or
+    ``reference`` for PyTorch's own operators.
+    """
+    wanted = os.environ.get("ACTSPARSE_CPU", "")
+    if wanted not in ("", "reference", *LEVELS):
+        known = ", ".join(["reference", *LEVELS])
+        raise ValueError(f"ACTSPARSE_CPU is {wanted!r}; it can be {known}, or unset")
+    if wanted == "reference":
+        return False
+    try:
+        torch.ops.load_library(str(build()))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        message = f"sparse kernels run on PyTorch's own operators, slowly: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return False
+    if wanted:
+        torch.ops.actsparse_cpu.level(LEVELS.index(wanted))
+    return True
+
+
+def level() -> str:
+    """The instruction set in use: avx512, avx2, baseline, or ``reference``."""
+    return LEVELS[torch.ops.actsparse_cpu.level(-1)] if load() else "reference"
+
+
+if __name__ == "__main__":
+    try:
+        build(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    except (RuntimeError, OSError) as failure:
+        sys.exit(f"kernels not built: {failure}")
+    print(f"kernels built; this machine runs {level()}")

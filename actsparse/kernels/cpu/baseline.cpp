@@ -1,0 +1,4 @@
+#define LANES 4
+#define TABLE baseline_kernels
+#define NAME "baseline"
+#include "kernels.inc"

@@ -1,0 +1,100 @@
+// The kernels as torch operators, through PyTorch's stable ABI of torch 2.11.
+#include "screen.h"
+
+namespace actsparse {
+namespace {
+
+using Parts = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Parts pack(const Tensor& z, const Maybe& bias, int64_t act) {
+  const Packed p = pack_dense(z, bias, {z.size(0), z.size(1)}, act);
+  return {p.pointer, p.index, p.value, p.slope};
+}
+
+Parts screen(const Tensor& x, const Tensor& up, const Maybe& bias, const Tensor& codes,
+             const Tensor& shift, const Tensor& bounds, int64_t act) {
+  const Shape s{x.size(0), up.size(0)};
+  const Packed p = pack_screened(x, up, bias, {codes, shift, bounds}, s, act);
+  return {p.pointer, p.index, p.value, p.slope};
+}
+
+std::tuple<Tensor, Tensor> candidates(const Tensor& x, const Tensor& up, const Maybe& bias,
+                                      const Tensor& codes, const Tensor& shift,
+                                      const Tensor& bounds) {
+  return candidates_of(x, up, bias, {codes, shift, bounds}, {x.size(0), up.size(0)});
+}
+
+// y like x, which is contiguous [..., D]: no gradients, nothing kept.
+Tensor output(const Tensor& x, int64_t d) {
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = d;
+  return torch::stable::empty(sizes, x.scalar_type());
+}
+
+void multiply_packed(const Packed& p, const Tensor& rows, const Maybe& bias, Shape s, Tensor& y) {
+  require("rows", rows, {s.units, -1});
+  require("down_bias", bias, rows.size(1));
+  const Entries a{data<int64_t>(p.pointer), data<int32_t>(p.index), s.blocks()};
+  multiply_into(a, data<float>(p.value), data<float>(rows), s.tokens, rows.size(1),
+                data<float>(bias), data<float>(y));
+}
+
+Tensor forward(const Tensor& z, const Maybe& bias, const Tensor& rows, const Maybe& down_bias,
+               int64_t act) {
+  const Shape s{rows_in(z), rows.size(0)};
+  Tensor y = output(z, rows.size(1));
+  multiply_packed(pack_dense(z, bias, s, act), rows, down_bias, s, y);
+  return y;
+}
+
+Tensor forward_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const Tensor& codes,
+                        const Tensor& shift, const Tensor& bounds, const Tensor& rows,
+                        const Maybe& down_bias, int64_t act) {
+  const Shape s{rows_in(x), up.size(0)};
+  Tensor y = output(x, rows.size(1));
+  const Packed p = pack_screened(x, up, bias, {codes, shift, bounds}, s, act);
+  multiply_packed(p, rows, down_bias, s, y);
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
+  m.def("level(int wanted) -> int");
+  m.def("pack(Tensor z, Tensor? bias, int act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n) "
+        "-> Tensor");
+  m.def("sample(Tensor pointer, Tensor index, Tensor left, Tensor rows) -> Tensor");
+  m.def("by_unit(Tensor pointer, Tensor index, Tensor value, int tokens, int units) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("row_sums(Tensor pointer, Tensor value, int n) -> Tensor");
+  m.def("turned(Tensor t) -> Tensor");
+  m.def("quantise(Tensor up) -> (Tensor, Tensor, Tensor)");
+  m.def("screen(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds, "
+        "int act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("candidates(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds)"
+        " -> (Tensor, Tensor)");
+  m.def("forward(Tensor z, Tensor? bias, Tensor rows, Tensor? down_bias, int act) -> Tensor");
+  m.def("forward_screened(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, "
+        "Tensor bounds, Tensor rows, Tensor? down_bias, int act) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CompositeExplicitAutograd, m) {
+  m.impl("level", TORCH_BOX(&level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("multiply", TORCH_BOX(&multiply));
+  m.impl("sample", TORCH_BOX(&sample));
+  m.impl("by_unit", TORCH_BOX(&by_unit));
+  m.impl("row_sums", TORCH_BOX(&row_sums));
+  m.impl("turned", TORCH_BOX(&turned));
+  m.impl("quantise", TORCH_BOX(&quantise));
+  m.impl("screen", TORCH_BOX(&screen));
+  m.impl("candidates", TORCH_BOX(&candidates));
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("forward_screened", TORCH_BOX(&forward_screened));
+}
+
+}  // namespace actsparse

@@ -1,0 +1,213 @@
+// Entries that are not zero: packed, multiplied, sampled, and sorted by unit.
+#pragma once
+#include "tensors.h"
+
+namespace actsparse {
+namespace {
+
+// ---- packing --------------------------------------------------------------------------------
+
+struct Packed {
+  Tensor pointer, index, value, slope;
+};
+
+int64_t blocks_of(int64_t columns) { return columns ? ceil_div(columns, kBlock) : 1; }
+
+struct Shape {
+  int64_t tokens, units;
+  int64_t blocks() const { return blocks_of(units); }
+  int64_t words() const { return ceil_div(units, kWord); }
+  int64_t segments() const { return tokens * blocks(); }
+};
+
+constexpr int64_t kSmall = 32;  // rows whose bits and entries are not worth a second thread
+
+void running_total(int64_t* pointer, int64_t segments) {
+  pointer[0] = 0;
+  for (int64_t i = 0; i < segments; i++) pointer[i + 1] += pointer[i];
+}
+
+// Pointer and index of the set bits of mask [tokens, words].
+int32_t* entries_of(const uint64_t* mask, Shape s, int64_t* pointer, Tensor& index) {
+  const int64_t per = kBlock / kWord, blocks = s.blocks(), words = s.words();
+  split(s.tokens, [&](int64_t a, int64_t b) {
+    for (int64_t t = a; t < b; t++)
+      for (int64_t k = 0; k < blocks; k++) {
+        int64_t n = 0;
+        for (int64_t w = k * per; w < (k + 1) * per && w < words; w++)
+          n += __builtin_popcountll(mask[t * words + w]);
+        pointer[t * blocks + k + 1] = n;
+      }
+  }, kSmall);
+  running_total(pointer, s.segments());
+  index = empty<int32_t>(pointer[s.segments()]);
+  int32_t* out = data<int32_t>(index);
+  split(s.tokens, [&](int64_t a, int64_t b) {
+    int32_t* o = out + pointer[a * blocks];
+    for (int64_t t = a; t < b; t++)
+      for (int64_t w = 0; w < words; w++)
+        for (uint64_t m = mask[t * words + w]; m; m &= m - 1)
+          *o++ = static_cast<int32_t>(w * kWord + __builtin_ctzll(m));
+  }, kSmall);
+  return out;
+}
+
+// z → φ(z) in place, and φ′(z) where that is not simply one.
+Tensor activate(Tensor& z, int64_t n, int64_t act) {
+  Tensor slope = empty<float>(act == kReLU ? 0 : n);
+  float* v = data<float>(z);
+  float* s = data<float>(slope);
+  if (act == kJSReLU)
+    split(n, [=](int64_t a, int64_t b) {
+      for (int64_t k = a; k < b; k++) s[k] = v[k] + 1.f, v[k] += 0.5f * v[k] * v[k];
+    }, 64 * kSmall);
+  if (act == kSquaredReLU)
+    split(n, [=](int64_t a, int64_t b) {
+      for (int64_t k = a; k < b; k++) s[k] = 2.f * v[k], v[k] *= v[k];
+    }, 64 * kSmall);
+  return slope;
+}
+
+Packed pack_dense(const Tensor& z, const Maybe& bias, Shape s, int64_t act) {
+  STD_TORCH_CHECK(z.is_contiguous() && z.numel() == s.tokens * s.units, "z does not fit down");
+  require("bias", bias, s.units);
+  const float *in = data<float>(z), *b = data<float>(bias);
+  const auto mask = scratch<uint64_t>(s.tokens * s.words());
+  split(s.tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      kernels->mask(in + t * s.units, b, s.units, &mask[t * s.words()]);
+  }, kSmall);
+  Packed p{empty<int64_t>(s.segments() + 1), Tensor(), Tensor(), Tensor()};
+  int64_t* pointer = data<int64_t>(p.pointer);
+  const int32_t* index = entries_of(mask.get(), s, pointer, p.index);
+  p.value = empty<float>(pointer[s.segments()]);
+  float* value = data<float>(p.value);
+  split(s.tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t k = pointer[t * s.blocks()]; k < pointer[(t + 1) * s.blocks()]; k++)
+        value[k] = in[t * s.units + index[k]] + (b ? b[index[k]] : 0.f);
+  }, kSmall);
+  p.slope = activate(p.value, pointer[s.segments()], act);
+  return p;
+}
+
+// ---- products -------------------------------------------------------------------------------
+
+bool few(int64_t rows) { return rows < 4 * threads(); }
+
+void multiply_into(Entries a, const float* value, const float* rows, int64_t n, int64_t d,
+                   const float* bias, float* out) {
+  const bool cold = n <= 8;
+  if (few(n))
+    split(d, [&](int64_t c, int64_t e) {
+      kernels->multiply(a, value, rows, d, bias, out, {0, n}, {c, e}, cold);
+    }, 64);
+  else
+    split(n, [&](int64_t r, int64_t e) {
+      kernels->multiply(a, value, rows, d, bias, out, {r, e}, {0, d}, cold);
+    });
+}
+
+void sample_into(Entries a, const float* left, const float* rows, int64_t n, int64_t d,
+                 float* value) {
+  const bool cold = n <= 8;
+  if (few(n))
+    split(a.blocks, [&](int64_t b, int64_t e) {
+      kernels->sample(a, left, rows, d, value, {0, n}, {b, e}, cold);
+    });
+  else
+    split(n, [&](int64_t r, int64_t e) {
+      kernels->sample(a, left, rows, d, value, {r, e}, {0, a.blocks}, cold);
+    });
+}
+
+Entries entries(const Tensor& pointer, const Tensor& index, int64_t rows) {
+  return {data<int64_t>(pointer), data<int32_t>(index), rows ? (pointer.numel() - 1) / rows : 0};
+}
+
+Tensor multiply(const Tensor& pointer, const Tensor& index, const Tensor& value, const Tensor& rows,
+                const Maybe& bias, int64_t n) {
+  const int64_t d = rows.size(1);
+  require("rows", rows, {-1, d});
+  require("bias", bias, d);
+  require("value", value, {index.numel()});
+  Tensor out = empty<float>(n, d);
+  multiply_into(entries(pointer, index, n), data<float>(value), data<float>(rows), n, d,
+                data<float>(bias), data<float>(out));
+  return out;
+}
+
+Tensor sample(const Tensor& pointer, const Tensor& index, const Tensor& left, const Tensor& rows) {
+  const int64_t n = left.size(0);
+  require("rows", rows, {-1, left.size(1)});
+  require("left", left, {n, left.size(1)});
+  Tensor value = empty<float>(index.numel());
+  sample_into(entries(pointer, index, n), data<float>(left), data<float>(rows), n, left.size(1),
+              data<float>(value));
+  return value;
+}
+
+// The same entries by unit: counting sort, in blocks of tokens, each on its own.
+std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& index,
+                                           const Tensor& value, int64_t tokens, int64_t units) {
+  const int64_t blocks = blocks_of(tokens), n = index.numel();
+  require("value", value, {n});
+  const Entries a = entries(pointer, index, tokens);
+  Tensor out_pointer = empty<int64_t>(units * blocks + 1);
+  Tensor token = empty<int32_t>(n), sorted = empty<float>(n);
+  int64_t* p = data<int64_t>(out_pointer);
+  const float* v = data<float>(value);
+  int32_t* row = data<int32_t>(token);
+  float* o = data<float>(sorted);
+  const auto begin = [&](int64_t b) {
+    const int64_t t = b * kBlock;
+    return a.pointer[(t < tokens ? t : tokens) * a.blocks];
+  };
+  for (int64_t i = 0; i <= units * blocks; i++) p[i] = 0;
+  split(blocks, [&](int64_t from, int64_t to) {
+    for (int64_t b = from; b < to; b++)
+      for (int64_t k = begin(b); k < begin(b + 1); k++) p[a.index[k] * blocks + b + 1]++;
+  });
+  running_total(p, units * blocks);
+  split(blocks, [&](int64_t from, int64_t to) {
+    const auto next = scratch<int64_t>(units);
+    for (int64_t b = from; b < to; b++) {
+      for (int64_t h = 0; h < units; h++) next[h] = p[h * blocks + b];
+      for (int64_t t = b * kBlock; t < (b + 1) * kBlock && t < tokens; t++)
+        for (int64_t k = a.pointer[t * a.blocks]; k < a.pointer[(t + 1) * a.blocks]; k++) {
+          const int64_t to_k = next[a.index[k]]++;
+          row[to_k] = static_cast<int32_t>(t);
+          o[to_k] = v[k];
+        }
+    }
+  });
+  return {out_pointer, token, sorted};
+}
+
+// Σ of each row's entries.
+Tensor row_sums(const Tensor& pointer, const Tensor& value, int64_t n) {
+  Tensor out = empty<float>(n);
+  float* o = data<float>(out);
+  const int64_t* p = data<int64_t>(pointer);
+  const int64_t blocks = n ? (pointer.numel() - 1) / n : 0;
+  const float* v = data<float>(value);
+  for (int64_t h = 0; h < n; h++) {
+    float sum = 0;
+    for (int64_t k = p[h * blocks]; k < p[(h + 1) * blocks]; k++) sum += v[k];
+    o[h] = sum;
+  }
+  return out;
+}
+
+Tensor turned(const Tensor& t) {
+  const int64_t rows = t.size(0), columns = t.size(1);
+  require("t", t, {rows, columns});
+  Tensor out = empty<float>(columns, rows);
+  split(rows, [&](int64_t a, int64_t b) {
+    kernels->transpose(data<float>(t), rows, columns, data<float>(out), {a, b});
+  }, 16);
+  return out;
+}
+
+}  // namespace
+}  // namespace actsparse

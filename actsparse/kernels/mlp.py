@@ -1,0 +1,197 @@
+"""A Transformer's MLP that computes what its zeros leave to compute; the numbers stay the same.
+
+``y = φ(x Uᵀ + b) Vᵀ + b′``; gated: ``y = (φ(x Gᵀ + b_g) ⊙ (x Uᵀ + b)) Vᵀ + b′``. Of the six
+products of a training step all but x Uᵀ have a sparse operand (arXiv 2605.25612), whose zeros are
+skipped; ``screen=True`` skips most of x Uᵀ too, without changing a result (:func:`sparse_mlp`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actsparse.activations import ActivationFunction, named
+from actsparse.kernels import ops
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Copies of weights that do not change from call to call: ``prepare`` makes them.
+
+    ``rows`` [H, D] is downᵀ, contiguous; ``codes`` what :func:`ops.quantise` says of the screened
+    matrix (gate in gated blocks, else up), or empty.
+    """
+
+    rows: Tensor
+    codes: tuple[Tensor, ...] = ()
+
+
+@torch.no_grad()
+def prepare(down: Tensor, up: Tensor | None = None) -> Prepared:
+    """Copy down [D, H] by rows and, for the screen, up (or gate) [H, D] in int8.
+
+    The copies are of the weights as they are now: prepare again when a weight has changed.
+
+    >>> prepare(torch.ones(2, 3)).rows.shape
+    torch.Size([3, 2])
+    """
+    rows = down.t() if down.t().is_contiguous() else ops.turned(down)
+    codes = ()
+    if up is not None and ops.native(up):
+        codes = tuple(ops.quantise(_by_rows(up)))
+    return Prepared(rows.detach(), codes)
+
+
+def sparse_mlp(
+    x: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str | ActivationFunction = "relu",
+    gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    screen: bool = False,
+    between: Callable[[Tensor], Tensor] | None = None,
+    prepared: Prepared | None = None,
+) -> Tensor:
+    """y [..., D] of x [..., D] through up [H, D], φ and down [D, H], biases [H] and [D].
+
+    Weights are laid out as ``nn.Linear`` has them, with any strides; transposes of HF's Conv1D
+    weights fit too. Differentiable in x and every weight; float32 on the CPU runs the C++ kernels,
+    anything else PyTorch's own operators; autocast does not apply. A product with an exact zero
+    activation is skipped even if its partner is NaN or infinite; a NaN pre-activation counts as
+    active. Differentiable once: a gradient's gradient needs the dense block.
+
+    Args:
+        activation: a name of ``actsparse.activations``, or a function. ReLU, JSReLU and squared
+            ReLU are fused; of others φ and φ′ are packed where either is not zero.
+        gate: gate weight [H, D] of gated blocks.
+        screen: leave out units that an int8 product proves inactive: off if ``ẑ + b + ‖x‖‖u − û‖
+            + ‖x − x̂‖‖û‖ + γ(‖x‖‖u‖ + |b|) < 0`` (Cauchy–Schwarz; γ covers float32 in any order of
+            summation). Pays at low density. Fused activations only; ignored for others, and where
+            the C++ kernels are missing.
+        between: what stands between φ and down, such as dropout: called on the values [nnz] that
+            are packed; must be pointwise and keep zeros.
+        prepared: from :func:`prepare`, for weights that do not change between calls.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the activation has no such name.
+
+    >>> x, up, down = torch.ones(1, 2), torch.eye(3, 2) - 0.5, torch.ones(2, 3)
+    >>> sparse_mlp(x, up, None, down)
+    tensor([[0., 0.]])
+    >>> sparse_mlp(x, up, torch.tensor([1.0, 0.0, 0.0]), down)
+    tensor([[1., 1.]])
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return sparse_mlp(
+                x, up, bias, down, down_bias, activation=activation, gate=gate,
+                gate_bias=gate_bias, screen=screen, between=between, prepared=prepared,
+            )  # fmt: skip
+    function = named(activation) if isinstance(activation, str) else activation
+    act = ops.FUSED.index(function.name) if function.name in ops.FUSED else None
+    plain = gate is None and between is None and act is not None
+    native = x.dtype is torch.float32 and x.is_cpu and ops.loaded()
+    weights = (up, bias, down, down_bias, gate, gate_bias)
+    if plain and native and not _learns(x, *weights):
+        try:
+            return _infer(x, up, bias, down, down_bias, act, screen, prepared)
+        except RuntimeError:  # the kernels check, without names: decoding has no time for Python
+            _check(x, *weights)
+            raise
+    _check(x, *weights)
+    first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
+    rows, codes = (prepared.rows, prepared.codes) if prepared is not None else (None, ())
+    if not (screen and native and act is not None):
+        codes = ()
+    elif not codes:
+        codes = tuple(ops.quantise(_by_rows(first.detach())))
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    first = _by_rows(first)
+    if act is not None:
+        entries = ops.pack(tokens, first, _flat(first_bias), list(codes), function.name)
+    else:
+        with torch.no_grad():
+            z = F.linear(tokens, first, first_bias)
+            a, slope = function.value(z), function.derivative(z)
+        entries = ops.pack_values(tokens, first, first_bias, a, slope)
+    pointer, index, value, _ = entries
+    if gate is not None:
+        value = value * ops.sample(pointer, index, tokens, _by_rows(up), bias)
+    if between is not None:
+        value = between(value)
+    y = ops.project(pointer, index, value, down, rows, _flat(down_bias), tokens.shape[0])
+    return y.view(*x.shape[:-1], down.shape[0])
+
+
+def _infer(
+    x: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    act: int | None,
+    screen: bool,
+    prepared: Prepared | None,
+) -> Tensor:
+    """One operator, no gradients."""
+    if prepared is None or (screen and not prepared.codes):
+        prepared = prepare(down, up if screen else None)
+    kernels = torch.ops.actsparse_cpu
+    if not screen:
+        return kernels.forward(x @ up.t(), _flat(bias), prepared.rows, _flat(down_bias), act)
+    x, up = x.contiguous(), _by_rows(up)
+    return kernels.forward_screened(
+        x, up, _flat(bias), *prepared.codes, prepared.rows, _flat(down_bias), act
+    )
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _flat(bias: Tensor | None) -> Tensor | None:
+    return bias if bias is None else bias.contiguous()
+
+
+def _by_rows(weight: Tensor) -> Tensor:
+    """weight with contiguous rows: itself, or a copy."""
+    if weight.is_contiguous():
+        return weight
+    return ops.turned(weight.t()) if weight.t().is_contiguous() else weight.contiguous()
+
+
+def _check(
+    x: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+) -> None:
+    (units, d_model), d_out = up.shape, down.shape[0]
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("x", x, (*x.shape[:-1], d_model)),
+        ("down", down, (d_out, units)),
+        ("bias", bias, (units,)),
+        ("down_bias", down_bias, (d_out,)),
+        ("gate", gate, (units, d_model)),
+        ("gate_bias", gate_bias, (units,)),
+    ]
+    for name, tensor, shape in wanted:
+        if tensor is None or (tensor.shape == shape and tensor.dtype == up.dtype):
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; with up {list(up.shape)} and down "
+                f"{list(down.shape)} it must be {list(shape)}"
+            )
+        raise ValueError(f"{name} is {tensor.dtype}; up is {up.dtype}, and all must be alike")

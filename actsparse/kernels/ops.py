@@ -1,0 +1,330 @@
+"""The products of a sparse MLP as PyTorch operators: compiled kernels, fakes and autograd.
+
+Packed entries are three tensors (pointer, index, value) as :mod:`actsparse.kernels.pack` defines
+them. Each operator runs the C++ kernels on contiguous float32 CPU tensors where those are built,
+and PyTorch's own operators otherwise, with the same meaning: products with exact zeros are
+skipped (:mod:`actsparse.kernels.reference`). What is kept for backward is the entries.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from actsparse.activations import ACTIVATIONS
+from actsparse.kernels import pack as packing
+from actsparse.kernels import reference
+
+FUSED = ("relu", "jsrelu", "squared_relu")  # in the order of cpu/kernels.h
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.compiler.assume_constant_result
+def loaded() -> bool:
+    """Whether the compiled kernels are there; the first call builds and loads them."""
+    return _load()
+
+
+@functools.cache
+def _load() -> bool:
+    from actsparse.kernels import build  # here, so that `python -m` can run that module
+
+    if not build.load():
+        return False
+    # inference is one operator without autograd, so that decoding does not pay for Python
+    for name in ("forward", "forward_screened"):
+        torch.library.register_fake(f"actsparse_cpu::{name}")(
+            lambda x, *others: x.new_empty(*x.shape[:-1], others[-3].shape[1])
+        )
+    return True
+
+
+def native(*tensors: Tensor | None) -> bool:
+    """Whether the compiled kernels take these tensors."""
+    return loaded() and all(
+        t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors
+    )
+
+
+def _kernels() -> Any:
+    return torch.ops.actsparse_cpu
+
+
+# ---- pack: x → z → the entries of φ(z), with their slopes ---------------------------------------
+
+
+@custom_op("actsparse::pack", mutates_args=())
+def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activation: str) -> Four:
+    """φ(x upᵀ + bias), packed: pointer, index, value and slope φ′ of the active units.
+
+    x [N, D], up [H, D], bias [H]; ``activation`` one of ``FUSED``; ``codes``, if any, from
+    :func:`quantise`: units that they prove inactive are not computed. ``slope`` is empty where it
+    is 1 (ReLU).
+    """
+    if native(x, up, bias):
+        act = FUSED.index(activation)
+        if codes:
+            return _kernels().screen(x, up, bias, *codes, act)
+        return _kernels().pack(x @ up.t(), bias, act)
+    z = torch.nn.functional.linear(x, up, bias)
+    function = ACTIVATIONS[activation]
+    keep = ~(z <= 0)
+    pointer, index = packing.pack(keep)
+    active = z[keep]
+    slope = x.new_empty(0) if activation == "relu" else function.derivative(active)
+    return pointer, index, function.value(active), slope
+
+
+@pack.register_fake
+def _(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activation: str) -> Four:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    slope = x.new_empty(0 if activation == "relu" else nnz)
+    return *_fake_entries(x, up, nnz), slope
+
+
+@custom_op("actsparse::pack_values", mutates_args=())
+def pack_values(x: Tensor, up: Tensor, bias: Tensor | None, a: Tensor, slope: Tensor) -> Four:
+    """The entries of a = φ(z) and of φ′(z), both [N, H], where either is not zero.
+
+    For activations whose two masks differ; x, up and bias say where gradients go.
+    """
+    keep = (a != 0) | (slope != 0)
+    pointer, index = packing.pack(keep)
+    return pointer, index, a[keep], slope[keep]
+
+
+@pack_values.register_fake
+def _(x: Tensor, up: Tensor, bias: Tensor | None, a: Tensor, slope: Tensor) -> Four:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return *_fake_entries(x, up, nnz), x.new_empty(nnz)
+
+
+def _fake_entries(x: Tensor, up: Tensor, nnz: Any) -> tuple[Tensor, Tensor, Tensor]:
+    segments = x.shape[0] * packing.blocks(up.shape[0])
+    return (
+        x.new_empty(segments + 1, dtype=torch.int64),
+        x.new_empty(nnz, dtype=torch.int32),
+        x.new_empty(nnz),
+    )
+
+
+def _keep_pack(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
+    pointer, index, _, slope = output
+    ctx.save_for_backward(inputs[0], inputs[1], pointer, index, slope)
+    ctx.ones = inputs[4] == "relu" if isinstance(inputs[4], str) else False
+    ctx.has_bias = inputs[2] is not None
+    ctx.list_length = len(inputs[3]) if isinstance(inputs[3], list) else None
+
+
+def _pack_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    x, up, pointer, index, slope = ctx.saved_tensors
+    grad = grads[2]
+    if not ctx.ones:
+        grad = torch.where(slope != 0, grad * slope, 0)
+    dx, dup, dbias = _linear_gradients(ctx, pointer, index, grad, x, up, ctx.has_bias)
+    fourth = None if ctx.list_length is None else [None] * ctx.list_length
+    return dx, dup, dbias, fourth, None
+
+
+def _linear_gradients(
+    ctx: Any, pointer: Tensor, index: Tensor, grad: Tensor, x: Tensor, up: Tensor, has_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, up and bias, given those of the packed entries of x upᵀ + bias."""
+    n, units = x.shape[0], up.shape[0]
+    dx = multiply(pointer, index, grad, up, None, n)
+    turned = by_unit(pointer, index, grad, n, units)
+    dup = multiply(*turned, x, None, units)
+    return dx, dup, row_sums(turned[0], turned[2], units) if has_bias else None
+
+
+pack.register_autograd(_pack_backward, setup_context=_keep_pack)
+pack_values.register_autograd(_pack_backward, setup_context=_keep_pack)
+
+
+# ---- sample: the entries of x upᵀ + bias that a mask asks for -----------------------------------
+
+
+@custom_op("actsparse::sample", mutates_args=())
+def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    """``value[k] = ⟨x[row k], up[index k]⟩ + bias[index k]`` for packed entries: [nnz]."""
+    if native(x, up, bias):
+        value = _kernels().sample(pointer, index, x, up)
+    else:
+        row, column = packing.rows_of(pointer, x.shape[0]), index.long()
+        value = (x @ up.t())[row, column]
+    return value if bias is None else value + bias[index.long()]
+
+
+@sample.register_fake
+def _(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(index.shape[0])
+
+
+def _keep_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.has_bias = inputs[4] is not None
+
+
+def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    pointer, index, x, up = ctx.saved_tensors
+    return None, None, *_linear_gradients(ctx, pointer, index, grad, x, up, ctx.has_bias)
+
+
+sample.register_autograd(_sample_backward, setup_context=_keep_sample)
+
+
+# ---- project: entries times the rows of V -------------------------------------------------------
+
+
+@custom_op("actsparse::project", mutates_args=())
+def project(
+    pointer: Tensor,
+    index: Tensor,
+    value: Tensor,
+    down: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+) -> Tensor:
+    """``y = a downᵀ + bias`` [N, D] for packed a [N, H] and down [D, H] of any strides.
+
+    ``rows``: a contiguous copy [H, D] of downᵀ if there is one; without it forward and backward
+    each make their own, so that nothing of down's size is kept in between.
+    """
+    return multiply(pointer, index, value, _rows(down, rows), bias, n)
+
+
+@project.register_fake
+def _(
+    pointer: Tensor,
+    index: Tensor,
+    value: Tensor,
+    down: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    n: int,
+) -> Tensor:
+    return value.new_empty(n, down.shape[0])
+
+
+def _rows(down: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is not None:
+        return rows
+    return down.t() if down.t().is_contiguous() else turned(down)
+
+
+def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pointer, index, value, down, rows, bias, _ = inputs
+    ctx.save_for_backward(pointer, index, value, down, rows)
+    ctx.has_bias = bias is not None
+
+
+def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    pointer, index, value, down, rows = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_value = grad_down = None
+    if ctx.needs_input_grad[2]:
+        grad_value = sample(pointer, index, grad, _rows(down, rows), None)
+    if ctx.needs_input_grad[3]:
+        units = down.shape[1]
+        entries = by_unit(pointer, index, value, grad.shape[0], units)
+        grad_down = multiply(*entries, grad, None, units).t()
+        if down.is_contiguous() and not down.t().is_contiguous():
+            grad_down = turned(grad_down.t())
+    bias = grad.sum(0) if ctx.has_bias else None
+    return None, None, grad_value, grad_down, None, bias, None
+
+
+project.register_autograd(_project_backward, setup_context=_keep_project)
+
+
+# ---- what the gradients are made of -------------------------------------------------------------
+
+
+@custom_op("actsparse::multiply", mutates_args=())
+def multiply(
+    pointer: Tensor, index: Tensor, value: Tensor, rows: Tensor, bias: Tensor | None, n: int
+) -> Tensor:
+    """``a rows + bias`` [N, M] of packed a [N, K] and rows [K, M]; exact zeros are skipped."""
+    if native(value, rows, bias):
+        return _kernels().multiply(pointer, index, value, rows.contiguous(), bias, n)
+    dense = packing.unpack(pointer, index, value, n, rows.shape[0])
+    out = reference.product(dense, rows)
+    return out if bias is None else out + bias
+
+
+@multiply.register_fake
+def _(
+    pointer: Tensor, index: Tensor, value: Tensor, rows: Tensor, bias: Tensor | None, n: int
+) -> Tensor:
+    return value.new_empty(n, rows.shape[1])
+
+
+@custom_op("actsparse::by_unit", mutates_args=())
+def by_unit(
+    pointer: Tensor, index: Tensor, value: Tensor, n: int, units: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of the transpose of a packed [N, H]: its pointer, row numbers and values."""
+    if native(value):
+        return _kernels().by_unit(pointer, index, value, n, units)
+    return packing.by_unit(pointer, index, value, n, units)
+
+
+@by_unit.register_fake
+def _(
+    pointer: Tensor, index: Tensor, value: Tensor, n: int, units: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    segments = units * packing.blocks(n)
+    return pointer.new_empty(segments + 1), torch.empty_like(index), torch.empty_like(value)
+
+
+@custom_op("actsparse::row_sums", mutates_args=())
+def row_sums(pointer: Tensor, value: Tensor, n: int) -> Tensor:
+    """The sum of each of n rows of packed entries."""
+    if native(value):
+        return _kernels().row_sums(pointer, value, n)
+    return value.new_zeros(n).index_add_(0, packing.rows_of(pointer, n), value)
+
+
+@row_sums.register_fake
+def _(pointer: Tensor, value: Tensor, n: int) -> Tensor:
+    return value.new_empty(n)
+
+
+@custom_op("actsparse::turned", mutates_args=())
+def turned(matrix: Tensor) -> Tensor:
+    """A contiguous copy of the transpose."""
+    if native(matrix):
+        return _kernels().turned(matrix.contiguous())
+    return matrix.t().clone(memory_format=torch.contiguous_format)
+
+
+@turned.register_fake
+def _(matrix: Tensor) -> Tensor:
+    return matrix.new_empty(matrix.shape[1], matrix.shape[0])
+
+
+turned.register_autograd(lambda ctx, grad: turned(grad))
+
+
+@custom_op("actsparse::quantise", mutates_args=())
+def quantise(up: Tensor) -> list[Tensor]:
+    """What the lossless screen needs of up [H, D]: int8 codes, their shifts, and error norms.
+
+    Empty where the compiled kernels are not available: then nothing is screened.
+    """
+    return list(_kernels().quantise(up))
+
+
+@quantise.register_fake
+def _(up: Tensor) -> list[Tensor]:
+    units, channels = -(-up.shape[0] // 64) * 64, -(-up.shape[1] // 4) * 4
+    return [
+        up.new_empty(units, channels, dtype=torch.int8),
+        up.new_empty(units, dtype=torch.int32),
+        up.new_empty(3, units),
+    ]

@@ -1,0 +1,66 @@
+"""Blocked CSR: the entries of a matrix that are not zero, row by row, in blocks of columns.
+
+The entries of row t whose column lies in block k, ``BLOCK`` columns wide, are
+``pointer[t · blocks + k]`` up to ``pointer[t · blocks + k + 1]`` of ``index`` (their columns,
+rising) and of ``value``. A product visits all rows of one block before the next, so that the
+``BLOCK`` rows of the dense operand it gathers from stay in a core's second-level cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 384  # cpu/tensors.h has the same number
+
+
+def blocks(columns: int) -> int:
+    """How many blocks ``columns`` columns are; at least one.
+
+    >>> blocks(3072), blocks(385), blocks(0)
+    (8, 2, 1)
+    """
+    return max(-(-columns // BLOCK), 1)
+
+
+def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Pointer int64 [N · blocks + 1] and index int32 [nnz] of the True entries of [N, K].
+
+    >>> pack(torch.tensor([[False, True], [True, True]]))
+    (tensor([0, 1, 3]), tensor([1, 0, 1], dtype=torch.int32))
+    """
+    n, columns = keep.shape
+    row, column = keep.nonzero(as_tuple=True)
+    segment = row * blocks(columns) + column // BLOCK
+    counts = torch.bincount(segment, minlength=n * blocks(columns))
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), column.to(torch.int32)
+
+
+def rows_of(pointer: Tensor, n: int) -> Tensor:
+    """The row of every entry, int64 [nnz]."""
+    per_row = pointer[:: max((len(pointer) - 1) // max(n, 1), 1)].diff()
+    return torch.repeat_interleave(torch.arange(n, device=pointer.device), per_row)
+
+
+def unpack(pointer: Tensor, index: Tensor, value: Tensor, n: int, columns: int) -> Tensor:
+    """The dense [n, columns] of packed entries.
+
+    >>> pointer, index = pack(torch.tensor([[False, True], [True, True]]))
+    >>> unpack(pointer, index, torch.tensor([5.0, 6.0, 7.0]), 2, 2)
+    tensor([[0., 5.], [6., 7.]])
+    """
+    out = value.new_zeros(n, columns)
+    out[rows_of(pointer, n), index.long()] = value
+    return out
+
+
+def by_unit(
+    pointer: Tensor, index: Tensor, value: Tensor, n: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same entries packed by column: pointer, row (rising) and value of the transpose."""
+    row, column = rows_of(pointer, n), index.long()
+    order = torch.argsort(column * max(n, 1) + row)
+    segment = column * blocks(n) + row // BLOCK
+    counts = torch.bincount(segment, minlength=columns * blocks(n))
+    turned = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return turned, row[order].to(torch.int32), value[order]

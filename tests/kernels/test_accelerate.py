@@ -1,0 +1,226 @@
+"""``accelerate``: the same numbers, whatever is attached beside it, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from actsparse import SwapActivation, ZerothBias, find_mlp_blocks, observe, sparsify
+from actsparse.kernels import accelerate, build
+from actsparse.kernels.accelerate import EVERY, SPARSE
+from tests.zoo import BY_ID, call
+
+RECIPE = [ZerothBias(finetune=True), SwapActivation("jsrelu")]
+ORDERS = list(itertools.permutations(("sparsify", "observe", "accelerate")))
+EPS = torch.finfo(torch.float32).eps
+SILENT = [
+    "vit-pooler-relu", "t5-relu", "t5-encoder", "opt-pre-norm", "opt-post-norm-350m",
+    "opt-no-norm-weights-no-biases", "llama-relu", "nanochat-inline-squared-relu",
+    "one-activation-held-by-each-layer", "time-first", "bare-sequential", "batchnorm-stem",
+    "torch-encoder-relu-pre-batch_first", "torch-encoder-relu-post-time_first",
+    "torch-encoder-activation-own-function", "torch-decoder-pre",
+]  # fmt: skip
+
+
+def tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    parts = out.values() if isinstance(out, dict) else out if isinstance(out, tuple | list) else ()
+    return [t for part in parts for t in tensors(part)]
+
+
+def results(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Outputs and gradients of a pass in eval mode, where no dropout draws."""
+    model.eval().zero_grad()
+    out = [t for t in tensors(call(model, inputs)) if t.requires_grad]
+    sum((t * torch.linspace(-1, 2, t.numel()).reshape(t.shape)).sum() for t in out).backward()  # type: ignore[union-attr]
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [*(t.detach().clone() for t in out), *grads]
+
+
+def alike(one: list[Tensor], two: list[Tensor]) -> bool:
+    """To rounding: sums of up to thousands of products, through a few layers."""
+    scale = max(float(t.abs().max()) for t in one)
+    return len(one) == len(two) and all(
+        float((a - b).abs().max()) <= 1000 * EPS * scale for a, b in zip(one, two, strict=True)
+    )
+
+
+def same(one: list[Tensor], two: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("name", SILENT)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_models_give_the_same_numbers_and_come_back_as_they_were(name: str) -> None:
+    model, inputs = BY_ID[name].build()
+    before, keys = results(model, inputs), list(model.state_dict())
+    handle = accelerate(model, inputs=inputs, mode="sparse")
+    after = results(model, inputs)
+    assert alike(before, after)
+    assert all(run.calls["sparse"] for run in handle.runs.values())
+    assert list(model.state_dict()) == keys
+    handle.remove()
+    handle.remove()
+    assert same(before, results(model, inputs))
+    assert not [m for m in model.modules() if "forward" in m.__dict__ or m._forward_hooks]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("away", ORDERS)
+def test_with_sparsify_and_observe_in_every_order(
+    order: tuple[str, ...], away: tuple[str, ...]
+) -> None:
+    model, inputs = BY_ID["vit-pooler-relu"].build()
+    blocks = find_mlp_blocks(model, inputs)
+    plain = results(model, inputs)
+    twin = copy.deepcopy(model)
+    sparsify(twin, RECIPE, inputs=inputs)
+    modified = results(twin, inputs)
+    attach = {
+        "sparsify": lambda: sparsify(model, RECIPE, blocks=blocks),
+        "observe": lambda: observe(model, blocks=blocks),
+        "accelerate": lambda: accelerate(model, blocks=blocks, mode="sparse"),
+    }
+    held: dict[str, Any] = {name: attach[name]() for name in order}
+    assert alike(modified, results(model, inputs))
+    seen = held["observe"].summary("inference")
+    assert 0 < seen["density"] < 1  # counted by a pass of the layers, which needs all of a
+    for name in away:
+        held[name].close() if name == "observe" else held[name].remove()
+        del held[name]
+        now = results(model, inputs)
+        assert alike(modified if "sparsify" in held else plain, now)
+        if "accelerate" in held and "observe" not in held:
+            assert any(run.calls["sparse"] for run in held["accelerate"].runs.values())
+    assert same(plain, now)
+
+
+class Block(nn.Module):
+    def __init__(self, act: nn.Module, p: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.act, self.drop = nn.Linear(16, 256), act, nn.Dropout(p)
+        self.down = nn.Linear(256, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.drop(self.act(self.up(x))))
+
+
+def silent(share: float) -> Block:
+    block = Block(nn.ReLU())
+    with torch.no_grad():
+        block.up.bias.fill_(-10.0)
+        block.up.bias[: round(256 * share)] = 10.0
+    return block
+
+
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["actsparse.kernels.accelerate"], "LEAST", 0)
+    if build.level() == "reference":
+        pytest.skip("no compiled kernels here, and auto keeps to the layers")
+
+
+def test_small_blocks_keep_to_their_layers() -> None:
+    model, x = silent(0.05), torch.randn(2, 16)
+    handle = accelerate(model, inputs=x)
+    for _ in range(3):
+        model(x)
+    assert [run.calls for run in handle.runs.values()] == [{"dense": 3, "sparse": 0, "screened": 0}]
+
+
+@pytest.mark.usefixtures("any_size")
+def test_auto_runs_sparse_below_the_limit_and_looks_again() -> None:
+    low, high, x = silent(0.05), silent(0.9), torch.randn(4, 32, 16)
+    fast = "screened" if build.level() == "avx512" else "sparse"
+    for model, kind in ((low, fast), (high, "dense")):
+        handle = accelerate(model, inputs=x)
+        with torch.no_grad():
+            want = Block.forward(copy.deepcopy(model), x)
+            for _ in range(2 * EVERY):
+                assert torch.allclose(model(x), want, atol=1e-4)
+        (run,) = handle.runs.values()
+        assert run.density == pytest.approx(0.05 if model is low else 0.9, abs=0.01)
+        assert run.calls[kind] >= 2 * EVERY - 2
+        assert run.calls["dense"] >= 2
+        assert kind in str(handle)
+
+
+@pytest.mark.usefixtures("any_size")
+def test_auto_follows_density_with_some_slack() -> None:
+    model, x = silent(0.05), torch.randn(4, 32, 16)
+    handle = accelerate(model, inputs=x)
+    (run,) = handle.runs.values()
+    limit = SPARSE["forward"]
+    for share, sparse in ((0.9, False), (limit * 1.1, False), (limit * 0.9, True),
+                          (limit * 1.1, True), (limit * 1.3, False)):  # fmt: skip
+        with torch.no_grad():
+            model.up.bias.fill_(-10.0)
+            model.up.bias[: round(256 * share)] = 10.0
+            for _ in range(EVERY):
+                model(x)
+        assert run._sparse is sparse, share
+
+
+def test_a_weight_that_changes_is_met_by_the_next_call() -> None:
+    model, x = silent(0.05), torch.randn(1, 16)
+    accelerate(model, inputs=x, mode="sparse")
+    with torch.no_grad():
+        for change in (
+            lambda: model.down.weight.mul_(2),
+            lambda: model.down.weight.data.mul_(2),
+            lambda: setattr(model.down.weight, "data", model.down.weight.data * 2),
+            lambda: model.up.weight.data.mul_(-1),
+        ):
+            model(x)
+            change()
+            plain = (
+                x
+                + model.down.weight @ torch.relu(model.up.weight @ x[0] + model.up.bias)
+                + model.down.bias
+            )
+            assert torch.allclose(model(x), plain, atol=1e-4)
+
+
+def test_dropout_drops_and_keeps_the_mean() -> None:
+    model, x = Block(nn.ReLU(), p=0.5), torch.randn(1, 16)
+    model.eval()
+    with torch.no_grad():
+        want = model(x)
+        accelerate(model.train(), inputs=x, mode="sparse")
+        draws = torch.stack([model(x) for _ in range(2000)])
+    assert (draws[0] - draws[1]).abs().max() > 0
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - want).abs() <= 5 * error).all()
+
+
+def test_compiled_in_one_graph() -> None:
+    model, x = silent(0.1), torch.randn(4, 8, 16)
+    want = results(model, x)
+    accelerate(model, inputs=x, mode="sparse")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert alike(want, results(compiled, x))
+
+
+def test_what_cannot_run_sparse_says_why() -> None:
+    model, x = Block(nn.GELU()), torch.randn(2, 16)
+    with pytest.raises(ValueError, match="up: gelu is never exactly zero"):
+        accelerate(model, inputs=x)
+    with pytest.raises(ValueError, match="unknown mode 'fast'"):
+        accelerate(model, inputs=x, mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="accelerate needs inputs="):
+        accelerate(model)
+
+
+def test_other_dtypes_run_by_the_layers() -> None:
+    model, x = silent(0.05).double(), torch.randn(2, 16).double()
+    want = model(x)
+    handle = accelerate(model, inputs=x, mode="sparse")
+    assert torch.equal(model(x), want)
+    assert not any(run.calls["sparse"] for run in handle.runs.values())
