@@ -137,9 +137,11 @@ def _model(target: Path) -> tuple[Any, Any]:
     elif not (target / "actsparse.json").is_file():
         if (target / "config.json").is_file():
             return _pretrained(target), None
+        runs = sorted(path.parent for path in target.glob("runs/*/record.jsonl"))
+        hint = f"; it holds runs: give one, as {runs[0]}" if runs else ""
         raise ValueError(
             f"{target} is neither a run's folder (record.jsonl) nor a checkpoint (actsparse.json, "
-            f"or Hugging Face's config.json)"
+            f"or Hugging Face's config.json){hint}"
         )
     try:
         model = load(target)

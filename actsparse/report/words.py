@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from actsparse.records import Run
+from actsparse.records import Entry, Run
 from actsparse.report.compare import Arm, Estimate, Table, t_interval
-from actsparse.report.measures import Drawn, Identity, Measured, Theory, number
+from actsparse.report.measures import Drawn, Identity, Measured, Theory, number, read_measures
 
 NONE = "–"
 ROUNDING = 2**-8  # bfloat16 rounds by up to 2⁻⁹, a square by twice that
@@ -199,34 +199,46 @@ def _plain(value: Any) -> str:
 
 
 def markdown_theory(runs: list[Run]) -> str:
-    """Density beside what it is made of, early, half-way and last, for a lab log; "" without any.
+    """Density beside what it is made of, at three steps, for a lab log; "" without any.
 
-    Means over seeds with 95 % t-intervals; curvature as last measured by then.
+    Means over seeds with 95 % t-intervals, over training batches since the line before. Curvature
+    is of the rows that the run was measured on; a last row has what `actsparse measure` found.
     """
-    numbers = {
-        "density": "density",
-        "AF": "flatness",
-        "c": "coefficient",
-        "‖x‖²": "input_norm",
-        "η², active": "effective_gradient",
-    }
-    traces = {"Gauss–Newton": "gauss_newton", "token copies": "token_copies"}
     told = [run for run in runs if run.train and number(run.train[-1], "measures", "flatness")]
     if not told:
         return ""
-    lines = [" | ".join(["arm", "step", *numbers, *traces])]
+    passive = {"density": "density", "AF": "flatness", "c": "coefficient", "‖x‖²": "input_norm",
+               "η², active": "effective_gradient"}  # fmt: skip
+    traces = {"Gauss–Newton": "gauss_newton", "token copies": "token_copies"}
+    lines = [" | ".join(["arm", "step", *passive, *traces])]
     lines.append(" | ".join(["---"] * len(lines[0].split(" | "))))
-    steps = [entry["step"] for entry in told[0].train]
+    logged = {entry["step"] for entry in told[0].train}
+    steps = [entry["step"] for entry in told[0].measured if entry["step"] in logged]
+    steps = steps or sorted(logged)
     for arm in dict.fromkeys(run.arm for run in told):
         own = [run for run in told if run.arm == arm]
-        for step in (steps[0], steps[len(steps) // 2 - 1], steps[-1]):
-            at = [next((e for e in run.train if e["step"] == step), None) for run in own]
-            by = [[e for e in run.measured if e["step"] <= step][-1:] for run in own]
-            cells = [_spread(number(e, "measures", key) for e in at) for key in numbers.values()]
+        rows = {
+            str(step): [(_at(run.train, step), _at(run.measured, step)) for run in own]
+            for step in (steps[0], steps[(len(steps) - 1) // 2], steps[-1])
+        }
+        later = [entry for run in own if (entry := read_measures(run)) is not None]
+        if later:
+            split = later[0]["how"].get("split", "measured")
+            rows[f"end, {split} rows"] = [(entry, entry) for entry in later]
+        for name, found in rows.items():
+            cells = [arm, name]
+            for key in passive.values():
+                cells.append(_spread(number(entry, "measures", key) for entry, _ in found))
             for key in traces.values():
-                cells.append(_spread(number(e, "curvature", key, "value") for m in by for e in m))
-            lines.append(" | ".join([arm, str(step), *cells]))
+                cells.append(
+                    _spread(number(entry, "curvature", key, "value") for _, entry in found)
+                )
+            lines.append(" | ".join(cells))
     return "".join(f"| {line} |\n" for line in lines)
+
+
+def _at(entries: list[Entry], step: int) -> Entry | None:
+    return next((entry for entry in entries if entry["step"] == step), None)
 
 
 def _spread(values: Iterable[float | None]) -> str:

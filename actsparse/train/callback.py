@@ -184,6 +184,8 @@ class SparsityCallback(TrainerCallback):
         if self.on_step is not None:
             self.on_step(state.global_step)
         every, done = self.active_every, state.global_step
+        if done == state.max_steps:
+            control.should_log = True  # or the steps since the last log would have no line
         if (every is not None and done % every == 0) or done == state.max_steps:
             self._measure(kwargs["model"], state)
 
