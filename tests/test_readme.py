@@ -57,6 +57,22 @@ def test_the_cost_of_measures_is_the_record() -> None:
     assert f"{trace['seconds']:.1f} s" in page
 
 
+def test_the_gains_are_the_records() -> None:
+    page = (ROOT / "docs" / "lab-log.md").read_text(encoding="utf-8")
+    one, two = (
+        json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))["rows"]
+        for name in ("mlp-1-thread.json", "mlp-2-threads.json")
+    )
+    for rows in zip(one, two, strict=True):
+        cells = [
+            f"{row[kind]['ratios'][1]['value']:.2f}" if kind in row else "–"
+            for kind in ("forward", "training")
+            for row in rows
+        ]
+        name = f"| {rows[0]['tokens']}, {100 * rows[0]['density']:.0f} % |"
+        assert f"{name} {' | '.join(cells)} |" in page
+
+
 def test_the_costs_are_the_record() -> None:
     record = json.loads((ROOT / "benchmarks" / "training_step.json").read_text(encoding="utf-8"))
     text = section("costs")
