@@ -54,6 +54,15 @@ def site_of(block: MLPBlock) -> Site:
     return site
 
 
+def no_executor(block: MLPBlock) -> str | None:
+    """Why no executor can run a block in its layers' place, or None."""
+    if block.activation.module is None and not block.activation.steps:
+        return "its activation is computed by operations that form no chain of calls"
+    if any(part.module is None or part.kind == "norm" for part in block.between):
+        return "more than a dropout module stands between φ and down"
+    return None
+
+
 class Site(Passage):
     """What is attached to one block. Plain data and bound methods, so that models deep-copy."""
 
@@ -125,10 +134,8 @@ class Site(Passage):
         block = self.block
         if self._executor is not None:
             raise ValueError(f"block {block.name!r} has an executor already")
-        if block.activation.module is None and not block.activation.steps:
-            raise ValueError(f"the activation of block {block.name!r} cannot be passed by")
-        if any(part.module is None or part.kind == "norm" for part in block.between):
-            raise ValueError(f"between φ and down of block {block.name!r} stands more than dropout")
+        if (reason := no_executor(block)) is not None:
+            raise ValueError(f"block {block.name!r} cannot have an executor: {reason}")
         self._executor = executor
         self._rewire()
 

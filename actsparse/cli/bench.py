@@ -39,7 +39,6 @@ def step(
     from rich.table import Table
 
     from actsparse.bench.training_step import bench_training_step
-    from actsparse.records import environment, write_whole
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -49,13 +48,7 @@ def step(
         result: dict[str, Any] = bench_training_step(
             rounds, batch, compiled, lambda done: bar.update(task, completed=done)
         )
-    record = {**environment(threads=torch.get_num_threads()), **result}
-    text = jsonlib.dumps(record, indent=1) + "\n"
-    if out is not None:
-        write_whole(out, text.encode())
-        log.print(f"record: {out}")
-    if json:
-        typer.echo(text, nl=False)
+    if _record(result, out, json):
         return
     table = Table("training step", "ratio", "95 % interval", title="ViT-S, ratios of medians")
     for row in result["ratios"]:
@@ -83,19 +76,12 @@ def measures(
     from rich.table import Table
 
     from actsparse.bench.measures import bench_measures
-    from actsparse.records import environment, write_whole
 
     if threads is not None:
         torch.set_num_threads(threads)
     log = Console(stderr=True)
     result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
-    record = {**environment(threads=torch.get_num_threads()), **result}
-    text = jsonlib.dumps(record, indent=1) + "\n"
-    if out is not None:
-        write_whole(out, text.encode())
-        log.print(f"record: {out}")
-    if json:
-        typer.echo(text, nl=False)
+    if _record(result, out, json):
         return
     table = Table("observed", "time", "95 % interval", "peak memory", title="÷ the plain step")
     plain = result["memory"]["plain"]["peak_mib"]
@@ -133,11 +119,9 @@ def mlp(
     from rich.table import Table
 
     from actsparse.bench.mlp import bench_mlp
-    from actsparse.records import environment, write_whole
 
     if threads is not None:
         torch.set_num_threads(threads)
-    log = Console(stderr=True)
     result = bench_mlp(
         d,
         h,
@@ -147,13 +131,7 @@ def mlp(
         rounds,
         training,
     )
-    record = {**environment(threads=torch.get_num_threads()), **result}
-    text = jsonlib.dumps(record, indent=1) + "\n"
-    if out is not None:
-        write_whole(out, text.encode())
-        log.print(f"record: {out}")
-    if json:
-        typer.echo(text, nl=False)
+    if _record(result, out, json):
         return
     names = ["tokens", "density", "forward", "screened", "training", "screened"]
     table = Table(*names, title=f"dense ÷ sparse, d = {d}, H = {h}")
@@ -166,3 +144,19 @@ def mlp(
         ]
         table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
     Console().print(table)
+
+
+def _record(result: dict[str, Any], out: Path | None, json: bool) -> bool:
+    """Keep a benchmark's result with where it ran; True where JSON was printed, and no table is."""
+    import torch
+
+    from actsparse.records import environment, write_whole
+
+    record = {**environment(threads=torch.get_num_threads()), **result}
+    text = jsonlib.dumps(record, indent=1) + "\n"
+    if out is not None:
+        write_whole(out, text.encode())
+        typer.echo(f"record: {out}", err=True)
+    if json:
+        typer.echo(text, nl=False)
+    return json

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.activations import ACTIVATIONS
-from actsparse.blocks.block import MLPBlock, unwrap
-from actsparse.blocks.find import find_mlp_blocks
-from actsparse.blocks.site import Site, site_of
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.chosen import blocks_of
+from actsparse.blocks.site import Site, no_executor, site_of
 from actsparse.kernels import build
 from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
 
@@ -63,22 +63,12 @@ def accelerate(
     """
     if mode not in ("auto", "sparse"):
         raise ValueError(f"unknown mode {mode!r}; known: auto, sparse")
-    handle = unwrap(model).__dict__.get("_actsparse_handle")
-    if blocks is None and inputs is not None:
-        blocks = find_mlp_blocks(model, inputs)
-    elif blocks is None and handle is not None:
-        blocks = handle.blocks
-    elif blocks is None:
-        raise ValueError(
-            "accelerate needs inputs= (a batch to find the MLP blocks with) or blocks= (from "
-            "find_mlp_blocks), as sparsify has not modified this model"
-        )
-    chosen = list(blocks)
+    chosen = blocks_of(model, inputs, blocks, "accelerate")
     reasons = {block.up.name: _unfit(block) for block in chosen}
     fit = [block for block in chosen if reasons[block.up.name] is None]
     if not fit:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise ValueError(f"no block can be run sparse: {said or 'none was given'}")
+        raise ValueError(f"no block can be run sparse: {said}")
     return Accelerated(fit, {n: r for n, r in reasons.items() if r is not None}, mode)
 
 
@@ -94,10 +84,8 @@ def _unfit(block: MLPBlock) -> str | None:
             "NonDynamicallyQuantizableLinear",
         ):
             return f"{layer.name} is a {type(layer.module).__name__}"
-    if block.activation.module is None and not block.activation.steps:
-        return "its activation is computed by operations that form no chain of calls"
-    if any(part.module is None or part.kind == "norm" for part in block.between):
-        return "more than a dropout module stands between φ and down"
+    if (reason := no_executor(block)) is not None:
+        return reason
     function = site_function(block)
     if function is not None and not (function in ACTIVATIONS and ACTIVATIONS[function].silent):
         return f"{function} is never exactly zero"

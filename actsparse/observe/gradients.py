@@ -142,7 +142,7 @@ class GradientMeasure:
         """What the site is to read in this pass."""
         kept = tuple(self.kept(stage, stages[stage]) for stage in self.needs(site, name))
         leaf = self.leaf(name, rows.weight.device)
-        return Reading(leaf, _Total(self.read(site, name)), (rows.weight, rows.samples, *kept))
+        return Reading(leaf, Total(self.read(site, name)), (rows.weight, rows.samples, *kept))
 
     def leaf(self, name: str, device: torch.device) -> Tensor:
         """Where a reading's sums gather, on ``device``."""
@@ -185,13 +185,14 @@ def _leaf(size: int, device: torch.device | None) -> Tensor:
         return one.expand(size).requires_grad_()
 
 
-class _Total:
+class Total:
     """The sums as one float64 vector, with a count of passes that were not finite."""
 
     def __init__(self, read: Callable[..., list[Tensor]]) -> None:
         self.read = read
 
     def __call__(self, gradient: Tensor, *kept: Tensor) -> Tensor:
+        """[number of sums + 1]; the last is 1 and the others 0 where any is not finite."""
         sums = torch.stack([total.double() for total in self.read(gradient, *kept)])
         fine = sums.isfinite().all()
         skipped = (~fine).double()[None]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import MLPBlock, base_layer, unwrap
+from actsparse.blocks.chosen import blocks_of
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.curvature_product import LossSurface
 from actsparse.observe.gradients import GradientMeasure, Weighing
 from actsparse.observe.loss import LossFn, Reduction, check_logits, draw_labels, sample_losses
-from actsparse.observe.session import Names, Seen, blocks_of, options_of, table_of
+from actsparse.observe.session import Names, Seen, options_of, table_of
 from actsparse.observe.spectrum import spectra
 from actsparse.observe.watch import MEASURES, Mask
 
@@ -386,7 +387,7 @@ def _blocks(
 ) -> list[MLPBlock]:
     handle = unwrap(model).__dict__.get("_actsparse_handle")
     if inputs is not None or blocks is not None or handle is not None:
-        return blocks_of(model, inputs, blocks)
+        return blocks_of(model, inputs, blocks, "measure")
     try:
         return list(find_mlp_blocks(model, first))
     except TypeError as error:

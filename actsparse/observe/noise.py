@@ -23,7 +23,7 @@ from torch import Tensor
 
 from actsparse.blocks.reading import Reading
 from actsparse.blocks.site import Site
-from actsparse.observe.gradients import GradientMeasure, Rows
+from actsparse.observe.gradients import GradientMeasure, Rows, Total
 
 
 class Noise(GradientMeasure):
@@ -64,7 +64,7 @@ class Noise(GradientMeasure):
         if name != "samples":
             return Reading(leaf, partial(_moment, name), (rows.weight, *kept))
         order = rows.sample.flatten().argsort(stable=True)
-        read = partial(_sample_norms, rows.batch)
+        read = Total(partial(_sample_norms, rows.batch))
         return Reading(leaf, read, (rows.weight, rows.samples, order, *kept))
 
     @staticmethod
@@ -143,14 +143,12 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _sample_norms(
     batch: int, g_z: Tensor, weight: Tensor, samples: Tensor, order: Tensor, x: Tensor
-) -> Tensor:
-    """``Σ_b ‖∇_W ℓ_b‖²``, and the number of samples: [3], the last counts passes skipped."""
+) -> list[Tensor]:
+    """``Σ_b ‖∇_W ℓ_b‖²``, and the number of samples."""
     g = _flat(g_z, weight)[order].unflatten(0, (batch, -1))  # [B, T, H]
     x = _flat(x, weight != 0)[order].unflatten(0, (batch, -1))
     squares = torch.stack([_product(a, b).square().sum() for a, b in zip(g, x, strict=True)])
-    sums = torch.stack([squares.sum(), samples.double()])
-    fine = sums.isfinite().all()
-    return torch.cat([torch.where(fine, sums, torch.zeros_like(sums)), (~fine).double()[None]])
+    return [squares.sum(), samples]
 
 
 def _moment(name: str, g_z: Tensor, weight: Tensor, *x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.block import MLPBlock, unwrap
-from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.chosen import blocks_of
 from actsparse.observe.density import Density
 from actsparse.observe.gradients import GradientMeasure, Reduction, Scale, Weighing
 from actsparse.observe.watch import MEASURES, PHASES, Mask, Phase, Watch
@@ -73,7 +73,7 @@ def observe(
     True
     """
     options = options_of(measures, MEASURES)
-    found = blocks_of(model, inputs, blocks)
+    found = blocks_of(model, inputs, blocks, "observe")
     return Seen(found, options, mask, Weighing(loss_reduction, loss_scale, sample_mask))
 
 
@@ -90,37 +90,6 @@ def options_of(measures: Names, known: Iterable[str]) -> dict[str, dict[str, Any
         if name not in (names := sorted(known)):
             raise ValueError(f"unknown measure {name!r}; known: {', '.join(names)}")
     return {name: dict(options) for name, options in given.items()}
-
-
-def blocks_of(model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None) -> list[MLPBlock]:
-    """The blocks given, found with ``inputs``, or those that ``sparsify`` has modified.
-
-    Raises:
-        ValueError: both or none of them; blocks that are not the model's.
-    """
-    if inputs is not None and blocks is not None:
-        raise ValueError("give observe inputs= or blocks=, not both")
-    if inputs is not None:
-        return list(find_mlp_blocks(model, inputs))
-    if blocks is None:
-        handle = unwrap(model).__dict__.get("_actsparse_handle")
-        if handle is None:
-            raise ValueError(
-                "observe needs inputs= (a batch to find the MLP blocks with) or blocks= (from "
-                "find_mlp_blocks), as sparsify has not modified this model"
-            )
-        blocks = handle.blocks
-    chosen = list(blocks)
-    if not chosen:
-        raise ValueError("blocks is empty; give at least one block of find_mlp_blocks")
-    modules = set(model.modules())
-    for block in chosen:
-        if block.up.module not in modules:
-            raise ValueError(
-                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; find "
-                f"its blocks again with find_mlp_blocks (copies have blocks of their own)"
-            )
-    return chosen
 
 
 class Seen:

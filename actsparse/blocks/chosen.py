@@ -1,0 +1,46 @@
+"""Which blocks of a model a caller means: those it names, those that are there, or the handle's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from actsparse.blocks.block import MLPBlock, unwrap
+from actsparse.blocks.find import find_mlp_blocks
+
+
+def blocks_of(
+    model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None, caller: str
+) -> list[MLPBlock]:
+    """The blocks given, found with ``inputs``, or those that ``sparsify`` has modified.
+
+    ``caller`` is whom errors speak of.
+
+    Raises:
+        ValueError: both or none of them; blocks that are not the model's.
+    """
+    if inputs is not None and blocks is not None:
+        raise ValueError(f"give {caller} inputs= or blocks=, not both")
+    if inputs is not None:
+        return list(find_mlp_blocks(model, inputs))
+    if blocks is None:
+        handle = unwrap(model).__dict__.get("_actsparse_handle")
+        if handle is None:
+            raise ValueError(
+                f"{caller} needs inputs= (a batch to find the MLP blocks with) or blocks= (from "
+                "find_mlp_blocks), as sparsify has not modified this model"
+            )
+        blocks = handle.blocks
+    chosen = list(blocks)
+    if not chosen:
+        raise ValueError("blocks is empty; give at least one block of find_mlp_blocks")
+    modules = set(model.modules())
+    for block in chosen:
+        if block.up.module not in modules:
+            raise ValueError(
+                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; find "
+                f"its blocks again with find_mlp_blocks (copies have blocks of their own)"
+            )
+    return chosen
