@@ -136,6 +136,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         runs[str(variant)] = {"losses": run.losses, "weights": run.weights}
     torch.save(runs, folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads outlive the group and may abort an interpreter that ends first
 
 
 if __name__ == "__main__":
