@@ -22,11 +22,13 @@ from actsparse.kernels import ops
 class Prepared:
     """Copies of weights that do not change from call to call: ``prepare`` makes them.
 
-    ``rows`` [H, D] is downᵀ, contiguous; ``codes`` what :func:`ops.quantise` says of the screened
-    matrix (gate in gated blocks, else up), or empty.
+    ``rows`` [H, D] is downᵀ, contiguous; ``first`` [H, D] the matrix that is screened (gate in
+    gated blocks, else up), contiguous, and ``codes`` what :func:`ops.quantise` says of it: or
+    None and empty.
     """
 
     rows: Tensor
+    first: Tensor | None = None
     codes: tuple[Tensor, ...] = ()
 
 
@@ -39,11 +41,11 @@ def prepare(down: Tensor, up: Tensor | None = None) -> Prepared:
     >>> prepare(torch.ones(2, 3)).rows.shape
     torch.Size([3, 2])
     """
-    rows = down.t() if down.t().is_contiguous() else ops.turned(down)
-    codes = ()
-    if up is not None and ops.native(up):
-        codes = tuple(ops.quantise(_by_rows(up)))
-    return Prepared(rows.detach(), codes)
+    rows = _by_rows(down.t())
+    if up is None or not ops.native(up):
+        return Prepared(rows)
+    first = _by_rows(up)
+    return Prepared(rows, first, tuple(ops.quantise(first)))
 
 
 def sparse_mlp(
@@ -109,12 +111,12 @@ def sparse_mlp(
     _check(x, *weights)
     first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
     rows, codes = (prepared.rows, prepared.codes) if prepared is not None else (None, ())
+    first, down = _laid(first), _laid(down)
     if not (screen and native and act is not None):
         codes = ()
     elif not codes:
-        codes = tuple(ops.quantise(_by_rows(first.detach())))
+        codes = tuple(ops.quantise(first.detach()))
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    first = _by_rows(first)
     if act is not None:
         entries = ops.pack(tokens, first, _flat(first_bias), list(codes), function.name)
     else:
@@ -124,7 +126,7 @@ def sparse_mlp(
         entries = ops.pack_values(tokens, first, first_bias, a, slope)
     pointer, index, value, _ = entries
     if gate is not None:
-        value = value * ops.sample(pointer, index, tokens, _by_rows(up), bias)
+        value = value * ops.sample(pointer, index, tokens, _laid(up), bias)
     if between is not None:
         value = between(value)
     y = ops.project(pointer, index, value, down, rows, _flat(down_bias), tokens.shape[0])
@@ -147,10 +149,10 @@ def _infer(
     kernels = torch.ops.actsparse_cpu
     if not screen:
         return kernels.forward(x @ up.t(), _flat(bias), prepared.rows, _flat(down_bias), act)
-    x, up = x.contiguous(), _by_rows(up)
     return kernels.forward_screened(
-        x, up, _flat(bias), *prepared.codes, prepared.rows, _flat(down_bias), act
-    )
+        x.contiguous(), prepared.first, _flat(bias), *prepared.codes, prepared.rows,
+        _flat(down_bias), act,
+    )  # fmt: skip
 
 
 def _learns(*tensors: Tensor | None) -> bool:
@@ -161,10 +163,15 @@ def _flat(bias: Tensor | None) -> Tensor | None:
     return bias if bias is None else bias.contiguous()
 
 
+def _laid(weight: Tensor) -> Tensor:
+    """weight with its rows or its columns contiguous: itself, or a copy."""
+    fits = weight.is_contiguous() or weight.t().is_contiguous()
+    return weight if fits else weight.contiguous()
+
+
 def _by_rows(weight: Tensor) -> Tensor:
-    """weight with contiguous rows: itself, or a copy."""
-    if weight.is_contiguous():
-        return weight
+    """weight's values with contiguous rows: itself, or a copy."""
+    weight = weight.detach()
     return ops.turned(weight.t()) if weight.t().is_contiguous() else weight.contiguous()
 
 

@@ -1,9 +1,10 @@
 """The products of a sparse MLP as PyTorch operators: compiled kernels, fakes and autograd.
 
 Packed entries are three tensors (pointer, index, value) as :mod:`actsparse.kernels.pack` defines
-them. Each operator runs the C++ kernels on contiguous float32 CPU tensors where those are built,
-and PyTorch's own operators otherwise, with the same meaning: products with exact zeros are
-skipped (:mod:`actsparse.kernels.reference`). What is kept for backward is the entries.
+them. Each operator runs the C++ kernels on float32 CPU tensors where those are built, and
+PyTorch's own operators otherwise, with the same meaning: products with exact zeros are skipped
+(:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or by columns. What is kept
+for backward is the entries.
 """
 
 from __future__ import annotations
@@ -136,9 +137,9 @@ def _linear_gradients(
     """Gradients of x, up and bias, given those of the packed entries of x upᵀ + bias."""
     n, units = x.shape[0], up.shape[0]
     dx = multiply(pointer, index, grad, up, None, n)
-    turned = by_unit(pointer, index, grad, n, units)
-    dup = multiply(*turned, x, None, units)
-    return dx, dup, row_sums(turned[0], turned[2], units) if has_bias else None
+    entries = by_unit(pointer, index, grad, n, units)
+    dup = multiply(*entries, x, None, units, not up.is_contiguous())
+    return dx, dup, row_sums(entries[0], entries[2], units) if has_bias else None
 
 
 pack.register_autograd(_pack_backward, setup_context=_keep_pack)
@@ -151,6 +152,10 @@ pack_values.register_autograd(_pack_backward, setup_context=_keep_pack)
 @custom_op("actsparse::sample", mutates_args=())
 def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     """``value[k] = ⟨x[row k], up[index k]⟩ + bias[index k]`` for packed entries: [nnz]."""
+    return _sample(pointer, index, x, up, bias)
+
+
+def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     if native(x, up, bias):
         value = _kernels().sample(pointer, index, x, up)
     else:
@@ -190,12 +195,12 @@ def project(
     bias: Tensor | None,
     n: int,
 ) -> Tensor:
-    """``y = a downᵀ + bias`` [N, D] for packed a [N, H] and down [D, H] of any strides.
+    """``y = a downᵀ + bias`` [N, D] for packed a [N, H] and down [D, H].
 
     ``rows``: a contiguous copy [H, D] of downᵀ if there is one; without it forward and backward
     each make their own, so that nothing of down's size is kept in between.
     """
-    return multiply(pointer, index, value, _rows(down, rows), bias, n)
+    return _multiply(pointer, index, value, down.t() if rows is None else rows, bias, n, False)
 
 
 @project.register_fake
@@ -211,12 +216,6 @@ def _(
     return value.new_empty(n, down.shape[0])
 
 
-def _rows(down: Tensor, rows: Tensor | None) -> Tensor:
-    if rows is not None:
-        return rows
-    return down.t() if down.t().is_contiguous() else turned(down)
-
-
 def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pointer, index, value, down, rows, bias, _ = inputs
     ctx.save_for_backward(pointer, index, value, down, rows)
@@ -228,13 +227,11 @@ def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad = grad.contiguous()
     grad_value = grad_down = None
     if ctx.needs_input_grad[2]:
-        grad_value = sample(pointer, index, grad, _rows(down, rows), None)
+        grad_value = sample(pointer, index, grad, down.t() if rows is None else rows, None)
     if ctx.needs_input_grad[3]:
         units = down.shape[1]
         entries = by_unit(pointer, index, value, grad.shape[0], units)
-        grad_down = multiply(*entries, grad, None, units).t()
-        if down.is_contiguous() and not down.t().is_contiguous():
-            grad_down = turned(grad_down.t())
+        grad_down = multiply(*entries, grad, None, units, down.is_contiguous()).t()
     bias = grad.sum(0) if ctx.has_bias else None
     return None, None, grad_value, grad_down, None, bias, None
 
@@ -247,21 +244,51 @@ project.register_autograd(_project_backward, setup_context=_keep_project)
 
 @custom_op("actsparse::multiply", mutates_args=())
 def multiply(
-    pointer: Tensor, index: Tensor, value: Tensor, rows: Tensor, bias: Tensor | None, n: int
+    pointer: Tensor,
+    index: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    n: int,
+    turned: bool = False,
 ) -> Tensor:
-    """``a rows + bias`` [N, M] of packed a [N, K] and rows [K, M]; exact zeros are skipped."""
+    """``a rows + bias`` [N, M] of packed a [N, K] and rows [K, M]; exact zeros are skipped.
+
+    ``turned``: lay the result out by columns, as a gradient of a weight that is laid out so.
+    """
+    return _multiply(pointer, index, value, rows, bias, n, turned)
+
+
+def _multiply(
+    pointer: Tensor,
+    index: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    n: int,
+    turned: bool,
+) -> Tensor:
     if native(value, rows, bias):
-        return _kernels().multiply(pointer, index, value, rows.contiguous(), bias, n)
+        out = _kernels().multiply(pointer, index, value, rows, bias, n, turned)
+        return out.t() if turned else out
     dense = packing.unpack(pointer, index, value, n, rows.shape[0])
     out = reference.product(dense, rows)
-    return out if bias is None else out + bias
+    out = out if bias is None else out + bias
+    return out.t().contiguous().t() if turned else out
 
 
 @multiply.register_fake
 def _(
-    pointer: Tensor, index: Tensor, value: Tensor, rows: Tensor, bias: Tensor | None, n: int
+    pointer: Tensor,
+    index: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    n: int,
+    turned: bool = False,
 ) -> Tensor:
-    return value.new_empty(n, rows.shape[1])
+    m = rows.shape[1]
+    return value.new_empty(m, n).t() if turned else value.new_empty(n, m)
 
 
 @custom_op("actsparse::by_unit", mutates_args=())
@@ -306,9 +333,6 @@ def turned(matrix: Tensor) -> Tensor:
 @turned.register_fake
 def _(matrix: Tensor) -> Tensor:
     return matrix.new_empty(matrix.shape[1], matrix.shape[0])
-
-
-turned.register_autograd(lambda ctx, grad: turned(grad))
 
 
 @custom_op("actsparse::quantise", mutates_args=())

@@ -102,6 +102,21 @@ def test_by_unit_is_the_transpose(level: int, size: tuple[int, int, int]) -> Non
     )
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_layouts_change_no_number(level: int, size: tuple[int, int, int]) -> None:
+    n, k, m = size
+    a, rows, left = sparse(n, k, 0.3, 2), torch.randn(k, m), torch.randn(n, m)
+    columns = rows.t().contiguous().t()
+    entries = packed(a)
+    y = ops.multiply(*entries, rows, None, n)
+    assert torch.equal(ops.multiply(*entries, columns, None, n), y)
+    turned = ops.multiply(*entries, columns, None, n, True)
+    assert torch.equal(turned, y)
+    assert turned.t().is_contiguous()
+    value = ops.sample(*entries[:2], left, rows, None)
+    assert torch.equal(ops.sample(*entries[:2], left, columns, None), value)
+
+
 def test_turned_is_the_transpose(level: int) -> None:
     for rows, columns in [(1, 1), (16, 32), (17, 5), (3, 0), (100, 77)]:
         t = torch.randn(rows, columns)
@@ -177,9 +192,11 @@ def test_kernels_refuse_operands_that_do_not_fit() -> None:
     entries = packed(sparse(3, 4, 1.0, 0))
     kernels = torch.ops.actsparse_cpu
     with pytest.raises(RuntimeError, match="bias must be contiguous float32"):
-        kernels.multiply(*entries, torch.randn(4, 5), torch.randn(6), 3)
+        kernels.multiply(*entries, torch.randn(4, 5), torch.randn(6), 3, False)
     with pytest.raises(RuntimeError, match="rows must be contiguous float32"):
-        kernels.multiply(*entries, torch.randn(5, 4).t(), None, 3)
+        kernels.multiply(*entries, torch.randn(4, 10)[:, ::2], None, 3, False)
+    with pytest.raises(RuntimeError, match="rows must be float32 of the other operands' sizes"):
+        kernels.sample(*entries[:2], torch.randn(3, 5), torch.randn(6, 4).t())
     with pytest.raises(RuntimeError, match="no kernels of level"):
         kernels.level(7)
 

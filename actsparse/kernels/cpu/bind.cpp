@@ -62,8 +62,8 @@ Tensor forward_screened(const Tensor& x, const Tensor& up, const Maybe& bias, co
 STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
   m.def("level(int wanted) -> int");
   m.def("pack(Tensor z, Tensor? bias, int act) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n) "
-        "-> Tensor");
+  m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n, "
+        "bool turned) -> Tensor");
   m.def("sample(Tensor pointer, Tensor index, Tensor left, Tensor rows) -> Tensor");
   m.def("by_unit(Tensor pointer, Tensor index, Tensor value, int tokens, int units) "
         "-> (Tensor, Tensor, Tensor)");

@@ -56,7 +56,8 @@ struct Kernels {
   // codes (+ offset), and scale, ‖row‖, ‖row − codes·scale‖ rounded up
   void (*quantise)(const float* row, int64_t d, int planes, int offset, uint8_t* codes,
                    int64_t stride, float* stats);
-  void (*transpose)(const float* in, int64_t rows, int64_t columns, float* out, Range r);
+  // out[c * rows + r] = in[r * stride + c]
+  void (*transpose)(const float* in, int64_t stride, int64_t rows, int64_t columns, float* out);
 };
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;

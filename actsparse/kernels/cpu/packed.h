@@ -126,31 +126,42 @@ Entries entries(const Tensor& pointer, const Tensor& index, int64_t rows) {
 }
 
 Tensor multiply(const Tensor& pointer, const Tensor& index, const Tensor& value, const Tensor& rows,
-                const Maybe& bias, int64_t n) {
+                const Maybe& bias, int64_t n, bool turned) {
   const int64_t d = rows.size(1);
-  require("rows", rows, {-1, d});
+  const Rows by_row("rows", rows, -1, d);
   require("bias", bias, d);
   require("value", value, {index.numel()});
-  Tensor out = empty<float>(n, d);
-  multiply_into(entries(pointer, index, n), data<float>(value), data<float>(rows), n, d,
-                data<float>(bias), data<float>(out));
+  const Entries a = entries(pointer, index, n);
+  const auto into = [&](float* out) {
+    multiply_into(a, data<float>(value), by_row.data, n, d, data<float>(bias), out);
+  };
+  if (!turned) {
+    Tensor out = empty<float>(n, d);
+    into(data<float>(out));
+    return out;
+  }
+  Tensor out = empty<float>(d, n);
+  const auto product = scratch<float>(n * d);
+  into(product.get());
+  turn(product.get(), n, d, data<float>(out));
   return out;
 }
 
 Tensor sample(const Tensor& pointer, const Tensor& index, const Tensor& left, const Tensor& rows) {
   const int64_t n = left.size(0);
-  require("rows", rows, {-1, left.size(1)});
+  const Rows by_row("rows", rows, -1, left.size(1));
   require("left", left, {n, left.size(1)});
   Tensor value = empty<float>(index.numel());
-  sample_into(entries(pointer, index, n), data<float>(left), data<float>(rows), n, left.size(1),
+  sample_into(entries(pointer, index, n), data<float>(left), by_row.data, n, left.size(1),
               data<float>(value));
   return value;
 }
 
-// The same entries by unit: counting sort, in blocks of tokens, each on its own.
+// The same entries by unit: counting sort, in chunks of tokens, each on its own.
 std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& index,
                                            const Tensor& value, int64_t tokens, int64_t units) {
-  const int64_t blocks = blocks_of(tokens), n = index.numel();
+  constexpr int64_t chunk = 128, per_block = kBlock / chunk;
+  const int64_t blocks = blocks_of(tokens), chunks = ceil_div(tokens, chunk), n = index.numel();
   require("value", value, {n});
   const Entries a = entries(pointer, index, tokens);
   Tensor out_pointer = empty<int64_t>(units * blocks + 1);
@@ -159,27 +170,33 @@ std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& 
   const float* v = data<float>(value);
   int32_t* row = data<int32_t>(token);
   float* o = data<float>(sorted);
-  const auto begin = [&](int64_t b) {
-    const int64_t t = b * kBlock;
-    return a.pointer[(t < tokens ? t : tokens) * a.blocks];
+  const auto next = scratch<int64_t>(chunks * units);  // counts, then where the next entry goes
+  const auto each = [&](auto visit) {
+    split(chunks, [&](int64_t from, int64_t to) {
+      for (int64_t c = from; c < to; c++)
+        for (int64_t t = c * chunk; t < (c + 1) * chunk && t < tokens; t++)
+          for (int64_t k = a.pointer[t * a.blocks]; k < a.pointer[(t + 1) * a.blocks]; k++)
+            visit(t, k, next[c * units + a.index[k]]);
+    });
   };
-  for (int64_t i = 0; i <= units * blocks; i++) p[i] = 0;
-  split(blocks, [&](int64_t from, int64_t to) {
-    for (int64_t b = from; b < to; b++)
-      for (int64_t k = begin(b); k < begin(b + 1); k++) p[a.index[k] * blocks + b + 1]++;
-  });
-  running_total(p, units * blocks);
-  split(blocks, [&](int64_t from, int64_t to) {
-    const auto next = scratch<int64_t>(units);
-    for (int64_t b = from; b < to; b++) {
-      for (int64_t h = 0; h < units; h++) next[h] = p[h * blocks + b];
-      for (int64_t t = b * kBlock; t < (b + 1) * kBlock && t < tokens; t++)
-        for (int64_t k = a.pointer[t * a.blocks]; k < a.pointer[(t + 1) * a.blocks]; k++) {
-          const int64_t to_k = next[a.index[k]]++;
-          row[to_k] = static_cast<int32_t>(t);
-          o[to_k] = v[k];
-        }
+  split(chunks * units, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i++) next[i] = 0;
+  }, units);
+  each([](int64_t, int64_t, int64_t& count) { count++; });
+  int64_t total = 0;
+  for (int64_t h = 0; h < units; h++) {
+    if (!chunks) p[h] = 0;
+    for (int64_t c = 0; c < chunks; c++) {
+      if (c % per_block == 0) p[h * blocks + c / per_block] = total;
+      const int64_t count = next[c * units + h];
+      next[c * units + h] = total;
+      total += count;
     }
+  }
+  p[units * blocks] = total;
+  each([&](int64_t t, int64_t k, int64_t& to) {
+    row[to] = static_cast<int32_t>(t);
+    o[to++] = v[k];
   });
   return {out_pointer, token, sorted};
 }
@@ -203,9 +220,7 @@ Tensor turned(const Tensor& t) {
   const int64_t rows = t.size(0), columns = t.size(1);
   require("t", t, {rows, columns});
   Tensor out = empty<float>(columns, rows);
-  split(rows, [&](int64_t a, int64_t b) {
-    kernels->transpose(data<float>(t), rows, columns, data<float>(out), {a, b});
-  }, 16);
+  turn(data<float>(t), rows, columns, data<float>(out));
   return out;
 }
 

@@ -8,7 +8,7 @@ namespace {
 // int8 copy of up [units, D]: codes, their shift, and scale, error, norm as rows of `bounds`.
 std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
   const int64_t units = up.size(0), d = up.size(1);
-  require("up", up, {units, d});
+  const Rows rows("up", up, units, d);
   STD_TORCH_CHECK(d <= 1 << 16, "sums of more than 2^16 products of codes do not fit 32 bits");
   const int64_t padded = ceil_div(units, kWord) * kWord, channels = ceil_div(d, kPanel) * kPanel;
   Tensor codes = empty<int8_t>(padded, channels), shift = empty<int32_t>(padded);
@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
     for (int64_t h = a; h < b; h++) {
       float stats[3] = {};
       if (h < units)
-        kernels->quantise(data<float>(up) + h * d, d, 1, 0, row.get(), channels, stats);
+        kernels->quantise(rows.data + h * d, d, 1, 0, row.get(), channels, stats);
       else
         std::fill_n(row.get(), channels, uint8_t(0));
       int32_t sum = 0;
@@ -47,7 +47,7 @@ struct Screen {
 };
 
 // Mask of the units that may be active.
-std::unique_ptr<uint64_t[]> screened_mask(const float* x, const float* bias, Shape s, int64_t d,
+Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int64_t d,
                                           const Screen& u) {
   const int64_t padded = u.codes.size(0), channels = u.codes.size(1), groups = padded / kGroup;
   const float* bound = data<float>(u.bounds);
@@ -98,7 +98,6 @@ std::unique_ptr<uint64_t[]> screened_mask(const float* x, const float* bias, Sha
 std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, const Tensor& up, const Maybe& bias,
                                          const Screen& screen, Shape s) {
   const int64_t d = up.size(1);
-  require("up", up, {s.units, d});
   require("bias", bias, s.units);
   STD_TORCH_CHECK(x.is_contiguous() && x.numel() == s.tokens * d, "x does not fit up");
   STD_TORCH_CHECK(screen.codes.size(0) == ceil_div(s.units, kWord) * kWord &&
@@ -113,13 +112,14 @@ std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, const Tensor& up, cons
 Packed pack_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const Screen& screen,
                      Shape s, int64_t act) {
   const int64_t d = up.size(1);
+  const Rows rows("up", up, s.units, d);
   const float* b = data<float>(bias);
   const auto [start, candidates] = candidates_of(x, up, bias, screen, s);
   const int64_t* candidate = data<int64_t>(start);
   const int32_t* unit = data<int32_t>(candidates);
   const int64_t n = candidate[s.segments()];
   const auto z = scratch<float>(n);
-  sample_into({candidate, unit, s.blocks()}, data<float>(x), data<float>(up), s.tokens, d,
+  sample_into({candidate, unit, s.blocks()}, data<float>(x), rows.data, s.tokens, d,
               z.get());
   Packed p{empty<int64_t>(s.segments() + 1), Tensor(), Tensor(), Tensor()};
   int64_t* pointer = data<int64_t>(p.pointer);

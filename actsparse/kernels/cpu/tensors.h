@@ -6,7 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
-#include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -89,9 +89,60 @@ const T* data(const Maybe& t) {
   return t ? data<T>(*t) : nullptr;
 }
 
+// Memory that a thread used for a call and keeps for its next one: a new page costs a fault, and
+// threads that fault side by side wait for each other (two copied a matrix slower than one).
+class Pool {
+ public:
+  struct Block {
+    char* memory;
+    size_t size;
+  };
+  Block take(size_t size) {
+    auto best = free_.end();
+    for (auto it = free_.begin(); it != free_.end(); ++it)
+      if (it->size >= size && (best == free_.end() || it->size < best->size)) best = it;
+    if (best == free_.end()) return {static_cast<char*>(::operator new(size)), size};
+    const Block block = *best;
+    held_ -= block.size;
+    free_.erase(best);
+    return block;
+  }
+  void give(Block block) {
+    if (held_ + block.size > kKept) return ::operator delete(block.memory);
+    held_ += block.size;
+    free_.push_back(block);
+  }
+  ~Pool() {
+    for (const Block& block : free_) ::operator delete(block.memory);
+  }
+
+ private:
+  static constexpr size_t kKept = 64 << 20;
+  std::vector<Block> free_;
+  size_t held_ = 0;
+};
+
+thread_local Pool pool;
+
 template <class T>
-std::unique_ptr<T[]> scratch(int64_t n) {
-  return std::unique_ptr<T[]>(new T[n]);
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) : block_(pool.take(n * sizeof(T))) {}
+  Scratch(Scratch&& other) noexcept : block_(other.block_) { other.block_.memory = nullptr; }
+  Scratch(const Scratch&) = delete;
+  ~Scratch() {
+    if (block_.memory) pool.give(block_);
+  }
+  T* get() const { return reinterpret_cast<T*>(block_.memory); }
+  T& operator[](int64_t i) const { return get()[i]; }
+
+ private:
+  Pool::Block block_;
+};
+
+template <class T>
+Scratch<T> scratch(int64_t n) {
+  return Scratch<T>(n);
 }
 
 // float32, contiguous, on the CPU, of these sizes; −1 stands for any.
@@ -106,6 +157,10 @@ void require(const char* name, const Tensor& t, std::initializer_list<int64_t> s
 
 void require(const char* name, const Maybe& t, int64_t size) {
   if (t) require(name, *t, {size});
+}
+
+bool by_columns(const Tensor& t) {
+  return t.dim() == 2 && t.strides()[0] == 1 && t.strides()[1] == t.size(0) && !t.is_contiguous();
 }
 
 int64_t rows_in(const Tensor& t) {
@@ -126,6 +181,37 @@ void split(int64_t n, F f, int64_t unit = 1) {
     f(a * unit, b * unit < n ? b * unit : n);
   });
 }
+
+// ---- transposed copies ----------------------------------------------------------------------
+
+// out [columns, rows] = inᵀ; pieces of out, so that no two threads write to one new page
+void turn(const float* in, int64_t rows, int64_t columns, float* out) {
+  split(columns, [&](int64_t a, int64_t b) {
+    kernels->transpose(in + a, columns, rows, b - a, out + a * rows);
+  }, 64);
+}
+
+// A matrix by rows: its own memory, or a copy where its columns are what is contiguous.
+class Rows {
+ public:
+  Rows(const char* name, const Tensor& t, int64_t rows, int64_t columns) : data(nullptr) {
+    if (!by_columns(t)) {
+      require(name, t, {rows, columns});
+      data = actsparse::data<float>(t);
+      return;
+    }
+    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float &&
+                        (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns),
+                    name, " must be float32 of the other operands' sizes");
+    copy_.emplace(t.size(0) * t.size(1));
+    turn(actsparse::data<float>(t), t.size(1), t.size(0), copy_->get());
+    data = copy_->get();
+  }
+  const float* data;
+
+ private:
+  std::optional<Scratch<float>> copy_;
+};
 
 }  // namespace
 }  // namespace actsparse
