@@ -214,8 +214,9 @@ class Site(Passage):
 
     def _attach(self) -> None:
         block, add = self.block, self._hooks.append
-        self._tokens = tokens_of(block.path)
-        self._tokens.attach(block.calls)
+        if self.modified or self._taps or self._gradient_taps:
+            self._tokens = tokens_of(block.path)
+            self._tokens.attach(block.calls)
         if self._inputs or "x" in self._wanted:
             for layer in self._entries():
                 add(layer.module.register_forward_pre_hook(self._on_input))

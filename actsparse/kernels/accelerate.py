@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal, Self
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,12 @@ from actsparse.activations import ACTIVATIONS
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.chosen import blocks_of
 from actsparse.blocks.site import Site, no_executor, site_of
-from actsparse.kernels import build
+from actsparse.kernels import build, ops
+from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
 from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
 
-Mode = Literal["auto", "sparse"]
-EVERY = 64  # calls between two looks at the density
-# Densities below which sparse was faster than dense, and the screen faster than sparse, in
-# `actsparse bench mlp` with AVX-512; decoding is up to 16 tokens.
-SPARSE = {"decode": 0.2, "forward": 0.2, "training": 0.2}
-SCREEN = {"decode": 0.2, "forward": 0.1, "training": 0.06}
-SLACK = 1.2  # a block leaves sparse execution at this multiple of the limit it enters below
+Mode = Literal["auto", "sparse", "screened"]
+EVERY = 64  # calls between two looks at the density where looking costs something
 LEAST = 2**19  # entries of a weight; smaller blocks gain less than a call costs
 
 
@@ -34,22 +31,29 @@ def accelerate(
 ) -> Accelerated:
     """Run the MLP blocks of ``model`` sparse, exactly, in inference and training; in place.
 
-    Parameters and state dicts stay as they are. A block runs sparse while its density is low
-    enough for that to be faster, which is looked at every 64 calls, and by its own layers
-    otherwise: also while something attached needs all of the hidden layer, such as ``observe``, in
-    any dtype but float32, under autocast, and off the CPU. Numbers differ from the layers' by
-    float32 rounding; a product with an activation that is exactly zero is skipped even where its
-    weight is NaN or infinite; dropout draws other random numbers. A gradient's own gradient
-    (Hessian products) needs the layers: ``remove()`` first.
+    Parameters and state dicts stay as they are. A block runs by whichever is faster on this
+    machine: its own layers, sparse products, or sparse products behind the int8 screen
+    (:func:`sparse_mlp`). All three are timed on the block's own weights and tokens at the second
+    call of a kind (training or not, about so many tokens), once for blocks of equal size and
+    density within 25 %, and again when the density has moved that far. The layers also run while
+    something attached needs all of the hidden layer, such as ``observe``, for any dtype but
+    float32, under autocast, and off the CPU. Numbers differ from the layers' by float32 rounding; a
+    product with an activation that is exactly zero is skipped even where its weight is NaN or
+    infinite; dropout draws other random numbers. A gradient's own gradient (Hessian products) needs
+    the layers: ``remove()`` first. Under ``torch.compile`` a block keeps to what it met when it was
+    compiled: run two calls first. Without gradients prepared copies of weights are used while those
+    do not change; a change of few entries through ``weight.data`` goes unnoticed, one through the
+    weight itself does not.
 
     Args:
         model: any model, modified by ``sparsify`` or not, before or after.
         inputs: for finding the blocks, as :func:`actsparse.find_mlp_blocks` takes them.
         blocks: the blocks to run, instead. A model that ``sparsify`` has modified needs neither.
-        mode: ``"auto"``, or ``"sparse"`` at any density.
+        mode: ``"auto"``; ``"sparse"`` or ``"screened"`` run so at any density and size.
 
     Returns:
-        A handle; print it for what is chosen, ``remove()`` gives the model back.
+        A handle; print it for choice, density and measured gain of each block, ``remove()`` gives
+        the model back.
 
     Raises:
         ValueError: unknown mode; no block can be run so, with the reason for each.
@@ -61,15 +65,17 @@ def accelerate(
     ...     torch.allclose(mlp(x), y, atol=1e-5)
     True
     """
-    if mode not in ("auto", "sparse"):
-        raise ValueError(f"unknown mode {mode!r}; known: auto, sparse")
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(get_args(Mode))}")
     chosen = blocks_of(model, inputs, blocks, "accelerate")
     reasons = {block.up.name: _unfit(block) for block in chosen}
     fit = [block for block in chosen if reasons[block.up.name] is None]
     if not fit:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no block can be run sparse: {said}")
-    return Accelerated(fit, {n: r for n, r in reasons.items() if r is not None}, mode)
+    weights = sum(p.numel() for p in model.parameters()) - fit[0].up.weight.numel() * 2
+    trials = Trials(4 * max(weights, 0))
+    return Accelerated(fit, {n: r for n, r in reasons.items() if r is not None}, mode, trials)
 
 
 def _unfit(block: MLPBlock) -> str | None:
@@ -101,11 +107,26 @@ def site_function(block: MLPBlock) -> str | None:
 class Accelerated:
     """What :func:`accelerate` has done; ``remove()`` undoes it."""
 
-    def __init__(self, blocks: list[MLPBlock], left: dict[str, str], mode: Mode) -> None:
+    def __init__(
+        self, blocks: list[MLPBlock], left: dict[str, str], mode: Mode, trials: Trials
+    ) -> None:
         self.left = left
-        self.runs = {block.name or block.up.name: SparseRun(block, mode) for block in blocks}
+        self.runs = {
+            block.name or block.up.name: SparseRun(block, mode, trials) for block in blocks
+        }
         for run in self.runs.values():
             site_of(run.block).execute(run)
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each block and kind of call it has met, as JSON has it.
+
+        ``block``, ``training``, ``tokens`` (of the last call), ``program``, ``density``, ``ratio``
+        (dense time ÷ the program's in the trial; None where there was none), and ``calls`` by
+        program.
+        """
+        return [
+            {"block": name, **met.row()} for name, run in self.runs.items() for met in run.met()
+        ]
 
     def remove(self) -> None:
         """Give the blocks their own layers back; twice is fine."""
@@ -119,61 +140,141 @@ class Accelerated:
         self.remove()
 
     def __str__(self) -> str:
-        lines = [f"{name}: {run}" for name, run in self.runs.items()]
         return "\n".join(
-            [*lines, *(f"{name}: left alone, {why}" for name, why in self.left.items())]
+            [
+                *(f"{name}: {run}" for name, run in self.runs.items()),
+                *(f"{name}: left alone, {why}" for name, why in self.left.items()),
+            ]
         )
+
+
+@dataclass
+class Met:
+    """What a block knows of one kind of call, and runs then."""
+
+    training: bool
+    tokens: int = 0
+    program: str = "dense"
+    density: float | None = None  # of the last calls
+    decided_at: float | None = None  # the density when ``program`` was chosen
+    trial: Trial | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def count(self, active: int, entries: int) -> None:
+        """Take the density of a call into account."""
+        now = active / max(entries, 1)
+        self.density = now if self.density is None else 0.75 * self.density + 0.25 * now
+
+    @property
+    def decided(self) -> bool:
+        """Whether the density is about what it was when the program was chosen."""
+        assert self.density is not None
+        if self.decided_at is None:
+            return False
+        above = min(self.density, self.decided_at) > CEILING
+        return above or apart(self.density, self.decided_at) <= NEAR
+
+    def row(self) -> dict[str, Any]:
+        """As :meth:`Accelerated.table` says."""
+        ratio = None if self.trial is None else self.trial.ratio(self.program)
+        known = {"training": self.training, "tokens": self.tokens, "program": self.program}
+        return {**known, "density": self.density, "ratio": ratio, "calls": dict(self.calls)}
+
+    def __str__(self) -> str:
+        density = "unknown" if self.density is None else f"{self.density:.3f}"
+        what = "training" if self.training else "forward"
+        gain = "" if self.trial is None else f", {self.trial.ratio(self.program):.2f} × dense"
+        calls = ", ".join(f"{count} {name}" for name, count in self.calls.items())
+        return f"{what}, T = {self.tokens}: {self.program} at density {density}{gain} ({calls})"
 
 
 class SparseRun:
     """The executor of one block: when it runs, and the run."""
 
-    def __init__(self, block: MLPBlock, mode: Mode) -> None:
-        self.block, self.mode = block, mode
-        self.calls = {"dense": 0, "sparse": 0, "screened": 0}
-        self.density: float | None = None
+    def __init__(self, block: MLPBlock, mode: Mode, trials: Trials) -> None:
+        self.block, self.mode, self.trials = block, mode, trials
+        self._met: dict[Hashable, Met] = {}
+        self._now: Met | None = None
+        self._program = "dense"
+        self._promised: dict[Hashable, str] = {}
         self._ready: Prepared | None = None
         self._ready_for: tuple[Any, ...] = ()
-        self._level = build.level()
-        self._worthwhile = block.up.weight.numel() >= LEAST and self._level != "reference"
-        self._kind = ""
-        self._sparse = False
+        self._worthwhile = block.up.weight.numel() >= LEAST and build.level() != "reference"
+
+    def met(self) -> list[Met]:
+        """The kinds of calls there were."""
+        return list(self._met.values())
 
     def takes(self, site: Site, x: Tensor) -> bool:
         """Whether this call runs sparse."""
+        self._now = None
         function = site.function
         fit = (
             x.dtype is torch.float32
             and x.is_cpu
-            and not torch.is_autocast_enabled("cpu")
             and function in ACTIVATIONS
             and ACTIVATIONS[function].silent
+            and not torch.is_autocast_enabled("cpu")
         )
-        if not fit:
+        if not fit or (self.mode == "auto" and not self._worthwhile):
             return False
-        rows = x.numel() // x.shape[-1]
-        if torch.is_grad_enabled() and self.block.up.weight.requires_grad:
-            self._kind = "training"
+        if torch.compiler.is_compiling():  # compiled code keeps to what it met
+            if self.mode != "auto":
+                self._program = self.mode
+            return self._program != "dense"
+        learns, tokens = self._learns(x), x.numel() // x.shape[-1]
+        kind = (learns, min(tokens, TIMED).bit_length(), torch.get_num_threads())
+        now = self._met.get(kind)
+        if now is None:
+            now = self._met[kind] = Met(learns is not None)
+        now.tokens, self._now = tokens, now
+        if site.recomputing and kind in self._promised:
+            self._program = self._promised[kind]  # what was saved in the forward must fit
         else:
-            self._kind = "decode" if rows <= 16 else "forward"
-        if self.mode == "auto" and not self._worthwhile:
-            return False
-        if self.mode == "sparse" or torch.compiler.is_compiling():
-            return self.mode == "sparse" or self._sparse  # compiled code keeps to what it met
-        if self.density is None or sum(self.calls.values()) % EVERY == 0:
-            return False  # by the layers, whose zeros are counted
-        self._sparse = self.density < SPARSE[self._kind] * (SLACK if self._sparse else 1)
-        return self._sparse
+            self._decide(now, kind, function, x)
+            self._program = self._promised[kind] = now.program
+        return self._program != "dense"
+
+    def _learns(self, x: Tensor) -> tuple[bool, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        block = self.block
+        learns = (x.requires_grad, block.up.weight.requires_grad, block.down.weight.requires_grad)
+        return learns if any(learns) else None
+
+    def _decide(self, now: Met, kind: Hashable, function: str | None, x: Tensor) -> None:
+        assert function is not None
+        if self.mode != "auto":
+            now.program = self.mode
+            return
+        if now.density is None or now.decided:
+            return
+        now.trial, now.decided_at = None, now.density
+        if now.density <= CEILING:
+            block = self.block
+            alike = (kind, block.up.weight.shape, block.down.weight.shape, block.gated, function)
+            now.trial = self.trials.near(alike, now.density)
+            if now.trial is None:
+                cold = now.tokens <= 16 and not now.training
+                programs = programs_of(block, function, x, now.training)
+                now.trial = self.trials.run(alike, now.density, programs, cold)
+        now.program = "dense" if now.trial is None else now.trial.best(now.program)
 
     def __call__(self, site: Site, x: Tensor) -> Tensor:
         """y of the block, by the sparse kernels."""
-        block = self.block
-        # the int8 products of older CPUs pay for few tokens only, or not at all
-        pays = self._level == "avx512" or (self._level == "avx2" and self._kind == "decode")
-        screen = pays and self.density is not None and self.density < SCREEN[self._kind]
-        self._count("screened" if screen else "sparse")
+        block, now = self.block, self._now
+        screen = self._program == "screened"
+        count = None
+        if now is not None:
+            calls = now.calls[self._program] = now.calls.get(self._program, 0) + 1
+            if now.training or calls % EVERY == 1:
+                entries = now.tokens * block.d_hidden
+                count = lambda active: now.count(active, entries)  # noqa: E731
         parts = [part.module for part in block.between if part.module is not None]
         assert site.function is not None
+        prepared = None
+        if now is not None and not now.training:
+            prepared = self._prepared(screen)
         return sparse_mlp(
             x,
             block.up.weight,
@@ -185,15 +286,14 @@ class SparseRun:
             gate_bias=None if block.gate is None else block.gate.bias,
             screen=screen,
             between=nn.Sequential(*parts) if parts and parts[0].training else None,
-            prepared=None if self._kind == "training" else self._prepared(screen),
+            prepared=prepared,
+            on_active=count,
         )
 
-    def _prepared(self, screen: bool) -> Prepared | None:
+    def _prepared(self, screen: bool) -> Prepared:
         """Copies of the weights for calls without gradients, made anew when a weight changes."""
         first = self.block.pre_activation.weight
         down = self.block.down.weight
-        if torch.compiler.is_compiling():
-            return None
         now = (*_print(first), *_print(down), screen)
         if self._ready is None or now != self._ready_for:
             self._ready, self._ready_for = prepare(down, first if screen else None), now
@@ -201,30 +301,23 @@ class SparseRun:
 
     def passed(self, site: Site, d: Tensor) -> None:
         """A call by the layers: count its zeros, now and then."""
-        if torch.compiler.is_compiling():
+        now = self._now
+        if now is None or torch.compiler.is_compiling():
             return
-        if sum(self.calls.values()) % EVERY == 0 or self.density is None:
+        if now.density is None or now.calls.get("dense", 0) % EVERY == 0:
             kept = 1.0
             for part in self.block.between:
                 if isinstance(part.module, nn.Dropout) and part.module.training:
                     kept *= 1 - part.module.p
-            self.density = float((d != 0).double().mean()) / kept if kept else 1.0
-        self._count("dense")
-
-    def _count(self, kind: str) -> None:
-        if not torch.compiler.is_compiling():  # it would compile anew at every call
-            self.calls[kind] += 1
+            active = int(torch.count_nonzero(d))
+            now.count(round(active / kept) if kept else d.numel(), d.numel())
+        now.calls["dense"] = now.calls.get("dense", 0) + 1
 
     def __str__(self) -> str:
-        density = "unknown" if self.density is None else f"{self.density:.3f}"
-        calls = ", ".join(f"{count} {name}" for name, count in self.calls.items() if count)
-        return f"density {density}; calls: {calls or 'none'}"
+        return "; ".join(map(str, self._met.values())) or "no calls yet"
 
 
-def _print(weight: Tensor) -> tuple[Any, ...]:
+def _print(weight: Tensor) -> tuple[int, ...]:
     """What tells that a weight has changed; ``weight.data`` can change without a new version."""
-    flat = (
-        weight.detach().t().reshape(-1) if weight.t().is_contiguous() else weight.detach().flatten()
-    )
-    sample = flat[:: max(len(flat) // 251, 1)]  # views: no copy of the weight
-    return weight._version, weight.data_ptr(), float(sample.sum()), float(sample.square().sum())
+    version = 0 if weight.is_inference() else weight._version
+    return version, weight.data_ptr(), ops.fingerprint(weight)

@@ -61,6 +61,7 @@ def sparse_mlp(
     screen: bool = False,
     between: Callable[[Tensor], Tensor] | None = None,
     prepared: Prepared | None = None,
+    on_active: Callable[[int], None] | None = None,
 ) -> Tensor:
     """y [..., D] of x [..., D] through up [H, D], φ and down [D, H], biases [H] and [D].
 
@@ -81,6 +82,7 @@ def sparse_mlp(
         between: what stands between φ and down, such as dropout: called on the values [nnz] that
             are packed; must be pointwise and keep zeros.
         prepared: from :func:`prepare`, for weights that do not change between calls.
+        on_active: called with the number of entries that were packed.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the activation has no such name.
@@ -96,10 +98,11 @@ def sparse_mlp(
             return sparse_mlp(
                 x, up, bias, down, down_bias, activation=activation, gate=gate,
                 gate_bias=gate_bias, screen=screen, between=between, prepared=prepared,
+                on_active=on_active,
             )  # fmt: skip
     function = named(activation) if isinstance(activation, str) else activation
     act = ops.FUSED.index(function.name) if function.name in ops.FUSED else None
-    plain = gate is None and between is None and act is not None
+    plain = gate is None and between is None and on_active is None and act is not None
     native = x.dtype is torch.float32 and x.is_cpu and ops.loaded()
     weights = (up, bias, down, down_bias, gate, gate_bias)
     if plain and native and not _learns(x, *weights):
@@ -110,12 +113,14 @@ def sparse_mlp(
             raise
     _check(x, *weights)
     first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
-    rows, codes = (prepared.rows, prepared.codes) if prepared is not None else (None, ())
+    rows = None if prepared is None else prepared.rows
     first, down = _laid(first), _laid(down)
-    if not (screen and native and act is not None):
-        codes = ()
-    elif not codes:
-        codes = tuple(ops.quantise(first.detach()))
+    codes: tuple[Tensor, ...] = ()
+    if screen and native and act is not None:
+        if prepared is not None and prepared.codes:
+            codes = prepared.codes
+        else:
+            codes = tuple(ops.quantise(first.detach()))
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     if act is not None:
         entries = ops.pack(tokens, first, _flat(first_bias), list(codes), function.name)
@@ -125,6 +130,8 @@ def sparse_mlp(
             a, slope = function.value(z), function.derivative(z)
         entries = ops.pack_values(tokens, first, first_bias, a, slope)
     pointer, index, value, _ = entries
+    if on_active is not None:
+        on_active(index.shape[0])
     if gate is not None:
         value = value * ops.sample(pointer, index, tokens, _laid(up), bias)
     if between is not None:

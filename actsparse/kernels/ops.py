@@ -117,7 +117,6 @@ def _keep_pack(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
     pointer, index, _, slope = output
     ctx.save_for_backward(inputs[0], inputs[1], pointer, index, slope)
     ctx.ones = inputs[4] == "relu" if isinstance(inputs[4], str) else False
-    ctx.has_bias = inputs[2] is not None
     ctx.list_length = len(inputs[3]) if isinstance(inputs[3], list) else None
 
 
@@ -126,20 +125,27 @@ def _pack_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     grad = grads[2]
     if not ctx.ones:
         grad = torch.where(slope != 0, grad * slope, 0)
-    dx, dup, dbias = _linear_gradients(ctx, pointer, index, grad, x, up, ctx.has_bias)
+    wanted = ctx.needs_input_grad[:3]
+    dx, dup, dbias = _linear_gradients(wanted, pointer, index, grad, x, up)
     fourth = None if ctx.list_length is None else [None] * ctx.list_length
     return dx, dup, dbias, fourth, None
 
 
 def _linear_gradients(
-    ctx: Any, pointer: Tensor, index: Tensor, grad: Tensor, x: Tensor, up: Tensor, has_bias: bool
+    wanted: tuple[bool, ...], pointer: Tensor, index: Tensor, grad: Tensor, x: Tensor, up: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, up and bias, given those of the packed entries of x upᵀ + bias."""
+    """Gradients of x, up and bias, as wanted, given those of the entries of x upᵀ + bias."""
     n, units = x.shape[0], up.shape[0]
-    dx = multiply(pointer, index, grad, up, None, n)
-    entries = by_unit(pointer, index, grad, n, units)
-    dup = multiply(*entries, x, None, units, not up.is_contiguous())
-    return dx, dup, row_sums(entries[0], entries[2], units) if has_bias else None
+    dx = dup = dbias = None
+    if wanted[0]:
+        dx = multiply(pointer, index, grad, up, None, n)
+    if wanted[1] or wanted[2]:
+        entries = by_unit(pointer, index, grad, n, units)
+        if wanted[1]:
+            dup = multiply(*entries, x, None, units, not up.is_contiguous())
+        if wanted[2]:
+            dbias = row_sums(entries[0], entries[2], units)
+    return dx, dup, dbias
 
 
 pack.register_autograd(_pack_backward, setup_context=_keep_pack)
@@ -171,12 +177,12 @@ def _(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None
 
 def _keep_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.has_bias = inputs[4] is not None
 
 
 def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     pointer, index, x, up = ctx.saved_tensors
-    return None, None, *_linear_gradients(ctx, pointer, index, grad, x, up, ctx.has_bias)
+    wanted = ctx.needs_input_grad[2:]
+    return None, None, *_linear_gradients(wanted, pointer, index, grad, x, up)
 
 
 sample.register_autograd(_sample_backward, setup_context=_keep_sample)
@@ -217,9 +223,8 @@ def _(
 
 
 def _keep_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pointer, index, value, down, rows, bias, _ = inputs
+    pointer, index, value, down, rows, _, _ = inputs
     ctx.save_for_backward(pointer, index, value, down, rows)
-    ctx.has_bias = bias is not None
 
 
 def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -232,7 +237,7 @@ def _project_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         units = down.shape[1]
         entries = by_unit(pointer, index, value, grad.shape[0], units)
         grad_down = multiply(*entries, grad, None, units, down.is_contiguous()).t()
-    bias = grad.sum(0) if ctx.has_bias else None
+    bias = grad.sum(0) if ctx.needs_input_grad[5] else None
     return None, None, grad_value, grad_down, None, bias, None
 
 
@@ -333,6 +338,13 @@ def turned(matrix: Tensor) -> Tensor:
 @turned.register_fake
 def _(matrix: Tensor) -> Tensor:
     return matrix.new_empty(matrix.shape[1], matrix.shape[0])
+
+
+def fingerprint(weight: Tensor) -> int:
+    """A number that changes when entries of weight [H, D] do: most often, from 64 of them."""
+    if native(weight):
+        return _kernels().fingerprint(weight)
+    return hash(tuple(weight.detach().reshape(-1)[:: weight.numel() // 64 + 1].tolist()))
 
 
 @custom_op("actsparse::quantise", mutates_args=())

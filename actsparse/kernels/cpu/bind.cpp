@@ -57,10 +57,25 @@ Tensor forward_screened(const Tensor& x, const Tensor& up, const Maybe& bias, co
   return y;
 }
 
+// The bits of 64 entries spread over t, mixed: tells most changes of a weight from no change.
+int64_t fingerprint(const Tensor& t) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 &&
+                      t.scalar_type() == torch::headeronly::ScalarType::Float,
+                  "t must be a float32 matrix on the CPU");
+  const int64_t columns = t.size(1), n = t.numel(), step = ceil_div(n, 64) | 1;
+  const int64_t down = t.strides()[0], right = t.strides()[1];
+  const uint32_t* bits = static_cast<const uint32_t*>(t.data_ptr());
+  uint64_t mixed = 0;
+  for (int64_t i = 0; i < n; i += step)
+    mixed = (mixed ^ bits[i / columns * down + i % columns * right]) * 0x9E3779B97F4A7C15u;
+  return static_cast<int64_t>(mixed);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
   m.def("level(int wanted) -> int");
+  m.def("fingerprint(Tensor t) -> int");
   m.def("pack(Tensor z, Tensor? bias, int act) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n, "
         "bool turned) -> Tensor");
@@ -84,6 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CPU, m) {
+  m.impl("fingerprint", TORCH_BOX(&fingerprint));
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("multiply", TORCH_BOX(&multiply));
   m.impl("sample", TORCH_BOX(&sample));

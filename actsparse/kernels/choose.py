@@ -1,0 +1,166 @@
+"""Which program runs a block fastest: timed on the block itself, once for blocks that are alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actsparse.activations import ACTIVATIONS
+from actsparse.blocks.block import MLPBlock
+from actsparse.kernels.mlp import prepare, sparse_mlp
+from actsparse.kernels.ops import FUSED
+
+NEAR = 1.25  # densities within this factor of each other share a trial
+MARGIN = 1.05  # a program takes over from dense where it is faster by this much, leaves below 1
+CEILING = 0.5  # sparse products cost about 3.75 × density of dense ones: nothing to time above
+CACHE = 2**26  # bytes of other weights after which a block's own lie in no cache
+TIMED = 2048  # tokens at most in a trial; all larger calls are taken for alike
+LONG, ROUNDS = 0.05, (3, 15)  # seconds that a program's turns may take; least and most rounds
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of each program on one block at one density, medians of rounds in turn."""
+
+    density: float
+    seconds: dict[str, float]
+
+    def ratio(self, name: str) -> float:
+        """dense ÷ ``name``.
+
+        >>> Trial(0.01, {"dense": 0.4, "sparse": 0.1}).ratio("sparse")
+        4.0
+        """
+        return self.seconds["dense"] / self.seconds[name]
+
+    def best(self, now: str) -> str:
+        """The fastest program; ``dense`` unless another gains :data:`MARGIN`, or is kept.
+
+        >>> Trial(0.2, {"dense": 1.02, "sparse": 1.0}).best("dense")
+        'dense'
+        >>> Trial(0.2, {"dense": 1.02, "sparse": 1.0}).best("sparse")
+        'sparse'
+        """
+        fastest = min(self.seconds, key=lambda name: self.seconds[name])
+        enough = 1.0 if now != "dense" else MARGIN
+        return fastest if self.ratio(fastest) >= enough else "dense"
+
+
+class Trials:
+    """The trials of a model's blocks, by kind of call and density.
+
+    ``others``: bytes of the model's other weights. Between two calls of a block in a model the
+    others pass through the caches; a trial of few tokens clears them likewise.
+    """
+
+    def __init__(self, others: int) -> None:
+        self.others = min(others, CACHE)
+        self.known: dict[Hashable, list[Trial]] = {}
+
+    def near(self, kind: Hashable, density: float) -> Trial | None:
+        """The trial at the closest density, if it is within :data:`NEAR`."""
+        known = self.known.get(kind, [])
+        closest = min(known, key=lambda trial: apart(trial.density, density), default=None)
+        return closest if closest and apart(closest.density, density) <= NEAR else None
+
+    def run(
+        self,
+        kind: Hashable,
+        density: float,
+        programs: Mapping[str, Callable[[], object]],
+        cold: bool,
+    ) -> Trial:
+        """Time ``programs`` in turn, and keep what comes out."""
+        between = torch.zeros(self.others // 4) if cold else None
+        for program in programs.values():
+            program()
+        times: dict[str, list[float]] = {name: [] for name in programs}
+        begun = time.perf_counter()
+        least, most = ROUNDS
+        for done in range(most):
+            if done >= least and time.perf_counter() - begun > LONG * len(programs):
+                break
+            for name, program in programs.items():
+                times[name].append(_seconds(program, between))
+        trial = Trial(density, {name: median(each) for name, each in times.items()})
+        self.known.setdefault(kind, []).append(trial)
+        return trial
+
+
+def apart(one: float, two: float) -> float:
+    """The factor between two densities; below 1 in 10 000 they are all alike.
+
+    >>> apart(0.1, 0.2), apart(0.0, 1e-9)
+    (2.0, 1.0)
+    """
+    one, two = max(one, 1e-4), max(two, 1e-4)
+    return max(one / two, two / one)
+
+
+def _seconds(program: Callable[[], object], between: Tensor | None) -> float:
+    if between is not None:
+        between.add_(1)
+    start = time.perf_counter()
+    program()
+    return time.perf_counter() - start
+
+
+def programs_of(
+    block: MLPBlock, function: str, x: Tensor, training: bool
+) -> Mapping[str, Callable[[], object]]:
+    """The block's computation as each program does it, on its weights and these tokens."""
+    x = x.detach().reshape(-1, x.shape[-1])[:TIMED].requires_grad_(training and x.requires_grad)
+    layers = [layer for layer in (block.up, block.down, block.gate) if layer is not None]
+    leaves = [
+        None if t is None else t.detach().requires_grad_(training and t.requires_grad)
+        for layer in layers
+        for t in (layer.weight, layer.bias)
+    ]
+    up, bias, down, down_bias, gate, gate_bias = [*leaves, None, None][:6]
+    assert up is not None
+    assert down is not None
+    act = ACTIVATIONS[function]
+
+    def dense() -> Tensor:
+        if gate is None:
+            a = act.value(F.linear(x, up, bias))
+        else:
+            a = act.value(F.linear(x, gate, gate_bias)) * F.linear(x, up, bias)
+        return F.linear(a, down, down_bias)
+
+    first = up if gate is None else gate
+    prepared = None if training else prepare(down, first)
+
+    def sparse(screen: bool) -> Tensor:
+        return sparse_mlp(
+            x, up, bias, down, down_bias, activation=function, gate=gate,
+            gate_bias=gate_bias, screen=screen, prepared=prepared,
+        )  # fmt: skip
+
+    programs: dict[str, Callable[[], Tensor]] = {
+        "dense": dense,
+        "sparse": lambda: sparse(False),
+    }
+    if function in FUSED:
+        programs["screened"] = lambda: sparse(True)
+    if not training:
+        return programs
+    learning = [t for t in (x, *leaves) if t is not None and t.requires_grad]
+    return {name: _step(program, learning) for name, program in programs.items()}
+
+
+def _step(program: Callable[[], Tensor], learning: list[Tensor]) -> Callable[[], object]:
+    def step() -> None:
+        # hooks of an outer checkpoint must not count what a trial saves
+        same = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with torch.enable_grad(), same:
+            y = program()
+            torch.autograd.grad(y, learning, torch.ones_like(y))
+
+    return step
