@@ -64,14 +64,14 @@ $(VENV)/.demo: pyproject.toml | $(PY)
 	@echo "installing $(TORCH) and actsparse[train,report]"
 	@$(PIP) "$(TORCH)"
 	@$(PIP) -e ".[train,report]"
-	-@$(PY) -m actsparse.kernels.build
+	-@$(PY) -m actsparse.kernels
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(PY)
 	@echo "installing $(TORCH) and actsparse[train,report,finetune,dev]"
 	@$(PIP) "$(TORCH)"
 	@$(PIP) -e ".[train,report,finetune,dev]"
-	-@$(PY) -m actsparse.kernels.build
+	-@$(PY) -m actsparse.kernels
 	@touch $(VENV)/.demo $@
 
 # The report's page is tested in a browser where there is one. Not fatal here:

@@ -1,12 +1,13 @@
 """actsparse: Transformers whose MLP neurons stay mostly silent.
 
 ``find_mlp_blocks`` says where the MLP blocks of a model are, ``sparsify`` modifies them in place,
-``observe`` measures how silent they are while the model runs.
+``observe`` measures how silent they are while the model runs, ``accelerate`` turns it into time.
 """
 
 from __future__ import annotations
 
 from actsparse.blocks import Blocks, MLPBlock, NoMLPFound, find_mlp_blocks
+from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import (
     ActivationPenalty,
     Handle,
@@ -27,6 +28,7 @@ from actsparse.observe import Measures, Seen, measure, observe, skippable
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Accelerated",
     "ActivationPenalty",
     "Blocks",
     "Handle",
@@ -40,6 +42,7 @@ __all__ = [
     "SwapActivation",
     "WeightNoise",
     "ZerothBias",
+    "accelerate",
     "decay_groups",
     "find_mlp_blocks",
     "handle_of",

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "modify": MATHS,
     "observe": MATHS,
     "kernels": MATHS,
-    "__init__": {"modify", "observe"} | MATHS,
+    "__init__": {"modify", "observe", "kernels"} | MATHS,
     "data": set(),
     "records": set(),
     "report": {"records"},

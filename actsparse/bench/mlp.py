@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +16,31 @@ from actsparse.activations import named
 from actsparse.bench.timing import interleaved, ratio
 from actsparse.kernels import build, prepare, sparse_mlp
 
+Pattern = Literal["even", "zipf"]
 DENSITIES = (0.01, 0.03, 0.05, 0.10, 0.20)
 TOKENS = (1, 16, 197, 1576)
 CACHE = 128 * 2**20  # bytes of weights that no cache still holds when their turn comes again
 
 
 class Layer:
-    """One MLP whose density on its own tokens is ``density``: every unit has the quantile bias.
+    """One MLP whose density on its own tokens is ``density``: every unit has a quantile as bias.
 
     x [T, D] ~ N(0, 1), up [H, D] ~ N(0, 1/D), down [D, H] ~ N(0, 1/H); bias [H] is minus each
-    unit's 1 − density quantile of x upᵀ over at least 512 tokens.
+    unit's 1 − p quantile of x upᵀ over at least 512 tokens, with p = density for every unit, or of
+    mean density and ∝ 1/rank, at most 1, in random order (``pattern="zipf"``).
     """
 
-    def __init__(self, tokens: int, d: int, h: int, density: float, seed: int) -> None:
+    def __init__(
+        self, tokens: int, d: int, h: int, density: float, seed: int, pattern: Pattern = "even"
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(max(tokens, 512), d, generator=generator)
         self.up = torch.randn(h, d, generator=generator) / d**0.5
         z = x @ self.up.t()
-        self.bias = -torch.quantile(z, 1 - density, dim=0)
+        shares = torch.full((h,), density) if pattern == "even" else zipf(h, density)
+        shares = shares[torch.randperm(h, generator=generator)]
+        rank = ((1 - shares) * (len(z) - 1)).floor().long()
+        self.bias = -z.sort(dim=0).values.gather(0, rank[None])[0]
         self.down = torch.randn(d, h, generator=generator) / h**0.5
         self.down_bias = torch.randn(d, generator=generator)
         self.x = x[:tokens].clone()
@@ -56,6 +65,52 @@ class Layer:
         )
 
 
+def zipf(units: int, mean: float) -> Tensor:
+    """Shares of tokens on which units are active: min(1, c ÷ rank), c such that their mean is so.
+
+    >>> zipf(1000, 0.05).mean()
+    tensor(0.0500)
+    """
+    ranks = torch.arange(1, units + 1, dtype=torch.float64)
+    low, high = 0.0, float(units)
+    for _ in range(60):
+        c = (low + high) / 2
+        low, high = (c, high) if float((c / ranks).clamp(max=1).mean()) < mean else (low, c)
+    return (high / ranks).clamp(max=1).float()
+
+
+def break_even(rows: Sequence[dict[str, Any]], kind: str) -> dict[int, float | None]:
+    """By number of tokens the density above which neither program beats dense.
+
+    Linear in log density and log ratio between the measured rows; None where it was never reached.
+
+    >>> ratios = [{"of": "dense", "to": "sparse", "value": v} for v in (4.0, 0.25)]
+    >>> rows = [
+    ...     {"tokens": 1, "density": p, "forward": {"ratios": [r]}}
+    ...     for p, r in zip((0.01, 0.16), ratios)
+    ... ]
+    >>> break_even(rows, "forward")
+    {1: 0.04}
+    """
+    found: dict[int, float | None] = {}
+    for tokens in dict.fromkeys(row["tokens"] for row in rows if kind in row):
+        points = sorted(
+            (math.log(row["density"]), math.log(max(r["value"] for r in ours(row[kind]))))
+            for row in rows
+            if row["tokens"] == tokens and kind in row and row["density"] > 0
+        )
+        found[tokens] = None
+        for (p, gain), (q, less) in itertools.pairwise(points):
+            if gain > 0 >= less:
+                found[tokens] = round(math.exp(p + (q - p) * gain / (gain - less)), 4)
+    return found
+
+
+def ours(timed: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ratios of our programs to dense."""
+    return [row for row in timed["ratios"] if row["to"] in ("sparse", "screened")]
+
+
 def bench_mlp(
     d: int = 768,
     h: int = 3072,
@@ -64,18 +119,22 @@ def bench_mlp(
     activation: str = "relu",
     rounds: int = 11,
     training: bool = True,
-    progress: Callable[[int], None] = lambda done: None,
+    pattern: Pattern = "even",
+    compiled: bool = False,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """Time dense, sparse and screened MLPs in turn, on as many threads as torch has.
 
     A call takes the next of as many layers as do not fit in :data:`CACHE`, which for few tokens
     means that weights come from memory, as in a decoder; where T ≥ 197 it is one layer.
+    ``compiled`` times ``torch.compile`` of the dense MLP too.
 
     Returns:
         ``rows``: for each T and density the measured ``density``, and for ``forward`` and (T ≥
-        197) ``training`` the seconds of each program and its ratios to dense
-        (:class:`actsparse.bench.timing.Ratio`); ``sizes``; ``threads``; ``kernels``, the
-        instruction set.
+        197) ``training`` the seconds of each program and dense ÷ each
+        (:class:`actsparse.bench.timing.Ratio`), the root mean square ``error`` of each y against
+        float64, and the ``memory`` each keeps for backward beside x and weights, bytes;
+        ``break_even`` densities by T; ``sizes``; ``threads``; ``kernels``, the instruction set.
 
     >>> result = bench_mlp(16, 32, densities=[0.1], tokens=[4], rounds=1)
     >>> [row["tokens"] for row in result["rows"]]
@@ -86,24 +145,37 @@ def bench_mlp(
         for density in densities:
             count = 1 if t >= 197 else min(-(-CACHE // (8 * d * h)), 16)
             count += count % 3 == 0  # else three programs in turn would each keep to its own
-            layers = [Layer(t, d, h, density, seed) for seed in range(count)]
+            progress(f"T = {t}, density {density:g}")
+            layers = [Layer(t, d, h, density, seed, pattern) for seed in range(count)]
             row: dict[str, Any] = {"tokens": t}
             row["density"] = sum(layer.density for layer in layers) / count
             repeats = rounds if t >= 197 else 8 * rounds
-            row["forward"] = _compare(_forward(layers, activation), repeats, progress)
+            row["forward"] = _compare(_forward(layers, activation, compiled), repeats)
+            row["error"] = _errors(layers[0], activation)
             if training and t >= 197:
-                row["training"] = _compare(_step(layers[0], activation), rounds, progress)
+                row["memory"] = _memory(layers[0], activation)
+                row["training"] = _compare(_step(layers[0], activation, compiled), rounds)
             rows.append(row)
     return {
         "benchmark": "mlp",
-        "sizes": {"d": d, "h": h, "activation": activation, "rounds": rounds},
+        "sizes": {"d": d, "h": h, "activation": activation, "pattern": pattern, "rounds": rounds},
         "threads": torch.get_num_threads(),
         "kernels": build.level(),
         "rows": rows,
+        "break_even": {kind: break_even(rows, kind) for kind in ("forward", "training")},
     }
 
 
-def _forward(layers: list[Layer], activation: str) -> dict[str, Callable[[], object]]:
+def _compiled(phi: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def dense(x: Tensor, up: Tensor, bias: Tensor, down: Tensor, down_bias: Tensor) -> Tensor:
+        return F.linear(phi(F.linear(x, up, bias)), down, down_bias)
+
+    return torch.compile(dense)
+
+
+def _forward(
+    layers: list[Layer], activation: str, compiled: bool
+) -> dict[str, Callable[[], object]]:
     phi, turn = named(activation).value, [0]
 
     def program(run: Callable[[Layer], Tensor]) -> Callable[[], object]:
@@ -114,14 +186,58 @@ def _forward(layers: list[Layer], activation: str) -> dict[str, Callable[[], obj
 
         return call
 
-    return {
+    programs = {
         "dense": program(lambda layer: layer.dense(phi)),
         "sparse": program(lambda layer: layer.sparse(activation, False, False)),
         "screened": program(lambda layer: layer.sparse(activation, True, False)),
     }
+    if compiled:
+        fused = _compiled(phi)
+        programs["compiled"] = program(lambda layer: fused(layer.x, *layer.weights))
+    return programs
 
 
-def _step(layer: Layer, activation: str) -> dict[str, Callable[[], object]]:
+def _errors(layer: Layer, activation: str) -> dict[str, float]:
+    """Root mean square of y − the y of float64 with the same inputs, by program."""
+    phi = named(activation).value
+    x, *weights = (t.detach().double() for t in (layer.x, *layer.weights))
+    with torch.inference_mode():
+        exact = F.linear(phi(F.linear(x, weights[0], weights[1])), weights[2], weights[3])
+        found = {
+            "dense": layer.dense(phi),
+            "sparse": layer.sparse(activation, False, False),
+            "screened": layer.sparse(activation, True, False),
+        }
+        return {name: float((y - exact).square().mean().sqrt()) for name, y in found.items()}
+
+
+def _memory(layer: Layer, activation: str) -> dict[str, int]:
+    """Bytes that autograd keeps of a forward pass, other than x and the weights, by program."""
+    phi = named(activation).value
+    given = [tensor.requires_grad_() for tensor in (layer.x, *layer.weights)]
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+    held = {}
+    for name, run in [
+        ("dense", lambda: layer.dense(phi)),
+        ("sparse", lambda: layer.sparse(activation, False, True)),
+        ("screened", lambda: layer.sparse(activation, True, True)),
+    ]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = run()
+        held[name] = sum(kept.values())
+        del y
+    return held
+
+
+def _step(layer: Layer, activation: str, compiled: bool) -> dict[str, Callable[[], object]]:
     phi = named(activation).value
     leaves = [tensor.requires_grad_() for tensor in (layer.x, *layer.weights)]
 
@@ -133,18 +249,20 @@ def _step(layer: Layer, activation: str) -> dict[str, Callable[[], object]]:
 
         return call
 
-    return {
+    programs = {
         "dense": program(lambda: layer.dense(phi)),
         "sparse": program(lambda: layer.sparse(activation, False, True)),
         "screened": program(lambda: layer.sparse(activation, True, True)),
     }
+    if compiled:
+        fused = _compiled(phi)
+        programs["compiled"] = program(lambda: fused(layer.x, *layer.weights))
+    return programs
 
 
-def _compare(
-    programs: dict[str, Callable[[], object]], rounds: int, progress: Callable[[int], None]
-) -> dict[str, Any]:
-    times = interleaved(programs, rounds, progress=progress)
+def _compare(programs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+    times = interleaved(programs, rounds)
     return {
         "seconds": {name: sorted(values)[len(values) // 2] for name, values in times.items()},
-        "ratios": [asdict(ratio(times, "dense", name)) for name in ("sparse", "screened")],
+        "ratios": [asdict(ratio(times, "dense", name)) for name in programs if name != "dense"],
     }

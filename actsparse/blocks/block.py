@@ -54,6 +54,13 @@ class Layer:
         bias = getattr(self._base(), "bias", None)
         return bias if bias is None or self.rows is None else bias[self.rows]
 
+    @property
+    def width(self) -> int:
+        """How many outputs the module has, those of other layers in it included."""
+        weight = self._base().weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[1 if self.layout == "Conv1D" else 0]
+
     def select(self, output: Tensor) -> Tensor:
         """This layer's part [..., out] of the module's output [..., out of the module]."""
         return output if self.rows is None else output[..., self.rows]

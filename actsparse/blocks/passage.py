@@ -212,7 +212,7 @@ class Passage:
             self._detour = x if runs else None
         if self._detour is None:
             return original(x)
-        return x.new_zeros(1).expand(*x.shape[:-1], self.block.d_hidden)
+        return x.new_zeros(1).expand(*x.shape[:-1], self.block.up.width)
 
     def _pass(self, original: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
         return original(a) if self._detour is None else a

@@ -82,8 +82,6 @@ def _unfit(block: MLPBlock) -> str | None:
     """Why a block keeps to its own layers, or None."""
     layers = [layer for layer in (block.up, block.gate, block.down) if layer is not None]
     for layer in layers:
-        if layer.rows is not None:
-            return "up and gate are one layer"
         if type(layer.module).__name__ not in (
             "Linear",
             "Conv1D",

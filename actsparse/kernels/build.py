@@ -1,6 +1,6 @@
 """Compile the C++ kernels with the machine's compiler, once, and load them.
 
-``python -m actsparse.kernels.build`` builds them ahead of time. The library lies in a folder of
+``python -m actsparse.kernels`` builds them ahead of time. The library lies in a folder of
 the user's cache named after the sources, the torch version and the C++ ABI, so that a change of
 any of them builds anew; it appears whole or not at all. Without a compiler everything runs on
 PyTorch's own operators, and one line says so.
@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -139,11 +138,3 @@ def load() -> bool:
 def level() -> str:
     """The instruction set in use: avx512, avx2, baseline, or ``reference``."""
     return LEVELS[torch.ops.actsparse_cpu.level(-1)] if load() else "reference"
-
-
-if __name__ == "__main__":
-    try:
-        build(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
-    except (RuntimeError, OSError) as failure:
-        sys.exit(f"kernels not built: {failure}")
-    print(f"kernels built; this machine runs {level()}")

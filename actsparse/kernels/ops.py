@@ -24,10 +24,13 @@ FUSED = ("relu", "jsrelu", "squared_relu")  # in the order of cpu/kernels.h
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.compiler.assume_constant_result
 def loaded() -> bool:
     """Whether the compiled kernels are there; the first call builds and loads them."""
     return _load()
+
+
+# what torch.compiler.assume_constant_result sets; that imports the whole compiler, a second
+loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -114,6 +114,20 @@ class Block(nn.Module):
         return x + self.down(self.drop(self.act(self.up(x))))
 
 
+@pytest.mark.parametrize(("name", "activation"), [("phi3", "activation_fn"), ("modernbert", "act")])
+def test_up_and_gate_may_be_one_layer(name: str, activation: str) -> None:
+    model, inputs = BY_ID[name].build()
+    for module in model.modules():
+        if hasattr(module, activation):
+            setattr(module, activation, nn.ReLU())
+    before = results(model, inputs)
+    handle = accelerate(model, inputs=inputs, mode="screened")
+    assert alike(before, results(model, inputs))
+    assert all(calls(handle, "screened"))
+    handle.remove()
+    assert same(before, results(model, inputs))
+
+
 def calls(handle: Accelerated, program: str) -> list[int]:
     """Calls that ran so, of each block."""
     return [sum(met.calls.get(program, 0) for met in run.met()) for run in handle.runs.values()]
