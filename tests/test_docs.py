@@ -1,4 +1,4 @@
-"""The page on measures: its examples run, its commands parse, and it leaves no number out."""
+"""The pages of docs/: their examples run, their commands parse, and no number is left out."""
 
 from __future__ import annotations
 
@@ -98,6 +98,14 @@ def test_every_measure_has_its_name_on_the_page() -> None:
     assert {*MEASURES, *CURVATURES} - WORDS == set()
 
 
+def test_the_example_of_sparse_execution_runs() -> None:
+    text = (ROOT / "docs" / "sparse-execution.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "sparse-execution.md", "exec"), names)
+    assert names["model"][0].weight.grad is not None
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_parse_and_name_known_measures(command: str) -> None:
     group: Any = typer.main.get_command(app)
@@ -108,10 +116,12 @@ def test_the_commands_parse_and_name_known_measures(command: str) -> None:
     assert asked - {""} <= {*MEASURES, *CURVATURES}
 
 
-def test_links_lead_somewhere() -> None:
-    heads = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
+@pytest.mark.parametrize("page", sorted(PAGE.parent.glob("*.md")), ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
-    for to in re.findall(r"\]\(([^)]+)\)", TEXT):
+    for to in re.findall(r"\]\(([^)]+)\)", text):
         if to.startswith("#"):
             assert to[1:] in anchors
         elif "://" not in to:
