@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actsparse.bench.mlp import CACHE, Layer
+from actsparse.bench.mlp import CACHE, Layer, check
 from actsparse.bench.timing import interleaved, ratio
 from actsparse.kernels import accelerate, build
 
@@ -55,6 +55,7 @@ def bench_auto(
     >>> bench_auto(8, 16, [0.5], [2], rounds=3)["rows"][0]["program"]
     'dense'
     """
+    check(densities, tokens)
     rows = []
     for t in tokens:
         for density in densities:

@@ -107,13 +107,13 @@ def _step(measures: tuple[str, ...], size: int, activation: str) -> Callable[[],
 def _peak(measures: tuple[str, ...], size: int, activation: str, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     step = _step(measures, size, activation)
-    before = _high_water()
+    before = high_water()
     for _ in range(3):
         step()
-    return {"peak_mib": _high_water(), "step_mib": _high_water() - before}
+    return {"peak_mib": high_water(), "step_mib": high_water() - before}
 
 
-def _high_water() -> float:
+def high_water() -> float:
     """This process's largest resident set, MiB; getrusage's would begin with the parent's."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if "VmHWM" in line)

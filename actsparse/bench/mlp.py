@@ -23,11 +23,11 @@ CACHE = 128 * 2**20  # bytes of weights that no cache still holds when their tur
 
 
 class Layer:
-    """One MLP whose density on its own tokens is ``density``: every unit has a quantile as bias.
+    """One MLP whose density on its own tokens is ``density``: biases see to that.
 
-    x [T, D] ~ N(0, 1), up [H, D] ~ N(0, 1/D), down [D, H] ~ N(0, 1/H); bias [H] is minus each
-    unit's 1 − p quantile of x upᵀ over at least 512 tokens, with p = density for every unit, or of
-    mean density and ∝ 1/rank, at most 1, in random order (``pattern="zipf"``).
+    x [T, D] ~ N(0, 1), up [H, D] ~ N(0, 1/D), down [D, H] ~ N(0, 1/H); with its bias each unit is
+    active on a share p of at least 512 tokens, where p is ``density`` for every unit, or of that
+    mean and ∝ 1/rank, at most 1, in random order (``pattern="zipf"``).
     """
 
     def __init__(
@@ -39,13 +39,16 @@ class Layer:
         z = x @ self.up.t()
         shares = torch.full((h,), density) if pattern == "even" else zipf(h, density)
         shares = shares[torch.randperm(h, generator=generator)]
-        rank = ((1 - shares) * (len(z) - 1)).floor().long()
-        self.bias = -z.sort(dim=0).values.gather(0, rank[None])[0]
+        z = z.sort(dim=0).values
+        z = torch.cat([z[:1] - 1, z, z[-1:] + 1])
+        above = len(z) - 1 - (shares * (len(z) - 2)).round().long()[None]  # between two tokens' z
+        self.bias = -(z.gather(0, above) + z.gather(0, above - 1))[0] / 2
         self.down = torch.randn(d, h, generator=generator) / h**0.5
         self.down_bias = torch.randn(d, generator=generator)
         self.x = x[:tokens].clone()
         self.grad_y = torch.randn(tokens, d, generator=generator)
-        self.density = float((z[:tokens] + self.bias > 0).float().mean())
+        active = F.linear(self.x, self.up, self.bias) > 0
+        self.density = float(active.float().mean())
         self.prepared = prepare(self.down, self.up)
 
     @property
@@ -63,6 +66,21 @@ class Layer:
         return sparse_mlp(
             self.x, *self.weights, activation=activation, screen=screen, prepared=prepared
         )
+
+
+def check(densities: Sequence[float], tokens: Sequence[int]) -> None:
+    """Raise ValueError for what no MLP can have.
+
+    >>> check([2.0], [1])
+    Traceback (most recent call last):
+    ValueError: density 2.0: expected 0 to 1
+    """
+    for density in densities:
+        if not 0 <= density <= 1:
+            raise ValueError(f"density {density}: expected 0 to 1")
+    for count in tokens:
+        if count < 1:
+            raise ValueError(f"{count} tokens: expected 1 or more")
 
 
 def zipf(units: int, mean: float) -> Tensor:
@@ -136,10 +154,14 @@ def bench_mlp(
         float64, and the ``memory`` each keeps for backward beside x and weights, bytes;
         ``break_even`` densities by T; ``sizes``; ``threads``; ``kernels``, the instruction set.
 
+    Raises:
+        ValueError: a density outside 0…1, or a number of tokens below 1.
+
     >>> result = bench_mlp(16, 32, densities=[0.1], tokens=[4], rounds=1)
     >>> [row["tokens"] for row in result["rows"]]
     [4]
     """
+    check(densities, tokens)
     rows = []
     for t in tokens:
         for density in densities:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +107,12 @@ def mlp(
     rounds: Annotated[int, typer.Option(min=3, help="Timed rounds; of few tokens 8 ×.")] = 11,
     activation: Annotated[str, typer.Option(help="relu, jsrelu, squared_relu, ….")] = "relu",
     training: Annotated[bool, typer.Option(help="Time training steps too.")] = True,
+    pattern: Annotated[
+        str, typer.Option(help="even: all units are as often active; zipf: few units, mostly.")
+    ] = "even",
+    compiled: Annotated[
+        bool, typer.Option(help="Time torch.compile of the dense MLP too.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -115,35 +122,238 @@ def mlp(
     Example: actsparse bench mlp --tokens 1,1576 --out benchmarks/mlp.json
     """
     import torch
-    from rich.console import Console
     from rich.table import Table
 
+    from actsparse.activations import ACTIVATIONS
     from actsparse.bench.mlp import bench_mlp
 
+    if pattern not in ("even", "zipf"):
+        raise ValueError(f"--pattern {pattern!r}; known: even, zipf")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"--activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     if threads is not None:
         torch.set_num_threads(threads)
     result = bench_mlp(
         d,
         h,
-        [float(each) for each in densities.split(",")],
-        [int(each) for each in tokens.split(",")],
+        _numbers("--densities", densities, float),
+        _numbers("--tokens", tokens, int),
         activation,
         rounds,
         training,
+        pattern,  # type: ignore[arg-type]
+        compiled,
+        _told,
     )
     if _record(result, out, json):
         return
-    names = ["tokens", "density", "forward", "screened", "training", "screened"]
-    table = Table(*names, title=f"dense ÷ sparse, d = {d}, H = {h}")
+    names = ["tokens", "density", "forward", "training", "kept for backward", "error"]
+    table = Table(*names, title=f"dense ÷ sparse, screened; d = {d}, H = {h}, {activation}")
     for row in result["rows"]:
-        cells = [
-            f"{each['value']:.2f} [{each['low']:.2f}, {each['high']:.2f}]"
-            for kind in ("forward", "training")
+        times = [
+            "\n".join(f"{each['to']} {_interval(each)}" for each in row[kind]["ratios"])
             if kind in row
-            for each in row[kind]["ratios"]
+            else ""
+            for kind in ("forward", "training")
         ]
+        memory = row.get("memory")
+        kept = f"{memory['sparse'] / memory['dense']:.3f}" if memory else ""
+        error = f"{row['error']['sparse'] / row['error']['dense']:.1f} × dense's"
+        table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *times, kept, error)
+    _console().print(table)
+    for kind, found in result["break_even"].items():
+        for tokens_, density in found.items():
+            at = "beyond the densities timed" if density is None else f"at density {density:.2g}"
+            _console().print(f"break-even, {kind}, T = {tokens_}: {at}", highlight=False)
+
+
+@bench.command()
+def auto(
+    d: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 768,
+    h: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 3072,
+    tokens: Annotated[str, typer.Option(help="With commas between.")] = "1,16,197,1576",
+    densities: Annotated[
+        str, typer.Option(help="With commas between.")
+    ] = "0,.01,.03,.1,.2,.25,.3,.4,.5,.75,1",
+    rounds: Annotated[int, typer.Option(min=3, help="Timed pairs.")] = 101,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Whether `accelerate` is ever slower than the layers, at any density.
+
+    Example: actsparse bench auto --threads 1 --out benchmarks/auto.json
+    """
+    import torch
+    from rich.table import Table
+
+    from actsparse.bench.auto import bench_auto
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = bench_auto(
+        d,
+        h,
+        _numbers("--densities", densities, float),
+        _numbers("--tokens", tokens, int),
+        rounds,
+        _told,
+    )
+    if _record(result, out, json):
+        return
+    title = f"dense ÷ accelerated, d = {d}, H = {h}"
+    table = Table("tokens", "density", "chosen", "gain", title=title)
+    for row in result["rows"]:
+        cells = [row["program"], _interval(row["ratio"])]
         table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
-    Console().print(table)
+    _console().print(table)
+
+
+@bench.command()
+def model(
+    name: Annotated[
+        str | None, typer.Argument(help="vit-b, gpt2 (training steps) or t5-base (decoding).")
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a trained model, the folder of a run with record and weights."),
+    ] = None,
+    densities: Annotated[str, typer.Option(help="With commas between.")] = ".01,.05",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each program.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Peak memory too, in processes of its own.")] = True,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Dense time ÷ sparse time of a whole model, and the limits: no MLPs at all, and Amdahl's.
+
+    The weights are random, arranged for the densities; those of --run are trained and stay.
+
+    Examples:
+
+      actsparse bench model vit-b --threads 1 --out benchmarks/vit-b.json
+
+      actsparse bench model --run runs/demo/runs/paper-seed0
+    """
+    import torch
+
+    from actsparse.bench.model import bench_model, bench_trained
+
+    if (name is None) == (run is None):
+        raise ValueError("give a model (vit-b, gpt2 or t5-base), or --run with a run's folder")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if run is not None:
+        trained, where = _trained(run)
+        result = {**bench_trained(**trained, rounds=rounds, progress=_told), **where}
+    else:
+        assert name is not None
+        wanted = _numbers("--densities", densities, float)
+        result = bench_model(name, wanted, rounds, memory=memory, progress=_told)
+    if not _record(result, out, json):
+        _print_trained(result) if run is not None else _print_model(result)
+
+
+def _trained(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``bench_trained`` takes, from a run's folder, and where it is from."""
+    import sys
+
+    import torch
+    from transformers import EvalPrediction
+
+    from actsparse.cli import measure
+    from actsparse.train.tasks import task_of
+
+    model, run = measure.model_at(folder)
+    if run is None:
+        raise ValueError(f"{folder} holds no record.jsonl: --run takes the folder of a run")
+    task, size = task_of(run.task), run.header["config"]["batch_size"]
+    predict, test, _ = measure.batches_of(model, run, None, None, "test", sys.maxsize, size)
+    _, (batch, *_), _ = measure.batches_of(model, run, None, None, "train", size, size)
+
+    def infer(model: Any) -> None:
+        for each in test:
+            predict(model, each)
+
+    def score(model: Any) -> dict[str, float]:
+        kept = [task.reduce(model(**each).logits, each["labels"]) for each in test]
+        return task.score(EvalPrediction(torch.cat(kept).numpy(), None))
+
+    trained = {
+        "model": model,
+        "inputs": batch,
+        "loss": lambda model: model(**batch).loss,
+        "infer": infer,
+        "score": score,
+    }
+    where = {"task": run.task, "arm": run.arm, "seed": run.seed, "quality_name": task.quality_name}
+    return trained, where | {"batch": size, "rows": sum(len(each["labels"]) for each in test)}
+
+
+def _print_model(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    names = ["density", "dense", "dense ÷ sparse", "MLPs cut out", "MLP alone", "Amdahl", "reached"]
+    title = f"{result['model']}, threads: {result['threads']}; dense ÷ sparse, and its limits"
+    table = Table(*names, "error", "memory", title=title)
+    for row in result["rows"]:
+        shares, memory = row["blocks"].values(), row.get("memory")
+        peaks = [memory[name]["peak_mib"] for name in ("accelerated", "dense")] if memory else None
+        table.add_row(
+            f"{row['density']:.3f} ({min(shares):.3f}…{max(shares):.3f})",
+            f"{row['seconds']['dense']:.3g} s",
+            _interval(row["ratios"][0]),
+            f"{row['ratios'][1]['value']:.2f}",
+            f"{row['mlp_ratio']:.2f}",
+            f"{row['amdahl']:.2f}",
+            f"{row['reached']:.0%}",
+            f"{row['error']['logits']:.1e}",
+            f"{peaks[0] / peaks[1]:.2f}" if peaks else "",
+        )
+    _console().print(table)
+
+
+def _print_trained(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    names = ["", "density", "dense", "dense ÷ sparse", "MLPs cut out"]
+    title = f"{result['task']}, {result['arm']}, seed {result['seed']}: a trained model"
+    table = Table(*names, title=title)
+    for phase in ("inference", "training"):
+        row = result[phase]
+        seconds = f"{row['seconds']['dense']:.3g} s"
+        ratios = [_interval(each) for each in row["ratios"]]
+        table.add_row(phase, f"{row['density']:.3f}", seconds, *ratios)
+    _console().print(table)
+    quality = {name: each["quality"] for name, each in result["score"].items()}
+    told = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
+    _console().print(f"{result['quality_name']}: {told}", highlight=False)
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(each) for each in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: expected numbers with commas between") from None
+
+
+def _told(what: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(what, highlight=False)
+
+
+def _console() -> Any:
+    """Wide enough for a table where it goes to a file."""
+    from sys import stdout
+
+    from rich.console import Console
+
+    return Console(width=None if stdout.isatty() else 120)
+
+
+def _interval(ratio: dict[str, Any]) -> str:
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def _record(result: dict[str, Any], out: Path | None, json: bool) -> bool:

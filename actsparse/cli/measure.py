@@ -76,8 +76,8 @@ def measure(
     from actsparse.records import environment, run_measures_path, write_whole
 
     log = Console(stderr=True)
-    model, run = _model(target)
-    loss_fn, batches, where = _data(model, run, task, data, split, rows, batch_size)
+    model, run = model_at(target)
+    loss_fn, batches, where = batches_of(model, run, task, data, split, rows, batch_size)
     names = [name.strip() for name in measures.split(",")]
     with Progress(console=log, disable=not log.is_terminal, transient=True) as bar:
         bars: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def measure(
         log.print(f"measures: {place}", highlight=False, soft_wrap=True)
 
 
-def _model(target: Path) -> tuple[Any, Any]:
+def model_at(target: Path) -> tuple[Any, Any]:
     """The model, and the run it is from or None."""
     from actsparse import LeaveOutMLP, handle_of, load
     from actsparse.records import read_run
@@ -178,7 +178,7 @@ def _pretrained(path: Path) -> Any:
     return model
 
 
-def _data(
+def batches_of(
     model: Any,
     run: Any,
     task: str | None,
