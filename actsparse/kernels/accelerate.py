@@ -19,7 +19,7 @@ from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
 
 Mode = Literal["auto", "sparse", "screened"]
 EVERY = 64  # calls between two looks at the density where looking costs something
-LEAST = 2**19  # entries of a weight; smaller blocks gain less than a call costs
+LEAST = 2**18  # entries of a weight; smaller blocks gain less than a call costs
 
 
 def accelerate(
