@@ -340,7 +340,7 @@ def _line(entry: Entry, path: Path) -> bytes:
 def _parse(line: bytes, path: Path, number: int) -> Entry:
     where = f"{path}:{number}"
     try:
-        entry = json.loads(line.decode(), parse_constant=_no_constant)
+        entry = json.loads(line.decode(), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{where}: not a line of a record: {error}") from error
     if number == 1 and (not isinstance(entry, dict) or entry.get("kind") != "run"):
@@ -354,7 +354,8 @@ def _parse(line: bytes, path: Path, number: int) -> Entry:
     return dict(entry)
 
 
-def _no_constant(name: str) -> NoReturn:
+def no_constant(name: str) -> NoReturn:
+    """``parse_constant`` of json: NaN and Infinity are no numbers of a record."""
     raise ValueError(f"{name} is no JSON number")
 
 
@@ -362,25 +363,26 @@ def _check_entry(entry: Any, where: str) -> None:
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in SCHEMA:
         raise RecordError(f"{where}: unknown kind {kind!r}; one of {', '.join(SCHEMA)}")
-    _check(f"{where}: {kind}", entry, SCHEMA[kind])
+    check_shape(f"{where}: {kind}", entry, SCHEMA[kind])
 
 
-def _check(name: str, value: Any, shape: Shape) -> None:
+def check_shape(name: str, value: Any, shape: Shape) -> None:
+    """Raise RecordError, naming the field, where ``value`` has not the fields of ``shape``."""
     if isinstance(shape, tuple):
         if value is not None:
-            _check(name, value, shape[0])
+            check_shape(name, value, shape[0])
     elif isinstance(shape, dict):
         if not isinstance(value, dict):
             raise RecordError(f"{name} must be an object of {', '.join(shape)}; got {value!r}")
         for field, inner in shape.items():
             if field not in value:
                 raise RecordError(f"{name} lacks {field!r}; it needs {', '.join(shape)}")
-            _check(f"{name}.{field}", value[field], inner)
+            check_shape(f"{name}.{field}", value[field], inner)
     elif isinstance(shape, list):
         if not isinstance(value, list):
             raise RecordError(f"{name} must be a list; got {value!r}")
         for index, each in enumerate(value):
-            _check(f"{name}[{index}]", each, shape[0])
+            check_shape(f"{name}[{index}]", each, shape[0])
     elif not shape.holds(value):
         raise RecordError(f"{name} must be {shape.right}; got {value!r}")
 

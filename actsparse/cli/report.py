@@ -1,4 +1,4 @@
-"""``actsparse report``: the page and the table of a folder of records."""
+"""``actsparse report``: the page and the tables of records, of runs and of benchmarks."""
 
 from __future__ import annotations
 
@@ -8,26 +8,44 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from actsparse.records import RecordError, read_runs
+from actsparse.records import RecordError
 
 
 def report(
-    directory: Annotated[
-        Path, typer.Argument(help="The folder that `actsparse compare --out` wrote.")
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The folder that `actsparse compare --out` wrote, records of `actsparse bench "
+            "mlp` or `bench model`, or both. Such records inside the folder are shown too."
+        ),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the page.",
+            show_default="the folder given; of records alone one named as the first",
+        ),
+    ] = None,
     json: Annotated[
-        bool, typer.Option("--json", help="Print the table as JSON instead, and nothing else.")
+        bool,
+        typer.Option(
+            "--json", help="Print the table as JSON instead (arms, if any), and nothing else."
+        ),
     ] = False,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the tables as Markdown, and nothing else.")
     ] = False,
 ) -> None:
-    """Rebuild a comparison's page from its records alone; nothing is trained.
+    """Rebuild a page from its records alone; nothing is trained or timed.
 
-    Writes report.html, plots/ and table.json into the folder, and theory.json where the records
-    hold measures of gradients.
+    Writes report.html, plots/ and table.json, theory.json where the runs hold measures of
+    gradients, and payoff.json where there are benchmarks.
 
-    Example: actsparse report out
+    Examples:
+
+      actsparse report out
+
+      actsparse report benchmarks/mlp-1-thread.json benchmarks/mlp-2-threads.json --out out/payoff
     """
     if json and markdown:
         typer.echo("Error: --json and --markdown exclude each other", err=True)
@@ -35,8 +53,11 @@ def report(
     try:
         from actsparse.report import (
             compare,
+            gather,
+            markdown_payoff,
             markdown_table,
             markdown_theory,
+            print_payoff,
             print_table,
             to_json,
             write_report,
@@ -46,18 +67,22 @@ def report(
         typer.echo(message, err=True)
         raise typer.Exit(2) from error
     try:
-        page = write_report(directory)
-        runs = read_runs(directory)
+        page = write_report(*paths, out=out)
+        found = gather(*paths)
     except RecordError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
+    runs, payoff = found.runs, found.payoff
     if json:
-        typer.echo(to_json(compare(runs)))
+        typer.echo(to_json(compare(runs) if runs else payoff))
         return
     if markdown:
-        typer.echo(markdown_table(compare(runs)), nl=False)
-        if theory := markdown_theory(runs):
-            typer.echo("\n" + theory, nl=False)
+        parts = [markdown_table(compare(runs)), markdown_theory(runs)] if runs else []
+        parts += [markdown_payoff(payoff)] if payoff else []
+        typer.echo("\n".join(filter(None, parts)), nl=False)
         return
-    print_table(runs, Console())
+    if runs:
+        print_table(runs, Console())
+    if payoff:
+        print_payoff(payoff, Console())
     typer.echo(str(page))

@@ -1,16 +1,23 @@
-"""For human eyes: the table of arms, its plots, one page that holds both. Reads records only."""
+"""For human eyes: the table of arms and what silence pays, their plots, one page that holds all.
+
+Reads records only.
+"""
 
 from __future__ import annotations
 
 from actsparse.report.compare import Table, compare, to_json
-from actsparse.report.page import markdown_table, print_table, write_report
+from actsparse.report.page import gather, markdown_table, print_table, write_report
+from actsparse.report.payoff import markdown_payoff, print_payoff
 from actsparse.report.words import markdown_theory
 
 __all__ = [
     "Table",
     "compare",
+    "gather",
+    "markdown_payoff",
     "markdown_table",
     "markdown_theory",
+    "print_payoff",
     "print_table",
     "to_json",
     "write_report",

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from actsparse.records import Entry, RecordError, Run, run_measures_path
+from actsparse.records import Entry, RecordError, Run, no_constant, run_measures_path
 from actsparse.report.compare import Estimate, Table, t_interval
 
 SCHEMA = 1  # of measures.json
@@ -136,7 +136,7 @@ def read_measures(run: Run) -> Entry | None:
     """
     path = run_measures_path(run.path.parent)
     try:
-        entry = json.loads(path.read_bytes().decode(), parse_constant=_no_constant)
+        entry = json.loads(path.read_bytes().decode(), parse_constant=no_constant)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -301,7 +301,3 @@ def _rows(run: Run, file: Entry | None) -> Iterator[tuple[str, Entry]]:
         for row in [measures, *(measures.get("blocks") or [])] if measures else []:
             block = row.get("block")
             yield ", ".join([f"{run.arm} seed {run.seed}", line, *([block] if block else [])]), row
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")

@@ -19,8 +19,10 @@ from rich.text import Text
 
 from actsparse.records import Entry, RecordError, Run, read_runs, write_whole
 from actsparse.report import plots
+from actsparse.report.benchmarks import Payoff, benchmark_files, payoff_of
 from actsparse.report.compare import Arm, Estimate, Table, compare, to_json
 from actsparse.report.measures import theory_of
+from actsparse.report.payoff import PAYOFF, payoff_lead, payoff_tables, payoff_title
 from actsparse.report.plots import Picture
 from actsparse.report.theory import THEORY
 from actsparse.report.words import (
@@ -101,59 +103,106 @@ PICTURES = (
 )
 
 
-def write_report(out: str | Path) -> Path:
-    """Build ``report.html``, ``plots/*.png`` and ``table.json`` in ``out`` from its records alone.
+@dataclass(frozen=True)
+class Material:
+    """What a page is made of: a folder's runs and benchmarks, of which either may be none."""
 
-    Where the records hold measures of the theory, also ``theory.json``: a `Theory`, as JSON.
+    home: Path  # where the page goes unless told
+    runs: list[Run]
+    payoff: Payoff | None
+
+
+def gather(*paths: str | Path) -> Material:
+    """Read a folder, records of benchmarks, or both; a folder's own benchmarks belong to it.
+
+    Raises `RecordError` where there is nothing, where a record is broken, or for two folders.
+    """
+    given = [Path(path) for path in paths]
+    files = [path for path in given if path.is_file() or path.suffix == ".json"]
+    folders = [path for path in given if path not in files]
+    if len(folders) > 1:
+        raise RecordError(
+            f"a page is of one folder of runs, got {', '.join(map(str, folders))}; give one"
+        )
+    runs = read_runs(folders[0]) if folders else []
+    files += benchmark_files(folders[0]) if folders else []
+    payoff = payoff_of({path.resolve(): path for path in files}.values())
+    if not runs and payoff is None:
+        raise RecordError(
+            f"no records under {folders[0] / 'runs'}; give the folder that `actsparse compare "
+            f"--out` wrote, or a record of `actsparse bench`"
+        )
+    return Material(folders[0] if folders else files[0].with_suffix(""), runs, payoff)
+
+
+def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
+    """Build ``report.html``, ``plots/*.png`` and the tables as JSON from records alone.
+
+    ``paths`` are a folder of runs, records of benchmarks, or both. The page goes into ``out``; into
+    the folder if that is not told; or, of benchmarks alone, into a folder named as the first, less
+    its ``.json``. ``table.json`` has the arms; ``theory.json``, a `Theory`, is there where runs
+    hold measures of it; ``payoff.json``, a `Payoff`, where there are benchmarks.
 
     Returns the page's path. Raises `RecordError` where there are no records, where one is broken,
     or where the disk refuses.
 
     ``write_report("out")`` gives ``out/report.html``, one file to open, send or keep.
     """
-    out = Path(out)
-    runs = read_runs(out)
-    if not runs:
-        raise RecordError(
-            f"no records under {out / 'runs'}; give the folder that `actsparse compare --out` wrote"
-        )
-    table = compare(runs)
-    found = theory_of(table, runs)
-    shown = [list(_drawn(pictures, table, runs, out)) for pictures in (PICTURES, THEORY)]
-    write_whole(out / "table.json", to_json(table).encode() + b"\n")
-    if found is not None:
-        write_whole(out / "theory.json", to_json(found).encode() + b"\n")
-    page = _template().render(
-        table=table,
-        title=title(table),
-        lead=lead(table),
-        remarks=remarks(table),
-        tiles=tiles(table),
-        columns=columns(table),
-        marks=marks,
-        pictures=shown[0],
-        theory=found,
-        theory_pictures=shown[1],
-        identity_text=identity_text,
-        how_text=how_text,
-        curvature_table=curvature_table,
-        runs=runs,
-        facts=facts(runs),
-        differences=differences(table, runs),
-        run_quality=lambda run: quality_text(table, Estimate(run.result["quality"], None, 1)),
-        number=lambda value: f"{value:.3f}",
-    )
+    found = gather(*paths)
+    out = found.home if out is None else Path(out)
+    shown: dict[str, Any] = {"payoff": found.payoff, "table": None, "theory": None}
+    if found.payoff is not None:
+        shown |= _of_benchmarks(found.payoff, out)
+    if found.runs:
+        shown |= _of_arms(found.runs, out)
+    for name in ("table", "theory", "payoff"):
+        if shown[name] is not None:
+            write_whole(out / f"{name}.json", to_json(shown[name]).encode() + b"\n")
     path = out / "report.html"
+    page = _template().render(facts=facts(found.runs, found.payoff), **shown)
     write_whole(path, page.encode())
     return path
 
 
-def _drawn(
-    pictures: Iterable[Picture], table: Table, runs: list[Run], out: Path
-) -> Iterator[dict[str, Any]]:
+def _of_arms(runs: list[Run], out: Path) -> dict[str, Any]:
+    """What the template shows of runs."""
+    table = compare(runs)
+    return {
+        "table": table,
+        "title": title(table),
+        "lead": lead(table),
+        "remarks": remarks(table),
+        "tiles": tiles(table),
+        "columns": columns(table),
+        "marks": marks,
+        "pictures": list(_drawn(PICTURES, out, table, runs)),
+        "theory": theory_of(table, runs),
+        "theory_pictures": list(_drawn(THEORY, out, table, runs)),
+        "identity_text": identity_text,
+        "how_text": how_text,
+        "curvature_table": curvature_table,
+        "runs": runs,
+        "differences": differences(table, runs),
+        "run_quality": lambda run: quality_text(table, Estimate(run.result["quality"], None, 1)),
+        "number": lambda value: f"{value:.3f}",
+    }
+
+
+def _of_benchmarks(payoff: Payoff, out: Path) -> dict[str, Any]:
+    """What the template shows of benchmarks; title and lead where there are no runs."""
+    return {
+        "title": payoff_title(payoff),
+        "lead": payoff_lead(payoff),
+        "payoff_lead": payoff_lead(payoff),
+        "payoff_tables": payoff_tables(payoff),
+        "payoff_pictures": list(_drawn(PAYOFF, out, payoff)),
+    }
+
+
+def _drawn(pictures: Iterable[Picture], out: Path, *what: Any) -> Iterator[dict[str, Any]]:
     """Those with something to show, for the template; each is also written to its file."""
     for picture in pictures:
-        light, dark = (picture.plot(table, runs, each) for each in (False, True))
+        light, dark = (picture.plot(*what, each) for each in (False, True))
         if light is None or dark is None:
             continue
         write_whole(out / "plots" / f"{picture.name}.png", light)
@@ -236,36 +285,44 @@ def columns(table: Table) -> list[Column]:
     return [*shown, Column("seeds", lambda arm: str(len(arm.seeds)))]
 
 
-def facts(runs: list[Run]) -> list[tuple[str, str]]:
-    """What ran, when, on what: every value the runs had, most have one."""
+def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]]:
+    """What ran, when, on what: every value the records had, most have one."""
+    sources = payoff.sources if payoff else ()
+    headers = [*(run.header for run in runs), *(source.where for source in sources)]
 
-    def each(read: Callable[[Run], Any]) -> str:
-        return "; ".join(dict.fromkeys(str(read(run)) for run in runs if read(run)))
+    def each(read: Callable[[Entry], Any]) -> str:
+        return "; ".join(dict.fromkeys(str(read(header)) for header in headers if read(header)))
 
-    def versions(run: Run) -> str:
-        return ", ".join(f"{name} {version}" for name, version in run.header["versions"].items())
+    def versions(header: Entry) -> str:
+        return ", ".join(f"{name} {version}" for name, version in header["versions"].items())
 
-    def hardware(run: Run) -> str:
-        has = run.header["hardware"]
+    def hardware(header: Entry) -> str:
+        has = header["hardware"]
         units = {"cores": "cores: {}", "threads": "threads: {}", "memory_gib": "{} GiB"}
         return ", ".join(units.get(k, "{}").format(v) for k, v in has.items() if v is not None)
 
-    def git(run: Run) -> str:
-        state = run.header["git"]
+    def git(header: Entry) -> str:
+        state = header["git"]
         if not state:
             return "not from a git checkout"
         return str(state.get("commit"))[:12] + (", with changes" if state.get("dirty") else "")
 
-    started = sorted(str(run.header["started"]).replace("T", " ") for run in runs)
-    seconds = math.fsum(run.result["seconds"] for run in runs if run.result)
-    rows = [
-        ("runs", f"{len(runs)}, of which {sum(run.finished for run in runs)} finished"),
-        ("started", started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"),
-        ("time in all", f"{seconds / 60:.1f} min"),
+    rows = []
+    if runs:
+        started = sorted(str(run.header["started"]).replace("T", " ") for run in runs)
+        seconds = math.fsum(run.result["seconds"] for run in runs if run.result)
+        span = started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"
+        rows += [
+            ("runs", f"{len(runs)}, of which {sum(run.finished for run in runs)} finished"),
+            ("started", span),
+            ("time in all", f"{seconds / 60:.1f} min"),
+        ]
+    rows += [
+        ("benchmarks", "; ".join(f"{source.name}: {source.settings}" for source in sources)),
         ("hardware", each(hardware)),
         ("versions", each(versions)),
         ("git", each(git)),
-        ("command", each(lambda run: run.header.get("command"))),
+        ("command", each(lambda header: header.get("command"))),
     ]
     return [(name, value) for name, value in rows if value]
 

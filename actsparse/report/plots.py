@@ -38,7 +38,7 @@ class Picture:
     """A plot with the words beside it; ``name`` is its file's."""
 
     name: str
-    plot: Plot
+    plot: Callable[..., bytes | None]  # `Plot`, or of what another section shows
     title: str
     caption: str
 
@@ -277,13 +277,17 @@ def png(figure: Figure, table: Table) -> bytes:
     lines: dict[str, Any] = {}
     for axes in figure.axes:
         lines |= {name: line for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    names = [arm.name for arm in table.arms if arm.name in lines]
-    if names:
+    return render(figure, {arm.name: lines[arm.name] for arm in table.arms if arm.name in lines})
+
+
+def render(figure: Figure, lines: dict[str, Any]) -> bytes:
+    """The figure with a legend of ``lines`` by name, as a PNG."""
+    if lines:
         figure.legend(
-            [lines[name] for name in names],
-            names,
+            list(lines.values()),
+            list(lines),
             loc="outside lower center",
-            ncols=min(2, len(names)),  # three long names would run off the picture
+            ncols=min(2, len(lines)),  # three long names would run off the picture
             frameon=False,
             fontsize=12,
             labelcolor="linecolor",

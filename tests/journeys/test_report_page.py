@@ -17,6 +17,7 @@ import pytest
 
 from actsparse.report import write_report
 from actsparse.report.page import PICTURES
+from actsparse.report.payoff import PAYOFF
 from actsparse.report.theory import THEORY
 
 QUIET = (
@@ -73,18 +74,29 @@ def browser() -> str:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synthetic() -> Any:
     # The synthetic runs live beside the report's own tests; by path, so tests need be no package.
     source = Path(__file__).parents[1] / "report" / "conftest.py"
     spec = importlib.util.spec_from_file_location("synthetic_runs", source)
     assert spec is not None
     assert spec.loader is not None
-    synthetic: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(synthetic)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def page(synthetic: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("journey")
     synthetic.write_comparison(out)
     synthetic.write_theory(out, seeds=1, gated=True)
+    synthetic.write_benchmarks(out)
     return write_report(out)
+
+
+@pytest.fixture(scope="module")
+def benchmarks_page(synthetic: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(*synthetic.write_benchmarks(tmp_path_factory.mktemp("benchmarks")))
 
 
 def run(browser: str, profile: Path, *words: str) -> str:
@@ -126,11 +138,24 @@ def test_nothing_overflows_and_every_plot_is_drawn(
     assert seen["page"] <= width
     assert seen["body"] <= width
     assert seen["widest"] <= width
-    assert seen["images"] == [True] * len(PICTURES + THEORY)
+    assert seen["images"] == [True] * len(PICTURES + THEORY + PAYOFF)
     assert seen["fetched"] == 0
     assert seen["heading"].startswith("paper: ")
     if width == 390:
         assert seen["table"] > seen["box"]  # the table scrolls inside its own box
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_page_of_benchmarks_alone_fits_too(
+    browser: str, benchmarks_page: Path, tmp_path: Path, width: int
+) -> None:
+    seen = measure(browser, benchmarks_page, tmp_path, width)
+    assert max(seen["page"], seen["body"], seen["widest"]) <= width
+    assert seen["images"] == [True] * len(PAYOFF)
+    assert seen["fetched"] == 0
+    assert seen["heading"].startswith("Dense time ÷ sparse time: one MLP 0.50 to 16.00; a whole")
+    if width == 390:
+        assert seen["table"] > seen["box"]
 
 
 def test_the_measurement_sees_an_overflow_and_a_broken_plot(

@@ -286,7 +286,7 @@ def test_the_summary_fits_the_records() -> None:
     model = model_of()
     with observe(model, inputs=X) as seen:
         model(X)
-    records._check("train", seen.summary("train"), records.MEASURES)
+    records.check_shape("train", seen.summary("train"), records.MEASURES)
 
 
 def test_the_table() -> None:

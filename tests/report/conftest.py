@@ -248,6 +248,93 @@ def write_theory(out: Path, seeds: int = 2, gated: bool = False) -> None:
             measures_file(run)
 
 
+def timed(dense: float, **ratios: float) -> Entry:
+    """Times of programs by dense ÷ each, with intervals of a tenth to either side."""
+    found = [
+        {"of": "dense", "to": to, "value": r, "low": 0.9 * r, "high": 1.1 * r}
+        for to, r in ratios.items()
+    ]
+    return {
+        "seconds": {"dense": dense, **{to: dense / r for to, r in ratios.items()}},
+        "ratios": found,
+    }
+
+
+def mlp_record(threads: int = 1, **changed: Any) -> Entry:
+    """One MLP at T = 1 and 197 and three densities: ratios 0.4 ÷ density, and half as much."""
+    rows = []
+    for tokens in (1, 197):
+        for density in (0.05, 0.1, 0.8):
+            gain = 0.4 / density * (1 if tokens == 1 else 0.5)
+            row: Entry = {"tokens": tokens, "density": density}
+            row["forward"] = timed(0.001, sparse=gain, screened=2 * gain)
+            if tokens == 197:
+                row["training"] = timed(0.01, sparse=3 * gain, screened=gain)
+                row["memory"] = {
+                    "dense": 2000,
+                    "sparse": 3000 * density,
+                    "screened": 3200 * density,
+                }
+            rows.append(row)
+    return {
+        **environment(threads=threads),
+        "benchmark": "mlp",
+        "sizes": {"d": 768, "h": 3072, "activation": "relu", "pattern": "even", "rounds": 9},
+        "threads": threads,
+        "kernels": "avx512",
+        "rows": rows,
+        "break_even": {"forward": {"1": 0.8, "197": 0.4}, "training": {"197": None}},
+        **changed,
+    }
+
+
+def model_record(threads: int = 1, **changed: Any) -> Entry:
+    """A ViT's training steps at two densities."""
+    rows = []
+    for density, gain in ((0.01, 1.5), (0.05, 1.2)):
+        row = {"density": density, **timed(2.5, **{"accelerated": gain, "without MLPs": 1.9})}
+        row |= {"mlp_ratio": 4.0, "mlp_share": 0.5, "amdahl": 1.6, "reached": gain / 1.6}
+        row |= {"error": {"logits": 2e-7}, "mlps": [{"tokens": 197, "training": timed(0.1)}]}
+        row["memory"] = {"dense": {"peak_mib": 800.0}, "accelerated": {"peak_mib": 600.0}}
+        rows.append(row)
+    return {
+        **environment(threads=threads),
+        "benchmark": "model",
+        "model": "vit-b",
+        "sizes": {"batch": 8, "rounds": 5},
+        "threads": threads,
+        "kernels": "avx512",
+        "rows": rows,
+        **changed,
+    }
+
+
+def trained_record(**changed: Any) -> Entry:
+    """A trained model, timed as it is."""
+    phases = {
+        name: {"density": density, **timed(0.3, **{"accelerated": 0.98, "without MLPs": 1.3})}
+        for name, density in (("inference", 0.04), ("training", 0.06))
+    }
+    score = {name: {"quality": 0.9} for name in ("dense", "accelerated")}
+    entry = {"benchmark": "model", "model": "ViT", **phases, "score": score, "rows": 360}
+    entry |= {"task": "digits", "arm": "paper", "seed": 0, "quality_name": "accuracy"}
+    return {**environment(threads=1), **entry, "threads": 1, "kernels": "avx512", **changed}
+
+
+def write_benchmarks(out: Path) -> list[Path]:
+    """A record of each kind, in JSON files."""
+    out.mkdir(parents=True, exist_ok=True)
+    entries = {
+        "mlp": mlp_record(),
+        "mlp-2": mlp_record(threads=2),
+        "vit-b": model_record(),
+        "digits": trained_record(),
+    }
+    for name, entry in entries.items():
+        (out / f"{name}.json").write_text(json.dumps(entry), encoding="utf-8")
+    return [out / f"{name}.json" for name in entries]
+
+
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of five arms and three seeds. Read it; do not write into it."""
@@ -280,4 +367,12 @@ def theory_parts() -> SimpleNamespace:
     """The functions above that make parts of such records."""
     return SimpleNamespace(
         explained=explained, spectrum=spectrum, measures_file=measures_file, write=write_theory
+    )
+
+
+@pytest.fixture
+def benchmarks() -> SimpleNamespace:
+    """The functions above that make records of benchmarks."""
+    return SimpleNamespace(
+        mlp=mlp_record, model=model_record, trained=trained_record, write=write_benchmarks
     )
