@@ -10,16 +10,19 @@ from typing import Annotated
 import typer
 
 from actsparse.cli.options import (
+    Accelerate,
     BatchSize,
     EvalEvery,
     LogEvery,
     Lr,
     MeasureEvery,
     Measures,
+    Model,
     Steps,
     Task,
     WeightDecay,
     names,
+    settings,
 )
 
 
@@ -44,10 +47,12 @@ def compare(
     lr: Lr = None,
     weight_decay: WeightDecay = None,
     batch_size: BatchSize = None,
+    model: Model = None,
     log_every: LogEvery = None,
     eval_every: EvalEvery = None,
     measures: Measures = None,
     measure_every: MeasureEvery = None,
+    accelerate: Accelerate = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print the table as JSON; progress goes to stderr.")
     ] = False,
@@ -90,10 +95,12 @@ def compare(
             lr=lr,
             weight_decay=weight_decay,
             batch_size=batch_size,
+            model=settings(model),
             log_every=log_every,
             eval_every=eval_every,
             measures=names(measures),
             active_every=measure_every,
+            accelerate=accelerate,
         )
         for seed in range(seeds)
         for arm in chosen

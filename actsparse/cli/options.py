@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from json import loads
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +13,13 @@ Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default=_OWN)]
 WeightDecay = Annotated[float | None, typer.Option(help="AdamW's.", show_default=_OWN)]
 BatchSize = Annotated[int | None, typer.Option(help="Rows in a batch.", show_default=_OWN)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Settings of the model to change, such as hidden_size=256,intermediate_size=1024.",
+        show_default=_OWN,
+    ),
+]
 LogEvery = Annotated[int | None, typer.Option(help="Steps between logs.", show_default=_OWN)]
 EvalEvery = Annotated[
     int | None, typer.Option(help="Steps between validations.", show_default=_OWN)
@@ -28,8 +36,32 @@ MeasureEvery = Annotated[
     int | None,
     typer.Option(help="Steps between the latter.", min=1, show_default="start and end alone"),
 ]
+Accelerate = Annotated[
+    bool,
+    typer.Option(
+        "--accelerate",
+        help="Let MLP blocks run sparse in training where that is faster. Small ones, such as the "
+        "tasks' own, stay dense. Training density is then that of the logged steps.",
+    ),
+]
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
     """The names in ``a,b``; None stays None."""
     return None if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def settings(text: str | None) -> dict[str, Any] | None:
+    """The settings in ``name=value,name=value``, numbers as numbers; None stays None."""
+    if text is None:
+        return None
+    found: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = (each.strip() for each in part.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f"--model {text!r}: expected such as hidden_size=256")
+        try:
+            found[name] = loads(value)
+        except ValueError:
+            found[name] = value
+    return found

@@ -10,16 +10,19 @@ from typing import Annotated
 import typer
 
 from actsparse.cli.options import (
+    Accelerate,
     BatchSize,
     EvalEvery,
     LogEvery,
     Lr,
     MeasureEvery,
     Measures,
+    Model,
     Steps,
     Task,
     WeightDecay,
     names,
+    settings,
 )
 
 
@@ -35,10 +38,12 @@ def train(
     lr: Lr = None,
     weight_decay: WeightDecay = None,
     batch_size: BatchSize = None,
+    model: Model = None,
     log_every: LogEvery = None,
     eval_every: EvalEvery = None,
     measures: Measures = None,
     measure_every: MeasureEvery = None,
+    accelerate: Accelerate = False,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train one arm with one seed; the record and the weights stay in its folder.
@@ -69,10 +74,12 @@ def train(
         lr=lr,
         weight_decay=weight_decay,
         batch_size=batch_size,
+        model=settings(model),
         log_every=log_every,
         eval_every=eval_every,
         measures=names(measures),
         active_every=measure_every,
+        accelerate=accelerate,
     )
     console = Console(stderr=json)
     command = shlex.join(["actsparse", *sys.argv[1:]])
@@ -88,6 +95,9 @@ def train(
         raise typer.Exit(130) from None
     if failed:
         raise typer.Exit(1)
+    result = read_run(place).result or {}
+    for line in result.get("accelerated", ()):
+        console.print(line, highlight=False, soft_wrap=True)
     if json:
-        typer.echo(dumps(read_run(place).result, indent=2))
+        typer.echo(dumps(result, indent=2))
     console.print(f"record: {place}", highlight=False, soft_wrap=True)

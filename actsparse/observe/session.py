@@ -188,6 +188,13 @@ class Seen:
                     for tensor in measure.state():
                         torch.distributed.all_reduce(tensor)
 
+    def open(self) -> None:
+        """Watch again after :meth:`close`, and count on."""
+        if not self._open:
+            self._open = True
+            for watch in self._watches.values():
+                watch.attach()
+
     def close(self) -> None:
         """Stop watching; what was seen stays. Closing twice is fine."""
         if self._open:

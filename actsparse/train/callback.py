@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from actsparse.blocks.passage import sites_asleep
 from actsparse.blocks.trace import undisturbed
+from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import Handle
 from actsparse.observe import Measures, Seen, observe
 from actsparse.records import RecordWriter
@@ -53,6 +55,13 @@ class SparsityCallback(TrainerCallback):
     - ``active`` measures the model by passes of its own, at the start, every ``active_every`` steps
       and at the end, into ``measured`` lines.
     - ``on_step`` is called with the number of optimizer steps done, after each.
+    - ``accelerate`` lets the MLP blocks of ``handle`` run sparse in training, exactly
+      (:func:`actsparse.kernels.accelerate`): True where that is faster, ``"sparse"`` at any
+      density. ``accelerated`` is its handle, to print, also after training. What ``seen`` reads
+      needs the whole hidden layer, so its blocks run dense while it watches: in evaluations that
+      Trainer schedules, and of the training steps in every ``logging_steps``-th and the last. The
+      measures of a ``train`` line are of these alone (a unit is sooner dead), and say how many
+      ``steps`` that were. A penalty reads the hidden layer at every step: its blocks stay dense.
 
     Measures of gradients are of per-sample losses: where Trainer gives the model the step's number
     of items, the sum over a sample's positions, else the mean; the ``train`` line says which as
@@ -61,9 +70,11 @@ class SparsityCallback(TrainerCallback):
     A loss that is NaN or infinite raises `TrainingFailed` before it reaches the weights, and so
     does a model that ``active`` cannot measure. A penalty that finds no loss to join (label
     smoothing and ``compute_loss_func`` take the labels away from the model) is a `ValueError`, not
-    lost.
+    lost. Where no block can run sparse, ``accelerate`` is a `ValueError` before the first step.
 
-    ``Trainer(model, args, callbacks=[SparsityCallback(handle)], ...)`` is all a user has to write.
+    ``Trainer(model, args, callbacks=[SparsityCallback(handle)], ...)`` is all a user has to write;
+    to accelerate a model as it is, ``SparsityCallback(sparsify(model, "vanilla", inputs=batch),
+    accelerate=True)``.
     """
 
     def __init__(
@@ -77,10 +88,13 @@ class SparsityCallback(TrainerCallback):
         active: Callable[[nn.Module], Measures] | None = None,
         active_every: int | None = None,
         on_step: Callable[[int], None] | None = None,
+        accelerate: bool | Literal["auto", "sparse"] = False,
     ) -> None:
         self.handle, self.seen, self.record = handle, seen, record
         self.quality, self.loss, self.on_step = quality, loss, on_step
         self.active, self.active_every = active, active_every
+        self.accelerate = accelerate
+        self.accelerated: Accelerated | None = None
         self.evaluation: Evaluation | None = None
         self.tail: Seen | None = None  # sees the last fifth of the steps
         self._hooks: list[Any] = []
@@ -89,6 +103,7 @@ class SparsityCallback(TrainerCallback):
     def _start(self, step: int) -> None:
         self._began = time.perf_counter()
         self._step = self._logged = step
+        self._read = self._read_late = 0  # steps that were observed: since the last log, in tail
         self._group = self._devices = 1
         self._scaler: Any = None  # Accelerate's, under fp16
         self._shared: bool | None = None  # whether the model divides by the step's items
@@ -100,9 +115,10 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer and to the model's loss."""
+        """Attach to the optimizer and to the model's loss, and accelerate."""
+        self.close()  # of a training that an error ended
         self._start(state.global_step)
-        self.tail = self.evaluation = None
+        self.tail = self.evaluation = self.accelerated = None
         if state.global_step:  # resumed from a checkpoint: schedules go where its steps are
             self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
         optimizer = kwargs["optimizer"]
@@ -113,6 +129,10 @@ class SparsityCallback(TrainerCallback):
             max(args.n_gpu, args.world_size) if args.average_tokens_across_devices else 1
         )
         model = kwargs["model"]
+        if self.accelerate:
+            mode = "auto" if self.accelerate is True else self.accelerate
+            self.accelerated = accelerate(model, blocks=self.handle.blocks, mode=mode)
+            self._hooks.append(self.accelerated)
         self._hooks.append(model.register_forward_pre_hook(self._on_call, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self._on_forward, with_kwargs=True))
         self._measure(model, state)
@@ -120,7 +140,7 @@ class SparsityCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Learn how many batches the step will accumulate."""
+        """Learn how many batches the step will accumulate, and whether to watch it."""
         self._step = state.global_step
         self._group = group = args.gradient_accumulation_steps
         loader: Any = kwargs.get("train_dataloader")
@@ -128,12 +148,24 @@ class SparsityCallback(TrainerCallback):
             batches = len(loader)
             done = state.global_step % max(1, math.ceil(batches / group)) * group
             self._group = min(group, batches - done)  # the last step of an epoch may have fewer
-        if (
-            self.seen is not None
-            and self.tail is None
-            and state.global_step >= int(LAST * state.max_steps)
-        ):
+        late = state.global_step >= int(LAST * state.max_steps)
+        if self.seen is not None and self.tail is None and late:
             self.tail = observe(kwargs["model"], blocks=self.handle.blocks)
+        if self.accelerated is not None:
+            step, every = state.global_step + 1, state.logging_steps or state.max_steps
+            first = step == 1 and args.logging_first_step
+            reads = first or step % every == 0 or step == state.max_steps
+            self._watch(reads)
+            self._read += reads
+            self._read_late += reads and late
+
+    def _watch(self, on: bool) -> None:
+        """Let what observes watch again, or get out of the sparse kernels' way."""
+        if self.accelerated is None:
+            return
+        for seen in (self.seen, self.tail):
+            if seen is not None:
+                seen.open() if on else seen.close()
 
     def _on_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Say whose gradients the readings of this pass are."""
@@ -181,6 +213,8 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Report progress, and measure where it is time to."""
+        if control.should_evaluate:
+            self._watch(True)
         if self.on_step is not None:
             self.on_step(state.global_step)
         every, done = self.active_every, state.global_step
@@ -189,11 +223,21 @@ class SparsityCallback(TrainerCallback):
         if (every is not None and done % every == 0) or done == state.max_steps:
             self._measure(kwargs["model"], state)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Watch an evaluation that is to come."""
+        if control.should_evaluate:
+            self._watch(True)
+
     def _measure(self, model: nn.Module, state: TrainerState) -> None:
         if self.active is None or self.record is None:
             return
+        # Curvature differentiates twice, which takes the layers; a tap on density keeps to them.
+        dense = self.accelerated is not None
         try:
-            found = self.active(model)
+            with observe(model, blocks=self.handle.blocks) if dense else nullcontext():
+                found = self.active(model)
         except (ValueError, ArithmeticError) as error:
             raise TrainingFailed(state.global_step, f"it cannot be measured: {error}") from error
         if self.seen is not None:
@@ -217,6 +261,8 @@ class SparsityCallback(TrainerCallback):
         measures = None if self.seen is None else self.seen.summary("train")
         if self.seen is not None and measures is not None and self.seen.leaves("train"):
             measures["loss_reduction"] = self.seen.weighing.reduction
+        if self.accelerated is not None and measures is not None:
+            measures["steps"] = self._read
         if self.record is not None:
             self.record.write(
                 "train",
@@ -229,16 +275,28 @@ class SparsityCallback(TrainerCallback):
             )
         if self.seen is not None and self.record is not None:
             self.seen.reset("train")
-        self._logged, self._penalty = state.global_step, 0.0
+        self._logged, self._penalty, self._read = state.global_step, 0.0, 0
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model's loss alone again."""
+        """Leave the model's loss and its blocks alone again."""
         self.close()
 
+    def training(self) -> dict[str, Any] | None:
+        """The measures over the last fifth of the steps, None where nothing is observed.
+
+        Accelerated, over those ``steps`` of them that were read.
+        """
+        summary = None if self.tail is None else self.tail.summary("train")
+        if summary is None or self.accelerated is None:
+            return summary
+        return summary | {"steps": self._read_late}
+
     def close(self) -> None:
-        """Take back the hook on the loss and the second observation."""
+        """Take back the hook on the loss, the acceleration and the second observation."""
+        if self._hooks:
+            self._watch(True)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()

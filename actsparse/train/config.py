@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from actsparse.modify import recipe_named
 from actsparse.observe import CURVATURES, MEASURES
@@ -24,6 +24,10 @@ class RunConfig:
     ``measures`` are read in each pass (`observe`); those of ``active`` (`measure`) at the start,
     every ``active_every`` steps (None: never between) and at the end, on ``active_on`` rows of the
     validation split.
+
+    ``accelerate`` lets MLP blocks run sparse in training (`SparsityCallback`): True where that is
+    faster, ``"sparse"`` at any density. Passive measures of training are then of the steps that
+    end in a log line, and of the last.
 
     >>> config = RunConfig(task="digits", arm="vanilla", seed=0, steps=100)
     >>> config.to_json()["recipe"]
@@ -50,6 +54,7 @@ class RunConfig:
     active_on: int = 128
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    accelerate: bool | Literal["sparse"] = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "eval_every", "active_on", "active_every"):
@@ -65,6 +70,8 @@ class RunConfig:
                 raise ValueError(f"{name} holds {unknown[0]!r}; known: {', '.join(known)}")
         if "density" not in self.measures:
             raise ValueError(f"measures={self.measures!r} lacks 'density', which each record needs")
+        if self.accelerate not in (False, True, "sparse"):
+            raise ValueError(f"accelerate={self.accelerate!r}: expected True, False or 'sparse'")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: expected a whole number, 0 or more")
         if not self.lr > 0:

@@ -108,6 +108,7 @@ def _train(
         active=active if config.active and not without else None,
         active_every=config.active_every,
         on_step=on_step,
+        accelerate=False if without else config.accelerate,
     )
     weights = record.path.parent / "weights"
     trainer = _trainer(config, task, model, splits.train, validation, callback, weights)
@@ -120,7 +121,7 @@ def _train(
         callback.close()
     last = callback.evaluation
     assert last is not None
-    training = None if callback.tail is None else callback.tail.summary("train")
+    training, accelerated = callback.training(), callback.accelerated
     record.write(
         "result",
         split="test",
@@ -135,6 +136,7 @@ def _train(
         baselines=task.baselines(splits),
         data=splits.info,
         **({"spectra": spectra_of(seen.blocks)} if seen and "spectrum" in config.measures else {}),
+        **({} if accelerated is None else {"accelerated": str(accelerated).splitlines()}),
         seconds=time.perf_counter() - began,
     )
 

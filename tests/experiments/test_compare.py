@@ -115,3 +115,10 @@ def test_what_cannot_be_is_said_before_any_run(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="cannot"):
         compare([config], tmp_path / "file")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_models_settings_can_be_changed_one_by_one() -> None:
+    own = run_config("digits", "paper", 0).model
+    wide = run_config("digits", "paper", 0, model={"hidden_size": 96}).model
+    assert wide == {**own, "hidden_size": 96}
+    assert run_config("digits", "paper", 0).model == own

@@ -86,11 +86,29 @@ def test_train_that_blows_up_says_so_and_exits_with_1(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "vanilla-seed0" / "weights" / "model.safetensors").exists()
 
 
+def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
+    words = ["train", "--steps", "6", "--log-every", "3", "--eval-every", "3", "--batch-size", "8"]
+    words += ["--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*words, "--accelerate"])
+    assert done.exit_code == 0, done.output
+    for block in ("beit.layers.0.mlp", "beit.layers.1.mlp"):
+        assert done.stdout.count(f"{block}: ") == 1
+    (record,) = records(tmp_path).values()
+    header, *_, result = (json.loads(line) for line in record.splitlines())
+    assert header["config"]["accelerate"] is True
+    assert all(line in done.stdout for line in result["accelerated"])
+    other = CliRunner().invoke(app, words)
+    assert other.exit_code == 2
+    assert "accelerate=True (now False)" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["compare", "--task", "dogs"], "unknown task 'dogs'; known: digits, text, lm"),
         (["compare", "--arms", "vanila"], "unknown arm 'vanila'; known: vanilla, paper"),
+        (["train", "--model", "width=9"], "unknown setting 'width' of digits's model; known: "),
+        (["train", "--model", "hidden_size"], "--model 'hidden_size': expected such as"),
         (["train", "--steps", "0"], "steps=0: expected a whole number, 1 or more"),
         (["train", "--out", "/dev/full/runs"], "cannot"),
         (["compare", "--out", "/dev/null"], "cannot"),

@@ -110,6 +110,20 @@ def test_without_with_and_closed_twice() -> None:
     assert seen.summary("train") == kept
 
 
+def test_opened_again_it_counts_on() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(6, 4)
+    seen = observe(model, inputs=x)
+    tokens = []
+    for step in range(4):
+        (seen.close if step % 2 else seen.open)()
+        model(x)
+        row = seen.summary("train")
+        assert row is not None
+        tokens.append(row["blocks"][0]["tokens"])
+    assert tokens == [6, 6, 12, 12]
+    seen.close()
+
+
 def test_closed_by_an_error() -> None:
     model = model_of()
     with pytest.raises(KeyError), observe(model, inputs=X):
