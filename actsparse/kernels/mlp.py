@@ -42,7 +42,7 @@ def prepare(down: Tensor, up: Tensor | None = None) -> Prepared:
     torch.Size([3, 2])
     """
     rows = _by_rows(down.t())
-    if up is None or not ops.native(up):
+    if up is None or not ops.screens(up):
         return Prepared(rows)
     first = _by_rows(up)
     return Prepared(rows, first, tuple(ops.quantise(first)))
@@ -116,12 +116,12 @@ def sparse_mlp(
     rows = None if prepared is None else prepared.rows
     first, down = _laid(first), _laid(down)
     codes: tuple[Tensor, ...] = ()
-    if screen and native and act is not None:
+    if screen and act is not None and ops.screens(first):
         if prepared is not None and prepared.codes:
             codes = prepared.codes
         else:
             codes = tuple(ops.quantise(first.detach()))
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     if act is not None:
         entries = ops.pack(tokens, first, _flat(first_bias), list(codes), function.name)
     else:
@@ -151,6 +151,7 @@ def _infer(
     prepared: Prepared | None,
 ) -> Tensor:
     """One operator, no gradients."""
+    screen = screen and ops.screens(up)
     if prepared is None or (screen and not prepared.codes):
         prepared = prepare(down, up if screen else None)
     kernels = torch.ops.actsparse_cpu

@@ -54,6 +54,11 @@ def native(*tensors: Tensor | None) -> bool:
     )
 
 
+def screens(up: Tensor) -> bool:
+    """Whether the screen takes this matrix: sums of 2¹⁶ products of codes fit 32 bits, not more."""
+    return native(up) and up.shape[1] <= 1 << 16
+
+
 def _kernels() -> Any:
     return torch.ops.actsparse_cpu
 
@@ -125,7 +130,7 @@ def _keep_pack(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
 
 def _pack_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     x, up, pointer, index, slope = ctx.saved_tensors
-    grad = grads[2]
+    grad = grads[2].contiguous()
     if not ctx.ones:
         grad = torch.where(slope != 0, grad * slope, 0)
     wanted = ctx.needs_input_grad[:3]
@@ -185,7 +190,7 @@ def _keep_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _sample_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     pointer, index, x, up = ctx.saved_tensors
     wanted = ctx.needs_input_grad[2:]
-    return None, None, *_linear_gradients(wanted, pointer, index, grad, x, up)
+    return None, None, *_linear_gradients(wanted, pointer, index, grad.contiguous(), x, up)
 
 
 sample.register_autograd(_sample_backward, setup_context=_keep_sample)
@@ -322,7 +327,8 @@ def row_sums(pointer: Tensor, value: Tensor, n: int) -> Tensor:
     """The sum of each of n rows of packed entries."""
     if native(value):
         return _kernels().row_sums(pointer, value, n)
-    return value.new_zeros(n).index_add_(0, packing.rows_of(pointer, n), value)
+    sums = value.new_zeros(n, dtype=torch.float64)
+    return sums.index_add_(0, packing.rows_of(pointer, n), value.double()).to(value.dtype)
 
 
 @row_sums.register_fake

@@ -179,9 +179,9 @@ std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& 
             visit(t, k, next[c * units + a.index[k]]);
     });
   };
-  split(chunks * units, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) next[i] = 0;
-  }, units);
+  split(chunks, [&](int64_t from, int64_t to) {
+    for (int64_t i = from * units; i < to * units; i++) next[i] = 0;
+  });
   each([](int64_t, int64_t, int64_t& count) { count++; });
   int64_t total = 0;
   for (int64_t h = 0; h < units; h++) {
@@ -209,9 +209,9 @@ Tensor row_sums(const Tensor& pointer, const Tensor& value, int64_t n) {
   const int64_t blocks = n ? (pointer.numel() - 1) / n : 0;
   const float* v = data<float>(value);
   for (int64_t h = 0; h < n; h++) {
-    float sum = 0;
+    double sum = 0;
     for (int64_t k = p[h * blocks]; k < p[(h + 1) * blocks]; k++) sum += v[k];
-    o[h] = sum;
+    o[h] = static_cast<float>(sum);
   }
   return out;
 }

@@ -164,8 +164,9 @@ bool by_columns(const Tensor& t) {
 }
 
 int64_t rows_in(const Tensor& t) {
-  const int64_t last = t.size(t.dim() - 1);
-  return last ? t.numel() / last : 0;
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); i++) rows *= t.size(i);
+  return rows;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
