@@ -60,10 +60,12 @@ class Passage:
         self._phi: Phi | None = None
         self._taps: list[tuple[Tap, Stages]] = []
         self._served: list[tuple[Tap, frozenset[str]]] = []
+        self._in_training: list[Tap] = []  # those that are called in training mode alone
         self._gradient_taps: list[tuple[GradientTap, str, Stages]] = []
         self._readers: dict[str, list[tuple[GradientTap, frozenset[str]]]] = {}
         self._hooks: list[Any] = []
         self._wanted: frozenset[str] = frozenset()  # by taps, and by readers below
+        self._wanted_always: frozenset[str] = frozenset()  # of these, also in evaluation
         self._tokens: Tokens | None = None
         self._kept: dict[str, Tensor] = {}
         self._executor: Executor | None = None
@@ -198,6 +200,8 @@ class Passage:
     def _serve(self, kept: dict[str, Tensor]) -> None:
         """Call the taps that want y where it is known, the others before down runs."""
         for tap, stages in self._served:
+            if tap in self._in_training and not self.block.up.module.training:
+                continue
             if ("y" in stages) == ("y" in kept):
                 tap(self, {stage: kept[stage] for stage in stages})
 
@@ -207,7 +211,9 @@ class Passage:
         """Of up and gate: an empty tensor if the executor takes this call."""
         assert self._executor is not None
         if self._detour is not x:  # not the gate's call behind up's; or one broken off is forgotten
-            free = not (self._layers or self._wanted & set("zuad") or self._readers)
+            training = self.block.up.module.training
+            wanted = self._wanted if training else self._wanted_always
+            free = not (self._layers or wanted & set("zuad") or self._readers)
             runs = not _asleep and free and self._executor.takes(self, x)
             self._detour = x if runs else None
         if self._detour is None:

@@ -139,17 +139,20 @@ class Site(Passage):
         self._executor = executor
         self._rewire()
 
-    def tap(self, tap: Tap, stages: Stages) -> None:
+    def tap(self, tap: Tap, stages: Stages, in_training: bool = False) -> None:
         """Call ``tap(site, {stage: tensor})`` once in each pass through the block.
 
         ``stages`` may be a function of the site, asked anew whenever something is attached or
-        released: what a measure needs can depend on the φ in force.
+        released: what a measure needs can depend on the φ in force. ``in_training``: not while the
+        block is in evaluation mode.
 
         Raises:
             ValueError: unknown stages.
         """
         self._stages(stages)
         self._taps.append((tap, stages))
+        if in_training:
+            self._in_training.append(tap)
         self._rewire()
 
     def tap_gradient(self, tap: GradientTap, place: str, stages: Stages = ()) -> None:
@@ -187,6 +190,7 @@ class Site(Passage):
         self._layers = [item for item in self._layers if item not in what]
         self._outputs = [item for item in self._outputs if item not in what]
         self._taps = [item for item in self._taps if item[0] not in what]
+        self._in_training = [tap for tap in self._in_training if tap not in what]
         self._gradient_taps = [item for item in self._gradient_taps if item[0] not in what]
         if self._phi in what:
             self._phi = None
@@ -205,6 +209,8 @@ class Site(Passage):
                 self._readers.setdefault(place, []).append((read, self._stages(wants)))
         readers = [reader for at in self._readers.values() for reader in at]
         self._wanted = frozenset().union(*(stages for _, stages in [*self._served, *readers]))
+        always = [stages for tap, stages in self._served if tap not in self._in_training]
+        self._wanted_always = frozenset().union(*always, *(stages for _, stages in readers))
         if not (self.modified or self._taps or self._gradient_taps or self._executor):
             self.block.up.module.__dict__.pop("_actsparse_site", None)
         else:

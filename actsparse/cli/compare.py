@@ -95,7 +95,7 @@ def compare(
             lr=lr,
             weight_decay=weight_decay,
             batch_size=batch_size,
-            model=settings(model),
+            model=settings(model, task),
             log_every=log_every,
             eval_every=eval_every,
             measures=names(measures),

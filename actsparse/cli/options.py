@@ -51,15 +51,21 @@ def names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def settings(text: str | None) -> dict[str, Any] | None:
+def settings(text: str | None, task: str) -> dict[str, Any] | None:
     """The settings in ``name=value,name=value``, numbers as numbers; None stays None."""
+    from actsparse.experiments import run_config
+
     if text is None:
         return None
+    known = run_config(task, "vanilla", 0).model
     found: dict[str, Any] = {}
     for part in text.split(","):
         name, equals, value = (each.strip() for each in part.partition("="))
         if not (name and equals and value):
             raise ValueError(f"--model {text!r}: expected such as hidden_size=256")
+        if name not in known:
+            names = ", ".join(known)
+            raise ValueError(f"unknown setting {name!r} of {task}'s model; known: {names}")
         try:
             found[name] = loads(value)
         except ValueError:

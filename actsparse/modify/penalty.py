@@ -82,12 +82,9 @@ class _Penalised(Attached):
         self.without_grad = False  # whether the last pass ran under no_grad
         # the passes of one forward (a shared block runs several times), never more
         self.values: deque[Tensor] = deque(maxlen=site.block.calls)
-        site.tap(self.collect, ["a"])
+        site.tap(self.collect, ["a"], in_training=True)
 
     def collect(self, site: Site, stages: dict[str, Tensor]) -> None:
-        if not site.block.up.module.training:
-            self.values.clear()
-            return
         a = site.tokens.arrange(stages["a"])
         value = PENALTIES[self.config.kind](a)
         keep = site.tokens.keep(*value.shape)
@@ -103,6 +100,8 @@ class _Penalised(Attached):
 
     @override
     def penalty(self) -> Tensor | None:
+        if not self.site.block.up.module.training:
+            self.values.clear()  # of a training pass that nobody asked about
         if not self.values:
             return None
         total = torch.stack(list(self.values)).mean()
