@@ -151,7 +151,8 @@ def _infer(
     prepared: Prepared | None,
 ) -> Tensor:
     """One operator, no gradients."""
-    screen = screen and ops.screens(up)
+    if screen and (prepared is None or not prepared.codes):
+        screen = ops.screens(up)
     if prepared is None or (screen and not prepared.codes):
         prepared = prepare(down, up if screen else None)
     kernels = torch.ops.actsparse_cpu
@@ -164,7 +165,9 @@ def _infer(
 
 
 def _learns(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _flat(bias: Tensor | None) -> Tensor | None:
