@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actsparse.records import read_runs
-from actsparse.report import compare, markdown_table, markdown_theory
+from actsparse.report import compare, markdown_payoff, markdown_table, markdown_theory
+from actsparse.report.benchmarks import payoff_of
 from actsparse.report.measures import theory_of
 
 ROOT = Path(__file__).parents[1]
@@ -57,20 +59,41 @@ def test_the_cost_of_measures_is_the_record() -> None:
     assert f"{trace['seconds']:.1f} s" in page
 
 
+MLPS = ["mlp-1-thread", "mlp-2-threads", "mlp-zipf", "mlp-d-2048", "mlp-jsrelu"]
+MODELS = ["model-vit-b", "model-gpt2", "model-t5-base", "model-digits-hoyer"]
+
+
+def record(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text("utf-8"))
+    return found
+
+
+def gains(names: list[str]) -> str:
+    return markdown_payoff(payoff_of([ROOT / "benchmarks" / f"{name}.json" for name in names]))
+
+
 def test_the_gains_are_the_records() -> None:
-    page = (ROOT / "docs" / "lab-log.md").read_text(encoding="utf-8")
-    one, two = (
-        json.loads((ROOT / "benchmarks" / name).read_text(encoding="utf-8"))["rows"]
-        for name in ("mlp-1-thread.json", "mlp-2-threads.json")
+    page = (ROOT / "docs" / "sparse-execution.md").read_text(encoding="utf-8")
+    assert gains(MLPS).strip() in page
+    assert gains(MODELS).strip() in page
+    assert gains(MODELS).strip() in README
+    (row,) = (
+        row
+        for row in record("mlp-1-thread")["rows"]
+        if row["tokens"] == 1576 and 0.04 < row["density"] < 0.06
     )
-    for rows in zip(one, two, strict=True):
-        cells = [
-            f"{row[kind]['ratios'][1]['value']:.2f}" if kind in row else "–"
-            for kind in ("forward", "training")
-            for row in rows
-        ]
-        name = f"| {rows[0]['tokens']}, {100 * rows[0]['density']:.0f} % |"
-        assert f"{name} {' | '.join(cells)} |" in page
+    memory = row["memory"]
+    assert f"{memory['sparse'] / memory['dense']:.3f} of the dense hidden layer" in page
+
+
+def test_auto_is_the_record() -> None:
+    page = (ROOT / "docs" / "sparse-execution.md").read_text(encoding="utf-8")
+    rows = record("auto")["rows"]
+    worst = min(rows, key=lambda row: row["ratio"]["value"])
+    ratio = worst["ratio"]
+    found = f"{ratio['value']:.3f} [{ratio['low']:.3f} … {ratio['high']:.3f}]"
+    at = f"T = {worst['tokens']}, density {worst['density']:.2f}"
+    assert f"the lowest of {len(rows)} was {found}, at {at}" in " ".join(page.split())
 
 
 def test_the_costs_are_the_record() -> None:

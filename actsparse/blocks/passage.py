@@ -216,6 +216,8 @@ class Passage:
             free = not (self._layers or wanted & set("zuad") or self._readers)
             runs = not _asleep and free and self._executor.takes(self, x)
             self._detour = x if runs else None
+            if runs:
+                self._expects_phi = True
         if self._detour is None:
             return original(x)
         return x.new_zeros(1).expand(*x.shape[:-1], self.block.up.width)
@@ -227,6 +229,7 @@ class Passage:
         assert self._executor is not None
         x, self._detour = self._detour, None
         if x is not None:
+            self._expects_phi = False
             return self._executor(self, x)
         if not _asleep:
             self._executor.passed(self, d)

@@ -227,10 +227,7 @@ class Site(Passage):
             for layer in self._entries():
                 add(layer.module.register_forward_pre_hook(self._on_input))
         inside = bool(
-            self._executor
-            or self._phi
-            or self._wanted & {"z", "u", "a"}
-            or self._readers.keys() & {"z", "u", "f"}
+            self._phi or self._wanted & {"z", "u", "a"} or self._readers.keys() & {"z", "u", "f"}
         )
         self._in_place = inside and block.activation.in_place
         if inside or self._layers:
@@ -253,7 +250,7 @@ class Site(Passage):
             assert activation.owner is not None
             add(Interception.at(activation.owner, self))
         late = [stages for _, stages in self._served if "y" in stages]
-        if inside or len(late) < len(self._served):
+        if inside or len(late) < len(self._served):  # an executor alone needs no hook here
             add(block.down.module.register_forward_pre_hook(self._on_down_input))
         if self._outputs or late or "y" in self._readers:
             add(block.down.module.register_forward_hook(self._on_down))

@@ -22,6 +22,7 @@ CEILING = 0.5  # sparse products cost about 3.75 × density of dense ones: nothi
 CACHE = 2**26  # bytes of other weights after which a block's own lie in no cache
 TIMED = 2048  # tokens at most in a trial; all larger calls are taken for alike
 LONG, ROUNDS = 0.05, (3, 15)  # seconds that a program's turns may take; least and most rounds
+CLEAR, PATIENCE = 1.25, 10  # a ratio nearer to 1 than that may take so many times as long
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,21 @@ class Trials:
         begun = time.perf_counter()
         least, most = ROUNDS
         for done in range(most):
-            if done >= least and time.perf_counter() - begun > LONG * len(programs):
+            spent = (time.perf_counter() - begun) / (LONG * len(programs))
+            if done >= least and spent > (1 if _clear(times) else PATIENCE):
                 break
             for name, program in programs.items():
                 times[name].append(_seconds(program, between))
         trial = Trial(density, {name: median(each) for name, each in times.items()})
         self.known.setdefault(kind, []).append(trial)
         return trial
+
+
+def _clear(times: Mapping[str, list[float]]) -> bool:
+    """Whether the fastest program beats or loses to dense by far."""
+    others = [median(each) for name, each in times.items() if name != "dense"]
+    ratio = median(times["dense"]) / min(others, default=float("inf"))
+    return max(ratio, 1 / max(ratio, 1e-9)) > CLEAR
 
 
 def apart(one: float, two: float) -> float:
