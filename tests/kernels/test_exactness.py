@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,19 +21,6 @@ from actsparse.kernels import pack as packing
 U = 2.0**-24  # unit roundoff of float32
 BEST = torch.ops.actsparse_cpu.level(-1) if build.load() else -1
 KERNELS = build.LEVELS[: BEST + 1]
-WAYS = [*KERNELS, "reference"]  # the last: PyTorch's own operators
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "reference":
-        monkeypatch.setattr(ops, "_load", lambda: False)
-    else:
-        torch.ops.actsparse_cpu.level(build.LEVELS.index(request.param))
-    yield request.param
-    torch.set_num_threads(1)
-    if BEST >= 0:
-        torch.ops.actsparse_cpu.level(BEST)
 
 
 def made(d: int, h: int, density: float = 0.4) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ with dense float64: one entry too few, one too many or one in the wrong place sh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,29 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import build, ops, prepare, reference, sparse_mlp
+from actsparse.kernels import ops, prepare, reference, sparse_mlp
 from actsparse.kernels import pack as packing
 
-BEST = torch.ops.actsparse_cpu.level(-1) if build.load() else -1
-WAYS = [*build.LEVELS[: BEST + 1], "reference"]  # the last: PyTorch's own operators
 TWO_MASKS = [
     named("relu6"), named("hardtanh"), shifted_s_shape(1.5, 0.0), shifted_s_shape(0.0, -1.0),
     shifted_s_shape(-1.5, 1.0),
 ]  # fmt: skip
 FUSED = [named(name) for name in ops.FUSED]
 Weights = dict[str, Tensor]
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "reference":
-        monkeypatch.setattr(ops, "_load", lambda: False)
-    else:
-        torch.ops.actsparse_cpu.level(build.LEVELS.index(request.param))
-    yield request.param
-    torch.set_num_threads(1)
-    if BEST >= 0:
-        torch.ops.actsparse_cpu.level(BEST)
 
 
 def dyadic(n: int, d: int, h: int, gated: bool = False) -> tuple[Tensor, Weights]:
