@@ -20,7 +20,11 @@ from actsparse.modify import (
     decay_groups,
     handle_of,
     load,
+    load_adapter,
+    lora_config,
+    merge_adapter,
     save,
+    save_adapter,
     sparsify,
 )
 from actsparse.observe import Measures, Seen, measure, observe, skippable
@@ -47,9 +51,13 @@ __all__ = [
     "find_mlp_blocks",
     "handle_of",
     "load",
+    "load_adapter",
+    "lora_config",
     "measure",
+    "merge_adapter",
     "observe",
     "save",
+    "save_adapter",
     "skippable",
     "sparsify",
 ]

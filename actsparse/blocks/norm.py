@@ -35,7 +35,11 @@ def inspect_norm(name: str, module: nn.Module) -> Norm | None:
     generator = torch.Generator().manual_seed(0)
     probe = (8 * torch.randn(4, width, generator=generator)).to(reference.device, reference.dtype)
     # the probe uses ones, not the layer's values, so that a zeroed scale hides nothing
-    values = {key: torch.ones_like(value) for key, value in parameters.items()}
+    # (in new tensors, since a sharded parameter's like would be sharded too)
+    values = {
+        key: torch.ones(value.shape, dtype=value.dtype, device=value.device)
+        for key, value in parameters.items()
+    }
 
     clone = copy.copy(module)  # its forward is called, so that nobody's hooks fire
     clone.training = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from actsparse.modify.adapters import load_adapter, lora_config, merge_adapter, save_adapter
 from actsparse.modify.decay import decay_groups
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.leave_out import LeaveOutMLP
@@ -30,7 +31,11 @@ __all__ = [
     "decay_groups",
     "handle_of",
     "load",
+    "load_adapter",
+    "lora_config",
+    "merge_adapter",
     "recipe_named",
     "save",
+    "save_adapter",
     "sparsify",
 ]

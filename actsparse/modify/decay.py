@@ -9,7 +9,7 @@ from torch import nn
 
 from actsparse.blocks.norm import inspect_norm
 
-_KINDS = ("norm", "bias", "zeroth_bias")
+_KINDS = ("norm", "bias", "zeroth_bias", "named_bias")
 _OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # batch and instance norms too
 
 
@@ -19,9 +19,10 @@ def decay_groups(
     """Optimizer parameter groups in which only some kinds of parameters decay.
 
     ``exclude`` names the kinds that do not: ``"norm"`` (scales of norms), ``"bias"`` (biases of
-    norms and layers), ``"zeroth_bias"``. By default all decay, zeroth biases as weights, which is
-    the papers' ViT setting; ``("norm", "bias")`` is *vanilla without decay on 1-D parameters*,
-    the control every comparison needs. Frozen parameters are left out.
+    norms and layers), ``"zeroth_bias"``, ``"named_bias"`` (whatever has "bias" in its name, T5's
+    relative positions and zeroth biases too: the papers' T5 setting). By default all decay, zeroth
+    biases as weights, which is the papers' ViT setting; ``("norm", "bias")`` is *vanilla without
+    decay on 1-D parameters*, the control every comparison needs. Frozen parameters are left out.
 
     Raises:
         ValueError: an unknown kind in ``exclude``, or a negative decay.
@@ -55,7 +56,8 @@ def decay_groups(
             kind = "zeroth_bias"
         elif kind is None and leaf.endswith("bias") and parameter.dim() <= 1:
             kind = "bias"
-        groups[kind not in excluded].append(parameter)
+        spared = kind in excluded or ("named_bias" in excluded and "bias" in name)
+        groups[not spared].append(parameter)
     decays = {True: weight_decay, False: 0.0}
     return [
         {"params": parameters, "weight_decay": decays[decay]}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks
+from actsparse.blocks.sharding import sharded
 from actsparse.modify.modification import Attached, Modification, Progress
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.zeroth_bias import CHILD
@@ -45,7 +46,8 @@ class Handle:
 
     def attach(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
         """Follow an optimizer: after each of its real steps schedules move and parameters are
-        projected. Right under accumulation, GradScaler's skipped steps and DDP.
+        projected. Right under accumulation, GradScaler's skipped steps, DDP and FSDP2, for which
+        the order is ``sparsify``, ``fully_shard``, optimizer, ``attach``.
 
         ``steps`` is the number of optimizer steps of the whole training, needed by schedules given
         as fractions; None keeps the number known from before. Zeroth biases that the optimizer does
@@ -54,8 +56,9 @@ class Handle:
 
         Raises:
             TypeError: not a torch optimizer; Accelerate's wrapper of one is taken too.
-            ValueError: a schedule is a fraction of the steps and ``steps`` is missing, or a layer
-                was wrapped (peft) after ``sparsify``.
+            ValueError: a schedule is a fraction of the steps and ``steps`` is missing, a layer was
+                wrapped (peft) after ``sparsify``, or the optimizer holds nothing of a model that
+                was sharded after it was made.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -83,15 +86,23 @@ class Handle:
         self._hooks = [optimizer.register_step_post_hook(self._after_step)]
 
     def _join(self, optimizer: torch.optim.Optimizer) -> None:
+        shards = sharded(self.model.modules())
+        for module in shards:  # what an evaluation has left gathered is no optimizer's parameter
+            module.reshard()
         known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         names = {id(p): name for name, p in self.model.named_parameters()}
+        if shards and known.keys().isdisjoint(names):
+            raise ValueError(
+                "the optimizer holds no parameter of the model: fully_shard has exchanged them "
+                "since; make the optimizer after fully_shard, then attach it"
+            )
         for block in self.blocks:
             table = block.up.module._modules.get(CHILD)
             for parameter in table.parameters() if table is not None else ():
                 if id(parameter) in known or not parameter.requires_grad:
                     continue
                 group = next(
-                    (known[id(p)] for p in block.up.module.parameters(False) if id(p) in known),
+                    (known[id(p)] for p in block.up.module.parameters() if id(p) in known),
                     optimizer.param_groups[0],
                 )
                 group["params"].append(parameter)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,9 +21,10 @@ from torch import nn
 from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
-from actsparse.modify.handle import handle_of
+from actsparse.blocks.sharding import gathered_state, own_class, sharded
+from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.recipe import Recipe
-from actsparse.modify.sparsify import sparsify
+from actsparse.modify.sparsify import is_peft_model, sparsify
 
 SIDECAR, WEIGHTS = "actsparse.json", "model.safetensors"
 _FORMAT = 1
@@ -31,8 +35,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     ``model.safetensors`` holds every parameter and buffer, zeroth biases among them;
     ``actsparse.json`` the recipe, where its schedules stand and, for models of ``transformers``,
-    the class and config, so that :func:`load` needs nothing else. A folder that save() wrote
-    before is replaced.
+    the class and config, so that :func:`load` needs nothing else. Of a ``PeftModel`` the base and
+    the adapters are written, with the adapters' configs
+    (:func:`actsparse.modify.adapters.save_adapter` leaves out the base). A folder that save()
+    wrote before is replaced. Of a sharded model (FSDP2) call it in every process: parameters are
+    gathered, and the first process writes them.
 
     Raises:
         ValueError: the model is not sparsified, or its recipe holds a function.
@@ -40,28 +47,66 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         OSError: the folder cannot be written; what was there before is still there.
     """
     root = unwrap(model)
+    base = root.get_base_model() if is_peft_model(root) else root  # type: ignore[operator]
+    sidecar = {
+        **describe_changes(root, "save()"),
+        "model": _how_to_build(root, base),
+        "adapters": None if base is root else _adapter_configs(root),
+    }
+    whole: Any = root
+    if sharded(root.modules()):
+        state = gathered_state(root)
+        if torch.distributed.get_rank():
+            return Path(path)
+        whole = SimpleNamespace(state_dict=lambda: state)  # all that is asked of a model
+    with whole_folder(path, {SIDECAR, WEIGHTS}) as folder:
+        _write(whole, folder / WEIGHTS)
+        write_sidecar(folder, sidecar)
+    return Path(path)
+
+
+def describe_changes(root: nn.Module, caller: str) -> dict[str, Any]:
+    """What a sidecar says of a sparsified model: recipe, schedules, blocks and how to find them.
+
+    Raises:
+        ValueError: the model is not sparsified, its recipe holds a function, or nothing is known
+            of the inputs its blocks were found with. ``caller`` is whom the errors speak of.
+    """
     handle = handle_of(root)
     if handle is None:
-        raise ValueError("save() is for a sparsified model; for a plain one use its own way")
+        raise ValueError(f"{caller} is for a sparsified model; for a plain one use its own way")
     if handle.blocks.inputs is None:
-        raise ValueError("save() needs blocks as find_mlp_blocks returned them, not a plain list")
-    target = Path(path).resolve()
-    _check_free(target)
-    sidecar = {
+        raise ValueError(f"{caller} needs blocks as find_mlp_blocks returned them, no plain list")
+    return {
         "format": _FORMAT,
         "recipe": handle.recipe.to_json(),
         "state": handle.state_dict(),
         "blocks": [block.up.name for block in handle.blocks],
         "inputs": handle.blocks.inputs,
-        "model": _how_to_build(root),
+        "model": None,
     }
+
+
+def write_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
+    """Write ``actsparse.json``."""
+    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], files: set[str]) -> Iterator[Path]:
+    """A new folder to write ``files`` to, which takes the place of ``path`` when all went well.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or a folder that holds other files.
+    """
+    target = Path(path).resolve()
+    _check_free(target, files)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
     old = new.with_name(new.name + "-old")
     new.mkdir()
     try:
-        _write(root, new / WEIGHTS)
-        (new / SIDECAR).write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
+        yield new
         if target.exists():
             os.replace(target, old)
         os.replace(new, target)
@@ -71,18 +116,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    return Path(path)
 
 
-def _check_free(target: Path) -> None:
+def _check_free(target: Path, files: set[str]) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; save() writes a folder")
-    others = sorted({item.name for item in target.iterdir()} - {SIDECAR, WEIGHTS})
+        raise FileExistsError(f"{target} is a file; a model is saved to a folder")
+    others = sorted({item.name for item in target.iterdir()} - files)
     if others:
         raise FileExistsError(
-            f"save() replaces the whole folder, but {target} holds other files "
+            f"saving replaces the whole folder, but {target} holds other files "
             f"({', '.join(others[:3])}); give the model a folder of its own"
         )
 
@@ -102,7 +146,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """Read what :func:`save` wrote: build the plain model, sparsify it, load the weights.
 
     ``model`` is the plain model, in any state; it may be left out for classes of ``transformers``
-    (the model then comes in eval mode, with the dtypes it was saved with).
+    (the model then comes in eval mode, with the dtypes it was saved with). A model that was saved
+    with peft's adapters comes back as a ``PeftModel`` around it.
     Nothing is unpickled and no code from the folder runs. The handle is
     ``actsparse.handle_of(model)``.
 
@@ -111,30 +156,48 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         ValueError: torn or foreign files, or a model that does not fit them.
     """
     path = Path(path)
-    for name in (SIDECAR, WEIGHTS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path / name} is missing: not a folder written by save()")
-    sidecar = _read_sidecar(path / SIDECAR)
-    recipe = _recipe(path, sidecar["recipe"])
+    sidecar = read_sidecar(path, WEIGHTS)
+    recipe = recipe_of(path, sidecar)
+    adapters = sidecar.get("adapters")
     if model is None:
-        model = _build(path, sidecar["model"])
-    inputs = dummy_inputs(sidecar["inputs"], next(model.parameters()).device)
-    found = find_mlp_blocks(model, inputs)
-    kept = Blocks((b for b in found if b.up.name in sidecar["blocks"]), found.refused, found.inputs)
-    if [block.up.name for block in kept] != sidecar["blocks"]:
-        raise ValueError(
-            f"{path} was saved from a model with MLP blocks {sidecar['blocks']}; "
-            f"{type(model).__name__} has {[block.up.name for block in found]}"
-        )
+        model = _build(path, sidecar["model"], adapters)
+    elif adapters is not None and not is_peft_model(unwrap(model)):
+        model = _wrap(path, model, adapters)
+    kept = same_blocks(str(path), sidecar["blocks"], sidecar["inputs"], model)
     _read_weights(model, path / WEIGHTS, strict=False)  # so that sparsify meets the saved norms
     handle = sparsify(model, recipe, blocks=kept)
-    try:
+    with removed_on_failure(handle):
         _read_weights(model, path / WEIGHTS, strict=True)
         handle.load_state_dict(sidecar["state"])
+    return model
+
+
+@contextlib.contextmanager
+def removed_on_failure(handle: Handle) -> Iterator[None]:
+    """Take a recipe back where what is read into the model afterwards does not fit it."""
+    try:
+        yield
     except BaseException:
         handle.remove()
         raise
-    return model
+
+
+def same_blocks(source: str, names: list[str], inputs: Any, model: nn.Module) -> Blocks:
+    """The blocks of ``model`` whose up layers are called ``names``.
+
+    ``inputs`` describes what they are found with, ``source`` says in the error where they were.
+
+    Raises:
+        ValueError: the model has others.
+    """
+    found = find_mlp_blocks(model, dummy_inputs(inputs, next(model.parameters()).device))
+    kept = Blocks((b for b in found if b.up.name in names), found.refused, found.inputs)
+    if [block.up.name for block in kept] != names:
+        raise ValueError(
+            f"{source} has MLP blocks {names}; {type(model).__name__} has "
+            f"{[block.up.name for block in found]}"
+        )
+    return kept
 
 
 def _read_weights(model: nn.Module, file: Path, strict: bool) -> None:
@@ -144,14 +207,31 @@ def _read_weights(model: nn.Module, file: Path, strict: bool) -> None:
         raise ValueError(f"{file} does not fit the model: {error}") from error
 
 
-def _recipe(path: Path, values: dict[str, Any]) -> Recipe:
+def recipe_of(path: Path, sidecar: dict[str, Any]) -> Recipe:
+    """The recipe that a sidecar names.
+
+    Raises:
+        ValueError: it is none, or one of unknown modifications.
+    """
     try:
-        return Recipe.from_json(values)
+        return Recipe.from_json(sidecar["recipe"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / SIDECAR} holds no recipe as save() writes it") from error
 
 
-def _read_sidecar(file: Path) -> dict[str, Any]:
+def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
+    """``actsparse.json`` as plain values, of a folder that holds files called ``others`` as well.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the sidecar is torn, foreign or of another version.
+    """
+    for name in (SIDECAR, *others):
+        if not (folder / name).is_file():
+            adapter = name == WEIGHTS and (folder / "adapter_config.json").is_file()
+            what = "adapters alone, for load_adapter" if adapter else "not a folder of save()"
+            raise FileNotFoundError(f"{folder / name} is missing: {what}")
+    file = folder / SIDECAR
     try:
         sidecar = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -168,8 +248,34 @@ def _read_sidecar(file: Path) -> dict[str, Any]:
     return sidecar
 
 
-def _how_to_build(model: nn.Module) -> dict[str, Any] | None:
-    cls = type(model)
+def _adapter_configs(model: Any) -> dict[str, Any]:
+    """peft's configs by the names of the adapters, the active one first."""
+    names = dict.fromkeys([*model.active_adapters, *model.peft_config])
+    configs = {name: model.peft_config[name].to_dict() for name in names}
+    return json.loads(json.dumps(configs, default=sorted))  # JSON has no sets
+
+
+def _wrap(path: Path, model: nn.Module, adapters: Any) -> nn.Module:
+    import peft
+
+    try:
+        wrapped: nn.Module = model
+        for name, values in adapters.items():
+            config = peft.PeftConfig.from_peft_type(**values)
+            if is_peft_model(wrapped):
+                wrapped.add_adapter(name, config)  # type: ignore[operator]
+            else:
+                wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        return wrapped
+    except Exception as error:
+        raise ValueError(
+            f"{path}: cannot put its adapters on {type(model).__name__}: {error}"
+        ) from error
+
+
+def _how_to_build(root: nn.Module, model: nn.Module) -> dict[str, Any] | None:
+    """Class and config of ``model``, dtypes by the names they have in ``root`` around it."""
+    cls = own_class(model)
     config = getattr(model, "config", None)
     if cls.__module__.split(".")[0] != "transformers" or config is None:
         return None
@@ -179,7 +285,7 @@ def _how_to_build(model: nn.Module) -> dict[str, Any] | None:
         "attention": getattr(config, "_attn_implementation", None),  # not in the config's file
         "dtypes": {
             name: str(tensor.dtype).removeprefix("torch.")
-            for name, tensor in _floats(model)
+            for name, tensor in _floats(root)
             if tensor.dtype != torch.float32
         },
     }
@@ -191,7 +297,7 @@ def _floats(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in both if tensor.is_floating_point()]
 
 
-def _build(path: Path, spec: dict[str, Any] | None) -> nn.Module:
+def _build(path: Path, spec: dict[str, Any] | None, adapters: Any) -> nn.Module:
     if spec is None:
         raise ValueError(f"{path} holds no config of a transformers model: pass load(path, model=)")
     import transformers
@@ -204,6 +310,8 @@ def _build(path: Path, spec: dict[str, Any] | None) -> nn.Module:
         if spec.get("attention") in ("eager", "sdpa"):
             config._attn_implementation = spec["attention"]
         model: nn.Module = cls(config)
+        if adapters is not None:
+            model = _wrap(path, model, adapters)
         for name, tensor in _floats(model):
             tensor.data = tensor.data.to(getattr(torch, spec["dtypes"].get(name, "float32")))
     except Exception as error:

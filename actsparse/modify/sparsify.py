@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from actsparse.blocks.find import find_mlp_blocks
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
 from actsparse.modify.recipe import RecipeLike, as_recipe
+from actsparse.modify.zeroth_bias import CHILD
 
 
 def sparsify(
@@ -30,6 +32,8 @@ def sparsify(
     missing). ``inputs`` is anything the model runs on (a
     tensor, a tuple, or a dict for ``model(**inputs)``), by which its MLP blocks are found;
     ``blocks`` gives them instead. ``optimizer`` is attached (:meth:`Handle.attach`) if given.
+    With peft, wrap first (:func:`actsparse.modify.adapters.lora_config`) and sparsify then: zeroth
+    biases are among what the ``PeftModel`` saves.
 
     Returns:
         The handle: print it, ``attach`` an optimizer, ``remove`` everything again.
@@ -74,6 +78,8 @@ def sparsify(
     try:
         for modification in recipe.modifications:
             _apply(handle, modification)
+        if is_peft_model(root):
+            _keep_with_adapter(root, blocks)
         if optimizer is not None:
             handle.attach(optimizer)
     except BaseException:
@@ -81,6 +87,32 @@ def sparsify(
         raise
     keep_handle(root, handle)
     return handle
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether ``model`` is a ``PeftModel``; peft is not imported for that."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _keep_with_adapter(model: Any, blocks: Blocks) -> None:
+    """Let ``save_pretrained`` keep the zeroth biases.
+
+    peft saves what its own layers hold, so a table on a layer with an adapter is saved as it is
+    (since peft 0.21); any other is wrapped as its ``modules_to_save`` are.
+    """
+    import peft
+    from peft.utils import ModulesToSaveWrapper
+
+    adapter = model.active_adapter
+    saved = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    for block in blocks:
+        table = block.up.module._modules.get(CHILD)
+        if table is None or f"{block.up.name}.{CHILD}.zeroth_bias" in saved:
+            continue
+        block.up.module._modules[CHILD] = ModulesToSaveWrapper(table, adapter)
+        config = model.peft_config[adapter]
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), CHILD]))
 
 
 def _check_blocks(root: nn.Module, blocks: Blocks) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.sharding import whole
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification
 
@@ -57,7 +58,8 @@ class _Noisy(Attached):
             weight = layer.weight
             # in float32: squares of small half-precision weights vanish
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            rms = torch.linalg.vector_norm(weight, dtype=dtype) / weight.numel() ** 0.5
+            norm = whole(torch.linalg.vector_norm(weight, dtype=dtype))
+            rms = norm / weight.numel() ** 0.5
             std = self.rho * rms * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
             noise = torch.randn_like(output) * std.to(output.dtype)
         return output + noise

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from actsparse.blocks.block import Layer, MLPBlock, Norm
+from actsparse.blocks.sharding import sharded
 from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.tokens import Tokens, batch_first
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
@@ -53,6 +54,11 @@ class ZerothBias(Modification):
 
     @override
     def apply(self, block: MLPBlock) -> Attached:
+        if sharded([*block.path, block.up.module]):
+            raise ValueError(
+                f"block {block.name!r} is sharded already, which would leave its zeroth bias out; "
+                f"the order is sparsify, fully_shard, optimizer, handle.attach"
+            )
         length, origin = (self.length, "as given") if self.length else _length(block)
         norm, notes = block.norm, [f"{length} positions ({origin})"]
         bias = norm.parameter("bias") if norm else None

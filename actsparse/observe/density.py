@@ -84,6 +84,11 @@ class Density:
         """The three counters."""
         return [self.active, self.sloped, self.tokens]
 
+    def load(self, state: list[Tensor]) -> None:
+        """Go on from these counts."""
+        for counter, count in zip(self.state(), state, strict=True):
+            counter.copy_(count)
+
     @staticmethod
     def summary(parts: dict[str, Density]) -> dict[str, Any] | None:
         """Of the blocks called ``parts`` together and, under ``blocks``, of each.

@@ -159,11 +159,13 @@ class GradientMeasure:
         return list(self._sums.values())
 
     def state(self) -> list[Tensor]:
-        """The sums, which add up over processes; zeros where no pass has come."""
-        for leaf in self._sums.values():
-            if leaf.grad is None:
-                leaf.grad = torch.zeros_like(leaf)
-        return [leaf.grad for leaf in self._sums.values() if leaf.grad is not None]
+        """The sums; zeros that take no memory where no pass has come."""
+        return [leaf.detach() if leaf.grad is None else leaf.grad for leaf in self.leaves]
+
+    def load(self, state: list[Tensor]) -> None:
+        """Go on from these sums."""
+        for leaf, sums in zip(self.leaves, state, strict=True):
+            leaf.grad = sums.to(leaf.device, copy=True) if bool(sums.any()) else None
 
     def sums(self, name: str) -> dict[str, float] | None:
         """What ``reading`` has gathered, by name, with ``skipped``; None: nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -177,16 +177,90 @@ class Seen:
                 for measure in watch.measures[each].values():
                     measure.reset()
 
-    def pool(self) -> None:
-        """Add up what all processes of ``torch.distributed`` have seen; call it in each of them.
+    def pool(self, phase: Phase | None = None) -> None:
+        """Add up what all processes of ``torch.distributed`` have seen, of one phase or of both.
 
-        Afterwards each holds the sum, so reset all but one before they see more.
+        To be called in each of them. Afterwards each holds the sum, so reset all but one before
+        they see more.
         """
-        for watch in self._watches.values():
-            for phase in PHASES:
-                for measure in watch.measures[phase].values():
-                    for tensor in measure.state():
-                        torch.distributed.all_reduce(tensor)
+        if phase is not None:
+            _check(phase)
+        phases = PHASES if phase is None else (phase,)
+        with torch.inference_mode(False):  # else no later step outside it could add to them
+            for _, measure in self._measures(phases):
+                total = [
+                    tensor.clone(memory_format=torch.contiguous_format)
+                    for tensor in measure.state()
+                ]
+                for tensor in total:
+                    torch.distributed.all_reduce(tensor)
+                measure.load(total)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was counted so far, to go on with after :meth:`load_state_dict`.
+
+        Copies, by ``<block>/<phase>/<measure>/<number>``; an empty tensor where nothing but zeros
+        was. Measures of the weights themselves (``"spectrum"``) count nothing. Every process has
+        a state of its own.
+
+        >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+        >>> seen = observe(mlp, inputs=torch.randn(4, 5, 8))
+        >>> _ = mlp(torch.randn(4, 5, 8))
+        >>> {key: list(tensor.shape) for key, tensor in seen.state_dict().items()}
+        {'0/train/density/0': [32], '0/train/density/1': [32], '0/train/density/2': [],
+         '0/inference/density/0': [0], '0/inference/density/1': [0], '0/inference/density/2': [0]}
+        """
+        return {
+            key: tensor.clone() if bool(tensor.any()) else tensor.new_empty(0)
+            for key, tensor in self._tensors().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where :meth:`state_dict` was taken; what was counted here before is forgotten.
+
+        Raises:
+            ValueError: the state is of other blocks or measures, or of other sizes. Nothing has
+                changed then.
+        """
+        own = self._tensors()
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"the state is of other blocks or measures: of what is observed here it lacks "
+                f"{_some(missing)}, and beyond that it has {_some(unknown)}"
+            )
+        for key, tensor in own.items():
+            given = state[key]
+            if not isinstance(given, Tensor):
+                raise ValueError(f"not a state of what was seen: {key} is no tensor, but {given!r}")
+            if given.numel() and (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(
+                    f"the state is of other sizes: {key} is {given.dtype} {list(given.shape)}, "
+                    f"but here {tensor.dtype} {list(tensor.shape)}"
+                )
+        with torch.inference_mode(False):
+            for stem, measure in self._measures():
+                held = {f"{stem}/{i}": tensor for i, tensor in enumerate(measure.state())}
+                measure.load(
+                    [
+                        state[key] if state[key].numel() else tensor.new_zeros(()).expand_as(tensor)
+                        for key, tensor in held.items()
+                    ]
+                )
+
+    def _measures(self, phases: Iterable[Phase] = PHASES) -> Iterator[tuple[str, Any]]:
+        for label, watch in self._watches.items():
+            for phase in phases:
+                for name, measure in watch.measures[phase].items():
+                    yield f"{label}/{phase}/{name}", measure
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What holds the counts, by the keys of the state."""
+        return {
+            f"{stem}/{i}": tensor
+            for stem, measure in self._measures()
+            for i, tensor in enumerate(measure.state())
+        }
 
     def open(self) -> None:
         """Watch again after :meth:`close`, and count on."""
@@ -257,6 +331,10 @@ def table_of(
             ]
             table.add_row(phase, row["block"], *cells, end_section=row["block"] == "all")
     return table
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if keys[3:] else "") or "nothing"
 
 
 def _check(phase: str) -> None:

@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.sharding import whole
 from actsparse.blocks.site import Site
 
 _TW = 3.2722  # 99.9 % quantile of the Tracy–Widom law of real matrices (β = 1)
@@ -261,7 +262,8 @@ def spectrum(weight: Tensor, *, zero: float = 0.1) -> Spectrum:
 class WeightSpectrum:
     """The spectra of a block's weights, as they are when the summary is read, after any pass.
 
-    ``zero`` as in :func:`spectrum`. Time: an SVD of every weight for each summary.
+    ``zero`` as in :func:`spectrum`. Time: an SVD of every weight for each summary. Sharded weights
+    are gathered for it: read the summary in every process.
     """
 
     columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]] = {
@@ -296,6 +298,9 @@ class WeightSpectrum:
         """None: processes share their weights."""
         return []
 
+    def load(self, state: list[Tensor]) -> None:
+        """Nothing: weights are read where they are."""
+
     @staticmethod
     def summary(parts: dict[str, WeightSpectrum]) -> dict[str, Any] | None:
         """Of each block, under ``blocks``, numbers of its layers called ``up_ks`` and so on.
@@ -329,7 +334,9 @@ def spectra(block: MLPBlock, zero: float = 0.1) -> dict[str, Spectrum]:
     A weight that is all zeros is left out.
     """
     layers = {"up": block.up, "gate": block.gate, "down": block.down}
-    weights = {name: layer.weight.detach() for name, layer in layers.items() if layer is not None}
+    weights = {
+        name: whole(layer.weight.detach()) for name, layer in layers.items() if layer is not None
+    }
     weights["down"] = weights["down"].mT
     return {name: spectrum(w, zero=zero) for name, w in weights.items() if bool(w.any())}
 

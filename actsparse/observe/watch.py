@@ -47,7 +47,10 @@ class Measure(Protocol):
         """Forget all passes."""
 
     def state(self) -> list[Tensor]:
-        """The tensors that hold it, which add up over processes."""
+        """The tensors that hold it, to read: they add up over processes; zeros: nothing counted."""
+
+    def load(self, state: list[Tensor]) -> None:
+        """Go on from such a state, in a copy of its own, whatever was counted before."""
 
     @staticmethod
     def summary(parts: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,0 +1,252 @@
+"""Finetuning for sparsity with LoRA: peft's adapters beside a recipe, saved, loaded and merged.
+
+The order is peft first, ``sparsify`` then, so that what a recipe attaches sees the whole layer:
+
+    model = peft.get_peft_model(base, lora_config(base, batch))
+    handle = sparsify(model, "paper-finetune", inputs=batch)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from actsparse.blocks.block import MLPBlock, unwrap
+from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.trace import is_linear
+from actsparse.modify.handle import Handle, handle_of
+from actsparse.modify.saving import (
+    SIDECAR,
+    describe_changes,
+    read_sidecar,
+    recipe_of,
+    removed_on_failure,
+    same_blocks,
+    whole_folder,
+    write_sidecar,
+)
+from actsparse.modify.sparsify import is_peft_model, sparsify
+from actsparse.modify.zeroth_bias import CHILD
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's files, beside them:
+CHANGES = "actsparse.safetensors"  # zeroth biases, and the norms before the MLPs
+_INNER = "base_model.model."  # where a PeftModel holds the model it wraps
+
+
+def lora_config(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    r: int = 192,
+    alpha: float | None = None,
+    targets: str | Iterable[str] = "all-linear",
+    dropout: float = 0.0,
+    keep: str | Iterable[str] = (),
+) -> Any:
+    """A ``peft.LoraConfig`` for finetuning ``model`` for sparsity: ``W + (alpha/r)·B A``.
+
+    The norms that feed MLPs are trained in full beside the adapters, as recipes with a norm floor
+    and zeroth biases need it, and so are the modules named in ``keep``, such as a new head.
+    ``inputs`` is anything the model runs on. ``r = 192`` is the papers' (arXiv 2309.03004,
+    2605.25612, finetuning for sparsity); ``alpha`` is ``r`` unless given, so that the adapter's
+    scale is 1. ``targets`` are the ends of the names of the layers that get adapters (``"fc1"``,
+    ``"mlp.fc1"``), or peft's word for all but the head of a language model.
+
+    Raises:
+        ValueError: a target, or a module to keep, that the model does not have; a model that is
+            sparsified already.
+        NoMLPFound: the model has no MLP block.
+
+    >>> import peft
+    >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    >>> config = lora_config(mlp, torch.zeros(2, 5, 8), r=4, targets=["1", "3"])
+    >>> config.r, config.lora_alpha, config.modules_to_save
+    (4, 4, ['0'])
+    >>> model = peft.get_peft_model(mlp, config)
+    >>> handle = sparsify(model, "paper-finetune", inputs=torch.zeros(2, 5, 8))
+    """
+    import peft
+
+    if handle_of(unwrap(model)) is not None:
+        raise ValueError(
+            "the model is sparsified already, and layers that peft wraps now would leave their "
+            "adapters out of it; call handle.remove(), wrap, then sparsify"
+        )
+    modules = dict(unwrap(model).named_modules())
+    layers = {name: module for name, module in modules.items() if name and is_linear(module)}
+    targets, keep = _as_list(targets), _as_list(keep)
+    all_linear = targets == ["all-linear"]
+    aimed = list(layers) if all_linear else _named("LoRA target", targets, modules, layers)
+    _named("module to keep", keep, modules, layers)
+    blocks = find_mlp_blocks(model, inputs)
+    norms = [block.norm.name for block in blocks if block.norm is not None]
+    return peft.LoraConfig(
+        r=r,
+        lora_alpha=r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if all_linear else targets,
+        modules_to_save=list(dict.fromkeys([*norms, *keep])),
+        fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in aimed),
+    )
+
+
+def _as_list(names: str | Iterable[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _named(what: str, ends: list[str], modules: Iterable[str], layers: Iterable[str]) -> list[str]:
+    """The modules that peft takes for ``ends``: those whose names are one or end with one."""
+    found = {end: [m for m in modules if m == end or m.endswith(f".{end}")] for end in ends}
+    missing = [end for end, names in found.items() if not names]
+    if missing:
+        known = dict.fromkeys(_without_numbers(name) for name in layers)
+        raise ValueError(
+            f"{what} {', '.join(map(repr, missing))} does not exist; the model's linear layers "
+            f"are {', '.join(known)}"
+        )
+    return [name for names in found.values() for name in names]
+
+
+def _without_numbers(name: str) -> str:
+    """A layer's name from the last number on, or whole where there is none.
+
+    >>> _without_numbers("vit.layers.3.mlp.fc1"), _without_numbers("classifier")
+    ('mlp.fc1', 'classifier')
+    """
+    return re.sub(r"^.*\.\d+\.", "", name)
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write the adapter of a sparsified ``PeftModel`` to the folder ``path``, without its base.
+
+    The folder is peft's own (``adapter_config.json``, ``adapter_model.safetensors``) with two more
+    files: ``actsparse.json``, the recipe and where its schedules stand, and
+    ``actsparse.safetensors``, the zeroth biases and the norms that feed the MLPs, whether or not
+    peft's config keeps them. :func:`load_adapter` reads all four. The folder is written whole, or
+    not at all; one that was written so before is replaced.
+
+    Raises:
+        ValueError: no sparsified ``PeftModel``, or one with several adapters.
+        FileExistsError: ``path`` is a file, or a folder with other files in it.
+        OSError: the folder cannot be written; what was there before is still there.
+    """
+    root, handle = _sparsified(model, "save_adapter()")
+    if list(root.peft_config) != ["default"]:
+        raise ValueError(
+            f"save_adapter() keeps one adapter called 'default', this model has "
+            f"{', '.join(map(repr, root.peft_config))}; save() keeps them all"
+        )
+    changes = {name: tensor.detach().contiguous() for name, tensor in _changed(root, handle)}
+    sidecar = describe_changes(root, "save_adapter()")
+    with whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
+        root.save_pretrained(str(folder))
+        save_file(changes, str(folder / CHANGES))
+        write_sidecar(folder, sidecar)
+    return Path(path)
+
+
+def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
+    """Put what :func:`save_adapter` wrote on ``base``, the model that the adapter was trained on.
+
+    Returns:
+        The sparsified ``PeftModel`` around ``base``, in eval mode and ready to be trained on; the
+        handle is ``actsparse.handle_of(model)``.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: torn or foreign files, or a base that does not fit them.
+    """
+    import peft
+
+    path = Path(path)
+    sidecar = read_sidecar(path, CHANGES, ADAPTER, CONFIG)
+    recipe = recipe_of(path, sidecar)
+    try:
+        changes = load_file(str(path / CHANGES))
+    except SafetensorError as error:
+        raise ValueError(f"{path / CHANGES} is not whole: {error}") from error
+    try:
+        model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
+    except Exception as error:
+        name = type(base).__name__
+        raise ValueError(f"{path}: its adapter does not fit {name}: {error}") from error
+    handle = sparsify(
+        model, recipe, blocks=same_blocks(str(path), sidecar["blocks"], sidecar["inputs"], model)
+    )
+    with removed_on_failure(handle), torch.no_grad():
+        own = dict(_changed(model, handle))
+        shapes = [{name: tuple(t.shape) for name, t in each.items()} for each in (own, changes)]
+        if shapes[0] != shapes[1]:
+            odd = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+            raise ValueError(f"{path / CHANGES} does not fit {type(base).__name__}, see {odd[0]}")
+        for name, tensor in own.items():
+            tensor.copy_(changes[name])
+        handle.load_state_dict(sidecar["state"])
+    return model.eval()
+
+
+def merge_adapter(model: nn.Module) -> nn.Module:
+    """peft's ``merge_and_unload``, with the recipe kept: the plain model, sparsified as before.
+
+    Adapters are added to the weights, ``W ← W + (alpha/r)·B A``; zeroth biases, norms and the state
+    of the schedules stay, so that in eval mode the outputs are those of ``model`` up to rounding.
+    What peft has frozen stays frozen.
+    ``model`` is used up, as by peft, and its optimizer is no longer followed. The result takes
+    ``actsparse.save``; its handle is ``actsparse.handle_of(merged)``.
+
+    Raises:
+        ValueError: no sparsified ``PeftModel``; the model is as before then.
+    """
+    root, handle = _sparsified(model, "merge_adapter()")
+    inputs, state = handle.blocks.inputs, handle.state_dict()
+    if inputs is None:
+        raise ValueError("merge_adapter() needs blocks as find_mlp_blocks returned them")
+    names = [block.up.name.removeprefix(_INNER) for block in handle.blocks]
+    tables = [_table(block) for block in handle.blocks]
+    handle.remove()
+    merged: nn.Module = root.merge_and_unload()
+    kept = same_blocks("the model to merge", names, inputs, merged)
+    again = sparsify(merged, handle.recipe, blocks=kept)
+    with torch.no_grad():
+        for new, old in zip(map(_table, kept), tables, strict=True):
+            if new is not None and old is not None:
+                new.copy_(old)
+    again.load_state_dict(state)
+    return merged
+
+
+def _table(block: MLPBlock) -> Tensor | None:
+    """The zeroth bias in force at a block, where it has one; peft's wrapper hands it on."""
+    child: Any = block.up.module._modules.get(CHILD)
+    return None if child is None else child.zeroth_bias
+
+
+def _sparsified(model: nn.Module, caller: str) -> tuple[Any, Handle]:
+    root = unwrap(model)
+    if not is_peft_model(root):
+        raise ValueError(
+            f"{caller} is for a model with peft's adapters, got {type(root).__name__}; wrap it "
+            f"with peft.get_peft_model, then sparsify"
+        )
+    handle = handle_of(root)
+    if handle is None:
+        raise ValueError(f"{caller} is for a sparsified model; for a plain one use peft's own way")
+    return root, handle
+
+
+def _changed(model: nn.Module, handle: Handle) -> list[tuple[str, Tensor]]:
+    """By name, what a recipe changes itself: zeroth biases and the norms that feed the MLPs."""
+    mine = set()
+    for block in handle.blocks:
+        table = block.up.module._modules.get(CHILD)
+        mine |= {id(p) for p in table.parameters()} if table is not None else set()
+        mine |= {id(p) for p in block.norm.module.parameters()} if block.norm else set()
+    return [(name, p) for name, p in model.named_parameters() if id(p) in mine]
