@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from actsparse.data.augment import Mixed, Stream
 from actsparse.data.bigram import Bigram, bigram_nats, fit_bigram
 from actsparse.data.digits import load_digits_splits
+from actsparse.data.images import image_splits
+from actsparse.data.rows import CausalRows, SpanRows
+from actsparse.data.shards import Corpus, corpus
 from actsparse.data.span_corruption import SpanLengths, corrupt, noise_mask, span_lengths
 from actsparse.data.splits import Splits, TensorRows
+from actsparse.data.streams import ShardLoader, text_splits
 from actsparse.data.text import lm_splits, span_corruption_splits
+from actsparse.data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "Bigram",
+    "CausalRows",
+    "Corpus",
+    "Mixed",
+    "ShardLoader",
     "SpanLengths",
+    "SpanRows",
     "Splits",
+    "Stream",
     "TensorRows",
+    "Tokenizer",
     "bigram_nats",
+    "corpus",
     "corrupt",
     "fit_bigram",
+    "image_splits",
     "lm_splits",
     "load_digits_splits",
+    "load_tokenizer",
     "noise_mask",
     "span_corruption_splits",
     "span_lengths",
+    "text_splits",
 ]

@@ -92,8 +92,9 @@ def corrupt(
 ) -> tuple[Ids, Ids]:
     """Corrupt `tokens` [T] into inputs and targets, each ending with `eos`.
 
+    An `eos` among the tokens, where one document of a packed row ends, is a token like any other.
     Raises `ValueError` when `tokens` is not one sequence of at least 2, or holds an id that is
-    needed as a sentinel or as `eos`.
+    needed as a sentinel.
 
     >>> tokens = np.arange(10, 20)
     >>> rng = np.random.default_rng(1)
@@ -114,11 +115,10 @@ def apply_mask(
     starts = mask & ~np.concatenate([[False], mask[:-1]])
     span = np.cumsum(starts) - 1
     lowest = sentinel_start - int(starts.sum()) + 1
-    clash = tokens[((tokens >= lowest) & (tokens <= sentinel_start)) | (tokens == eos)]
+    clash = tokens[(tokens >= lowest) & (tokens <= sentinel_start)]
     if len(clash):
         raise ValueError(
-            f"token id {clash[0]} is taken: eos is {eos}, sentinels are {lowest} to "
-            f"{sentinel_start}"
+            f"token id {clash[0]} is taken: sentinels are {lowest} to {sentinel_start}"
         )
     inputs = np.where(starts, sentinel_start - span, tokens)[~mask | starts]
     hidden = np.flatnonzero(mask)

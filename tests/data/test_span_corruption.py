@@ -42,7 +42,7 @@ def test_inputs_and_targets_give_the_text_back(
     length: int, density: float, mean_span: float, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(2, 258, size=length)
+    tokens = rng.integers(1, 258, size=length)  # eos among them, as where documents are packed
     inputs, targets = corrupt(
         tokens,
         rng,
@@ -73,6 +73,35 @@ def test_the_mask_has_the_noise_and_the_spans_of_the_formula(
     assert len(starts) == expected.spans
     assert not mask[0]
     assert mask[-1]
+
+
+@given(lengths, densities, mean_spans, seeds)
+def test_every_token_is_in_the_inputs_or_in_the_targets_once(
+    length: int, density: float, mean_span: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    inputs, targets = corrupt(
+        np.arange(2, 2 + length),
+        rng,
+        sentinel_start=SENTINEL_START,
+        eos=EOS,
+        noise_density=density,
+        mean_span=mean_span,
+    )
+    text = [ids[(ids != EOS) & (ids < 2 + length)].tolist() for ids in (inputs, targets)]
+    assert sorted(text[0] + text[1]) == list(range(2, 2 + length))
+    assert text == [sorted(text[0]), sorted(text[1])]  # and in order
+
+
+@given(st.integers(100, 2000), st.floats(0.05, 0.5), st.floats(1, 5))
+def test_the_share_of_noise_and_the_length_of_spans_are_those_asked_for(
+    length: int, density: float, mean_span: float
+) -> None:
+    found = span_lengths(length, density, mean_span)
+    # each is rounded to a whole number, the mean span after the noise
+    assert abs(found.noise - length * density) <= 0.5
+    if found.noise / mean_span <= length - found.noise:
+        assert abs(found.spans - found.noise / mean_span) <= 0.5
 
 
 def test_t5s_own_lengths() -> None:
@@ -106,6 +135,24 @@ def test_a_worked_example() -> None:
     assert targets.tolist() == [99, 11, 12, 98, 15, 1]
 
 
+def test_the_papers_example() -> None:
+    # Figure 2: "Thank you for inviting me to your party last week ."; its targets end with a third
+    # sentinel where T5's data, and ours, have eos alone.
+    thank, you, for_, inviting, me, to, your, party, last, week, stop = range(10, 21)
+    tokens = np.array([thank, you, for_, inviting, me, to, your, party, last, week, stop])
+    mask = np.isin(tokens, [for_, inviting, last])
+    inputs, targets = apply_mask(tokens, mask, sentinel_start=32_099, eos=1)
+    assert inputs.tolist() == [thank, you, 32_099, me, to, your, party, 32_098, week, stop, 1]
+    assert targets.tolist() == [32_099, for_, inviting, 32_098, last, 1]
+
+
+def test_an_eos_inside_is_a_token_like_any_other() -> None:
+    mask = np.array([0, 1, 0, 1], dtype=bool)
+    inputs, targets = apply_mask(np.array([1, 1, 5, 1]), mask, sentinel_start=99, eos=1)
+    assert inputs.tolist() == [1, 99, 5, 98, 1]
+    assert targets.tolist() == [99, 1, 98, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,12 +169,10 @@ def test_what_cannot_be_corrupted_is_refused(arguments: dict[str, float], messag
         span_lengths(**arguments)
 
 
-def test_ids_that_are_sentinels_or_eos_are_refused() -> None:
+def test_ids_that_are_sentinels_are_refused() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="token id 99 is taken"):
         corrupt(np.array([99, 5, 6]), rng, sentinel_start=99, eos=1)
-    with pytest.raises(ValueError, match="token id 1 is taken"):
-        corrupt(np.array([4, 5, 1]), rng, sentinel_start=99, eos=1)
     with pytest.raises(ValueError, match="one sequence"):
         corrupt(np.ones((2, 8)), rng, sentinel_start=99, eos=1)
     with pytest.raises(ValueError, match="inputs=2 is too short"):
