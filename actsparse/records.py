@@ -2,8 +2,9 @@
 
 The first line (kind ``run``) says what ran, on what and when; ``train``, ``eval`` and, where asked
 for, ``measured`` lines follow; a ``result`` line means the run is finished, a ``failed`` line says
-why it is not. `SCHEMA` below lists every field. Numbers are finite; null stands only where the
-schema says so.
+why it is not. `actsparse.record_schema.SCHEMA` lists every field. Numbers are finite; null stands
+only where the schema says so. What the clock says stands under ``time`` alone, so that two runs of
+one config can be told to be the same: all but ``time`` and ``run_id`` is.
 
 A line counts once its newline is there, so a run killed half-way through a line loses that alone.
 """
@@ -13,113 +14,20 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-VERSION = 1
+from actsparse.record_schema import MEASURES as MEASURES  # what a summary of observe fits
+from actsparse.record_schema import SCHEMA, VERSION, Entry, RecordError, check_shape
+
 PACKAGES = ("actsparse", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
-
-Entry = dict[str, Any]
-
-
-class RecordError(Exception):
-    """A record that cannot be written or read; the message names the file and what is wrong."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a field must be: in words, and as a test."""
-
-    right: str
-    holds: Callable[[Any], bool]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-NUMBER = Rule("a finite number", _number)
-SHARE = Rule("a share from 0 to 1", lambda value: _number(value) and 0 <= value <= 1)
-COUNT = Rule("a whole number, 0 or more", _count)
-TEXT = Rule("text that is not empty", lambda value: isinstance(value, str) and value != "")
-FLAG = Rule("true or false", lambda value: isinstance(value, bool))
-OBJECT = Rule("an object", lambda value: isinstance(value, dict))
-NUMBERS = Rule(
-    "an object of finite numbers",
-    lambda value: isinstance(value, dict) and all(_number(each) for each in value.values()),
-)
-
-# A shape is a rule, an object of shapes, a list of one shape, or (shape, None): may be null.
-Shape = Any
-
-_DENSITIES: dict[str, Shape] = {
-    "density": SHARE,
-    "derivative_density": SHARE,
-    "dead": COUNT,
-    "units": COUNT,
-    "living_density": (SHARE, None),  # null where every unit is dead
-}
-MEASURES: Shape = ({**_DENSITIES, "blocks": [{"block": TEXT, **_DENSITIES}]}, None)  # null: no MLPs
-SCHEMA: dict[str, dict[str, Shape]] = {
-    "run": {
-        "schema": COUNT,
-        "task": TEXT,
-        "arm": TEXT,
-        "seed": COUNT,
-        "config": OBJECT,
-        "versions": OBJECT,
-        "hardware": OBJECT,
-        "git": (OBJECT, None),  # null outside a git checkout
-        "started": TEXT,
-    },
-    "train": {  # over the training batches since the previous such line, in train mode
-        "step": COUNT,
-        "loss": NUMBER,
-        "lr": NUMBER,
-        "seconds": NUMBER,
-        "penalty": (NUMBER, None),
-        "measures": MEASURES,
-    },
-    "eval": {
-        "split": TEXT,
-        "step": COUNT,
-        "loss": NUMBER,
-        "quality": NUMBER,
-        "measures": MEASURES,
-    },
-    "result": {
-        "split": TEXT,
-        "step": COUNT,
-        "loss": NUMBER,
-        "quality": NUMBER,
-        "quality_name": TEXT,
-        "higher_is_better": FLAG,
-        "inference": MEASURES,
-        "training": MEASURES,  # over the last fifth of training
-        "skippable": ({"forward": SHARE, "backward": SHARE}, None),  # share of multiplications
-        "seconds": NUMBER,
-        "baselines": NUMBERS,
-    },
-    "measured": {  # by passes of its own, in eval mode
-        "step": COUNT,
-        "how": OBJECT,
-        "measures": (OBJECT, None),
-        "curvature": OBJECT,
-    },
-    "failed": {"step": COUNT, "reason": TEXT},
-}
 
 
 @dataclass(frozen=True)
@@ -159,8 +67,9 @@ class Run:
 class RecordWriter:
     """Writes one run's record, line by line; every line is on disk when its call returns.
 
-    Starting replaces a record already at ``path``. ``header`` holds task, arm, seed, config and
-    what `environment` returns; ``kind``, ``schema`` and ``started`` (now) are filled in. A
+    Starting replaces a record already at ``path``; `resume` goes on with it. ``header`` holds task,
+    arm, seed, config and what `environment` returns, and where there are several the number of
+    ``processes``; ``kind``, ``schema``, ``run_id`` and ``time.started`` (now) are filled in. A
     ``command`` in it is shown on the report.
 
     Raises `RecordError` for a field that is missing or wrong, and where the disk refuses (full,
@@ -178,8 +87,48 @@ class RecordWriter:
     def __init__(self, path: str | Path, header: Entry) -> None:
         self.path = Path(path)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        head = {"kind": "run", "schema": VERSION, "started": started, **header}
-        write_whole(self.path, _line(head, self.path))
+        head = {
+            "kind": "run",
+            "schema": VERSION,
+            "run_id": uuid.uuid4().hex,
+            "time": {"started": started},
+            "processes": 1,
+            **header,
+        }
+        self._begin(_line(head, self.path))
+
+    @classmethod
+    def resume(cls, path: str | Path, step: int) -> RecordWriter:
+        """Go on with a record as it was after ``step`` optimizer steps; its header stays.
+
+        Later lines are cut off, and so are a ``failed`` or ``result`` line and half a line at the
+        end: a run stopped anywhere and resumed writes what it would have written undisturbed.
+
+        Raises `RecordError` as `read_run` does, and where the disk refuses.
+
+        >>> import tempfile
+        >>> path = run_path(tempfile.mkdtemp(), arm="paper", seed=0)
+        >>> header = {"task": "digits", "arm": "paper", "seed": 0, "config": {}, **environment()}
+        >>> with RecordWriter(path, header) as record:
+        ...     record.write("failed", step=7, reason="the loss became NaN")
+        >>> RecordWriter.resume(path, step=5).close()
+        >>> read_run(path).failed is None
+        True
+        """
+        lines, entries, _ = _read(Path(path))
+        kept = [
+            line
+            for line, entry in zip(lines, entries, strict=True)
+            if entry["kind"] == "run"
+            or (entry["kind"] not in ("failed", "result") and entry["step"] <= step)
+        ]
+        record = cls.__new__(cls)
+        record.path = Path(path)
+        record._begin(b"".join(line + b"\n" for line in kept))
+        return record
+
+    def _begin(self, lines: bytes) -> None:
+        write_whole(self.path, lines)
         try:
             self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as error:
@@ -239,23 +188,13 @@ def read_run(path: str | Path) -> Run:
     """Read one record.
 
     Raises `RecordError`, naming path and line, for a file that cannot be read, is no record, was
-    written by a newer schema, or holds a broken line anywhere but at its end.
+    written by another schema, or holds a broken line anywhere but at its end.
     """
     path = Path(path)
-    try:
-        *lines, rest = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
-    if not lines:
-        raise RecordError(f"{path}:1: no whole first line; a record begins with its run line")
-    entries = [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
-    header, *body = entries
+    _, (header, *body), torn = _read(path)
     by_kind: dict[str, list[Entry]] = {kind: [] for kind in SCHEMA}
-    for number, entry in enumerate(body, start=2):
-        kind = entry["kind"]
-        if kind == "run" or (kind in ("result", "failed") and by_kind[kind]):
-            raise RecordError(f"{path}:{number}: a second {kind} line; a record holds one")
-        by_kind[kind].append(entry)
+    for entry in body:
+        by_kind[entry["kind"]].append(entry)
     return Run(
         path=path,
         header=header,
@@ -264,7 +203,7 @@ def read_run(path: str | Path) -> Run:
         measured=by_kind["measured"],
         result=by_kind["result"][0] if by_kind["result"] else None,
         failed=by_kind["failed"][0] if by_kind["failed"] else None,
-        torn=rest != b"",
+        torn=torn,
     )
 
 
@@ -337,6 +276,26 @@ def _line(entry: Entry, path: Path) -> bytes:
         raise RecordError(f"{path}: the {entry['kind']} line does not fit JSON: {error}") from error
 
 
+def _read(path: Path) -> tuple[list[bytes], list[Entry], bool]:
+    """The whole lines, what each says, and whether half a line follows."""
+    try:
+        *lines, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
+    if not lines:
+        raise RecordError(f"{path}:1: no whole first line; a record begins with its run line")
+    entries: list[Entry] = []
+    once: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        entry = _parse(line, path, number)
+        kind = entry["kind"]
+        if kind in once:
+            raise RecordError(f"{path}:{number}: a second {kind} line; a record holds one")
+        once |= {kind} & {"run", "result", "failed"}
+        entries.append(entry)
+    return lines, entries, rest != b""
+
+
 def _parse(line: bytes, path: Path, number: int) -> Entry:
     where = f"{path}:{number}"
     try:
@@ -345,13 +304,23 @@ def _parse(line: bytes, path: Path, number: int) -> Entry:
         raise RecordError(f"{where}: not a line of a record: {error}") from error
     if number == 1 and (not isinstance(entry, dict) or entry.get("kind") != "run"):
         raise RecordError(f"{where}: not a record; its first line must be of kind 'run'")
-    if number == 1 and _count(entry.get("schema")) and entry["schema"] > VERSION:
-        raise RecordError(
-            f"{where}: written by a newer actsparse (schema {entry['schema']}); "
-            f"this one reads up to {VERSION}: upgrade it"
-        )
+    if number == 1:
+        _check_schema(entry.get("schema"), where)
     _check_entry(entry, where)
     return dict(entry)
+
+
+def _check_schema(schema: Any, where: str) -> None:
+    check_shape(f"{where}: run.schema", schema, SCHEMA["run"]["schema"])
+    if schema > VERSION:
+        raise RecordError(
+            f"{where}: written by a newer actsparse (schema {schema}); "
+            f"this one reads {VERSION}: upgrade it"
+        )
+    if schema < VERSION:
+        raise RecordError(
+            f"{where}: written by an older actsparse (schema {schema}); this one reads {VERSION}"
+        )
 
 
 def no_constant(name: str) -> NoReturn:
@@ -364,27 +333,6 @@ def _check_entry(entry: Any, where: str) -> None:
     if not isinstance(kind, str) or kind not in SCHEMA:
         raise RecordError(f"{where}: unknown kind {kind!r}; one of {', '.join(SCHEMA)}")
     check_shape(f"{where}: {kind}", entry, SCHEMA[kind])
-
-
-def check_shape(name: str, value: Any, shape: Shape) -> None:
-    """Raise RecordError, naming the field, where ``value`` has not the fields of ``shape``."""
-    if isinstance(shape, tuple):
-        if value is not None:
-            check_shape(name, value, shape[0])
-    elif isinstance(shape, dict):
-        if not isinstance(value, dict):
-            raise RecordError(f"{name} must be an object of {', '.join(shape)}; got {value!r}")
-        for field, inner in shape.items():
-            if field not in value:
-                raise RecordError(f"{name} lacks {field!r}; it needs {', '.join(shape)}")
-            check_shape(f"{name}.{field}", value[field], inner)
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            raise RecordError(f"{name} must be a list; got {value!r}")
-        for index, each in enumerate(value):
-            check_shape(f"{name}[{index}]", each, shape[0])
-    elif not shape.holds(value):
-        raise RecordError(f"{name} must be {shape.right}; got {value!r}")
 
 
 def _cpu() -> str:

@@ -26,16 +26,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": MATHS,
     "__init__": {"modify", "observe", "kernels"} | MATHS,
     "data": set(),
-    "records": set(),
-    "report": {"records"},
+    "record_schema": set(),
+    "records": {"record_schema"},
+    "report": {"records", "record_schema"},
     "train": ENGINE,
     "experiments": ENGINE | {"train"},
     "bench": TOOLS | {"records", "__init__"},
     "cli": ENGINE | {"train", "experiments", "bench", "report"},
+    "__main__": {"cli"},
 }
 # room → third-party packages it must do without.
 NO_TORCH = {"torch", "transformers", "accelerate", "datasets", "peft"}
-MAY_NOT_IMPORT = {"records": NO_TORCH, "report": NO_TORCH}
+MAY_NOT_IMPORT = {"record_schema": NO_TORCH, "records": NO_TORCH, "report": NO_TORCH}
 HEAVY = ["transformers", "matplotlib", "scipy", "sklearn", "datasets", "peft", "accelerate"]
 NO_ROOM = {"utils.py", "helpers.py", "common.py", "misc.py"}
 

@@ -36,10 +36,11 @@ TRAIN: dict[str, Any] = {
     "step": 100,
     "loss": 1.5,
     "lr": 5e-3,
-    "seconds": 2.0,
+    "time": {"seconds": 2.0},
     "penalty": None,
     "measures": MEASURES,
 }
+MEASURED: dict[str, Any] = {"step": 100, "how": {"samples": 8}, "measures": None, "curvature": {}}
 EVAL: dict[str, Any] = {
     "split": "validation",
     "step": 100,
@@ -57,8 +58,8 @@ RESULT: dict[str, Any] = {
     "inference": MEASURES,
     "training": MEASURES,
     "skippable": {"forward": 0.4, "backward": 0.7},
-    "seconds": 9.0,
     "baselines": {},
+    "time": {"seconds": 9.0, "peak_memory_mib": 512.0},
 }
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -77,6 +78,7 @@ def finished_run(path: Path) -> Path:
     with RecordWriter(path, HEADER) as record:
         record.write("train", **TRAIN)
         record.write("eval", **EVAL)
+        record.write("measured", **MEASURED)
         record.write("result", **RESULT)
     return path
 
@@ -115,7 +117,8 @@ def test_a_record_cut_at_any_byte_reads_or_says_why(tmp_path: Path) -> None:
             continue
         run = read_run(cut_path)
         lines = sum(end <= cut for end in ends)
-        assert 1 + len(run.train) + len(run.evals) + run.finished == lines
+        found = len(run.train) + len(run.evals) + len(run.measured) + run.finished
+        assert 1 + found == lines
         assert run.torn == (cut not in ends)
         assert run.finished == (cut == len(whole))
 
@@ -154,15 +157,40 @@ def test_a_second_result_is_refused(tmp_path: Path) -> None:
     path = finished_run(tmp_path / "record.jsonl")
     last = path.read_bytes().splitlines()[-1]
     path.write_bytes(path.read_bytes() + last + b"\n")
-    with pytest.raises(RecordError, match=r":5: a second result line"):
+    with pytest.raises(RecordError, match=r":6: a second result line"):
         read_run(path)
 
 
-def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (3, r"written by a newer actsparse \(schema 3\); this one reads 2: upgrade it"),
+        (1, r"written by an older actsparse \(schema 1\); this one reads 2$"),
+        ("2", r"run\.schema must be a whole number, 0 or more; got '2'"),
+    ],
+)
+def test_a_record_of_another_schema_is_refused(tmp_path: Path, schema: Any, message: str) -> None:
     path = tmp_path / "record.jsonl"
-    path.write_text(json.dumps({"kind": "run", "schema": records.VERSION + 1}) + "\n")
-    with pytest.raises(RecordError, match=r":1: written by a newer actsparse \(schema 2\)"):
+    path.write_text(json.dumps({"kind": "run", "schema": schema}) + "\n")
+    with pytest.raises(RecordError, match=rf":1: {message}"):
         read_run(path)
+    with pytest.raises(RecordError, match=rf":1: {message}"):
+        RecordWriter.resume(path, 0)
+
+
+def test_the_header_says_which_run_and_when(tmp_path: Path) -> None:
+    first, second = (tmp_path / "first.jsonl", tmp_path / "second.jsonl")
+    RecordWriter(first, HEADER).close()
+    RecordWriter(second, {**HEADER, "processes": 2}).close()
+    one, two = read_run(first).header, read_run(second).header
+    assert (one["schema"], one["processes"], two["processes"]) == (2, 1, 2)
+    assert one["run_id"] != two["run_id"]
+    assert "T" in one["time"]["started"]
+    apart = {"run_id", "time", "processes"}
+    assert {key: one[key] for key in one if key not in apart} == {
+        "kind": "run",
+        "schema": 2,
+    } | HEADER
 
 
 @pytest.mark.parametrize(
@@ -189,6 +217,19 @@ def test_a_newer_schema_asks_for_an_upgrade(tmp_path: Path) -> None:
             {**EVAL, "measures": {**MEASURES, "blocks": [{"block": "0"}]}},
             r"eval.measures.blocks\[0\] lacks 'density'",
         ),
+        ("train", {**TRAIN, "time": {}}, "train.time lacks 'seconds'; it needs seconds"),
+        ("result", {**RESULT, "time": 9.0}, "result.time must be an object of seconds; got 9.0"),
+        (
+            "result",
+            {**RESULT, "before": {"loss": 2.0, "inference": None}},
+            "result.before lacks 'quality'; it needs loss, quality, inference",
+        ),
+        (
+            "result",
+            {**RESULT, "before": {"loss": 2.0, "quality": 0.5, "inference": {"density": 2}}},
+            "result.before.inference lacks",
+        ),
+        ("result", {**RESULT, "before": None}, "result.before must be an object of loss, quality"),
         ("result", {**RESULT, "baselines": {"bigram": "x"}}, "result.baselines must be an object"),
         ("failed", {"step": 3, "reason": "x", "grads": float("nan")}, "does not fit JSON"),
         ("failed", {"step": 3, "reason": "x", "where": Path("x")}, "does not fit JSON"),
@@ -203,6 +244,19 @@ def test_a_wrong_line_is_refused_and_not_written(
         with pytest.raises(RecordError, match=message):
             record.write(kind, **fields)
         assert path.read_bytes() == before
+
+
+def test_where_finetuning_began_is_kept(tmp_path: Path) -> None:
+    before = {"loss": 2.0, "quality": 0.5, "inference": MEASURES}
+    path = tmp_path / "record.jsonl"
+    with RecordWriter(path, HEADER) as record:
+        record.write("result", **RESULT, before=before)
+    result = read_run(path).result
+    assert result is not None
+    assert result["before"] == before
+    other = read_run(finished_run(tmp_path / "other.jsonl")).result
+    assert other is not None
+    assert "before" not in other
 
 
 def test_starting_anew_replaces_the_old_record(tmp_path: Path) -> None:
@@ -320,11 +374,14 @@ def test_git_state_is_of_the_checkout_that_tracks_the_file(tmp_path: Path) -> No
 
 
 def test_records_need_only_the_standard_library() -> None:
-    # By path: the package's own __init__ may import torch.
+    # In a bare package: our own __init__ imports torch.
     program = (
-        "import runpy, sys; runpy.run_path(sys.argv[1])\n"
+        "import sys, types\n"
+        "sys.modules['actsparse'] = package = types.ModuleType('actsparse')\n"
+        "package.__path__ = [sys.argv[1]]\n"
+        "import actsparse.records\n"
         "print(sorted({'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", program, str(records.__file__)]
+    command = [sys.executable, "-c", program, str(Path(records.__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

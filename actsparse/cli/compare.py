@@ -12,17 +12,23 @@ import typer
 from actsparse.cli.options import (
     Accelerate,
     BatchSize,
+    Data,
     EvalEvery,
     LogEvery,
     Lr,
     MeasureEvery,
     Measures,
     Model,
+    Quick,
+    Settings,
+    Start,
     Steps,
     Task,
+    Threads,
+    Tokenizer,
     WeightDecay,
+    chosen,
     names,
-    settings,
 )
 
 
@@ -31,7 +37,8 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Arms, with commas between; all of them: `--arms help`.", show_default="five"
+            help="Arms, with commas between; all of them: `--arms help`.",
+            show_default="four or five",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Paired seeds for each arm, from 0.", min=1)] = 3,
@@ -41,8 +48,13 @@ def compare(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Runs at a time, a thread each.", min=1, show_default="cores"),
+        typer.Option(help="Runs at a time.", min=1, show_default="cores"),
     ] = None,
+    threads: Threads = 1,
+    quick: Quick = False,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    start: Start = None,
     steps: Steps = None,
     lr: Lr = None,
     weight_decay: WeightDecay = None,
@@ -53,14 +65,15 @@ def compare(
     measures: Measures = None,
     measure_every: MeasureEvery = None,
     accelerate: Accelerate = False,
+    given: Settings = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the table as JSON; progress goes to stderr.")
     ] = False,
 ) -> None:
     """Train arms × seeds on a task and write a page that compares them.
 
-    Stopped or failed, it goes on where it was when called again: finished runs are not repeated.
-    Exits with 1 if a run failed, with 130 after Ctrl-C.
+    Stopped or failed, it goes on where it was when called again: finished runs are not repeated,
+    others go on from their last checkpoint. Exits with 1 if a run failed, with 130 after Ctrl-C.
 
     Examples:
 
@@ -71,11 +84,15 @@ def compare(
       actsparse compare --arms vanilla,paper --measures flatness,gradient,spectrum
 
       actsparse compare --arms vanilla,paper --steps 100 --json
+
+      actsparse compare --task vit_cifar10 --quick --data cifar10
+
+      actsparse compare --task digits_finetune --from "runs/digits/runs/vanilla-seed{seed}/weights"
     """
     from rich.console import Console
 
-    from actsparse.cli.progress import show
-    from actsparse.experiments import ARMS, DEFAULT_ARMS, run_config
+    from actsparse.cli.progress import keep_card, show
+    from actsparse.experiments import ARMS, default_arms, run_config
     from actsparse.experiments.compare import compare as compare_runs
     from actsparse.records import read_runs
     from actsparse.report import compare as table_of
@@ -84,31 +101,28 @@ def compare(
     if arms == "help":
         typer.echo("\n".join(ARMS))
         return
-    chosen = DEFAULT_ARMS if arms is None else tuple(dict.fromkeys(arms.split(",")))
+    asked = default_arms(task) if arms is None else tuple(dict.fromkeys(arms.split(",")))
     out = out or Path("runs") / task
+    overrides = {
+        "steps": steps,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "batch_size": batch_size,
+        "start": start,
+        "log_every": log_every,
+        "eval_every": eval_every,
+        "measures": names(measures),
+        "active_every": measure_every,
+        "accelerate": accelerate,
+        **chosen(task, quick, model, data, tokenizer, given),
+    }
     configs = [
-        run_config(
-            task,
-            arm.strip(),
-            seed,
-            steps=steps,
-            lr=lr,
-            weight_decay=weight_decay,
-            batch_size=batch_size,
-            model=settings(model, task),
-            log_every=log_every,
-            eval_every=eval_every,
-            measures=names(measures),
-            active_every=measure_every,
-            accelerate=accelerate,
-        )
-        for seed in range(seeds)
-        for arm in chosen
+        run_config(task, arm.strip(), seed, **overrides) for seed in range(seeds) for arm in asked
     ]
     console = Console(stderr=json)
     command = shlex.join(["actsparse", *sys.argv[1:]])
-    events = compare_runs(configs, out, workers=workers, command=command)
-    console.print(f"{len(chosen)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
+    events = compare_runs(configs, out, workers=workers, threads=threads, command=command)
+    console.print(f"{len(asked)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
     try:
         failed = show(events, len(configs), str(out), console)
     except KeyboardInterrupt:
@@ -116,6 +130,9 @@ def compare(
         raise typer.Exit(130) from None
     page = write_report(out)
     runs = read_runs(out)
+    for run in runs:
+        if run.finished:
+            keep_card(run)
     if json:
         typer.echo(to_json(table_of(runs)))
     else:

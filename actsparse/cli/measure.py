@@ -128,6 +128,7 @@ def model_at(target: Path) -> tuple[Any, Any]:
     """The model, and the run it is from or None."""
     from actsparse import LeaveOutMLP, handle_of, load
     from actsparse.records import read_run
+    from actsparse.train.start import pretrained
 
     run = None
     if (target / "record.jsonl").is_file():
@@ -136,7 +137,7 @@ def model_at(target: Path) -> tuple[Any, Any]:
             raise ValueError(f"{target.parent} has no weights/: nothing to measure")
     elif not (target / "actsparse.json").is_file():
         if (target / "config.json").is_file():
-            return _pretrained(target), None
+            return pretrained(target), None
         runs = sorted(path.parent for path in target.glob("runs/*/record.jsonl"))
         hint = f"; it holds runs: give one, as {runs[0]}" if runs else ""
         raise ValueError(
@@ -153,29 +154,6 @@ def model_at(target: Path) -> tuple[Any, Any]:
     ):
         raise ValueError(f"{target} leaves its MLPs out ({handle.recipe.name}): nothing to measure")
     return model, run
-
-
-def _pretrained(path: Path) -> Any:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        name = (getattr(config, "architectures", None) or [""])[0]
-        cls = getattr(transformers, name, None)
-        if cls is None:
-            raise ValueError(f"its config names the architecture {name!r}, unknown to transformers")
-        model, report = cls.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it lacks {len(missing)} weights: {', '.join(missing[:3])}, …")
-    except Exception as error:  # whatever a stranger's folder does wrong
-        raise ValueError(f"cannot load {path}: {error}") from error
-    return model
 
 
 def batches_of(
@@ -207,7 +185,9 @@ def batches_of(
     from actsparse.train.tasks import task_of
 
     chosen = task_of(task or run.task)
-    config = run_config(task or run.task, "vanilla", 0)
+    name = task or run.task
+    start = "-" if name.endswith("_finetune") else None
+    config = run_config(name, "vanilla", 0, start=start)
     if run is not None and run.task == config.task:
         try:
             config = RunConfig(**run.header["config"])

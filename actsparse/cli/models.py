@@ -22,10 +22,11 @@ def model_named(name: str) -> tuple[nn.Module, Any]:
     ``name`` is a built-in task's, the path of a Hugging Face folder or config, or
     ``package.module:factory``. Raises `ValueError` that says what would be right.
     """
-    if name in EXPERIMENTS:
+    built = [each for each in EXPERIMENTS if not each.endswith("_finetune")]
+    if name in built:
         from actsparse.train.tasks import task_of
 
-        model: nn.Module = task_of(name).model(run_config(name, "vanilla", 0))
+        model: nn.Module = task_of(name).model(run_config(name, "vanilla", 0), {"classes": 1000})
         return model, inputs_of(model)
     if os.path.exists(name):
         model = _from_config(Path(name))
@@ -33,7 +34,7 @@ def model_named(name: str) -> tuple[nn.Module, Any]:
     if ":" in name:
         return _from_factory(name)
     raise ValueError(
-        f"no model {name!r}: expected one of {', '.join(EXPERIMENTS)}, the path of a local "
+        f"no model {name!r}: expected one of {', '.join(built)}, the path of a local "
         f"Hugging Face folder or config.json, or package.module:factory"
     )
 

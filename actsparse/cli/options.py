@@ -7,7 +7,46 @@ from typing import Annotated, Any
 
 import typer
 
-Task = Annotated[str, typer.Option(help="digits, text (T5 span corruption) or lm (causal).")]
+Task = Annotated[
+    str,
+    typer.Option(
+        help="digits, text (T5 span corruption), lm (causal); digits_finetune, lm_finetune; on "
+        "data of yours vit_cifar10, t5_web, lm_web, and the papers' vit_imagenet, t5_c4, "
+        "vit_imagenet_finetune, t5_c4_finetune."
+    ),
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="The task's form of a few minutes on two cores.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of images (train/<class>/…, val/<class>/…, or tables as on the Hub), or "
+        "shards of text: a folder, file, glob or address of JSON lines, as C4's."
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="For text: T5's spiece.model, vocab.json beside merges.txt, or a folder."),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Checkpoint to finetune: a run's weights/, or Hugging Face's folder. {seed} in it "
+        "stands for the seed.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Any other setting, such as --set micro_batch=64 --set data.repeats=1 --set "
+        "lora=null; values as in JSON.",
+        metavar="NAME=VALUE",
+    ),
+]
+Threads = Annotated[int, typer.Option(help="CPU threads of a run.", min=1, show_default="1")]
 _OWN = "the task's"
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default=_OWN)]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default=_OWN)]
@@ -51,23 +90,54 @@ def names(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def settings(text: str | None, task: str) -> dict[str, Any] | None:
-    """The settings in ``name=value,name=value``, numbers as numbers; None stays None."""
-    from actsparse.experiments import run_config
+def chosen(
+    task: str,
+    quick: bool,
+    model: str | None,
+    data: str | None,
+    tokenizer: str | None,
+    given: list[str] | None,
+) -> dict[str, Any]:
+    """Overrides of `run_config` out of options; a ``name=value`` wins over its own option.
 
-    if text is None:
-        return None
-    known = run_config(task, "vanilla", 0).model
-    found: dict[str, Any] = {}
-    for part in text.split(","):
-        name, equals, value = (each.strip() for each in part.partition("="))
-        if not (name and equals and value):
-            raise ValueError(f"--model {text!r}: expected such as hidden_size=256")
+    Raises:
+        ValueError: text that is no ``name=value``, or a name that the task does not have.
+    """
+    from actsparse.experiments import EXPERIMENTS
+
+    if task not in EXPERIMENTS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(EXPERIMENTS)}")
+    own = EXPERIMENTS[task](quick)
+    found: dict[str, Any] = {"quick": quick}
+    known = own["model"]
+    for part in model.split(",") if model else ():
+        name, value = _pair("--model", part)
         if name not in known:
-            names = ", ".join(known)
-            raise ValueError(f"unknown setting {name!r} of {task}'s model; known: {names}")
-        try:
-            found[name] = loads(value)
-        except ValueError:
-            found[name] = value
+            raise ValueError(
+                f"unknown setting {name!r} of {task}'s model; known: {', '.join(known)}"
+            )
+        found.setdefault("model", {})[name] = value
+    place = "path" if "path" in own.get("data", {}) else "shards"
+    for name, path in ((place, data), ("tokenizer", tokenizer)):
+        if path is not None:
+            if name not in own.get("data", {}):
+                raise ValueError(f"{task} brings its own data; --data and --tokenizer are not its")
+            found.setdefault("data", {})[name] = path
+    for part in given or ():
+        name, value = _pair("--set", part)
+        group, _, inner = name.partition(".")
+        if inner and group in ("model", "data"):
+            found.setdefault(group, {})[inner] = value
+        else:
+            found[name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def _pair(option: str, text: str) -> tuple[str, Any]:
+    name, equals, value = (each.strip() for each in text.partition("="))
+    if not (name and equals and value):
+        raise ValueError(f"{option} {text!r}: expected name=value, such as hidden_size=256")
+    try:
+        return name, loads(value)
+    except ValueError:
+        return name, value

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from actsparse.experiments.compare import Event
-from actsparse.records import read_run, run_path
+from actsparse.records import Run, read_run, run_path, write_whole
 from actsparse.train.config import RunConfig
 
 
@@ -53,12 +61,40 @@ def show(events: Iterable[Event], total: int, out: str, console: Console) -> lis
     return failed
 
 
+@contextmanager
+def following(config: RunConfig, console: Console) -> Iterator[Callable[[int], None]]:
+    """A run in this process: what it gives is to be called with the steps done."""
+    live = console.is_terminal
+    columns = (TextColumn("{task.completed:.0f}/{task.total:.0f} steps"), BarColumn())
+    bar = Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not live
+    )
+    with bar:
+        task = bar.add_task("steps", total=config.steps)
+
+        def tell(step: int) -> None:
+            bar.update(task, completed=step)
+            if not live and step * 10 // config.steps > (step - 1) * 10 // config.steps:
+                _say(console, f"{step} of {config.steps} steps")
+
+        yield tell
+
+
+def keep_card(run: Run) -> None:
+    """Write a finished run's model card, README.md, into its folder."""
+    with suppress(ModuleNotFoundError):  # without the extra "report" there is none
+        from actsparse.report import model_card
+
+        write_whole(run.path.with_name("README.md"), model_card(run).encode())
+
+
 def _outcome(config: RunConfig, out: str, kind: str) -> str:
     result = read_run(run_path(out, config.arm, config.seed)).result or {}
     said = f"{result['quality_name']} {result['quality']:.4g}"
     if result["inference"] is not None:
         said += f", inference density {result['inference']['density']:.3f}"
-    return said + (", done before" if kind == "skipped" else f", {result['seconds']:.0f} s")
+    took = f", {result['time']['seconds']:.0f} s"
+    return said + (", done before" if kind == "skipped" else took)
 
 
 def _say(console: Console, line: str, style: str = "") -> None:

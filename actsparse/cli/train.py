@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -12,17 +13,23 @@ import typer
 from actsparse.cli.options import (
     Accelerate,
     BatchSize,
+    Data,
     EvalEvery,
     LogEvery,
     Lr,
     MeasureEvery,
     Measures,
     Model,
+    Quick,
+    Settings,
+    Start,
     Steps,
     Task,
+    Threads,
+    Tokenizer,
     WeightDecay,
+    chosen,
     names,
-    settings,
 )
 
 
@@ -34,6 +41,10 @@ def train(
         Path | None,
         typer.Option(help="Folder for the record and weights.", show_default="runs/TASK"),
     ] = None,
+    quick: Quick = False,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    start: Start = None,
     steps: Steps = None,
     lr: Lr = None,
     weight_decay: WeightDecay = None,
@@ -41,29 +52,40 @@ def train(
     model: Model = None,
     log_every: LogEvery = None,
     eval_every: EvalEvery = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints.", show_default="the task's")
+    ] = None,
     measures: Measures = None,
     measure_every: MeasureEvery = None,
     accelerate: Accelerate = False,
+    threads: Threads = 1,
+    given: Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train one arm with one seed; the record and the weights stay in its folder.
 
-    A run that is finished is not repeated. Exits with 1 if training failed.
+    A run that is finished is not repeated; one that was stopped goes on from its last checkpoint,
+    called as it was. Under torchrun, or `accelerate launch`, all processes train it together; the
+    batch is that of all. Exits with 1 if training failed, with 130 after Ctrl-C or SIGTERM.
 
     Examples:
 
       actsparse train --task digits --arm paper --seed 0 --out runs/x
 
       actsparse train --task lm --arm hoyer-no-1d-decay --steps 500 --json
+
+      torchrun --nproc_per_node 8 -m actsparse train --task vit_imagenet --data imagenet
+
+      torchrun --nproc_per_node 8 -m actsparse train --task t5_c4 --data c4 --tokenizer t5.model
     """
     from json import dumps
 
     from rich.console import Console
 
-    from actsparse.cli.progress import show
+    from actsparse.cli.progress import following, keep_card
     from actsparse.experiments import run_config
-    from actsparse.experiments.compare import compare as compare_runs
-    from actsparse.records import read_run, run_path
+    from actsparse.records import run_path
+    from actsparse.train.folder import finished_run
 
     out = out or Path("runs") / task
     config = run_config(
@@ -74,30 +96,60 @@ def train(
         lr=lr,
         weight_decay=weight_decay,
         batch_size=batch_size,
-        model=settings(model, task),
+        start=start,
         log_every=log_every,
         eval_every=eval_every,
+        save_every=save_every,
         measures=names(measures),
         active_every=measure_every,
         accelerate=accelerate,
+        **chosen(task, quick, model, data, tokenizer, given),
     )
-    console = Console(stderr=json)
-    command = shlex.join(["actsparse", *sys.argv[1:]])
     place = run_path(out, arm, seed)
-    events = compare_runs([config], out, workers=1, command=command)
+    run = finished_run(config, out)
+    before = run is not None
+    first = int(os.environ.get("RANK", "0")) == 0
+    console = Console(stderr=json, quiet=not first)
     console.print(
         f"{arm} seed {seed} on {task}, into {place.parent}", highlight=False, soft_wrap=True
     )
-    try:
-        failed = show(events, 1, str(out), console)
-    except KeyboardInterrupt:
-        typer.echo(f"Stopped; the run is not kept. Again from its start: {command}", err=True)
-        raise typer.Exit(130) from None
-    if failed:
-        raise typer.Exit(1)
-    result = read_run(place).result or {}
-    for line in result.get("accelerated", ()):
+    if run is None:
+        import torch
+        import transformers
+
+        from actsparse.train.callback import TrainingFailed
+        from actsparse.train.interrupt import Interrupted
+        from actsparse.train.run import run as train_run
+
+        torch.set_num_threads(threads)
+        transformers.logging.set_verbosity_error()  # it remarks on configs that were made up
+        command = shlex.join(["actsparse", *sys.argv[1:]])
+        with following(config, console) as tell:
+            try:
+                run = train_run(
+                    config, out, command=command, on_step=tell, told=lambda said: _warn(said, first)
+                )
+            except Interrupted as interrupted:
+                _warn(f"Stopped: {interrupted}", first)
+                raise typer.Exit(130) from None
+            except TrainingFailed as failed:
+                _warn(f"Failed: {failed}", first)
+                raise typer.Exit(1) from None
+    if first:
+        keep_card(run)
+    result = run.result or {}
+    said = f"{result['quality_name']} {result['quality']:.4g}"
+    if result["inference"] is not None:
+        said += f", inference density {result['inference']['density']:.3f}"
+    said += ", done before" if before else f", {result['time']['seconds']:.0f} s"
+    console.print(said, highlight=False, soft_wrap=True)
+    for line in result["time"].get("accelerated", ()):
         console.print(line, highlight=False, soft_wrap=True)
-    if json:
+    if json and first:
         typer.echo(dumps(result, indent=2))
     console.print(f"record: {place}", highlight=False, soft_wrap=True)
+
+
+def _warn(text: str, first: bool) -> None:
+    if first:
+        typer.echo(text, err=True)

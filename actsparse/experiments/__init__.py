@@ -2,37 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
-from actsparse.experiments.arms import ARMS, DEFAULT_ARMS, Arm, arm_named
-from actsparse.experiments.digits import DIGITS
-from actsparse.experiments.lm import LM
-from actsparse.experiments.text import TEXT
+from actsparse.experiments.arms import ARMS, Arm, arm_named, default_arms
+from actsparse.experiments.digits import digits
+from actsparse.experiments.finetune import digits_finetune, lm_finetune
+from actsparse.experiments.lm import lm, lm_web
+from actsparse.experiments.t5 import t5_c4, t5_c4_finetune, t5_web
+from actsparse.experiments.text import text
+from actsparse.experiments.vit import vit_cifar10, vit_imagenet, vit_imagenet_finetune
 from actsparse.observe import CURVATURES
 from actsparse.train.config import RunConfig
 
-__all__ = ["ARMS", "DEFAULT_ARMS", "EXPERIMENTS", "Arm", "arm_named", "run_config"]
+__all__ = ["ARMS", "EXPERIMENTS", "Arm", "arm_named", "default_arms", "run_config"]
 
-EXPERIMENTS: dict[str, dict[str, Any]] = {"digits": DIGITS, "text": TEXT, "lm": LM}
+EXPERIMENTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+    each.__name__: each
+    for each in (
+        digits, text, lm, digits_finetune, lm_finetune, vit_cifar10, t5_web, lm_web,
+        vit_imagenet, vit_imagenet_finetune, t5_c4, t5_c4_finetune,
+    )
+}  # fmt: skip
 
 
-def run_config(task: str, arm: str, seed: int, **overrides: Any) -> RunConfig:
+def run_config(
+    task: str, arm: str, seed: int, *, quick: bool = False, **overrides: Any
+) -> RunConfig:
     """The config of one run: the task's settings, the arm's recipe, then ``overrides``.
 
-    An override of None leaves the setting as it is. ``model`` changes some of the model's settings,
-    the rest stay the task's. ``measures`` may name measures of both kinds:
-    those read in each pass, density always among them, and those ``active``. Raises `ValueError`
-    for an unknown task or arm, naming the known ones, and `TypeError` for an unknown setting.
+    An override of None leaves the setting as it is. ``model`` and ``data`` change some of the
+    model's and the data's settings, the rest stay the task's; ``model`` is for models made anew.
+    ``{seed}`` in ``start`` stands for the seed. ``measures`` may name measures of both kinds: those
+    read in each pass, density always among them, and those ``active``. ``quick`` takes the task's
+    form of a few minutes on two cores.
+
+    Raises `ValueError` for an unknown task, arm or setting, naming the known ones, and for a
+    finetuning task without a ``start``.
 
     >>> run_config("digits", "paper", seed=1, steps=20).recipe["name"]
     'paper'
     """
     if task not in EXPERIMENTS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(EXPERIMENTS)}")
-    chosen = arm_named(arm)
-    settings = {**EXPERIMENTS[task], "recipe": chosen.recipe.to_json(), "no_decay": chosen.no_decay}
-    settings |= {name: value for name, value in overrides.items() if value is not None}
-    settings["model"] = {**EXPERIMENTS[task]["model"], **settings["model"]}
+    chosen, own = arm_named(arm), EXPERIMENTS[task](quick)
+    spared = tuple(dict.fromkeys((*own.get("no_decay", ()), *chosen.no_decay)))
+    settings = {**own, "recipe": chosen.recipe.to_json(), "no_decay": spared}
+    known = {each.name for each in fields(RunConfig)} - {"task", "arm", "seed", "recipe"}
+    for name, value in overrides.items():
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
+        if value is None:
+            continue
+        if name in ("model", "data") and isinstance(value, Mapping):
+            value = {**own.get(name, {}), **value}
+        settings[name] = value
+    if "start" in own and not settings["start"]:
+        raise ValueError(
+            f"{task} finetunes a checkpoint: say which, --from FOLDER ({{seed}} in it stands for "
+            f"the seed)"
+        )
+    if settings.get("start"):
+        settings["start"] = settings["start"].replace("{seed}", str(seed))
     asked = dict.fromkeys(("density", *settings.get("measures", ())))
     active = [name for name in asked if name in CURVATURES]
     settings["measures"] = tuple(name for name in asked if name not in active)

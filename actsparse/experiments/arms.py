@@ -26,8 +26,11 @@ class Arm:
 
 
 _HOYER = Recipe("hoyer", (ActivationPenalty("hoyer", weight=0.5, ramp=0.5),))
+_HOYER_STRONG = Recipe("hoyer", (ActivationPenalty("hoyer", weight=2.0, ramp=0.5),))
 _L1 = Recipe("l1", (ActivationPenalty("l1", weight=1.0, ramp=0.5),))
 _PAPER = recipe_named("paper")
+_FINETUNE = recipe_named("paper-finetune")
+_THIRD = 1 / 3  # as in the papers' finetuning
 
 ARMS = {
     "vanilla": Arm(recipe_named("vanilla")),
@@ -43,8 +46,27 @@ ARMS = {
     "norm-floor": Arm(Recipe("norm-floor", (NormFloor(),))),
     "jsrelu": Arm(Recipe("jsrelu", (SwapActivation("jsrelu"),))),
     "weight-noise": Arm(Recipe("weight-noise", (WeightNoise(),))),
+    # of a trained model; vanilla is plain finetuning
+    "paper-finetune": Arm(_FINETUNE),
+    "relu-finetune": Arm(Recipe("relu-finetune", (SwapActivation("relu", mix=_THIRD),))),
+    "hoyer-finetune": Arm(
+        Recipe("hoyer-finetune", (SwapActivation("relu", mix=_THIRD), *_HOYER_STRONG.modifications))
+    ),
+    "paper-hoyer-finetune": Arm(
+        Recipe("paper-hoyer-finetune", _FINETUNE.modifications + _HOYER_STRONG.modifications)
+    ),
 }
-DEFAULT_ARMS = ("vanilla", "paper", "vanilla-no-1d-decay", "hoyer-no-1d-decay", "no-mlp")
+_DEFAULT = ("vanilla", "paper", "vanilla-no-1d-decay", "hoyer-no-1d-decay", "no-mlp")
+_FINETUNING = ("vanilla", "paper-finetune", "relu-finetune", "hoyer-finetune")
+
+
+def default_arms(task: str) -> tuple[str, ...]:
+    """The arms that `actsparse compare` takes where none are named.
+
+    >>> default_arms("digits_finetune")[0]
+    'vanilla'
+    """
+    return _FINETUNING if task.endswith("_finetune") else _DEFAULT
 
 
 def arm_named(name: str) -> Arm:

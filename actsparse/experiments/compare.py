@@ -40,13 +40,15 @@ def compare(
     out: str | Path,
     *,
     workers: int | None = None,
+    threads: int = 1,
     command: str | None = None,
 ) -> Iterator[Event]:
     """Do the runs that are not done yet, ``workers`` at a time, and tell of each as it happens.
 
-    By default one worker for each core. A run that fails does not stop the others; a worker that
-    dies (killed for memory, say) fails its run and is replaced. Closing the iterator, or Ctrl-C,
-    stops the workers; what they were at starts anew next time.
+    By default one worker for each core, each of ``threads`` threads. A run that fails does not stop
+    the others; a worker that dies (killed for memory, say) fails its run and is replaced. Closing
+    the iterator, or Ctrl-C, stops the workers, each with a checkpoint of what it was at, from which
+    it goes on next time.
 
     Raises, before any run starts, `ValueError` for a run named twice or finished with another
     config; `RecordError` for a folder that cannot be written.
@@ -64,7 +66,7 @@ def compare(
     done = [finished_run(config, out) is not None for config in configs]
     if not all(done):
         check_folder(out)
-    return _events(configs, done, Path(out), workers or cores(), command)
+    return _events(configs, done, Path(out), workers or cores(), threads, command)
 
 
 def cores() -> int:
@@ -75,7 +77,12 @@ def cores() -> int:
 
 
 def _events(
-    configs: Sequence[RunConfig], done: list[bool], out: Path, workers: int, command: str | None
+    configs: Sequence[RunConfig],
+    done: list[bool],
+    out: Path,
+    workers: int,
+    threads: int,
+    command: str | None,
 ) -> Iterator[Event]:
     todo = [config for config, finished in zip(configs, done, strict=True) if not finished]
     for config, finished in zip(configs, done, strict=True):
@@ -87,7 +94,7 @@ def _events(
     try:
         while todo or crew:
             while todo and len(crew) < workers:
-                worker = _Worker(out, command)
+                worker = _Worker(out, threads, command)
                 crew.append(worker)
                 yield worker.give(todo.pop(0))
             ready = wait([worker.pipe for worker in crew])
@@ -104,18 +111,18 @@ def _events(
     finally:
         for worker in crew:
             worker.process.terminate()
-        for worker in crew:
-            worker.process.join()
+        for worker in crew:  # also one that was past its last step, and would wait for more
+            worker.stop()
 
 
 class _Worker:
     """A process and the pipe to it; ``config`` is what it is at."""
 
-    def __init__(self, out: Path, command: str | None) -> None:
+    def __init__(self, out: Path, threads: int, command: str | None) -> None:
         self.pipe, other = _SPAWN.Pipe()
         self.config: RunConfig | None = None
         self.process: BaseProcess = _SPAWN.Process(
-            target=_work, args=(other, out, command), daemon=True
+            target=_work, args=(other, out, threads, command)
         )
         with _interrupts_ignored():  # inherited: Ctrl-C is the parent's to answer
             self.process.start()
@@ -146,14 +153,15 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(pipe: Connection, out: Path, command: str | None) -> None:
+def _work(pipe: Connection, out: Path, threads: int, command: str | None) -> None:
     import torch
     import transformers
 
     from actsparse.train.callback import TrainingFailed
+    from actsparse.train.interrupt import Interrupted
     from actsparse.train.run import run
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()  # it remarks on configs that were made up
     while (config := pipe.recv()) is not None:
         every = max(1, config.steps // 100)
@@ -164,6 +172,8 @@ def _work(pipe: Connection, out: Path, command: str | None) -> None:
 
         try:
             run(config, out, command=command, on_step=tell)
+        except Interrupted:
+            return
         except (TrainingFailed, RecordError, ValueError) as error:
             pipe.send(("failed", 0, str(error)))
         except Exception as error:  # a bug: say where, and let the others go on

@@ -1,10 +1,11 @@
-"""For human eyes: the table of arms and what silence pays, their plots, one page that holds all.
+"""For human eyes: the table of arms and what silence pays, their plots, one page, a model's card.
 
 Reads records only.
 """
 
 from __future__ import annotations
 
+from actsparse.report.card import model_card
 from actsparse.report.compare import Table, compare, to_json
 from actsparse.report.page import gather, markdown_table, print_table, write_report
 from actsparse.report.payoff import markdown_payoff, print_payoff
@@ -17,6 +18,7 @@ __all__ = [
     "markdown_payoff",
     "markdown_table",
     "markdown_theory",
+    "model_card",
     "print_payoff",
     "print_table",
     "to_json",

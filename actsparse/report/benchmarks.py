@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.records import (
+from actsparse.record_schema import (
     COUNT,
     OBJECT,
     SCHEMA,
@@ -23,8 +23,8 @@ from actsparse.records import (
     RecordError,
     Rule,
     check_shape,
-    no_constant,
 )
+from actsparse.records import no_constant
 from actsparse.report.measures import number
 
 KINDS = ("forward", "training")

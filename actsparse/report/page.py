@@ -299,7 +299,9 @@ def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]
     def hardware(header: Entry) -> str:
         has = header["hardware"]
         units = {"cores": "cores: {}", "threads": "threads: {}", "memory_gib": "{} GiB"}
-        return ", ".join(units.get(k, "{}").format(v) for k, v in has.items() if v is not None)
+        said = [units.get(k, "{}").format(v) for k, v in has.items() if v is not None]
+        several = header.get("processes", 1) > 1  # benchmarks do not say
+        return ", ".join([*said, *([f"processes: {header['processes']}"] if several else [])])
 
     def git(header: Entry) -> str:
         state = header["git"]
@@ -309,8 +311,8 @@ def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]
 
     rows = []
     if runs:
-        started = sorted(str(run.header["started"]).replace("T", " ") for run in runs)
-        seconds = math.fsum(run.result["seconds"] for run in runs if run.result)
+        started = sorted(str(run.header["time"]["started"]).replace("T", " ") for run in runs)
+        seconds = math.fsum(run.result["time"]["seconds"] for run in runs if run.result)
         span = started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"
         rows += [
             ("runs", f"{len(runs)}, of which {sum(run.finished for run in runs)} finished"),

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from actsparse.blocks.passage import sites_asleep
-from actsparse.blocks.trace import undisturbed
 from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import Handle
 from actsparse.observe import Measures, Seen, observe
+from actsparse.observe.watch import Phase
 from actsparse.records import RecordWriter
+from actsparse.train.loss import divides_by_items, loss_of, with_loss
+from actsparse.train.processes import everywhere, mean_of, together, unsharded
 
 LAST = 0.8  # "training density" is measured from here to the end of the steps
 
@@ -54,7 +55,8 @@ class SparsityCallback(TrainerCallback):
       ``quality`` and ``loss`` name the metrics it takes, without Trainer's prefix.
     - ``active`` measures the model by passes of its own, at the start, every ``active_every`` steps
       and at the end, into ``measured`` lines.
-    - ``on_step`` is called with the number of optimizer steps done, after each.
+    - ``on_step`` is called with the number of optimizer steps done, after each; ``interrupted`` is
+      asked whether to end there, with a checkpoint.
     - ``accelerate`` lets the MLP blocks of ``handle`` run sparse in training, exactly
       (:func:`actsparse.kernels.accelerate`): True where that is faster, ``"sparse"`` at any
       density. ``accelerated`` is its handle, to print, also after training. What ``seen`` reads
@@ -66,6 +68,9 @@ class SparsityCallback(TrainerCallback):
     Measures of gradients are of per-sample losses: where Trainer gives the model the step's number
     of items, the sum over a sample's positions, else the mean; the ``train`` line says which as
     ``loss_reduction``. A penalty is part of the loss.
+
+    With several processes losses, penalties and measures are those of all; the record is written
+    by the one that has it.
 
     A loss that is NaN or infinite raises `TrainingFailed` before it reaches the weights, and so
     does a model that ``active`` cannot measure. A penalty that finds no loss to join (label
@@ -88,16 +93,19 @@ class SparsityCallback(TrainerCallback):
         active: Callable[[nn.Module], Measures] | None = None,
         active_every: int | None = None,
         on_step: Callable[[int], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
         accelerate: bool | Literal["auto", "sparse"] = False,
     ) -> None:
         self.handle, self.seen, self.record = handle, seen, record
-        self.quality, self.loss, self.on_step = quality, loss, on_step
+        self.quality, self.loss = quality, loss
+        self.on_step, self.interrupted = on_step, interrupted
         self.active, self.active_every = active, active_every
         self.accelerate = accelerate
         self.accelerated: Accelerated | None = None
         self.evaluation: Evaluation | None = None
         self.tail: Seen | None = None  # sees the last fifth of the steps
         self._hooks: list[Any] = []
+        self._resumed: dict[str, Any] | None = None
         self._start(0)
 
     def _start(self, step: int) -> None:
@@ -107,6 +115,8 @@ class SparsityCallback(TrainerCallback):
         self._group = self._devices = 1
         self._scaler: Any = None  # Accelerate's, under fp16
         self._shared: bool | None = None  # whether the model divides by the step's items
+        self._sum = 0.0  # of the loss without penalty, since the last log
+        self._lossless = False
         self._penalty: float | Tensor = 0.0
         self._penalised = False
 
@@ -119,6 +129,9 @@ class SparsityCallback(TrainerCallback):
         self.close()  # of a training that an error ended
         self._start(state.global_step)
         self.tail = self.evaluation = self.accelerated = None
+        model = kwargs["model"]
+        if args.fsdp and (reason := unsharded(model)):
+            raise ValueError(reason)
         if state.global_step:  # resumed from a checkpoint: schedules go where its steps are
             self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
         optimizer = kwargs["optimizer"]
@@ -128,14 +141,16 @@ class SparsityCallback(TrainerCallback):
         self._devices = (
             max(args.n_gpu, args.world_size) if args.average_tokens_across_devices else 1
         )
-        model = kwargs["model"]
         if self.accelerate:
             mode = "auto" if self.accelerate is True else self.accelerate
             self.accelerated = accelerate(model, blocks=self.handle.blocks, mode=mode)
             self._hooks.append(self.accelerated)
         self._hooks.append(model.register_forward_pre_hook(self._on_call, with_kwargs=True))
         self._hooks.append(model.register_forward_hook(self._on_forward, with_kwargs=True))
-        self._measure(model, state)
+        if self._resumed is not None:
+            self._go_on(model, self._resumed)
+        elif not state.global_step:
+            self._measure(model, state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -177,7 +192,7 @@ class SparsityCallback(TrainerCallback):
             weighing.reduction, weighing.scale = "mean", amp / self._group
             return
         if self._shared is None and self._group * self._devices > 1:
-            self._shared = _divides_by_items(model, args, kwargs)
+            self._shared = divides_by_items(model, args, kwargs)
         if self._shared is False:  # its loss is the mean over its own batch, come what may
             items = kwargs["labels"].ne(-100).sum()
         weighing.reduction, weighing.scale = "sum", amp * self._devices / float(items)
@@ -186,8 +201,9 @@ class SparsityCallback(TrainerCallback):
         if not model.training or not torch.is_grad_enabled():
             return None
         penalty = self.handle.penalty()
-        loss = _loss_of(output)
+        loss = loss_of(output)
         if loss is None:
+            self._lossless = True
             if penalty.requires_grad:
                 raise ValueError(
                     f"the penalty has no loss to join: {type(model).__name__} was called without "
@@ -195,19 +211,21 @@ class SparsityCallback(TrainerCallback):
                     f"leave these out, or add handle.penalty() to your loss yourself"
                 )
             return None
+        # Given num_items_in_batch, the loss is a share of the step's, else Trainer divides it.
+        shared = kwargs.get("num_items_in_batch") is not None
         total = loss
         if penalty.requires_grad:
             self._penalised = True
             self._penalty = self._penalty + penalty.detach() / self._group
-            # Given num_items_in_batch, the loss is a share of the step's, else Trainer divides it.
-            shared = kwargs.get("num_items_in_batch") is not None
             total = loss + penalty / (self._group * self._devices if shared else 1)
         value = total.item()
-        if not _everywhere(math.isfinite(value), total.device):
+        if not everywhere(math.isfinite(value), total.device):
             here = not math.isfinite(value)
             what = value if here else "NaN or infinite in another process"
             raise TrainingFailed(self._step, f"the loss became {what}")
-        return output if total is loss else _with_loss(output, total)
+        own = value if total is loss else loss.item()
+        self._sum += own * self._devices if shared else own / self._group
+        return output if total is loss else with_loss(output, total)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -222,6 +240,8 @@ class SparsityCallback(TrainerCallback):
             control.should_log = True  # or the steps since the last log would have no line
         if (every is not None and done % every == 0) or done == state.max_steps:
             self._measure(kwargs["model"], state)
+        if self.interrupted is not None and not everywhere(not self.interrupted(), args.device):
+            control.should_save = control.should_training_stop = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -254,34 +274,51 @@ class SparsityCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write a ``train`` line over the batches since the last."""
-        if logs is None or "loss" not in logs or not state.is_world_process_zero:
+        if logs is None or "loss" not in logs:
             return
         steps = state.global_step - self._logged
-        penalty = float(self._penalty) / steps if self._penalised else None
-        measures = None if self.seen is None else self.seen.summary("train")
+        loss, penalty = mean_of([self._sum / steps, float(self._penalty) / steps], args.device)
+        if self._lossless:  # Trainer made the loss itself
+            loss = logs["loss"] - penalty
+        measures = self._read_out("train", args.device)
         if self.seen is not None and measures is not None and self.seen.leaves("train"):
             measures["loss_reduction"] = self.seen.weighing.reduction
         if self.accelerated is not None and measures is not None:
             measures["steps"] = self._read
-        if self.record is not None:
+        if self.record is not None and state.is_world_process_zero:
             self.record.write(
                 "train",
                 step=state.global_step,
-                loss=logs["loss"] - (penalty or 0.0),
+                loss=loss,
                 lr=logs["learning_rate"],
-                seconds=time.perf_counter() - self._began,
-                penalty=penalty,
+                penalty=penalty if self._penalised else None,
                 measures=measures,
+                time={"seconds": time.perf_counter() - self._began},
             )
-        if self.seen is not None and self.record is not None:
-            self.seen.reset("train")
-        self._logged, self._penalty, self._read = state.global_step, 0.0, 0
+        self._logged, self._sum, self._penalty, self._read = state.global_step, 0.0, 0.0, 0
+
+    def _read_out(self, phase: Phase, device: torch.device) -> dict[str, Any] | None:
+        """What all processes have seen; where one keeps a record ``seen`` starts anew."""
+        if self.seen is None:
+            return None
+        keeps = not everywhere(self.record is None, device)
+        if keeps and together():
+            self.seen.pool(phase)
+        measures = self.seen.summary(phase)
+        if keeps:
+            self.seen.reset(phase)
+        return measures
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model's loss and its blocks alone again."""
+        self._end()
+
+    def _end(self) -> None:
         self.close()
+        if self.tail is not None and together():
+            self.tail.pool("train")
 
     def training(self) -> dict[str, Any] | None:
         """The measures over the last fifth of the steps, None where nothing is observed.
@@ -292,6 +329,56 @@ class SparsityCallback(TrainerCallback):
         if summary is None or self.accelerated is None:
             return summary
         return summary | {"steps": self._read_late}
+
+    # -- checkpoints ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs besides Trainer's own files and the handle's step.
+
+        ``numbers`` are for JSON, ``tensors`` what was counted since the last line of the record.
+        """
+        numbers = {
+            "seconds": time.perf_counter() - self._began,
+            "logged": self._logged,
+            "read": [self._read, self._read_late],
+            "sum": self._sum,
+            "penalty": float(self._penalty),
+            "penalised": self._penalised,
+        }
+        tensors = {
+            f"{name}/{key}": tensor
+            for name, seen in (("seen", self.seen), ("tail", self.tail))
+            if seen is not None
+            for key, tensor in seen.state_dict().items()
+        }
+        return {"numbers": numbers, "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on, when training begins from the checkpoint, where `state_dict` was taken."""
+        self._resumed = state
+
+    def take_up(self, model: nn.Module, step: int) -> None:
+        """Have what `load_state_dict` was given, of a training that ended after ``step``."""
+        assert self._resumed is not None
+        self._start(step)
+        self._go_on(model, self._resumed)
+        self._end()
+
+    def _go_on(self, model: nn.Module, state: dict[str, Any]) -> None:
+        numbers, self._resumed = state["numbers"], None
+        self._began -= numbers["seconds"]
+        self._logged, self._sum = numbers["logged"], numbers["sum"]
+        self._penalty, self._penalised = numbers["penalty"], numbers["penalised"]
+        self._read, self._read_late = numbers["read"]
+        counted: dict[str, dict[str, Tensor]] = {"seen": {}, "tail": {}}
+        for key, tensor in state["tensors"].items():
+            name, _, rest = key.partition("/")
+            counted[name][rest] = tensor
+        if counted["tail"]:
+            self.tail = observe(model, blocks=self.handle.blocks)
+            self.tail.load_state_dict(counted["tail"])
+        if self.seen is not None:
+            self.seen.load_state_dict(counted["seen"])
 
     def close(self) -> None:
         """Take back the hook on the loss, the acceleration and the second observation."""
@@ -329,9 +416,7 @@ class SparsityCallback(TrainerCallback):
         if not (math.isfinite(loss) and math.isfinite(quality)):
             reason = f"at evaluation the loss is {loss}, the quality {quality}"
             raise TrainingFailed(state.global_step, reason)
-        measures = None if self.seen is None else self.seen.summary("inference")
-        if self.seen is not None and self.record is not None:
-            self.seen.reset("inference")
+        measures = self._read_out("inference", args.device)
         self.evaluation = Evaluation(state.global_step, loss, quality, measures)
         if self.record is not None and prefix == "eval" and state.is_world_process_zero:
             self.record.write(
@@ -342,43 +427,3 @@ class SparsityCallback(TrainerCallback):
                 quality=quality,
                 measures=measures,
             )
-
-
-def _divides_by_items(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> bool | None:
-    """Whether the model's loss heeds ``num_items_in_batch``; many take it and do not.
-
-    None where this batch does not tell.
-    """
-    if kwargs.get("labels") is None:  # Trainer makes the loss itself, and heeds it
-        return True
-    items = kwargs["num_items_in_batch"]
-    with undisturbed(model), sites_asleep(), torch.no_grad():
-        once, half = (
-            _loss_of(model(*args, **{**kwargs, "num_items_in_batch": count}))
-            for count in (items, 2 * items)
-        )
-    return bool(once != half) if once else None
-
-
-def _everywhere(fine: bool, device: torch.device) -> bool:
-    """Whether all processes are fine: one that stopped alone would leave the others waiting."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return fine
-    flag = torch.tensor(float(fine), device=device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-    return bool(flag)
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """The scalar loss in a model's output, or None."""
-    first = output.get("loss") if isinstance(output, dict) else output
-    if isinstance(first, tuple | list) and first:
-        first = first[0]
-    return first if isinstance(first, Tensor) and first.dim() == 0 else None
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    if isinstance(output, dict):
-        output["loss"] = loss
-        return output
-    return loss if isinstance(output, Tensor) else type(output)((loss, *output[1:]))

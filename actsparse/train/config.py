@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,12 +15,26 @@ from actsparse.observe import CURVATURES, MEASURES
 class RunConfig:
     """One run, resolved: saved as it is in the record's header.
 
-    ``recipe`` is what `Recipe.to_json` gives, so that every knob of it is on record.
-    ``no_decay`` are the kinds of parameters that weight decay spares (`decay_groups`);
-    ``warmup`` is a fraction of ``steps``, of which the rest is a cosine to zero. ``model`` goes to
-    the Hugging Face config, ``data`` to the function that makes the splits. ``validate_on`` limits
-    the validation rows (None: all); the test split is always read whole. Evaluation and a log line
-    come every ``eval_every`` and ``log_every`` steps.
+    ``task`` names the model, the data and how they are scored; ``recipe`` is what
+    `Recipe.to_json` gives, so that every knob of it is on record. ``model`` goes to the Hugging
+    Face config, ``data`` to the function that makes the splits.
+
+    ``batch_size`` counts the rows of an optimizer step, over all processes; each takes them
+    ``micro_batch`` at a time (None: all of its share). The learning rate rises over ``warmup``
+    (steps, or a fraction of ``steps``) to ``lr``; then it follows half a cosine to zero, which with
+    ``epochs`` falls in so many equal stairs, or with ``schedule="inverse_sqrt"`` 1/√step.
+    ``no_decay`` are the kinds of parameters that weight decay spares (`decay_groups`). ``clip``
+    bounds the norm of the gradient (None: not at all). ``precision`` is that of autocast.
+
+    ``start`` is a checkpoint to finetune: a folder of `actsparse.save` or of Hugging Face's
+    ``save_pretrained``; None: random weights. ``lora`` are options of `lora_config`; None: all
+    weights are trained. ``fsdp`` names classes of layers whose parameters are to be sharded over
+    processes (FSDP2), such as ``("ViTLayer",)``.
+
+    Evaluation, a log line and a checkpoint come every ``eval_every``, ``log_every`` and
+    ``save_every`` steps (None: a checkpoint only when interrupted), of which ``keep`` are kept.
+    ``validate_on`` limits the validation rows (None: all); the test split is always read whole.
+    ``workers`` are processes that load data, ``report_to`` Trainer's trackers.
 
     ``measures`` are read in each pass (`observe`); those of ``active`` (`measure`) at the start,
     every ``active_every`` steps (None: never between) and at the end, on ``active_on`` rows of the
@@ -28,6 +43,8 @@ class RunConfig:
     ``accelerate`` lets MLP blocks run sparse in training (`SparsityCallback`): True where that is
     faster, ``"sparse"`` at any density. Passive measures of training are then of the steps that
     end in a log line, and of the last.
+
+    Raises `ValueError` for a value that cannot work, naming it.
 
     >>> config = RunConfig(task="digits", arm="vanilla", seed=0, steps=100)
     >>> config.to_json()["recipe"]
@@ -40,14 +57,27 @@ class RunConfig:
     recipe: dict[str, Any] = field(default_factory=recipe_named("vanilla").to_json)
     steps: int = 1500
     batch_size: int = 64
+    micro_batch: int | None = None
     lr: float = 5e-3
+    schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
+    warmup: int | float = 0.1
+    epochs: int | None = None
     weight_decay: float = 0.5
     no_decay: tuple[str, ...] = ()
-    warmup: float = 0.1
-    clip: float = 1.0
+    clip: float | None = 1.0
+    label_smoothing: float = 0.0
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    gradient_checkpointing: bool = False
+    start: str | None = None
+    lora: dict[str, Any] | None = None
+    fsdp: tuple[str, ...] = ()
     log_every: int = 50
     eval_every: int = 100
+    save_every: int | None = None
+    keep: int = 2
     validate_on: int | None = None
+    workers: int = 0
+    report_to: tuple[str, ...] = ()
     measures: tuple[str, ...] = ("density",)
     active: tuple[str, ...] = ()
     active_every: int | None = None
@@ -57,12 +87,15 @@ class RunConfig:
     accelerate: bool | Literal["sparse"] = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "eval_every", "active_on", "active_every"):
+        for name in _COUNTS:
             value = getattr(self, name)
-            if name == "active_every" and value is None:
+            if value is None and name in _MAY_BE_NONE:
                 continue
-            if not isinstance(value, int) or value < 1:
+            if not _whole(value, 1):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
+        for name in ("seed", "workers"):
+            if not _whole(value := getattr(self, name), 0):
+                raise ValueError(f"{name}={value!r}: expected a whole number, 0 or more")
         passive, active = list(MEASURES), [*MEASURES, *CURVATURES]
         for name, known in [("measures", passive), ("active", active)]:
             unknown = [each for each in getattr(self, name) if each not in known]
@@ -70,19 +103,68 @@ class RunConfig:
                 raise ValueError(f"{name} holds {unknown[0]!r}; known: {', '.join(known)}")
         if "density" not in self.measures:
             raise ValueError(f"measures={self.measures!r} lacks 'density', which each record needs")
-        if self.accelerate not in (False, True, "sparse"):
-            raise ValueError(f"accelerate={self.accelerate!r}: expected True, False or 'sparse'")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: expected a whole number, 0 or more")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                said = ", ".join(map(repr, choices))
+                raise ValueError(f"{name}={value!r}: expected one of {said}")
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr!r}: expected a number above 0")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay={self.weight_decay!r}: expected 0 or more")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup={self.warmup!r}: expected a fraction of the steps, 0 to 1")
-        if not self.clip > 0:
-            raise ValueError(f"clip={self.clip!r}: expected a gradient norm above 0")
+        if not (_whole(self.warmup, 0) or 0 <= self.warmup <= 1):
+            raise ValueError(
+                f"warmup={self.warmup!r}: expected a number of steps (int), or a fraction of them"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip!r}: expected a gradient norm above 0, or None")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing={self.label_smoothing!r}: expected 0 to below 1")
+
+    def share(self, processes: int) -> tuple[int, int]:
+        """Rows of a pass of one of ``processes``, and how many passes make its optimizer step.
+
+        Raises `ValueError` where the batch cannot be shared out evenly.
+
+        >>> RunConfig("digits", "vanilla", 0, batch_size=64, micro_batch=8).share(processes=2)
+        (8, 4)
+        """
+        own, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise ValueError(
+                f"batch_size={self.batch_size} rows cannot be shared evenly by {processes} "
+                f"processes; give a multiple of {processes}"
+            )
+        rows = own if self.micro_batch is None else self.micro_batch
+        if rows > own or own % rows:
+            raise ValueError(
+                f"micro_batch={rows} does not divide the {own} rows that each of {processes} "
+                f"processes takes of batch_size={self.batch_size}"
+            )
+        return rows, own // rows
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises."""
+        if isinstance(self.warmup, int):
+            return self.warmup
+        return math.ceil(self.warmup * self.steps)
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON has them (a tuple is a list)."""
         return json.loads(json.dumps(asdict(self)))
+
+
+_COUNTS = (
+    "steps", "batch_size", "micro_batch", "epochs", "log_every", "eval_every", "save_every", "keep",
+    "active_on", "active_every",
+)  # fmt: skip
+_MAY_BE_NONE = ("micro_batch", "epochs", "save_every", "active_every")
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "schedule": ("cosine", "inverse_sqrt"),
+    "precision": ("float32", "bf16", "fp16"),
+    "accelerate": (False, True, "sparse"),
+}
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from actsparse.records import RecordError, Run, read_run, refused, run_path
+from actsparse.train.checkpoint import checkpoints, newest_whole
 from actsparse.train.config import RunConfig
 
 ROOM = 64 * 2**20  # bytes that must be free before a run starts
@@ -31,20 +33,57 @@ def finished_run(config: RunConfig, out: str | Path) -> Run | None:
     run = read_run(path)
     if not run.finished:
         return None
+    if other := _differences(config, run):
+        raise ValueError(
+            f"{path.parent} holds a finished run with {other}; "
+            f"choose another --out, or remove that folder to have it done again"
+        )
+    return run
+
+
+def checkpoint_of(
+    config: RunConfig, out: str | Path, processes: int, told: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint from which an unfinished run goes on, None if it starts anew.
+
+    ``told`` is called with what is wrong with each newer checkpoint that is not whole.
+
+    Raises:
+        ValueError: it was trained with another config or another number of processes.
+        RecordError: the record is broken, or missing though there are checkpoints.
+    """
+    path = run_path(out, config.arm, config.seed)
+    if not checkpoints(path.parent):
+        return None
+    run = read_run(path)
+    if other := _differences(config, run):
+        raise ValueError(
+            f"{path.parent} holds an unfinished run with {other}; call it as it was called, choose "
+            f"another --out, or remove that folder"
+        )
+    if (before := run.header["processes"]) != processes:
+        raise ValueError(
+            f"{path.parent} holds an unfinished run of {before} process{'es' * (before != 1)}; go "
+            f"on with as many, not {processes}, or remove that folder"
+        )
+    return newest_whole(path.parent, told)
+
+
+# Settings that another call may have otherwise: they change nothing that is trained.
+_FREE = ("keep", "save_every", "report_to")
+
+
+def _differences(config: RunConfig, run: Run) -> str:
+    """What differs between a run on disk and one that is asked for, in words; empty: nothing."""
     now = config.to_json()
     # a setting that is newer than the run had its default
     then = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
     then |= run.header["config"]
-    other = [key for key in {**now, **then} if then.get(key) != now.get(key)]
+    free = _FREE if "shards" in config.data else (*_FREE, "workers")
+    other = [key for key in {**now, **then} if key not in free and then.get(key) != now.get(key)]
     if run.task != config.task:
         other = ["task"]
-    if other:
-        said = ", ".join(f"{key}={then.get(key)!r} (now {now.get(key)!r})" for key in other)
-        raise ValueError(
-            f"{path.parent} holds a finished run with {said}; "
-            f"choose another --out, or remove that folder to have it done again"
-        )
-    return run
+    return ", ".join(f"{key}={then.get(key)!r} (now {now.get(key)!r})" for key in other)
 
 
 def check_folder(folder: str | Path) -> None:

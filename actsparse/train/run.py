@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import logging
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,42 @@ from torch.optim import AdamW
 from torch.utils.data import Dataset, Subset
 from transformers import (
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
-    get_cosine_schedule_with_warmup,
 )
 
-from actsparse.modify import Handle, LeaveOutMLP, Recipe, decay_groups, save, sparsify
+from actsparse.data import Splits
+from actsparse.modify import (
+    Handle,
+    LeaveOutMLP,
+    Recipe,
+    decay_groups,
+    lora_config,
+    save,
+    sparsify,
+)
 from actsparse.observe import Measures, measure, observe, skippable, spectra_of
-from actsparse.records import RecordWriter, Run, environment, read_run, refused, run_path
+from actsparse.records import (
+    RecordWriter,
+    Run,
+    environment,
+    read_run,
+    refused,
+    run_path,
+)
+from actsparse.train.arguments import recompute, schedule_of, training_arguments
 from actsparse.train.callback import SparsityCallback, TrainingFailed
+from actsparse.train.checkpoint import drop_after, facts
 from actsparse.train.config import RunConfig
-from actsparse.train.folder import check_folder, finished_run
+from actsparse.train.folder import check_folder, checkpoint_of, finished_run
+from actsparse.train.interrupt import Interrupted, Interruption
+from actsparse.train.processes import gathered, launched, meet, of_the_first
+from actsparse.train.start import model_from
 from actsparse.train.tasks import Task, task_of
+from actsparse.train.trainer import RunTrainer
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -38,156 +63,240 @@ def run(
     *,
     command: str | None = None,
     on_step: Callable[[int], None] | None = None,
+    told: Callable[[str], None] = log.warning,
 ) -> Run:
     """Train one arm with one seed and write its record under ``out``; returns the record, read.
 
-    The folder ``out/runs/<arm>-seed<seed>`` gets ``record.jsonl`` and ``weights/`` (`save`): those
-    of the last evaluation whose loss was finite, so at the end the final ones. A run that is
-    finished with the same config is not repeated; an unfinished or failed one starts anew.
+    The folder ``out/runs/<arm>-seed<seed>`` gets ``record.jsonl``, ``weights/`` (`save`): those of
+    the last evaluation whose loss was finite, so at the end the final ones, and
+    ``checkpoint-<step>/``. A run that is finished with the same config
+    is not repeated; an unfinished one goes on from its newest checkpoint that is whole, and ends as
+    if it had not stopped. ``told`` is called with what is wrong with checkpoints that are not. In
+    several processes (torchrun, ``accelerate launch``) the first writes.
 
     Knobs are picked on the validation split; the test split is looked at once, at the end.
     ``command`` is noted in the record; ``on_step`` is called with the number of steps done.
 
     Raises:
-        ValueError: unknown task or recipe; a setting that cannot work; the run is finished with
-            another config.
+        ValueError: unknown task or recipe; a setting that cannot work; the run was begun with
+            another config, or in another number of processes.
         RecordError: the folder cannot be written, before training; or the disk refused later.
         TrainingFailed: the loss became NaN or infinite; the record says at which step.
+        Interrupted: Ctrl-C or SIGTERM came; there is a checkpoint.
     """
     task = task_of(config.task)
     path = run_path(out, config.arm, config.seed)
     if (old := finished_run(config, out)) is not None:
         return old
-    check_folder(path.parent)
+    rank, processes = launched()
+    arguments = training_arguments(config, path.parent, rank, processes)  # joins the processes
+    with Interruption() as interrupted:
+        splits = task.splits(config)
+        check_folder(path.parent)
+        checkpoint = None
+        if rank == 0:
+            checkpoint = checkpoint_of(config, out, processes, told)
+        checkpoint = of_the_first(checkpoint)
+        record = _record(config, path, checkpoint, processes, command) if rank == 0 else None
+        job = _Job(config, task, splits, arguments, record, checkpoint, on_step, interrupted)
+        try:
+            job.train()
+        except TrainingFailed as failed:
+            if record is not None:
+                record.write("failed", step=failed.step, reason=failed.reason)
+            raise
+        finally:
+            if record is not None:
+                record.close()
+        meet()
+    return read_run(path)
+
+
+def _record(
+    config: RunConfig, path: Path, checkpoint: Path | None, processes: int, command: str | None
+) -> RecordWriter:
+    if checkpoint is not None:
+        step = facts(checkpoint)["step"]
+        drop_after(path.parent, step)
+        _clear(path.parent, "error.txt", ".weights-*")
+        return RecordWriter.resume(path, step)
     header = {
         "task": config.task,
         "arm": config.arm,
         "seed": config.seed,
+        "processes": processes,
         "config": config.to_json(),
         **environment(torch.get_num_threads(), _gpu()),
     }
     if command:
         header["command"] = command
-    with RecordWriter(path, header) as record:
-        _clear(path.parent)
+    drop_after(path.parent, -1)  # refused ones
+    _clear(path.parent, "error.txt", ".weights-*", "weights")
+    return RecordWriter(path, header)
+
+
+@dataclass
+class _Job:
+    """A run's parts, and its course."""
+
+    config: RunConfig
+    task: Task
+    splits: Splits[Any]
+    arguments: TrainingArguments
+    record: RecordWriter | None
+    checkpoint: Path | None
+    on_step: Callable[[int], None] | None
+    interrupted: Interruption
+
+    def train(self) -> None:
+        began = time.perf_counter()
+        config, task, splits = self.config, self.task, self.splits
+        model = _model(config, task, splits)
+        recipe = Recipe.from_json(config.recipe)
+        handle = sparsify(model, recipe, inputs=_inputs(splits))
+        if config.gradient_checkpointing:
+            recompute(model)
+        without = any(isinstance(change, LeaveOutMLP) for change in recipe.modifications)
+        seen = None if without else observe(model, config.measures, blocks=handle.blocks)
+        callback = SparsityCallback(
+            handle,
+            seen,
+            self.record,
+            quality="quality",
+            active=self._active() if config.active and not without else None,
+            active_every=config.active_every,
+            on_step=self.on_step,
+            interrupted=self.interrupted,
+            accelerate=False if without else config.accelerate,
+        )
+        self.arguments.eval_on_start = self.checkpoint is None
+        trainer = self._trainer(model, callback)
+        resumed_at: Any = None if self.checkpoint is None else facts(self.checkpoint)["step"]
         try:
-            _train(config, task, record, on_step)
-        except TrainingFailed as failed:
-            record.write("failed", step=failed.step, reason=failed.reason)
-            raise
-    return read_run(path)
+            if self.checkpoint is not None:
+                trainer.load_own(self.checkpoint)
+            elif config.start:
+                trainer.evaluate(splits.test, metric_key_prefix="test")
+                trainer.before = _before(callback)
+            if self.checkpoint is None:
+                trainer.train()
+            elif resumed_at < config.steps:
+                trainer.train(resume_from_checkpoint=str(self.checkpoint))
+            else:  # it was stopped on its way to the result
+                trainer.take_up(self.checkpoint)
+            if trainer.state.global_step < config.steps:
+                folder = Path(self.arguments.output_dir)
+                raise Interrupted(
+                    trainer.state.global_step, folder / f"checkpoint-{trainer.state.global_step}"
+                )
+            trainer.evaluate(splits.test, metric_key_prefix="test")
+        finally:
+            callback.close()
+        last = callback.evaluation
+        assert last is not None
+        training, accelerated = callback.training(), callback.accelerated
+        memory = max(gathered(_peak_memory()))
+        if self.record is None:
+            return
+        self.record.write(
+            "result",
+            split="test",
+            step=config.steps,
+            loss=last.loss,
+            quality=last.quality,
+            quality_name=task.quality_name,
+            higher_is_better=task.higher_is_better,
+            inference=last.measures,
+            training=training,
+            skippable=_skippable(handle, last.measures, training),
+            baselines=task.baselines(splits),
+            data=splits.info,
+            **({} if trainer.before is None else {"before": trainer.before}),
+            **(
+                {"spectra": spectra_of(seen.blocks)}
+                if seen and "spectrum" in config.measures
+                else {}
+            ),
+            time={
+                "seconds": time.perf_counter() - began,
+                "peak_memory_mib": memory,
+                "resumed_at": resumed_at,
+                **({} if accelerated is None else {"accelerated": str(accelerated).splitlines()}),
+            },
+        )
+
+    def _active(self) -> Callable[[nn.Module], Measures]:
+        config, task = self.config, self.task
+        batches = batches_of(self.splits.validation, config.active_on, config.batch_size)
+
+        def active(model: nn.Module) -> Measures:
+            device = next(model.parameters()).device
+            on = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
+            return measure(model, task.predict, on, config.active, labels="model")
+
+        return active
+
+    def _trainer(self, model: Any, callback: SparsityCallback) -> RunTrainer:
+        config, task, splits = self.config, self.task, self.splits
+        rank, processes = launched()
+        rows, _ = config.share(processes)
+        groups = decay_groups(model, config.weight_decay, config.no_decay)
+        optimizer = AdamW(groups, lr=config.lr)
+        trainer = RunTrainer(
+            model,
+            self.arguments,
+            task=task,
+            callback=callback,
+            keep=config.keep,
+            loader=task.loader and task.loader(config, rows, rank, processes),
+            data_collator=task.collate(config, splits.info),
+            train_dataset=splits.train,
+            eval_dataset=_some(splits.validation, config.validate_on),
+            optimizers=(optimizer, schedule_of(config, optimizer)),
+            callbacks=[callback, _AtEvaluations(self.arguments.output_dir, rank, config.fsdp)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
-def _train(
-    config: RunConfig, task: Task, record: RecordWriter, on_step: Callable[[int], None] | None
-) -> None:
-    began = time.perf_counter()
-    splits = task.splits(config)
+def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> Any:
     torch.manual_seed(config.seed)
-    model = task.model(config)
-    inputs = default_data_collator([splits.train[index] for index in range(2)])
-    recipe = Recipe.from_json(config.recipe)
-    handle = sparsify(model, recipe, inputs=inputs)
-    without = any(isinstance(change, LeaveOutMLP) for change in recipe.modifications)
-    seen = None if without else observe(model, config.measures, blocks=handle.blocks)
-    validation = _some(splits.validation, config.validate_on)
+    model: Any = task.model(config, splits.info) if not config.start else model_from(config.start)
+    task.adapt(model, config)
+    inputs = _inputs(splits)
+    if config.start:
+        try:
+            with torch.no_grad():
+                task.predict(model.eval(), inputs)
+        except Exception as error:  # whatever a model does with data that are not its own
+            raise ValueError(
+                f"the model in {config.start} does not run on the data of {config.task}: {error}"
+            ) from error
+        model.train()
+    if config.lora is None:
+        return model
+    from peft import get_peft_model
 
-    batches = batches_of(splits.validation, config.active_on, config.batch_size)
-
-    def active(model: nn.Module) -> Measures:
-        device = next(model.parameters()).device
-        on = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-        return measure(model, task.predict, on, config.active, labels="model")
-
-    callback = SparsityCallback(
-        handle,
-        seen,
-        record,
-        quality="quality",
-        loss="nats",
-        active=active if config.active and not without else None,
-        active_every=config.active_every,
-        on_step=on_step,
-        accelerate=False if without else config.accelerate,
-    )
-    weights = record.path.parent / "weights"
-    trainer = _trainer(config, task, model, splits.train, validation, callback, weights)
-    try:
-        trainer.train()
-        if callback.evaluation is None or callback.evaluation.step != config.steps:
-            trainer.evaluate()
-        trainer.evaluate(splits.test, metric_key_prefix="test")
-    finally:
-        callback.close()
-    last = callback.evaluation
-    assert last is not None
-    training, accelerated = callback.training(), callback.accelerated
-    record.write(
-        "result",
-        split="test",
-        step=config.steps,
-        loss=last.loss,
-        quality=last.quality,
-        quality_name=task.quality_name,
-        higher_is_better=task.higher_is_better,
-        inference=last.measures,
-        training=training,
-        skippable=_skippable(handle, last.measures, training),
-        baselines=task.baselines(splits),
-        data=splits.info,
-        **({"spectra": spectra_of(seen.blocks)} if seen and "spectrum" in config.measures else {}),
-        **({} if accelerated is None else {"accelerated": str(accelerated).splitlines()}),
-        seconds=time.perf_counter() - began,
-    )
+    return get_peft_model(model, lora_config(model, inputs, **config.lora))
 
 
-def _trainer(
-    config: RunConfig,
-    task: Task,
-    model: Any,
-    train: Dataset[Any],
-    validation: Dataset[Any],
-    callback: SparsityCallback,
-    weights: Path,
-) -> Trainer:
-    groups = decay_groups(model, config.weight_decay, config.no_decay)
-    optimizer = AdamW(groups, lr=config.lr)
-    warmup = math.ceil(config.warmup * config.steps)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, config.steps)
-    arguments = TrainingArguments(
-        output_dir=str(weights.parent),
-        seed=config.seed,
-        data_seed=config.seed,
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=4 * config.batch_size,
-        max_grad_norm=config.clip,
-        logging_steps=config.log_every,
-        logging_nan_inf_filter=False,  # the callback stops at the first one instead
-        eval_strategy="steps",
-        eval_steps=config.eval_every,
-        eval_on_start=True,
-        save_strategy="no",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=train,
-        eval_dataset=validation,
-        optimizers=(optimizer, schedule),
-        preprocess_logits_for_metrics=task.reduce,
-        # Trainer's own "loss" counts sentinels too
-        compute_metrics=lambda kept: {
-            {"loss": "nats"}.get(name, name): value for name, value in task.score(kept).items()
-        },
-        callbacks=[callback, _KeepWeights(weights)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _inputs(splits: Splits[Any]) -> dict[str, Tensor]:
+    rows = splits.validation
+    return default_data_collator([rows[index] for index in range(min(2, len(rows)))])
+
+
+def _before(callback: SparsityCallback) -> dict[str, Any]:
+    found = callback.evaluation
+    assert found is not None
+    return {"loss": found.loss, "quality": found.quality, "inference": found.measures}
+
+
+def _peak_memory() -> float:
+    """MiB of this process, or of its GPU where it has one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def batches_of(rows: Dataset[Any], count: int, batch_size: int) -> list[dict[str, Tensor]]:
@@ -200,13 +309,23 @@ def batches_of(rows: Dataset[Any], count: int, batch_size: int) -> list[dict[str
     ]
 
 
-class _KeepWeights(TrainerCallback):
-    """Saves the model after each evaluation; runs after the callback that refuses a NaN."""
+class _AtEvaluations(TrainerCallback):
+    """Saves the model after each evaluation; runs after the callback that refuses a NaN.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    The last one comes before the last checkpoint: nothing of its step may follow it.
+    """
+
+    def __init__(self, folder: str, rank: int, fsdp: tuple[str, ...]) -> None:
+        self.folder = Path(folder) / "weights"
+        self.saves = rank == 0 or bool(fsdp)  # shards are gathered by all
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.saves:
+            return
         try:
             save(kwargs["model"], self.folder)
         except OSError as error:
@@ -231,11 +350,13 @@ def _skippable(handle: Handle, inference: Any, training: Any) -> dict[str, float
     }
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, *patterns: str) -> None:
     """Take away what an earlier attempt left, the folder that a stop caught half-saved too."""
-    (folder / "error.txt").unlink(missing_ok=True)
-    for left in (folder / "weights", *folder.glob(".weights-*")):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in (found for pattern in patterns for found in folder.glob(pattern)):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _gpu() -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from actsparse.experiments import ARMS, DEFAULT_ARMS, run_config
+from actsparse.experiments import ARMS, default_arms, run_config
 from actsparse.experiments.compare import Event, compare
 from actsparse.modify import Recipe
 from actsparse.records import RecordError, read_runs
@@ -76,10 +76,10 @@ def test_an_arm_survives_its_way_through_json(name: str) -> None:
 
 
 def test_the_default_arms_are_the_five_that_the_question_needs() -> None:
-    assert DEFAULT_ARMS == (
+    assert default_arms("digits") == (
         "vanilla", "paper", "vanilla-no-1d-decay", "hoyer-no-1d-decay", "no-mlp",
     )  # fmt: skip
-    assert set(DEFAULT_ARMS) <= set(ARMS)
+    assert {*default_arms("digits"), *default_arms("lm_finetune")} <= set(ARMS)
 
 
 def test_measures_of_both_kinds_go_where_they_belong() -> None:

@@ -80,7 +80,7 @@ def test_train_that_blows_up_says_so_and_exits_with_1(tmp_path: Path) -> None:
     words = ["train", "--arm", "vanilla", "--steps", "20", "--eval-every", "1", "--lr", "1e30"]
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
     assert done.exit_code == 1
-    assert "vanilla seed 0: failed, stopped after" in done.stdout
+    assert "Failed: stopped after" in done.stderr
     lines = records(tmp_path)["vanilla-seed0"].splitlines()
     assert json.loads(lines[-1])["kind"] == "failed"
     assert (tmp_path / "runs" / "vanilla-seed0" / "weights" / "model.safetensors").exists()
@@ -96,7 +96,7 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
     (record,) = records(tmp_path).values()
     header, *_, result = (json.loads(line) for line in record.splitlines())
     assert header["config"]["accelerate"] is True
-    assert all(line in done.stdout for line in result["accelerated"])
+    assert all(line in done.stdout for line in result["time"]["accelerated"])
     other = CliRunner().invoke(app, words)
     assert other.exit_code == 2
     assert "accelerate=True (now False)" in other.stderr
@@ -108,7 +108,7 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
         (["compare", "--task", "dogs"], "unknown task 'dogs'; known: digits, text, lm"),
         (["compare", "--arms", "vanila"], "unknown arm 'vanila'; known: vanilla, paper"),
         (["train", "--model", "width=9"], "unknown setting 'width' of digits's model; known: "),
-        (["train", "--model", "hidden_size"], "--model 'hidden_size': expected such as"),
+        (["train", "--model", "hidden_size"], "--model 'hidden_size': expected name=value"),
         (["train", "--steps", "0"], "steps=0: expected a whole number, 1 or more"),
         (["train", "--out", "/dev/full/runs"], "cannot"),
         (["compare", "--out", "/dev/null"], "cannot"),

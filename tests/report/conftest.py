@@ -74,8 +74,8 @@ def result(**changed: Any) -> Entry:
         "inference": measures(0.2),
         "training": measures(0.21),
         "skippable": {"forward": 0.4, "backward": 0.6},
-        "seconds": 40.0,
         "baselines": {},
+        "time": {"seconds": 40.0},
         **changed,
     }
 
@@ -111,7 +111,7 @@ def write_comparison(out: Path, seeds: int = 3) -> None:
                         step=step,
                         loss=loss,
                         lr=5e-3,
-                        seconds=2.0,
+                        time={"seconds": 2.0},
                         penalty=0.1 if arm == "hoyer" else None,
                         measures=measures(None if now is None else 1.02 * now, dead),
                     )
@@ -228,7 +228,7 @@ def write_theory(out: Path, seeds: int = 2, gated: bool = False) -> None:
                         step=250 * i,
                         loss=1 / i,
                         lr=5e-3,
-                        seconds=2.0,
+                        time={"seconds": 2.0},
                         penalty=None,
                         measures=None
                         if arm == "no-mlp"

@@ -33,9 +33,9 @@ def _vote(rank: int, folder: str, device: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
     )
-    from actsparse.train.callback import _everywhere
+    from actsparse.train.processes import everywhere
 
-    votes = [_everywhere(fine, torch.device(device)) for fine in (True, rank == 0, False)]
+    votes = [everywhere(fine, torch.device(device)) for fine in (True, rank == 0, False)]
     Path(folder, str(rank)).write_text(str(votes))
     torch.distributed.destroy_process_group()
     os._exit(0)  # gloo's threads outlive the group and may abort an interpreter that ends first

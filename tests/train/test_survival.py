@@ -1,0 +1,222 @@
+"""Runs that are killed: the same command goes on, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actsparse.data.text import load_documents
+from actsparse.experiments import run_config
+from actsparse.records import RecordError, read_run, run_path
+from actsparse.train.checkpoint import checkpoints
+from actsparse.train.interrupt import Interrupted
+from actsparse.train.run import run
+from actsparse.train.trainer import RunTrainer
+
+TINY: dict[str, Any] = {
+    "steps": 12, "batch_size": 8, "log_every": 5, "eval_every": 6, "save_every": 4,
+    "validate_on": 16,
+}  # fmt: skip
+
+
+def killed(folder: Path, kills: int, task: str) -> list[dict[str, Any]]:
+    script = Path(__file__).with_name("killed.py")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    words = [sys.executable, str(script), str(folder), str(kills), task]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def check(found: list[dict[str, Any]]) -> None:
+    assert any(-signal.SIGKILL in kill["ends"] for kill in found)  # some did strike
+    for kill in found:
+        assert kill["last"] == 0, kill
+        assert kill["same_weights"], kill
+        assert kill["first_difference"] == [], kill
+        assert kill["lines"][0] == kill["lines"][1], kill
+
+
+def write_shards(folder: Path) -> None:
+    """Shards of the embedded text and a tokenizer trained on it, in one folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    documents = [text.decode() for text in load_documents()["train"].values()][:60]
+    folder.mkdir(parents=True)
+    for part in range(2):
+        lines = [json.dumps({"text": text}) for text in documents[part::2]]
+        (folder / f"web-train.{part:05d}.jsonl").write_text("\n".join(lines) + "\n")
+    held = [text.decode() for text in load_documents()["validation"].values()]
+    lines = [json.dumps({"text": text}) for text in held]
+    (folder / "web-validation.00000.jsonl").write_text("\n".join(lines) + "\n")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(100))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special)
+    model.train_from_iterator(documents[:10], trainer)
+    model.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_killed_runs_end_as_if_undisturbed(tmp_path: Path) -> None:
+    check(killed(tmp_path, 3, "digits"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "kills"), [("digits", 20), ("t5_c4", 10)])
+def test_runs_killed_at_many_moments_end_as_if_undisturbed(
+    task: str, kills: int, tmp_path: Path
+) -> None:
+    if task == "t5_c4":
+        write_shards(tmp_path / "data")
+    check(killed(tmp_path, kills, task))
+
+
+def lines_of(record: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in record.read_text().splitlines()]
+    return [{k: v for k, v in each.items() if k not in ("time", "run_id")} for each in entries]
+
+
+def stopped(config: Any, out: Path, step: int) -> Interrupted:
+    def tell(done: int) -> None:
+        if done == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        run(config, out, on_step=tell)
+    return caught.value
+
+
+def test_a_signal_leaves_a_checkpoint_of_that_very_step(tmp_path: Path) -> None:
+    config = run_config("digits", "paper", 0, measures=("flatness",), **TINY)
+    whole = run(config, tmp_path / "whole")
+    error = stopped(config, tmp_path / "stopped", 7)
+    assert error.step == 7
+    assert error.checkpoint.is_dir()
+    assert str(error.checkpoint) in str(error)
+    done = run(config, tmp_path / "stopped")
+    assert lines_of(done.path) == lines_of(whole.path)
+    assert done.result is not None
+    assert done.result["time"]["resumed_at"] == 7
+    kept = [each.name for each in checkpoints(done.path.parent)]
+    assert kept == ["checkpoint-8", "checkpoint-12"]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_is_used(
+    tmp_path: Path,
+) -> None:
+    config = run_config("digits", "paper", 0, **TINY)
+    whole = run(config, tmp_path / "whole")
+    stopped(config, tmp_path / "flipped", 9)
+    folder = run_path(tmp_path / "flipped", "paper", 0).parent
+    weights = folder / "checkpoint-9" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    said: list[str] = []
+    done = run(config, tmp_path / "flipped", told=said.append)
+    assert len(said) == 1
+    assert "checkpoint-9" in said[0]
+    assert "model.safetensors" in said[0]
+    assert done.result is not None
+    assert done.result["time"]["resumed_at"] == 8
+    assert lines_of(done.path) == lines_of(whole.path)
+
+
+def test_without_a_whole_checkpoint_the_run_starts_anew(tmp_path: Path) -> None:
+    config = run_config("digits", "vanilla", 0, **TINY)
+    whole = run(config, tmp_path / "whole")
+    stopped(config, tmp_path / "cut", 3)
+    folder = run_path(tmp_path / "cut", "vanilla", 0).parent
+    (folder / "checkpoint-3" / "manifest.json").unlink()
+    said: list[str] = []
+    done = run(config, tmp_path / "cut", told=said.append)
+    assert "checkpoint-3" in said[0]
+    assert done.result is not None
+    assert done.result["time"]["resumed_at"] is None
+    assert lines_of(done.path) == lines_of(whole.path)
+
+
+def test_an_unfinished_run_goes_on_only_as_it_was_begun(tmp_path: Path) -> None:
+    config = run_config("digits", "vanilla", 0, **TINY)
+    stopped(config, tmp_path, 3)
+    before = run_path(tmp_path, "vanilla", 0).read_bytes()
+    other = run_config("digits", "vanilla", 0, **TINY | {"lr": 0.1})
+    with pytest.raises(ValueError, match=r"unfinished run with lr=0\.005 \(now 0\.1\)"):
+        run(other, tmp_path)
+    assert run_path(tmp_path, "vanilla", 0).read_bytes() == before
+    freer = run_config("digits", "vanilla", 0, **TINY | {"save_every": 5, "keep": 3})
+    assert run(freer, tmp_path).finished
+
+
+def test_another_number_of_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config("digits", "vanilla", 0, **TINY)
+    stopped(config, tmp_path, 3)
+    record = run_path(tmp_path, "vanilla", 0)
+    header, *rest = record.read_text().splitlines()
+    two = json.dumps(json.loads(header) | {"processes": 2})
+    record.write_text("\n".join([two, *rest]) + "\n")
+    with pytest.raises(
+        ValueError, match="unfinished run of 2 processes; go on with as many, not 1"
+    ):
+        run(config, tmp_path)
+
+
+def test_a_full_disk_at_a_checkpoint_is_said_and_the_one_before_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config("digits", "vanilla", 0, **TINY)
+    own = RunTrainer._save_own
+
+    def full(self: RunTrainer, file: Path) -> None:
+        if "checkpoint-8" in str(file):
+            raise OSError(28, "No space left on device")
+        own(self, file)
+
+    monkeypatch.setattr(RunTrainer, "_save_own", full)
+    with pytest.raises(RecordError, match=r"cannot write .*checkpoint-8: No space left on device"):
+        run(config, tmp_path)
+    monkeypatch.undo()
+    said: list[str] = []
+    done = run(config, tmp_path, told=said.append)
+    assert done.result is not None
+    assert done.result["time"]["resumed_at"] == 4
+    assert "checkpoint-8" in said[0]
+
+
+def test_the_command_stopped_by_ctrl_c_says_so_and_goes_on(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "actsparse", "train", "--task", "digits", "--arm", "vanilla"]
+    words += ["--steps", "3000", "--eval-every", "3000", "--out", str(tmp_path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "of 3000 steps" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130, errors
+    assert "the same command goes on from" in errors
+    assert "Traceback" not in errors
+    record = run_path(tmp_path, "vanilla", 0)
+    assert not read_run(record).finished
+    assert len(checkpoints(record.parent)) == 1
+    shutil.rmtree(tmp_path)
