@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from actsparse.experiments.arms import ARMS, Arm, arm_named, default_arms
+from actsparse.experiments.arms import ARMS, Arm, arm_named, default_arms, ramped
 from actsparse.experiments.digits import digits
 from actsparse.experiments.finetune import digits_finetune, lm_finetune
 from actsparse.experiments.lm import lm, lm_web
@@ -48,7 +48,8 @@ def run_config(
         raise ValueError(f"unknown task {task!r}; known: {', '.join(EXPERIMENTS)}")
     chosen, own = arm_named(arm), EXPERIMENTS[task](quick)
     spared = tuple(dict.fromkeys((*own.get("no_decay", ()), *chosen.no_decay)))
-    settings = {**own, "recipe": chosen.recipe.to_json(), "no_decay": spared}
+    recipe = ramped(chosen.recipe.to_json(), own.pop("ramp", None))
+    settings = {**own, "recipe": recipe, "no_decay": spared}
     known = {each.name for each in fields(RunConfig)} - {"task", "arm", "seed", "recipe"}
     for name, value in overrides.items():
         if name not in known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from actsparse.modify import (
     ActivationPenalty,
@@ -67,6 +68,21 @@ def default_arms(task: str) -> tuple[str, ...]:
     'vanilla'
     """
     return _FINETUNING if task.endswith("_finetune") else _DEFAULT
+
+
+def ramped(recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """A recipe as JSON, with mixing and uplift over so many steps; None leaves them as they are.
+
+    >>> ramped(_FINETUNE.to_json(), 3000)["modifications"][2]["mix"]
+    3000
+    """
+    if steps is None:
+        return recipe
+    changes = [
+        change | {name: steps for name in ("mix", "uplift") if change.get(name) is not None}
+        for change in recipe["modifications"]
+    ]
+    return recipe | {"modifications": changes}
 
 
 def arm_named(name: str) -> Arm:

@@ -88,10 +88,12 @@ def t5_c4(quick: bool = False) -> Settings:
 def t5_c4_finetune(quick: bool = False) -> Settings:
     """A trained T5-Base finetuned for sparsity: 10,000 steps, warm-up 1000, LoRA of rank 192.
 
-    The recipe mixes the activation in and lifts the norms over 3000 steps, here its third.
+    The recipe mixes the activation in and lifts the norms over 3000 steps.
     """
     settings = t5_c4(quick)
-    steps: Settings = {"steps": 150, "warmup": 15} if quick else {"steps": 10_000, "warmup": 1000}
+    steps: Settings = {"steps": 10_000, "warmup": 1000, "ramp": 3000}
+    if quick:
+        steps = {"steps": 150, "warmup": 15, "ramp": 45}
     return with_lora(finetuned(settings | steps))
 
 

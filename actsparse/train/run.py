@@ -92,6 +92,7 @@ def run(
     arguments = training_arguments(config, path.parent, rank, processes)  # joins the processes
     with Interruption() as interrupted:
         splits = task.splits(config)
+        model, handle = _model(config, task, splits)
         check_folder(path.parent)
         checkpoint = None
         if rank == 0:
@@ -100,7 +101,7 @@ def run(
         record = _record(config, path, checkpoint, processes, command) if rank == 0 else None
         job = _Job(config, task, splits, arguments, record, checkpoint, on_step, interrupted)
         try:
-            job.train()
+            job.train(model, handle)
         except TrainingFailed as failed:
             if record is not None:
                 record.write("failed", step=failed.step, reason=failed.reason)
@@ -148,15 +149,11 @@ class _Job:
     on_step: Callable[[int], None] | None
     interrupted: Interruption
 
-    def train(self) -> None:
+    def train(self, model: Any, handle: Handle) -> None:
         began = time.perf_counter()
         config, task, splits = self.config, self.task, self.splits
-        model = _model(config, task, splits)
-        recipe = Recipe.from_json(config.recipe)
-        handle = sparsify(model, recipe, inputs=_inputs(splits))
-        if config.gradient_checkpointing:
-            recompute(model)
-        without = any(isinstance(change, LeaveOutMLP) for change in recipe.modifications)
+        changes = handle.recipe.modifications
+        without = any(isinstance(change, LeaveOutMLP) for change in changes)
         seen = None if without else observe(model, config.measures, blocks=handle.blocks)
         callback = SparsityCallback(
             handle,
@@ -259,7 +256,8 @@ class _Job:
         return trainer
 
 
-def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> Any:
+def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> tuple[Any, Handle]:
+    """The model that is trained, and what modifies it."""
     torch.manual_seed(config.seed)
     model: Any = task.model(config, splits.info) if not config.start else model_from(config.start)
     task.adapt(model, config)
@@ -273,11 +271,14 @@ def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> Any:
                 f"the model in {config.start} does not run on the data of {config.task}: {error}"
             ) from error
         model.train()
-    if config.lora is None:
-        return model
-    from peft import get_peft_model
+    if config.lora is not None:
+        from peft import get_peft_model
 
-    return get_peft_model(model, lora_config(model, inputs, **config.lora))
+        model = get_peft_model(model, lora_config(model, inputs, **config.lora))
+    handle = sparsify(model, Recipe.from_json(config.recipe), inputs=inputs)
+    if config.gradient_checkpointing:
+        recompute(model)
+    return model, handle
 
 
 def _inputs(splits: Splits[Any]) -> dict[str, Tensor]:
