@@ -51,6 +51,7 @@ def lm_web(quick: bool = False) -> Settings:
         "eval_every": 300,
         "save_every": 300,
         "workers": 2,
+        "report_to": ("tensorboard",),
         "model": {
             "n_positions": 256,
             "n_embd": 512,

@@ -70,6 +70,7 @@ def t5_c4(quick: bool = False) -> Settings:
         "eval_every": 2000,
         "save_every": 1000,
         "workers": 2,  # the order of the data depends on their number
+        "report_to": ("tensorboard",),
         "model": _BASE,
         "data": {
             "shards": None,

@@ -74,6 +74,7 @@ def vit_imagenet(quick: bool = False) -> Settings:
         "eval_every": 3125,
         "save_every": 625,
         "workers": _WORKERS,
+        "report_to": ("tensorboard",),
         "model": _SIZE_BASE,
         "data": {
             "path": None,
@@ -118,6 +119,7 @@ def vit_cifar10(quick: bool = False) -> Settings:
         "eval_every": 780,
         "save_every": 780,
         "workers": _WORKERS,
+        "report_to": ("tensorboard",),
         "model": _SIZE_SMALL,
         "data": {
             "path": None,

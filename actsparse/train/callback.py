@@ -285,6 +285,8 @@ class SparsityCallback(TrainerCallback):
             measures["loss_reduction"] = self.seen.weighing.reduction
         if self.accelerated is not None and measures is not None:
             measures["steps"] = self._read
+        if measures is not None:  # for trackers that come after
+            logs |= {"density": measures["density"], "dead_units": measures["dead"]}
         if self.record is not None and state.is_world_process_zero:
             self.record.write(
                 "train",

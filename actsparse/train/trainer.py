@@ -51,6 +51,9 @@ class RunTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, **options)
         self.task, self.callback, self.keep = task, callback, keep
+        callbacks = self.callback_handler.callbacks
+        callbacks.remove(callback)  # trackers shall see the density that it adds to the logs
+        callbacks.insert(1, callback)  # after the one that decides what a step is followed by
         # All rows have as many targets, so the mean over a batch is the mean over its targets. Told
         # their number, Trainer multiplies the loss by the processes also where a model ignores it.
         self.model_accepts_loss_kwargs = False
