@@ -1,6 +1,6 @@
 """Images that lie in one .npz as JPEGs, as folders: what `vit_cifar10` was run on here.
 
-``python benchmarks/unpack_images.py TRAIN.npz TEST.npz FOLDER`` writes ``FOLDER/train/<class>/`` and
+``python benchmarks/unpack_images.py TRAIN.npz TEST.npz FOLDER`` writes ``FOLDER/train/<class>/``,
 ``FOLDER/val/<class>/``. An .npz holds ``jpeg`` (uint8, all files one after another), ``offset``
 [N + 1], ``label`` [N] and ``classes``.
 """

@@ -69,6 +69,8 @@ class Arm:
     loss_drop: Estimate | None = None  # relative, over the last fifth of the steps
     undertrained: bool | None = None
     beats_bigram: bool | None = None
+    before_quality: Estimate | None = None  # on the test split, where finetuning began
+    before_density: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,8 @@ def _arm(name: str, runs: list[Run], reference: dict[int, Run], higher: bool) ->
         loss_drop=drop,
         undertrained=_undertrained([value for value in map(loss_drop, done) if value is not None]),
         beats_bigram=None if bigram is None or loss is None else loss.mean < bigram.mean,
+        before_quality=over_seeds(_read("before", "quality")),
+        before_density=over_seeds(_read("before", "inference", "density")),
     )
 
 
@@ -296,7 +300,7 @@ def _reading_order(arm: Arm) -> tuple[bool, bool, float, str]:
 def _subject(arms: list[Arm]) -> str | None:
     """The paper's arm where there is one, else the sparsest."""
     rivals = [arm for arm in arms if arm.name not in (REFERENCE, CONTROL) and arm.inference_density]
-    named = [arm for arm in rivals if arm.name == SUBJECT]
+    named = [arm for arm in rivals if arm.name in (SUBJECT, f"{SUBJECT}-finetune")]
     return (named or rivals)[-1].name if rivals else None  # arms come from dense to sparse
 
 

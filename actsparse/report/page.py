@@ -279,6 +279,16 @@ def columns(table: Table) -> list[Column]:
         Column("living density", lambda arm: density_text(arm.living_density), brief=False),
         Column("skippable, forward / backward", skippable, brief=False),
     ]
+    if any(arm.before_quality is not None for arm in table.arms):
+        shown.insert(
+            0,
+            Column(
+                f"before: {table.quality_name or 'quality'}, density",
+                lambda arm: (
+                    f"{quality_text(table, arm.before_quality)}, {density_text(arm.before_density)}"
+                ),
+            ),
+        )
     if any(arm.beats_bigram is not None for arm in table.arms):
         yes = {True: "yes", False: "no", None: NONE}
         shown.append(Column("beats bigram", lambda arm: yes[arm.beats_bigram], brief=False))

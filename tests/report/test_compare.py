@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from actsparse.records import RecordError, Run, read_runs
 from actsparse.report.compare import Table, compare, loss_drop, t_interval, to_json
+from actsparse.report.page import markdown_table
 
 AddRun = Callable[..., Run]
 Measured = Callable[..., dict[str, Any] | None]
@@ -238,3 +239,25 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, add_run: AddRun) -> No
     other.header["task"] = "text"
     with pytest.raises(RecordError, match="2 tasks: digits and text"):
         compare([run, other])
+
+
+def test_where_finetuning_began_stands_beside_what_came_of_it(
+    tmp_path: Path, add_run: AddRun, measured: Measured
+) -> None:
+    for seed, (quality, density) in enumerate([(0.9, 0.6), (0.8, 0.5)]):
+        before = {"loss": 1.0, "quality": quality, "inference": measured(density)}
+        add_run("vanilla", seed, before=before)
+        add_run("paper-finetune", seed, before=before, inference=measured(0.1 + seed / 10))
+        add_run("paper-hoyer-finetune", seed, before=before, inference=measured(0.01))
+    table = table_of(tmp_path)
+    assert table.subject == "paper-finetune"  # not the sparser arm that adds a penalty
+    arm = table.arm("vanilla")
+    assert arm is not None
+    assert arm.before_quality is not None
+    assert arm.before_density is not None
+    assert (arm.before_quality.mean, arm.before_density.mean) == pytest.approx((0.85, 0.55))
+    text = markdown_table(table)
+    assert text.startswith("| arm | before: accuracy, density | accuracy |")
+    assert "0.550 ± " in text.splitlines()[2]
+    add_run("no-mlp", 0)
+    assert table_of(tmp_path).arm("no-mlp").before_quality is None  # type: ignore[union-attr]
