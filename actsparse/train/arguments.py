@@ -40,6 +40,7 @@ def training_arguments(
     """Of the process ``rank`` out of ``processes``; making them joins the processes."""
     rows, passes = config.share(processes)
     task = task_of(config.task)
+    changes = [change["modification"] for change in config.recipe["modifications"]]
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=config.seed + 1_000_003 * rank,  # or dropout would be the same in all processes
@@ -62,6 +63,8 @@ def training_arguments(
         dataloader_num_workers=0 if task.loader else config.workers,
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        # of the tasks' own models all parameters are used, but for MLPs that are left out
+        ddp_find_unused_parameters=None if config.start else "LeaveOutMLP" in changes,
         use_cpu=not torch.accelerator.is_available(),
         fsdp=bool(config.fsdp),
         fsdp_config={"transformer_layer_cls_to_wrap": list(config.fsdp)} if config.fsdp else None,

@@ -117,6 +117,11 @@ class RunConfig:
             )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip={self.clip!r}: expected a gradient norm above 0, or None")
+        if self.fsdp and self.active:
+            raise ValueError(
+                f"active={self.active!r} is measured by one process, which has only its own shards "
+                f"with fsdp={self.fsdp!r}; leave one of them out"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing={self.label_smoothing!r}: expected 0 to below 1")
 

@@ -106,6 +106,11 @@ def run(
             if record is not None:
                 record.write("failed", step=failed.step, reason=failed.reason)
             raise
+        except ValueError as error:
+            if "in DataLoader worker" not in str(error):
+                raise
+            said = str(error).strip().rpartition("ValueError: ")[2]  # the rest is a traceback
+            raise ValueError(said) from error
         finally:
             if record is not None:
                 record.close()

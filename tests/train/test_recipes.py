@@ -22,6 +22,8 @@ from actsparse.records import Run, read_run, run_path
 from actsparse.train.arguments import schedule_of
 from actsparse.train.config import RunConfig
 from actsparse.train.loss import SoftCrossEntropy
+from actsparse.train.processes import unsharded
+from actsparse.train.run import run
 from actsparse.train.tasks import task_of
 from tests.train.test_survival import write_shards
 
@@ -233,6 +235,42 @@ def test_two_processes_train_as_one_by_the_documented_command(tmp_path: Path) ->
     assert [run.header["processes"] for run in records] == [1, 2]
     # One optimizer step in float32 rounds by some 1e-7, four by 1e-5 (the issue's own bound)
     near(bare(records[0].path), bare(records[1].path), 1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_and_skipped_only_if_asked(workers: int, tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    broken = tmp_path / "images" / "train" / "class1" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    settings: dict[str, Any] = {"steps": 12, "batch_size": 4, "workers": workers, "report_to": ()}
+    settings["model"] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64}
+    data = {"path": str(tmp_path / "images")}
+    config = run_config("vit_cifar10", "vanilla", 0, quick=True, data=data, **settings)
+    with pytest.raises(ValueError, match=r"^train/class1/3.jpg cannot be read as an image .*$"):
+        run(config, tmp_path / "out")
+    data |= {"damaged": "skip"}
+    config = run_config("vit_cifar10", "vanilla", 0, quick=True, data=data, **settings)
+    done = run(config, tmp_path / "skipped")
+    assert done.result is not None
+    damaged = done.result["data"]["damaged"]
+    assert (damaged["left_out"], damaged["names"]) == (1, ["train/class1/3.jpg"])
+
+
+def test_sharding_that_falls_back_is_refused_with_the_reason() -> None:
+    model = nn.Linear(2, 2)
+    reason = unsharded(model)
+    assert reason is not None
+    assert "2 parameters are not sharded (DTensor), such as weight" in reason
+    with pytest.raises(ValueError, match="measured by one process"):
+        run_config("digits", "vanilla", 0, fsdp=("ViTLayer",), measures=("hessian",))
+
+
+@pytest.mark.slow
+def test_fsdp_on_a_cpu_is_refused_by_the_command(tmp_path: Path) -> None:
+    words = ["--task", "digits", "--steps", "2", "--set", 'fsdp=["BeitLayer"]']
+    done = command(*words, "--out", str(tmp_path), processes=2)
+    assert done.returncode != 0
+    assert "Error: FSDP was asked for, but" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,60 @@
+"""docs/recipes.md says what the records and the program say, and its example runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from actsparse.cli.main import app
+from actsparse.cli.options import chosen
+from actsparse.experiments import EXPERIMENTS, arm_named, run_config
+from actsparse.records import read_runs
+from actsparse.report import compare, markdown_table
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = dict(re.findall(r"<!-- records: (\S+) -->\n(.*?)<!-- end of records -->", TEXT, re.DOTALL))
+COMMANDS = re.findall(r"^    (?:torchrun .* -m )?(actsparse (?:train|compare) .*)$", TEXT, re.M)
+COMMANDS += re.findall(r"^    (?:torchrun .* -m )?(actsparse (?:train|compare) .*)$", README, re.M)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_are_the_records(name: str) -> None:
+    runs = read_runs(ROOT / "benchmarks" / name)
+    assert TABLES[name].strip() == markdown_table(compare(runs)).strip()
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "recipes.md", "exec"), names)
+    assert type(names["plain"]).__name__ == "ViTForImageClassification"
+    assert "zeroth_bias" in " ".join(name for name, _ in names["again"].named_parameters())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_parse_and_name_what_exists(command: str) -> None:
+    group: Any = typer.main.get_command(app)
+    _, verb, *arguments = shlex.split(command)
+    with group.make_context("actsparse", [verb, *arguments]) as context:
+        options = group.get_command(context, verb).make_context(verb, arguments).params
+    names = ("quick", "model", "data", "tokenizer", "given")
+    overrides = chosen(options["task"], **{name: options[name] for name in names})
+    arm = options.get("arm") or "vanilla"
+    assert run_config(options["task"], arm, 0, start=options["start"], **overrides).task
+    assert len(COMMANDS) >= 5
+
+
+def test_every_recipe_and_arm_of_finetuning_is_on_the_page() -> None:
+    words = set(re.findall(r"`([^`\n]+)`", TEXT))
+    assert set(EXPERIMENTS) - words == set()
+    for arm in re.findall(r"`([a-z0-9-]+-finetune)`", TEXT):
+        assert arm_named(arm)
