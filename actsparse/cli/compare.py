@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,7 @@ from actsparse.cli.options import (
     Tokenizer,
     WeightDecay,
     chosen,
+    given_of,
     names,
 )
 
@@ -103,19 +105,19 @@ def compare(
         return
     asked = default_arms(task) if arms is None else tuple(dict.fromkeys(arms.split(",")))
     out = out or Path("runs") / task
-    overrides = {
-        "steps": steps,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "batch_size": batch_size,
-        "start": start,
-        "log_every": log_every,
-        "eval_every": eval_every,
-        "measures": names(measures),
-        "active_every": measure_every,
-        "accelerate": accelerate,
-        **chosen(task, quick, model, data, tokenizer, given),
-    }
+    overrides = given_of(
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        start=start,
+        log_every=log_every,
+        eval_every=eval_every,
+        measures=names(measures),
+        active_every=measure_every,
+        accelerate=accelerate,
+    )
+    overrides |= chosen(task, quick, model, data, tokenizer, given)
     configs = [
         run_config(task, arm.strip(), seed, **overrides) for seed in range(seeds) for arm in asked
     ]
@@ -123,11 +125,14 @@ def compare(
     command = shlex.join(["actsparse", *sys.argv[1:]])
     events = compare_runs(configs, out, workers=workers, threads=threads, command=command)
     console.print(f"{len(asked)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         failed = show(events, len(configs), str(out), console)
     except KeyboardInterrupt:
         typer.echo(f"Stopped. What is finished is kept; to go on: {command}", err=True)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     page = write_report(out)
     runs = read_runs(out)
     for run in runs:

@@ -19,7 +19,7 @@ class Verbs(typer.core.TyperGroup):
 
         try:
             return super().invoke(ctx)
-        except (RecordError, ValueError, ArithmeticError, ModuleNotFoundError) as error:
+        except (RecordError, ValueError, ArithmeticError, ImportError, OSError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(2) from error
 

@@ -186,8 +186,8 @@ def batches_of(
 
     chosen = task_of(task or run.task)
     name = task or run.task
-    start = "-" if name.endswith("_finetune") else None
-    config = run_config(name, "vanilla", 0, start=start)
+    start = {"start": "-"} if name.endswith("_finetune") else {}
+    config = run_config(name, "vanilla", 0, **start)  # type: ignore[arg-type]
     if run is not None and run.task == config.task:
         try:
             config = RunConfig(**run.header["config"])

@@ -42,7 +42,7 @@ Settings = Annotated[
     typer.Option(
         "--set",
         help="Any other setting, such as --set micro_batch=64 --set data.repeats=1 --set "
-        "lora=null; values as in JSON.",
+        "lora=null; values as in JSON. It wins over an option.",
         metavar="NAME=VALUE",
     ),
 ]
@@ -110,6 +110,8 @@ def chosen(
     own = EXPERIMENTS[task](quick)
     found: dict[str, Any] = {"quick": quick}
     known = own["model"]
+    if model and not known:
+        raise ValueError(f"{task} takes the model that --from names, as it is; --model is not its")
     for part in model.split(",") if model else ():
         name, value = _pair("--model", part)
         if name not in known:
@@ -126,11 +128,22 @@ def chosen(
     for part in given or ():
         name, value = _pair("--set", part)
         group, _, inner = name.partition(".")
-        if inner and group in ("model", "data"):
+        if name in ("task", "arm", "seed", "quick"):
+            raise ValueError(f"--set {name}: it has an option of its own, --{name}")
+        if inner and group in ("model", "data", "lora"):
             found.setdefault(group, {})[inner] = value
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def given_of(**options: Any) -> dict[str, Any]:
+    """The options that were given: None stands for one that was not.
+
+    >>> given_of(steps=5, lr=None)
+    {'steps': 5}
+    """
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _pair(option: str, text: str) -> tuple[str, Any]:

@@ -29,13 +29,19 @@ from actsparse.cli.options import (
     Tokenizer,
     WeightDecay,
     chosen,
+    given_of,
     names,
 )
 
 
 def train(
     task: Task = "digits",
-    arm: Annotated[str, typer.Option(help="See `actsparse compare --arms help`.")] = "paper",
+    arm: Annotated[
+        str | None,
+        typer.Option(
+            help="See `actsparse compare --arms help`.", show_default="paper, or paper-finetune"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the start and the order of the data.", min=0)] = 0,
     out: Annotated[
         Path | None,
@@ -88,10 +94,8 @@ def train(
     from actsparse.train.folder import finished_run
 
     out = out or Path("runs") / task
-    config = run_config(
-        task,
-        arm,
-        seed,
+    arm = arm or ("paper-finetune" if task.endswith("_finetune") else "paper")
+    overrides = given_of(
         steps=steps,
         lr=lr,
         weight_decay=weight_decay,
@@ -103,8 +107,9 @@ def train(
         measures=names(measures),
         active_every=measure_every,
         accelerate=accelerate,
-        **chosen(task, quick, model, data, tokenizer, given),
     )
+    overrides |= chosen(task, quick, model, data, tokenizer, given)
+    config = run_config(task, arm, seed, **overrides)
     place = run_path(out, arm, seed)
     run = finished_run(config, out)
     before = run is not None

@@ -32,8 +32,8 @@ def run_config(
 ) -> RunConfig:
     """The config of one run: the task's settings, the arm's recipe, then ``overrides``.
 
-    An override of None leaves the setting as it is. ``model`` and ``data`` change some of the
-    model's and the data's settings, the rest stay the task's; ``model`` is for models made anew.
+    ``model``, ``data`` and ``lora`` change some of the task's settings of these, the rest stay;
+    ``model`` is for models made anew.
     ``{seed}`` in ``start`` stands for the seed. ``measures`` may name measures of both kinds: those
     read in each pass, density always among them, and those ``active``. ``quick`` takes the task's
     form of a few minutes on two cores.
@@ -54,10 +54,8 @@ def run_config(
     for name, value in overrides.items():
         if name not in known:
             raise ValueError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
-        if value is None:
-            continue
-        if name in ("model", "data") and isinstance(value, Mapping):
-            value = {**own.get(name, {}), **value}
+        if name in ("model", "data", "lora") and isinstance(value, Mapping):
+            value = {**(own.get(name) or {}), **value}
         settings[name] = value
     if "start" in own and not settings["start"]:
         raise ValueError(

@@ -168,7 +168,10 @@ def _work(pipe: Connection, out: Path, threads: int, command: str | None) -> Non
 
         def tell(step: int, every: int = every) -> None:
             if step % every == 0:
-                pipe.send(("step", step, ""))
+                try:
+                    pipe.send(("step", step, ""))
+                except BrokenPipeError:  # nobody is there to stop this process
+                    signal.raise_signal(signal.SIGTERM)
 
         try:
             run(config, out, command=command, on_step=tell)

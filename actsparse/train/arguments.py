@@ -39,6 +39,8 @@ def training_arguments(
 ) -> TrainingArguments:
     """Of the process ``rank`` out of ``processes``; making them joins the processes."""
     rows, passes = config.share(processes)
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision='fp16' needs a GPU; here bf16 and float32 run")
     task = task_of(config.task)
     changes = [change["modification"] for change in config.recipe["modifications"]]
     arguments = TrainingArguments(
@@ -47,7 +49,7 @@ def training_arguments(
         data_seed=config.seed,
         max_steps=config.steps,
         per_device_train_batch_size=rows,
-        per_device_eval_batch_size=4 * rows,
+        per_device_eval_batch_size=rows if task.loader else 4 * rows,  # logits of all tokens
         gradient_accumulation_steps=passes,
         max_grad_norm=config.clip or 0.0,
         bf16=config.precision == "bf16",

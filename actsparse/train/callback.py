@@ -328,7 +328,7 @@ class SparsityCallback(TrainerCallback):
         Accelerated, over those ``steps`` of them that were read.
         """
         summary = None if self.tail is None else self.tail.summary("train")
-        if summary is None or self.accelerated is None:
+        if summary is None or not self.accelerate:
             return summary
         return summary | {"steps": self._read_late}
 
@@ -341,6 +341,7 @@ class SparsityCallback(TrainerCallback):
         """
         numbers = {
             "seconds": time.perf_counter() - self._began,
+            "handle": self.handle.state_dict(),  # without the steps that GradScaler skipped
             "logged": self._logged,
             "read": [self._read, self._read_late],
             "sum": self._sum,
@@ -369,6 +370,7 @@ class SparsityCallback(TrainerCallback):
     def _go_on(self, model: nn.Module, state: dict[str, Any]) -> None:
         numbers, self._resumed = state["numbers"], None
         self._began -= numbers["seconds"]
+        self.handle.load_state_dict(numbers["handle"])
         self._logged, self._sum = numbers["logged"], numbers["sum"]
         self._penalty, self._penalised = numbers["penalty"], numbers["penalised"]
         self._read, self._read_late = numbers["read"]

@@ -87,6 +87,13 @@ class RunConfig:
     accelerate: bool | Literal["sparse"] = False
 
     def __post_init__(self) -> None:
+        for name in _NAMES:
+            names = getattr(self, name)
+            if isinstance(names, str) or not all(isinstance(each, str) for each in names):
+                raise ValueError(f"{name}={names!r}: expected a list of names")
+        for name in _NUMBERS:
+            if not _number(value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r}: expected a number")
         for name in _COUNTS:
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:
@@ -115,7 +122,7 @@ class RunConfig:
             raise ValueError(
                 f"warmup={self.warmup!r}: expected a number of steps (int), or a fraction of them"
             )
-        if self.clip is not None and not self.clip > 0:
+        if self.clip is not None and not (_number(self.clip) and self.clip > 0):
             raise ValueError(f"clip={self.clip!r}: expected a gradient norm above 0, or None")
         if self.fsdp and self.active:
             raise ValueError(
@@ -169,6 +176,14 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("float32", "bf16", "fp16"),
     "accelerate": (False, True, "sparse"),
 }
+
+
+_NAMES = ("no_decay", "fsdp", "report_to", "measures", "active")
+_NUMBERS = ("lr", "warmup", "weight_decay", "label_smoothing")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _whole(value: Any, least: int) -> bool:

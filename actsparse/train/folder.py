@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from actsparse.records import RecordError, Run, read_run, refused, run_path
 from actsparse.train.checkpoint import checkpoints, newest_whole
 from actsparse.train.config import RunConfig
 
-ROOM = 64 * 2**20  # bytes that must be free before a run starts
+ROOM = 64 * 2**20  # bytes that must be free before any run starts
 
 
 def finished_run(config: RunConfig, out: str | Path) -> Run | None:
@@ -42,14 +43,19 @@ def finished_run(config: RunConfig, out: str | Path) -> Run | None:
 
 
 def checkpoint_of(
-    config: RunConfig, out: str | Path, processes: int, told: Callable[[str], None]
+    config: RunConfig,
+    out: str | Path,
+    processes: int,
+    digest: str,
+    told: Callable[[str], None],
 ) -> Path | None:
     """The checkpoint from which an unfinished run goes on, None if it starts anew.
 
     ``told`` is called with what is wrong with each newer checkpoint that is not whole.
 
     Raises:
-        ValueError: it was trained with another config or another number of processes.
+        ValueError: it was trained with another config, on data of another ``digest``, or with
+            another number of processes.
         RecordError: the record is broken, or missing though there are checkpoints.
     """
     path = run_path(out, config.arm, config.seed)
@@ -66,7 +72,33 @@ def checkpoint_of(
             f"{path.parent} holds an unfinished run of {before} process{'es' * (before != 1)}; go "
             f"on with as many, not {processes}, or remove that folder"
         )
+    if run.header.get("data_sha256", digest) != digest:
+        raise ValueError(
+            f"{path.parent} holds an unfinished run on other data (their names, sizes or texts "
+            f"have changed); bring them back, or remove that folder"
+        )
     return newest_whole(path.parent, told)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes out of ``folder``; a process that ends, however it does, lets go of it.
+
+    Raises `ValueError` where another is at it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # not POSIX
+        yield
+        return
+    with open(folder / ".lock", "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"another process is at the run in {folder}; wait for it, or choose another --out"
+            ) from error
+        yield
 
 
 # Settings that another call may have otherwise: they change nothing that is trained.
@@ -76,9 +108,13 @@ _FREE = ("keep", "save_every", "report_to")
 def _differences(config: RunConfig, run: Run) -> str:
     """What differs between a run on disk and one that is asked for, in words; empty: nothing."""
     now = config.to_json()
+    if "shards" in config.data:  # places keep their meaning where damage is skipped
+        now["data"] = {name: now["data"][name] for name in now["data"] if name != "damaged"}
     # a setting that is newer than the run had its default
     then = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
     then |= run.header["config"]
+    if "shards" in then["data"]:
+        then["data"] = {name: then["data"][name] for name in then["data"] if name != "damaged"}
     free = _FREE if "shards" in config.data else (*_FREE, "workers")
     other = [key for key in {**now, **then} if key not in free and then.get(key) != now.get(key)]
     if run.task != config.task:
@@ -86,8 +122,8 @@ def _differences(config: RunConfig, run: Run) -> str:
     return ", ".join(f"{key}={then.get(key)!r} (now {now.get(key)!r})" for key in other)
 
 
-def check_folder(folder: str | Path) -> None:
-    """Make sure that ``folder`` exists, can be written and has room for a run.
+def check_folder(folder: str | Path, room: int = 0) -> None:
+    """Make sure that ``folder`` exists, can be written and has ``room`` (bytes) for a run.
 
     Raises `RecordError` that names the folder and the reason.
     """
@@ -95,9 +131,9 @@ def check_folder(folder: str | Path) -> None:
     probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if free < ROOM:
-            raise OSError(errno.ENOSPC, f"only {free >> 20} of {ROOM >> 20} MiB are free")
+        free, room = shutil.disk_usage(folder).free, max(room, ROOM)
+        if free < room:
+            raise OSError(errno.ENOSPC, f"only {free >> 20} of {room >> 20} MiB are free")
         try:
             probe.write_bytes(b"\0" * 4096)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -20,7 +21,9 @@ class Interrupted(RuntimeError):
 
 
 class Interruption:
-    """Notes the first SIGINT or SIGTERM while it is entered; a second ends the process at once.
+    """Notes a SIGINT or SIGTERM while it is entered; a second SIGINT ends the process at once.
+
+    A second SIGTERM does not: torchrun passes on what a scheduler may have sent to all already.
 
     Called, it says whether one came. Signals that are ignored, and threads that get none, are left
     alone.
@@ -41,7 +44,10 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.came = True
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self._before.pop(number))
+            said = b"\nstopping after this step, with a checkpoint; once more: at once\n"
+            os.write(2, said)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

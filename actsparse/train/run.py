@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from actsparse.modify import (
 )
 from actsparse.observe import Measures, measure, observe, skippable, spectra_of
 from actsparse.records import (
+    RecordError,
     RecordWriter,
     Run,
     environment,
@@ -47,11 +48,11 @@ from actsparse.train.arguments import recompute, schedule_of, training_arguments
 from actsparse.train.callback import SparsityCallback, TrainingFailed
 from actsparse.train.checkpoint import drop_after, facts
 from actsparse.train.config import RunConfig
-from actsparse.train.folder import check_folder, checkpoint_of, finished_run
+from actsparse.train.folder import alone, check_folder, checkpoint_of, finished_run
 from actsparse.train.interrupt import Interrupted, Interruption
 from actsparse.train.processes import gathered, launched, meet, of_the_first
 from actsparse.train.start import model_from
-from actsparse.train.tasks import Task, task_of
+from actsparse.train.tasks import Task, fitting, task_of
 from actsparse.train.trainer import RunTrainer
 
 log = logging.getLogger(__name__)
@@ -90,15 +91,25 @@ def run(
         return old
     rank, processes = launched()
     arguments = training_arguments(config, path.parent, rank, processes)  # joins the processes
-    with Interruption() as interrupted:
+    with ExitStack() as lock, Interruption() as interrupted:
         splits = task.splits(config)
         model, handle = _model(config, task, splits)
-        check_folder(path.parent)
-        checkpoint = None
+        digest: str = splits.info["sha256"]
+        checkpoint: Path | None = None
+        problem: Exception | None = None
+        try:
+            if rank == 0:
+                check_folder(path.parent, _room(config, model))
+                lock.enter_context(alone(path.parent))
+                checkpoint = checkpoint_of(config, out, processes, digest, told)
+        except (ValueError, RecordError) as error:
+            problem = error
+        checkpoint, problem = of_the_first((checkpoint, problem))
+        if problem is not None:
+            raise problem
+        record = None
         if rank == 0:
-            checkpoint = checkpoint_of(config, out, processes, told)
-        checkpoint = of_the_first(checkpoint)
-        record = _record(config, path, checkpoint, processes, command) if rank == 0 else None
+            record = _record(config, path, checkpoint, processes, digest, command)
         job = _Job(config, task, splits, arguments, record, checkpoint, on_step, interrupted)
         try:
             job.train(model, handle)
@@ -115,29 +126,43 @@ def run(
             if record is not None:
                 record.close()
         meet()
+        if rank == 0 and config.save_every is None:
+            drop_after(path.parent, -1)
     return read_run(path)
 
 
+def _room(config: RunConfig, model: nn.Module) -> int:
+    """Bytes that weights and checkpoints (weights, and two moments of AdamW) take."""
+    size = sum(each.numel() * each.element_size() for each in model.parameters())
+    return size * (2 + 3 * (config.keep + 1))
+
+
 def _record(
-    config: RunConfig, path: Path, checkpoint: Path | None, processes: int, command: str | None
+    config: RunConfig,
+    path: Path,
+    checkpoint: Path | None,
+    processes: int,
+    digest: str,
+    command: str | None,
 ) -> RecordWriter:
     if checkpoint is not None:
         step = facts(checkpoint)["step"]
         drop_after(path.parent, step)
-        _clear(path.parent, "error.txt", ".weights-*")
+        _clear(path.parent, *_LEFT)
         return RecordWriter.resume(path, step)
     header = {
         "task": config.task,
         "arm": config.arm,
         "seed": config.seed,
         "processes": processes,
+        "data_sha256": digest,
         "config": config.to_json(),
         **environment(torch.get_num_threads(), _gpu()),
     }
     if command:
         header["command"] = command
     drop_after(path.parent, -1)  # refused ones
-    _clear(path.parent, "error.txt", ".weights-*", "weights")
+    _clear(path.parent, *_LEFT, "weights")
     return RecordWriter(path, header)
 
 
@@ -268,6 +293,7 @@ def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> tuple[Any, Han
     task.adapt(model, config)
     inputs = _inputs(splits)
     if config.start:
+        _check_sizes(model, config, splits.info)
         try:
             with torch.no_grad():
                 task.predict(model.eval(), inputs)
@@ -279,11 +305,29 @@ def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> tuple[Any, Han
     if config.lora is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, lora_config(model, inputs, **config.lora))
+        model = get_peft_model(
+            model, lora_config(model, inputs, **fitting(lora_config, config.lora, "adapters"))
+        )
     handle = sparsify(model, Recipe.from_json(config.recipe), inputs=inputs)
     if config.gradient_checkpointing:
         recompute(model)
     return model, handle
+
+
+def _check_sizes(model: Any, config: RunConfig, info: dict[str, Any]) -> None:
+    """A batch or two would not show a class or a token that the model does not have."""
+    own = model.config
+    if "classes" in info and own.num_labels != info["classes"]:
+        raise ValueError(
+            f"the model in {config.start} tells {own.num_labels} classes apart, the data have "
+            f"{info['classes']}; give it a head of that many first"
+        )
+    tokens = getattr(own, "vocab_size", None)
+    if "vocab_size" in info and tokens is not None and tokens < info["vocab_size"]:
+        raise ValueError(
+            f"the model in {config.start} knows {tokens} tokens, the tokenizer makes "
+            f"{info['vocab_size']}; give the tokenizer it was trained with"
+        )
 
 
 def _inputs(splits: Splits[Any]) -> dict[str, Tensor]:
@@ -318,16 +362,20 @@ def batches_of(rows: Dataset[Any], count: int, batch_size: int) -> list[dict[str
 class _AtEvaluations(TrainerCallback):
     """Saves the model after each evaluation; runs after the callback that refuses a NaN.
 
-    The last one comes before the last checkpoint: nothing of its step may follow it.
+    The last one comes before the last checkpoint, which is always made: nothing of its step may
+    follow it, and the test split may be long.
     """
 
     def __init__(self, folder: str, rank: int, fsdp: tuple[str, ...]) -> None:
         self.folder = Path(folder) / "weights"
         self.saves = rank == 0 or bool(fsdp)  # shards are gathered by all
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.save_steps = args.save_steps  # Trainer takes up the checkpoint's
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == state.max_steps:
-            control.should_evaluate = True
+            control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.saves:
@@ -354,6 +402,9 @@ def _skippable(handle: Handle, inference: Any, training: Any) -> dict[str, float
         "forward": skippable(inference, handle.blocks)["forward"],
         "backward": skippable(training, handle.blocks)["backward"],
     }
+
+
+_LEFT = ("error.txt", ".weights-*", ".probe-*", ".*.tmp")  # by a stop in the middle
 
 
 def _clear(folder: Path, *patterns: str) -> None:

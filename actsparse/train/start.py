@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
-from actsparse.modify import handle_of, load
+from actsparse.modify import handle_of, load, merge_adapter
+from actsparse.modify.sparsify import is_peft_model
 
 
 def model_from(folder: str | Path) -> nn.Module:
@@ -31,8 +33,12 @@ def model_from(folder: str | Path) -> nn.Module:
             f"{folder} holds a model of the recipe {handle.recipe.name!r}; finetuning starts from "
             f"a plain one, as the arms vanilla and vanilla-no-1d-decay leave it"
         )
+    if is_peft_model(model):
+        model = merge_adapter(model)
+        handle = handle_of(model)
+        assert handle is not None
     handle.remove()
-    return model
+    return model.requires_grad_(True)
 
 
 def pretrained(folder: Path) -> Any:
@@ -43,7 +49,8 @@ def pretrained(folder: Path) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} is no checkpoint: it holds neither actsparse.json nor config.json"
+            f"{folder} is no model: it holds neither actsparse.json, as a run's weights/ does, nor "
+            f"config.json"
         )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -56,7 +63,11 @@ def pretrained(folder: Path) -> Any:
         if cls is None:
             raise ValueError(f"its config names the architecture {name!r}, unknown to transformers")
         model, report = cls.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights: {', '.join(missing[:3])}, …")

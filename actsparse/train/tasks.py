@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import (
     EvalPrediction,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -95,12 +97,29 @@ def _predict_next(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 # digits; images of folders: pixels to classes
 
 
+def fitting(made: Callable[..., Any], given: dict[str, Any], what: str) -> dict[str, Any]:
+    """``given``, if all of it are names that ``made`` takes: a config class, or a function.
+
+    Raises:
+        ValueError: it holds a name that ``made`` does not know.
+    """
+    config = isinstance(made, type) and issubclass(made, PreTrainedConfig)
+    known = set(made().to_dict() if config else inspect.signature(made).parameters)
+    known |= {"attn_implementation"} if config else set()
+    if unknown := sorted(set(given) - known):
+        names = ", ".join(sorted(known))
+        raise ValueError(f"unknown setting {unknown[0]!r} of the {what}; known: {names}")
+    return given
+
+
 def _beit(config: RunConfig, info: Info) -> PreTrainedModel:
-    return BeitForImageClassification(BeitConfig(num_labels=10, **config.model))
+    settings = fitting(BeitConfig, config.model, "model")
+    return BeitForImageClassification(BeitConfig(num_labels=10, **settings))
 
 
 def _vit(config: RunConfig, info: Info) -> PreTrainedModel:
-    return ViTForImageClassification(ViTConfig(num_labels=info["classes"], **config.model))
+    settings = fitting(ViTConfig, config.model, "model")
+    return ViTForImageClassification(ViTConfig(num_labels=info["classes"], **settings))
 
 
 def _soft_labels(model: PreTrainedModel, config: RunConfig) -> None:
@@ -110,7 +129,7 @@ def _soft_labels(model: PreTrainedModel, config: RunConfig) -> None:
 def _image_splits(config: RunConfig) -> Splits[Any]:
     ways = {name: value for name, value in config.data.items() if name not in _MIXING}
     ways |= {"steps": config.steps, "batch": config.batch_size, "seed": config.seed}
-    return image_splits(**_from_disk(ways, "path"))
+    return image_splits(**fitting(image_splits, _from_disk(ways, path="--data"), "data"))
 
 
 _MIXING = ("mixup", "cutmix")
@@ -139,7 +158,7 @@ def _gpt2(config: RunConfig, info: Info) -> PreTrainedModel:
     eos, pad = info.get("eos_token_id", EOS), info.get("pad_token_id", PAD)
     ids = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": pad}
     ids["vocab_size"] = info.get("vocab_size", LM_VOCAB_SIZE)
-    return GPT2LMHeadModel(GPT2Config(**ids, **config.model))
+    return GPT2LMHeadModel(GPT2Config(**ids, **fitting(GPT2Config, config.model, "model")))
 
 
 def _causal(model: PreTrainedModel, config: RunConfig) -> None:
@@ -150,7 +169,8 @@ def _t5(config: RunConfig, info: Info) -> PreTrainedModel:
     ids = {"eos_token_id": EOS, "pad_token_id": PAD, "decoder_start_token_id": PAD}
     ids["vocab_size"] = VOCAB_SIZE
     ids |= {name: info[name] for name in ids if name in info}
-    return T5ForConditionalGeneration(T5Config(**ids, **config.model))
+    settings = fitting(T5Config, config.model, "model")
+    return T5ForConditionalGeneration(T5Config(**ids, **settings))
 
 
 def _next_byte_losses(logits: Any, labels: Tensor) -> Tensor:
@@ -184,12 +204,12 @@ def _bigram(splits: Splits[Any]) -> Scores:
 
 
 def _read(config: RunConfig) -> tuple[Corpus, Tokenizer, SpanRows | CausalRows]:
-    ways = dict(_from_disk(config.data, "shards", "tokenizer"))
+    ways = dict(_from_disk(config.data, shards="--data", tokenizer="--tokenizer"))
     found = corpus(ways.pop("shards"), ways.pop("validation", None))
     tokenizer, length = load_tokenizer(ways.pop("tokenizer")), ways.pop("length")
     ways = {name: value for name, value in ways.items() if name not in ("rows", "damaged")}
-    kind = SpanRows if ways else CausalRows
-    return found, tokenizer, kind(length, **ways)
+    kind = SpanRows if "mean_span" in ways else CausalRows
+    return found, tokenizer, kind(length, **fitting(kind, ways, "data"))
 
 
 def _shard_splits(config: RunConfig) -> Splits[Any]:
@@ -220,17 +240,15 @@ def _nats(kept: EvalPrediction) -> Scores:
     return {"loss": loss, "quality": loss}
 
 
-def _from_disk(ways: dict[str, Any], *needed: str) -> dict[str, Any]:
-    """What says where the data lie.
+def _from_disk(ways: dict[str, Any], **needed: str) -> dict[str, Any]:
+    """``ways``, if they say where the data lie; ``needed`` are names and their options.
 
     Raises:
         ValueError: it does not.
     """
-    for name in needed:
+    for name, option in needed.items():
         if not ways.get(name):
-            raise ValueError(
-                f"this task reads data of yours: say where they are, --set data.{name}=..."
-            )
+            raise ValueError(f"this task reads data of yours: say where, {option} PATH")
     return ways
 
 
@@ -249,7 +267,7 @@ _DIGITS = Task(
     quality_name="accuracy",
     higher_is_better=True,
     model=_beit,
-    splits=lambda config: load_digits_splits(**config.data),
+    splits=lambda config: load_digits_splits(**fitting(load_digits_splits, config.data, "data")),
     reduce=_class_losses,
     score=_accuracy,
     predict=_predict,
@@ -258,7 +276,9 @@ _TEXT = Task(
     quality_name="bits per hidden byte",
     higher_is_better=False,
     model=_t5,
-    splits=lambda config: span_corruption_splits(seed=config.seed, **config.data),
+    splits=lambda config: span_corruption_splits(
+        seed=config.seed, **fitting(span_corruption_splits, config.data, "data")
+    ),
     reduce=_hidden_byte_losses,
     score=_bits_per_byte,
     predict=_predict,
@@ -268,7 +288,7 @@ _LM = Task(
     quality_name="bits per byte",
     higher_is_better=False,
     model=_gpt2,
-    splits=lambda config: lm_splits(**config.data),
+    splits=lambda config: lm_splits(**fitting(lm_splits, config.data, "data")),
     reduce=_next_byte_losses,
     score=_bits_per_byte,
     predict=_predict_next,

@@ -95,6 +95,8 @@ class RunTrainer(Trainer):
     ) -> EvalLoopOutput:
         """The task's scores over all rows of all processes."""
         model = self.model_wrapped if self.is_fsdp_enabled else self.model
+        if not (self.accelerator._models or self.is_fsdp_enabled):  # no training came before
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
         was = model.training
         model.eval()
         kept = []

@@ -109,6 +109,17 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
         (["compare", "--arms", "vanila"], "unknown arm 'vanila'; known: vanilla, paper"),
         (["train", "--model", "width=9"], "unknown setting 'width' of digits's model; known: "),
         (["train", "--model", "hidden_size"], "--model 'hidden_size': expected name=value"),
+        (["train", "--set", "data.typo=1"], "unknown setting 'typo' of the data; known: seed"),
+        (["train", "--set", "model.typo=1"], "unknown setting 'typo' of the model; known: "),
+        (["train", "--set", "warmup=soon"], "warmup='soon': expected a number"),
+        (["train", "--set", "seed=1"], "--set seed: it has an option of its own, --seed"),
+        (["train", "--set", "report_to=wandb"], "report_to='wandb': expected a list of names"),
+        (["train", "--set", "precision=fp16"], "precision='fp16' needs a GPU"),
+        (["train", "--set", "micro_batch=7"], "micro_batch=7 does not divide the 64 rows"),
+        (["train", "--task", "vit_imagenet"], "reads data of yours: say where, --data PATH"),
+        (["train", "--task", "t5_c4", "--data", "/dev/null"], "say where, --tokenizer PATH"),
+        (["train", "--task", "lm_finetune"], "lm_finetune finetunes a checkpoint: say which"),
+        (["train", "--task", "lm_finetune", "--model", "n_embd=9"], "--model is not its"),
         (["train", "--steps", "0"], "steps=0: expected a whole number, 1 or more"),
         (["train", "--out", "/dev/full/runs"], "cannot"),
         (["compare", "--out", "/dev/null"], "cannot"),
@@ -122,6 +133,40 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], said: str) -> N
     assert said in done.stderr
     assert done.stderr.startswith("Error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_setting_can_be_taken_back_and_wins_over_an_option() -> None:
+    from actsparse.cli.options import chosen, given_of
+    from actsparse.experiments import run_config
+
+    words = ["lora=null", "clip=null", "steps=7", "data.held_out=0.2", "start=x"]
+    overrides = given_of(steps=5, lr=None)
+    overrides |= chosen("vit_imagenet_finetune", False, None, "images", None, words)
+    config = run_config("vit_imagenet_finetune", "vanilla", 0, **overrides)
+    assert (config.lora, config.clip, config.steps) == (None, None, 7)
+    assert (config.data["held_out"], config.data["path"]) == (0.2, "images")
+    less = chosen("vit_imagenet_finetune", False, None, "images", None, ["lora.r=8", "start=x"])
+    assert run_config("vit_imagenet_finetune", "vanilla", 0, **less).lora == {
+        "r": 8, "targets": "all-linear", "keep": ["classifier"],
+    }  # fmt: skip
+
+
+def test_compare_asked_to_end_leaves_checkpoints(tmp_path: Path) -> None:
+    words = ["compare", "--arms", "vanilla", "--seeds", "1", "--steps", "5000", "--eval-every"]
+    words += ["5000", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not any(b'"train"' in each for each in records(tmp_path).values()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert len(list(tmp_path.glob("runs/vanilla-seed0/checkpoint-*/manifest.json"))) == 1
 
 
 def test_help_has_an_example_for_every_verb_and_version_is_told() -> None:

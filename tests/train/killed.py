@@ -39,7 +39,8 @@ def config_of(arm: str, task: str, data: Path) -> RunConfig:
     }  # fmt: skip
     if task == "t5_c4":
         return run_config(
-            task, arm, 0, quick=True, **(shared | {"batch_size": 8, "micro_batch": 4}), workers=0,
+            task, arm, 0, quick=True, **(shared | {"batch_size": 8, "micro_batch": 4}),
+            workers=2 if arm == "paper" else 0,
             data={"shards": str(data), "tokenizer": str(data), "length": 32, "rows": 16},
             model={"d_model": 32, "d_ff": 64, "dropout_rate": 0.1},
         )  # fmt: skip

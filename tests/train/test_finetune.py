@@ -145,7 +145,7 @@ def test_what_cannot_be_started_from_is_said_before_anything_is_written(
     with pytest.raises(ValueError, match="recipe 'paper'; finetuning starts from a plain one"):
         model_from(paper.path.parent / "weights")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty is no checkpoint: it holds neither"):
+    with pytest.raises(ValueError, match=r"empty is no model: it holds neither"):
         model_from(tmp_path / "empty")
     with pytest.raises(ValueError, match="digits_finetune finetunes a checkpoint: say which"):
         run_config("digits_finetune", "vanilla", 0)
@@ -158,6 +158,34 @@ def test_what_cannot_be_started_from_is_said_before_anything_is_written(
     with pytest.raises(ValueError, match="colour"):
         run(config, tmp_path / "out")
     assert not run_path(tmp_path / "out", "vanilla", 0).exists()
+
+
+def test_a_model_that_does_not_fit_the_data_is_said_so(base: Run, tmp_path: Path) -> None:
+    wide = task_of("digits").model(run_config("digits", "vanilla", 0), {})
+    wide.config.num_labels = 12
+    wide.classifier = torch.nn.Linear(wide.classifier.in_features, 12)
+    wide.save_pretrained(tmp_path / "wide")
+    config = run_config("digits_finetune", "vanilla", 0, **TINY, start=str(tmp_path / "wide"))
+    with pytest.raises(ValueError, match="tells 12 classes apart, the data have 10"):
+        run(config, tmp_path)
+    half = task_of("digits").model(run_config("digits", "vanilla", 0), {}).to(torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    assert {each.dtype for each in model_from(tmp_path / "half").parameters()} == {torch.float32}
+
+
+def test_what_adapters_learnt_is_part_of_the_start(base: Run, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    settings = {**TINY, "start": start(base), "lora": LORA}
+    tuned = run(run_config("digits_finetune", "vanilla", 0, **settings), tmp_path)
+    model = model_from(tuned.path.parent / "weights")
+    assert type(model).__name__ == "BeitForImageClassification"
+    assert all(each.requires_grad for each in model.parameters())
+    twin = load(tuned.path.parent / "weights")
+    rows = torch.stack([load_digits_splits().test[index]["pixel_values"] for index in range(8)])
+    with torch.no_grad():
+        one, two = (each.eval()(pixel_values=rows).logits for each in (model, twin))
+    # merging adds weights before their product instead of products: float32 through some 12 layers
+    assert (one - two).abs().max() < 12 * 48 * torch.finfo(torch.float32).eps * two.abs().max()
 
 
 def test_the_seed_stands_in_the_path_and_the_command_takes_it(base: Run, tmp_path: Path) -> None:

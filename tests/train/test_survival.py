@@ -18,6 +18,7 @@ from actsparse.data.text import load_documents
 from actsparse.experiments import run_config
 from actsparse.records import RecordError, read_run, run_path
 from actsparse.train.checkpoint import checkpoints
+from actsparse.train.folder import alone
 from actsparse.train.interrupt import Interrupted
 from actsparse.train.run import run
 from actsparse.train.trainer import RunTrainer
@@ -64,7 +65,7 @@ def write_shards(folder: Path) -> None:
     (folder / "web-validation.00000.jsonl").write_text("\n".join(lines) + "\n")
     model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
-    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in range(100))]
+    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in reversed(range(100)))]
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special)
     model.train_from_iterator(documents[:10], trainer)
     model.save(str(folder / "tokenizer.json"))
@@ -114,6 +115,72 @@ def test_a_signal_leaves_a_checkpoint_of_that_very_step(tmp_path: Path) -> None:
     assert done.result["time"]["resumed_at"] == 7
     kept = [each.name for each in checkpoints(done.path.parent)]
     assert kept == ["checkpoint-8", "checkpoint-12"]
+
+
+@pytest.mark.parametrize(
+    ("arm", "settings"),
+    [
+        ("paper-finetune", {"model": {"hidden_act": "gelu"}}),
+        ("hoyer", {"precision": "bf16"}),
+        ("vanilla", {"accelerate": "sparse"}),
+    ],
+    ids=["mixing", "autocast", "accelerated"],
+)
+def test_a_run_stopped_between_its_last_checkpoint_and_its_result(
+    arm: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config("digits", arm, 0, **TINY, **settings)
+    whole = run(config, tmp_path / "whole")
+    own = RunTrainer.evaluate
+
+    def cut(self: RunTrainer, *args: Any, **options: Any) -> Any:
+        if options.get("metric_key_prefix") == "test":
+            raise KeyboardInterrupt
+        return own(self, *args, **options)
+
+    monkeypatch.setattr(RunTrainer, "evaluate", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut")
+    monkeypatch.undo()
+    done = run(config, tmp_path / "cut")
+    assert done.result is not None
+    assert done.result["time"]["resumed_at"] == TINY["steps"]
+    assert lines_of(done.path) == lines_of(whole.path)
+    for file in ("model.safetensors", "actsparse.json"):
+        one, two = (each.path.parent / "weights" / file for each in (whole, done))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_run_is_one_processs_at_a_time(tmp_path: Path) -> None:
+    config = run_config("digits", "vanilla", 0, **TINY)
+    folder = run_path(tmp_path, "vanilla", 0).parent
+    folder.mkdir(parents=True)
+    with alone(folder), pytest.raises(ValueError, match="another process is at the run in"):
+        run(config, tmp_path)
+    assert run(config, tmp_path).finished
+
+
+def test_other_data_are_refused_where_a_run_goes_on(tmp_path: Path) -> None:
+    config = run_config("digits", "vanilla", 0, **TINY)
+    stopped(config, tmp_path, 3)
+    record = run_path(tmp_path, "vanilla", 0)
+    header, *rest = record.read_text().splitlines()
+    other = json.dumps(json.loads(header) | {"data_sha256": "0" * 64})
+    record.write_text("\n".join([other, *rest]) + "\n")
+    with pytest.raises(ValueError, match="unfinished run on other data"):
+        run(config, tmp_path)
+
+
+def test_checkpoints_asked_for_later_are_made(tmp_path: Path) -> None:
+    config = run_config("digits", "vanilla", 0, **TINY | {"save_every": None})
+    stopped(config, tmp_path, 3)
+    often = run_config("digits", "vanilla", 0, **TINY | {"save_every": 2, "keep": 9})
+    done = run(often, tmp_path)
+    kept = [each.name for each in checkpoints(done.path.parent)]
+    assert kept == [f"checkpoint-{step}" for step in (3, 4, 6, 8, 10, 12)]
+    alone_again = run(config, tmp_path / "whole")
+    assert checkpoints(alone_again.path.parent) == []  # none were asked for
+    assert lines_of(alone_again.path) != []
 
 
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_is_used(
