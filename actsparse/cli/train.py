@@ -122,8 +122,8 @@ def train(
         import torch
         import transformers
 
-        from actsparse.train.callback import TrainingFailed
         from actsparse.train.interrupt import Interrupted
+        from actsparse.train.loss import TrainingFailed
         from actsparse.train.run import run as train_run
 
         torch.set_num_threads(threads)

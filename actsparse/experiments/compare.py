@@ -157,8 +157,8 @@ def _work(pipe: Connection, out: Path, threads: int, command: str | None) -> Non
     import torch
     import transformers
 
-    from actsparse.train.callback import TrainingFailed
     from actsparse.train.interrupt import Interrupted
+    from actsparse.train.loss import TrainingFailed
     from actsparse.train.run import run
 
     torch.set_num_threads(threads)

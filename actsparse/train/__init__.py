@@ -11,12 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actsparse.train.callback import SparsityCallback, TrainingFailed
+    from actsparse.train.callback import SparsityCallback
     from actsparse.train.config import RunConfig
+    from actsparse.train.loss import TrainingFailed
 
 __all__ = ["RunConfig", "SparsityCallback", "TrainingFailed"]
 
-_HOMES = {"RunConfig": "config", "SparsityCallback": "callback", "TrainingFailed": "callback"}
+_HOMES = {"RunConfig": "config", "SparsityCallback": "callback", "TrainingFailed": "loss"}
 
 
 def __getattr__(name: str) -> Any:

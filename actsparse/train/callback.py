@@ -18,18 +18,10 @@ from actsparse.modify import Handle
 from actsparse.observe import Measures, Seen, observe
 from actsparse.observe.watch import Phase
 from actsparse.records import RecordWriter
-from actsparse.train.loss import divides_by_items, loss_of, with_loss
-from actsparse.train.processes import everywhere, mean_of, together, unsharded
+from actsparse.train.loss import JoinedLoss, TrainingFailed
+from actsparse.train.processes import everywhere, together, unsharded
 
 LAST = 0.8  # "training density" is measured from here to the end of the steps
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on: ``reason``, after ``step`` optimizer steps."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        super().__init__(f"stopped after {step} steps: {reason}")
-        self.step, self.reason = step, reason
 
 
 @dataclass(frozen=True)
@@ -110,15 +102,9 @@ class SparsityCallback(TrainerCallback):
 
     def _start(self, step: int) -> None:
         self._began = time.perf_counter()
-        self._step = self._logged = step
+        self._logged = step
         self._read = self._read_late = 0  # steps that were observed: since the last log, in tail
-        self._group = self._devices = 1
-        self._scaler: Any = None  # Accelerate's, under fp16
-        self._shared: bool | None = None  # whether the model divides by the step's items
-        self._sum = 0.0  # of the loss without penalty, since the last log
-        self._lossless = False
-        self._penalty: float | Tensor = 0.0
-        self._penalised = False
+        self.joined = JoinedLoss(self.handle, self.seen)
 
     # -- training -------------------------------------------------------------------------------
 
@@ -135,18 +121,15 @@ class SparsityCallback(TrainerCallback):
         if state.global_step:  # resumed from a checkpoint: schedules go where its steps are
             self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
         optimizer = kwargs["optimizer"]
-        self._scaler = getattr(optimizer, "scaler", None)
+        self.joined.scaler = getattr(optimizer, "scaler", None)
         self.handle.attach(getattr(optimizer, "optimizer", optimizer), steps=state.max_steps)
-        # Trainer multiplies a loss that it averages over all devices' tokens by their number.
-        self._devices = (
-            max(args.n_gpu, args.world_size) if args.average_tokens_across_devices else 1
-        )
+        if args.average_tokens_across_devices:
+            self.joined.devices = max(args.n_gpu, args.world_size)
         if self.accelerate:
             mode = "auto" if self.accelerate is True else self.accelerate
             self.accelerated = accelerate(model, blocks=self.handle.blocks, mode=mode)
             self._hooks.append(self.accelerated)
-        self._hooks.append(model.register_forward_pre_hook(self._on_call, with_kwargs=True))
-        self._hooks.append(model.register_forward_hook(self._on_forward, with_kwargs=True))
+        self._hooks += self.joined.attach(model)
         if self._resumed is not None:
             self._go_on(model, self._resumed)
         elif not state.global_step:
@@ -156,13 +139,13 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Learn how many batches the step will accumulate, and whether to watch it."""
-        self._step = state.global_step
-        self._group = group = args.gradient_accumulation_steps
+        joined, group = self.joined, args.gradient_accumulation_steps
+        joined.step, joined.group = state.global_step, group
         loader: Any = kwargs.get("train_dataloader")
         if group > 1 and hasattr(loader, "__len__"):
             batches = len(loader)
             done = state.global_step % max(1, math.ceil(batches / group)) * group
-            self._group = min(group, batches - done)  # the last step of an epoch may have fewer
+            joined.group = min(group, batches - done)  # the last step of an epoch may have fewer
         late = state.global_step >= int(LAST * state.max_steps)
         if self.seen is not None and self.tail is None and late:
             self.tail = observe(kwargs["model"], blocks=self.handle.blocks)
@@ -181,51 +164,6 @@ class SparsityCallback(TrainerCallback):
         for seen in (self.seen, self.tail):
             if seen is not None:
                 seen.open() if on else seen.close()
-
-    def _on_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Say whose gradients the readings of this pass are."""
-        if self.seen is None or not model.training or not self.seen.leaves("train"):
-            return
-        items, weighing = kwargs.get("num_items_in_batch"), self.seen.weighing
-        amp = 1.0 if self._scaler is None else self._scaler.get_scale()
-        if items is None:
-            weighing.reduction, weighing.scale = "mean", amp / self._group
-            return
-        if self._shared is None and self._group * self._devices > 1:
-            self._shared = divides_by_items(model, args, kwargs)
-        if self._shared is False:  # its loss is the mean over its own batch, come what may
-            items = kwargs["labels"].ne(-100).sum()
-        weighing.reduction, weighing.scale = "sum", amp * self._devices / float(items)
-
-    def _on_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not model.training or not torch.is_grad_enabled():
-            return None
-        penalty = self.handle.penalty()
-        loss = loss_of(output)
-        if loss is None:
-            self._lossless = True
-            if penalty.requires_grad:
-                raise ValueError(
-                    f"the penalty has no loss to join: {type(model).__name__} was called without "
-                    f"labels, as Trainer does for label_smoothing_factor and compute_loss_func; "
-                    f"leave these out, or add handle.penalty() to your loss yourself"
-                )
-            return None
-        # Given num_items_in_batch, the loss is a share of the step's, else Trainer divides it.
-        shared = kwargs.get("num_items_in_batch") is not None
-        total = loss
-        if penalty.requires_grad:
-            self._penalised = True
-            self._penalty = self._penalty + penalty.detach() / self._group
-            total = loss + penalty / (self._group * self._devices if shared else 1)
-        value = total.item()
-        if not everywhere(math.isfinite(value), total.device):
-            here = not math.isfinite(value)
-            what = value if here else "NaN or infinite in another process"
-            raise TrainingFailed(self._step, f"the loss became {what}")
-        own = value if total is loss else loss.item()
-        self._sum += own * self._devices if shared else own / self._group
-        return output if total is loss else with_loss(output, total)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -277,15 +215,13 @@ class SparsityCallback(TrainerCallback):
         if logs is None or "loss" not in logs:
             return
         steps = state.global_step - self._logged
-        loss, penalty = mean_of([self._sum / steps, float(self._penalty) / steps], args.device)
-        if self._lossless:  # Trainer made the loss itself
-            loss = logs["loss"] - penalty
+        loss, penalty = self.joined.means(steps, logs["loss"], args.device)
         measures = self._read_out("train", args.device)
         if self.seen is not None and measures is not None and self.seen.leaves("train"):
             measures["loss_reduction"] = self.seen.weighing.reduction
         if self.accelerated is not None and measures is not None:
             measures["steps"] = self._read
-        if measures is not None:  # for trackers that come after
+        if measures is not None and "density" in measures:  # for trackers that come after
             logs |= {"density": measures["density"], "dead_units": measures["dead"]}
         if self.record is not None and state.is_world_process_zero:
             self.record.write(
@@ -293,11 +229,12 @@ class SparsityCallback(TrainerCallback):
                 step=state.global_step,
                 loss=loss,
                 lr=logs["learning_rate"],
-                penalty=penalty if self._penalised else None,
+                penalty=penalty,
                 measures=measures,
                 time={"seconds": time.perf_counter() - self._began},
             )
-        self._logged, self._sum, self._penalty, self._read = state.global_step, 0.0, 0.0, 0
+        self.joined.reset()
+        self._logged, self._read = state.global_step, 0
 
     def _read_out(self, phase: Phase, device: torch.device) -> dict[str, Any] | None:
         """What all processes have seen; where one keeps a record ``seen`` starts anew."""
@@ -344,9 +281,7 @@ class SparsityCallback(TrainerCallback):
             "handle": self.handle.state_dict(),  # without the steps that GradScaler skipped
             "logged": self._logged,
             "read": [self._read, self._read_late],
-            "sum": self._sum,
-            "penalty": float(self._penalty),
-            "penalised": self._penalised,
+            "loss": self.joined.state_dict(),
         }
         tensors = {
             f"{name}/{key}": tensor
@@ -371,9 +306,9 @@ class SparsityCallback(TrainerCallback):
         numbers, self._resumed = state["numbers"], None
         self._began -= numbers["seconds"]
         self.handle.load_state_dict(numbers["handle"])
-        self._logged, self._sum = numbers["logged"], numbers["sum"]
-        self._penalty, self._penalised = numbers["penalty"], numbers["penalised"]
+        self._logged = numbers["logged"]
         self._read, self._read_late = numbers["read"]
+        self.joined.load_state_dict(numbers["loss"])
         counted: dict[str, dict[str, Tensor]] = {"seen": {}, "tail": {}}
         for key, tensor in state["tensors"].items():
             name, _, rest = key.partition("/")

@@ -45,11 +45,12 @@ from actsparse.records import (
     run_path,
 )
 from actsparse.train.arguments import recompute, schedule_of, training_arguments
-from actsparse.train.callback import SparsityCallback, TrainingFailed
+from actsparse.train.callback import SparsityCallback
 from actsparse.train.checkpoint import drop_after, facts
 from actsparse.train.config import RunConfig
 from actsparse.train.folder import alone, check_folder, checkpoint_of, finished_run
 from actsparse.train.interrupt import Interrupted, Interruption
+from actsparse.train.loss import TrainingFailed
 from actsparse.train.processes import gathered, launched, meet, of_the_first
 from actsparse.train.start import model_from
 from actsparse.train.tasks import Task, fitting, task_of

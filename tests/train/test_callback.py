@@ -125,7 +125,7 @@ def test_the_last_step_of_an_epoch_averages_over_the_batches_it_has(
     seen: list[int] = []
     model = build()
     handle = sparsify(model, PENALTY, inputs=dict(rows(model, 2).columns))
-    callback = SparsityCallback(handle, on_step=lambda step: seen.append(callback._group))
+    callback = SparsityCallback(handle, on_step=lambda step: seen.append(callback.joined.group))
     engine = trainer(
         model, tmp_path, [callback], per_device_train_batch_size=2,
         gradient_accumulation_steps=3, max_steps=4,
@@ -371,7 +371,7 @@ def test_the_scale_of_fp16_is_taken_back(tmp_path: Path) -> None:
             callback = SparsityCallback(handle, seen)
 
             def as_under_fp16(scale: float = scale, callback: Any = callback) -> None:
-                callback._scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+                callback.joined.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
 
             engine = trainer(
                 model, tmp_path, [callback], per_device_train_batch_size=4, max_steps=1
