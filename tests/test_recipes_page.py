@@ -30,6 +30,32 @@ def test_the_tables_are_the_records(name: str) -> None:
     assert TABLES[name].strip() == markdown_table(compare(runs)).strip()
 
 
+def test_the_readme_says_what_finetuning_gave() -> None:
+    said = " ".join(README.split())
+    numbers = []
+    for name in ("finetune-lm-gelu-from-vanilla", "finetune-lm-gelu-from-vanilla-no-1d-decay"):
+        table = compare(read_runs(ROOT / "benchmarks" / name))
+        arms = [table.arm(f"{arm}-finetune") for arm in ("relu", "paper", "hoyer")]
+        numbers.append([f"{arm.inference_density.mean:.2f}" for arm in arms])  # type: ignore[union-attr]
+        if "no-1d" not in name:
+            assert all(arm is not None and arm.verdict == "better" for arm in arms)
+    one, two, three = numbers[0]
+    assert f"ends at {one} by mixing ReLU in, {two} with the papers' recipe, {three} with" in said
+    one, two, three = numbers[1]
+    assert f"norm scales and biases at {one}, {two} and {three}:" in said
+
+
+def test_peak_memory_is_the_records() -> None:
+    rows = []
+    for name in ("vit-imagenet-1", "vit-imagenet-2", "t5-c4-1", "t5-c4-2"):
+        (run,) = read_runs(ROOT / "benchmarks" / "scale" / name)
+        assert run.result is not None
+        assert run.result["step"] == 3
+        peak = run.result["time"]["peak_memory_mib"]
+        rows.append(f"| {run.task} | {run.header['processes']} | {peak:.0f} |")
+    assert "\n".join(rows) in TEXT
+
+
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
