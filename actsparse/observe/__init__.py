@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from actsparse.observe.attack import Attack, perturb
+from actsparse.observe.covering import covering
 from actsparse.observe.measure import CURVATURES, Measures, measure, spectra_of
+from actsparse.observe.robustness import RelativeNoise, robustness
 from actsparse.observe.session import Seen, observe
 from actsparse.observe.skippable import skippable
 from actsparse.observe.watch import MEASURES
@@ -10,10 +13,15 @@ from actsparse.observe.watch import MEASURES
 __all__ = [
     "CURVATURES",
     "MEASURES",
+    "Attack",
     "Measures",
+    "RelativeNoise",
     "Seen",
+    "covering",
     "measure",
     "observe",
+    "perturb",
+    "robustness",
     "skippable",
     "spectra_of",
 ]
