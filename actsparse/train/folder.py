@@ -92,9 +92,11 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
     with open(folder / ".lock", "wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        try:  # not flock, which the data workers of a killed process would keep for seconds
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
             raise ValueError(
                 f"another process is at the run in {folder}; wait for it, or choose another --out"
             ) from error

@@ -18,7 +18,6 @@ from actsparse.data.text import load_documents
 from actsparse.experiments import run_config
 from actsparse.records import RecordError, read_run, run_path
 from actsparse.train.checkpoint import checkpoints
-from actsparse.train.folder import alone
 from actsparse.train.interrupt import Interrupted
 from actsparse.train.run import run
 from actsparse.train.trainer import RunTrainer
@@ -155,8 +154,16 @@ def test_a_run_is_one_processs_at_a_time(tmp_path: Path) -> None:
     config = run_config("digits", "vanilla", 0, **TINY)
     folder = run_path(tmp_path, "vanilla", 0).parent
     folder.mkdir(parents=True)
-    with alone(folder), pytest.raises(ValueError, match="another process is at the run in"):
-        run(config, tmp_path)
+    script = "import sys; from pathlib import Path; from actsparse.train.folder import alone\n"
+    script += "with alone(Path(sys.argv[1])): print('in', flush=True); input()"
+    words = [sys.executable, "-c", script, str(folder)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match="another process is at the run in"):
+            run(config, tmp_path)
+        other.kill()
     assert run(config, tmp_path).finished
 
 
