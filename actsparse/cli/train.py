@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -92,6 +91,7 @@ def train(
     from actsparse.experiments import run_config
     from actsparse.records import run_path
     from actsparse.train.folder import finished_run
+    from actsparse.train.processes import launched
 
     out = out or Path("runs") / task
     arm = arm or ("paper-finetune" if task.endswith("_finetune") else "paper")
@@ -113,7 +113,7 @@ def train(
     place = run_path(out, arm, seed)
     run = finished_run(config, out)
     before = run is not None
-    first = int(os.environ.get("RANK", "0")) == 0
+    first = launched()[0] == 0
     console = Console(stderr=json, quiet=not first)
     console.print(
         f"{arm} seed {seed} on {task}, into {place.parent}", highlight=False, soft_wrap=True

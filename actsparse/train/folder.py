@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 from actsparse.records import RecordError, Run, read_run, refused, run_path
@@ -110,13 +111,12 @@ _FREE = ("keep", "save_every", "report_to")
 def _differences(config: RunConfig, run: Run) -> str:
     """What differs between a run on disk and one that is asked for, in words; empty: nothing."""
     now = config.to_json()
-    if "shards" in config.data:  # places keep their meaning where damage is skipped
-        now["data"] = {name: now["data"][name] for name in now["data"] if name != "damaged"}
     # a setting that is newer than the run had its default
     then = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
-    then |= run.header["config"]
-    if "shards" in then["data"]:
-        then["data"] = {name: then["data"][name] for name in then["data"] if name != "damaged"}
+    then |= deepcopy(run.header["config"])
+    for data in (now["data"], then["data"]):
+        if "shards" in data:  # places keep their meaning where damage is skipped
+            data.pop("damaged", None)
     free = _FREE if "shards" in config.data else (*_FREE, "workers")
     other = [key for key in {**now, **then} if key not in free and then.get(key) != now.get(key)]
     if run.task != config.task:

@@ -71,8 +71,8 @@ def run(
 
     The folder ``out/runs/<arm>-seed<seed>`` gets ``record.jsonl``, ``weights/`` (`save`): those of
     the last evaluation whose loss was finite, so at the end the final ones, and
-    ``checkpoint-<step>/``. A run that is finished with the same config
-    is not repeated; an unfinished one goes on from its newest checkpoint that is whole, and ends as
+    ``checkpoint-<step>/``. A run that is finished with the same config is not repeated; an
+    unfinished one goes on from its newest checkpoint that is whole, and ends as
     if it had not stopped. ``told`` is called with what is wrong with checkpoints that are not. In
     several processes (torchrun, ``accelerate launch``) the first writes.
 
@@ -201,17 +201,17 @@ class _Job:
         trainer = self._trainer(model, callback)
         resumed_at: Any = None if self.checkpoint is None else facts(self.checkpoint)["step"]
         try:
-            if self.checkpoint is not None:
-                trainer.load_own(self.checkpoint)
-            elif config.start:
-                trainer.evaluate(splits.test, metric_key_prefix="test")
-                trainer.before = _before(callback)
             if self.checkpoint is None:
+                if config.start:
+                    trainer.evaluate(splits.test, metric_key_prefix="test")
+                    trainer.before = _before(callback)
                 trainer.train()
-            elif resumed_at < config.steps:
-                trainer.train(resume_from_checkpoint=str(self.checkpoint))
-            else:  # it was stopped on its way to the result
-                trainer.take_up(self.checkpoint)
+            else:
+                trainer.load_own(self.checkpoint)
+                if resumed_at < config.steps:
+                    trainer.train(resume_from_checkpoint=str(self.checkpoint))
+                else:  # it was stopped on its way to the result
+                    trainer.take_up(self.checkpoint)
             if trainer.state.global_step < config.steps:
                 folder = Path(self.arguments.output_dir)
                 raise Interrupted(
