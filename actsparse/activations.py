@@ -13,9 +13,11 @@ tensor([0., 0., 3.])
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +41,7 @@ class ActivationFunction:
 
     def __reduce__(self) -> Any:
         # ours pickle by name, so that models that use them pickle
-        if ACTIVATIONS.get(self.name) is self:
+        if _ours(self.name) is self:
             return named, (self.name,)
         return super().__reduce__()
 
@@ -150,16 +152,85 @@ _ALL = [
 ACTIVATIONS: dict[str, ActivationFunction] = {f.name: f for f in _ALL}
 
 
+_NUMBER = r"(-?[0-9]+(?:\.[0-9]+)?(?:e[+-][0-9]+)?)"
+_S_SHAPE = re.compile(rf"s_shape\(dx={_NUMBER}, dy={_NUMBER}(?:, half_width={_NUMBER})?\)")
+
+
+class SShape(NamedTuple):
+    """What tells one S-shape ``s(z − dx) + dy`` from another; see :func:`shifted_s_shape`."""
+
+    dx: float = 0.0
+    dy: float = 0.0
+    half_width: float = 1.5
+
+    @property
+    def name(self) -> str:
+        """``s_shape``, ``s_shape(dx=1.6, dy=-1.6)`` or, with another h, ``half_width`` as a third.
+
+        Numbers are written in full, as Python does, whole ones without ``.0``: no two functions
+        share a name, and no function has two.
+        """
+        if self == SShape():
+            return "s_shape"
+        dx, dy, h = (repr(value).removesuffix(".0") for value in self)
+        third = "" if self.half_width == SShape().half_width else f", half_width={h}"
+        return f"s_shape(dx={dx}, dy={dy}{third})"
+
+
+def s_shape_of(name: str) -> SShape | None:
+    """The S-shape called ``name``; None where that is no S-shape's name.
+
+    >>> s_shape_of("s_shape(dx=1.6, dy=-1.6)")
+    SShape(dx=1.6, dy=-1.6, half_width=1.5)
+    >>> s_shape_of("s_shape"), s_shape_of("relu")
+    (SShape(dx=0.0, dy=0.0, half_width=1.5), None)
+    """
+    if name == SShape().name:
+        return SShape()
+    found = _S_SHAPE.fullmatch(name)
+    if found is None:
+        return None
+    shape = SShape(*(float(value) for value in found.groups() if value is not None))
+    return shape if shape.name == name and shape.half_width > 0 else None
+
+
+@cache  # one function for one name, as in ACTIVATIONS
+def _s_shaped(shape: SShape) -> ActivationFunction:
+    dx, dy, half_width = shape
+    return ActivationFunction(
+        shape.name,
+        lambda z: _s_shape(z - dx, half_width) + dy,
+        lambda z: _s_shape_derivative(z - dx, half_width),
+        silent=dy == 0,
+        same_zeros=dy == 0,
+    )
+
+
+def _ours(name: str) -> ActivationFunction | None:
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    shape = s_shape_of(name)
+    return None if shape is None else _s_shaped(shape)
+
+
 def named(name: str) -> ActivationFunction:
-    """The activation function called ``name``.
+    """The activation function called ``name``, a key of ``ACTIVATIONS`` or a shifted S-shape.
+
+    >>> named("s_shape(dx=1.6, dy=-1.6)") is shifted_s_shape(1.6, -1.6)
+    True
 
     Raises:
         ValueError: no activation has that name; the message lists those that exist.
     """
-    if name not in ACTIVATIONS:
+    function = _ours(name)
+    if function is None:
         known = ", ".join(sorted(ACTIVATIONS))
-        raise ValueError(f"unknown activation {name!r}; known: {known}")
-    return ACTIVATIONS[name]
+        raise ValueError(
+            f"unknown activation {name!r}; known: {known}, and with numbers of your own "
+            f"'s_shape(dx=1.6, dy=-1.6)' or 's_shape(dx=1.6, dy=0, half_width=2)', each written as "
+            f"shifted_s_shape(...).name writes it"
+        )
+    return function
 
 
 def shifted_s_shape(
@@ -168,19 +239,25 @@ def shifted_s_shape(
     """The S-shape ``s(z − dx) + dy`` whose zeros of φ and of φ′ lie in different places.
 
     ``s(z) = r(z−h)² − r(−z−h)²``, r = ReLU, h = ``half_width`` (arXiv 2309.03004 and 2605.25612,
-    the manipulation experiments).
+    the manipulation experiments). Calls with equal numbers return the same object, which
+    :func:`named` finds by its name.
+
+    Raises:
+        ValueError: a number is not finite, or ``half_width`` is not above 0.
 
     >>> f = shifted_s_shape(dy=1.6)
     >>> f.value(torch.zeros(1)), f.derivative(torch.zeros(1))
     (tensor([1.6000]), tensor([0.]))
+    >>> f.name
+    's_shape(dx=0, dy=1.6)'
     """
-    return ActivationFunction(
-        f"s_shape(dx={dx:g}, dy={dy:g})",
-        lambda z: _s_shape(z - dx, half_width) + dy,
-        lambda z: _s_shape_derivative(z - dx, half_width),
-        silent=dy == 0,
-        same_zeros=dy == 0,
-    )
+    shape = SShape(*(float(value) + 0.0 for value in (dx, dy, half_width)))  # + 0.0: −0 is 0
+    if s_shape_of(shape.name) != shape:
+        raise ValueError(
+            f"shifted_s_shape(dx={dx!r}, dy={dy!r}, half_width={half_width!r}): expected finite "
+            f"numbers, half_width above 0"
+        )
+    return named(shape.name)
 
 
 def identify(function: Callable[[Tensor], Tensor]) -> str | None:
@@ -221,8 +298,9 @@ def derivative_of(
     Raises:
         ValueError: neither a known name nor a function to differentiate.
     """
-    if name is not None and name in ACTIVATIONS:
-        return ACTIVATIONS[name].derivative
+    known = None if name is None else _ours(name)
+    if known is not None:
+        return known.derivative
     if function is None:
         raise ValueError("the activation is computed inline and unknown: it has no derivative here")
     return _by_autograd(function)

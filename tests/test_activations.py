@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+from actsparse import Recipe, SwapActivation, handle_of, load, observe, save, sparsify
 from actsparse.activations import (
     ACTIVATIONS,
+    ActivationFunction,
+    SShape,
     derivative_of,
     identify,
     jsrelu,
     named,
+    s_shape_of,
     shifted_s_shape,
 )
+from actsparse.blocks.site import site_of
 
 # Where a function has a corner or a jump its derivative is a convention: keep away.
 KINKS = {
@@ -315,3 +324,126 @@ def test_derivative_of_takes_the_formula_then_autograd_then_refuses() -> None:
     assert torch.equal(z, kept)
     with pytest.raises(ValueError, match="inline"):
         derivative_of(None, None)
+
+
+# --- shifted S-shapes by name --------------------------------------------------------------------
+
+SHIFTED = "s_shape(dx=1.6, dy=-1.6)"
+any_number = st.floats(allow_nan=False, allow_infinity=False)
+any_width = st.floats(0, exclude_min=True, allow_infinity=False)
+
+
+@given(any_number, any_number, any_width)
+@example(-0.0, 0.0, 1.5)
+@example(5e-324, -1.7976931348623157e308, 1e16)
+@example(1 / 3, 0.1 + 0.2, 1.5000000000000002)
+@example(1e-5, 123456789.0, 2.0)
+def test_a_name_gives_back_the_function_and_its_numbers(dx: float, dy: float, h: float) -> None:
+    function = shifted_s_shape(dx, dy, h)
+    assert named(function.name) is function
+    assert s_shape_of(function.name) == (dx, dy, h)
+    assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function
+    assert derivative_of(None, function.name) is function.derivative
+    assert function.silent == function.same_zeros == (dy == 0)
+
+
+numbers = st.builds(SShape, *(st.sampled_from([0.0, 1.6, -1.6, 1.6000000000000003]),) * 2,
+                    st.sampled_from([1.5, 1.4999999999999998, 1.6]))  # fmt: skip
+
+
+@given(numbers, numbers)
+def test_two_functions_have_two_names(one: SShape, other: SShape) -> None:
+    names = {shifted_s_shape(*one).name, shifted_s_shape(*other).name}
+    assert len(names) == len({one, other})
+
+
+def test_the_names_are_these() -> None:
+    assert shifted_s_shape(1.6, -1.6).name == SHIFTED
+    assert shifted_s_shape(2, -1.0).name == "s_shape(dx=2, dy=-1)"
+    assert shifted_s_shape(0, 0, 1).name == "s_shape(dx=0, dy=0, half_width=1)"
+    assert shifted_s_shape(-0.0, 1e-7, 1e20).name == "s_shape(dx=0, dy=1e-07, half_width=1e+20)"
+    assert shifted_s_shape() is shifted_s_shape(-0.0) is named("s_shape")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "s_shape()", "s_shape(1.6, -1.6)", "s_shape(dx=1.6)", "s_shape(dy=-1.6, dx=1.6)",
+        "s_shape(dx=1.6,dy=-1.6)", " s_shape(dx=1.6, dy=-1.6)", "s_shape(dx=1.6, dy=-1.6)\n",
+        "S_shape(dx=1.6, dy=-1.6)", "s_shape(dx=1.60, dy=-1.6)", "s_shape(dx=+1.6, dy=-1.6)",
+        "s_shape(dx=1.6.0, dy=-1.6)", "s_shape(dx=., dy=-1.6)", "s_shape(dx=1_6, dy=-1.6)",
+        "s_shape(dx=١, dy=-1.6)", "s_shape(dx=nan, dy=0)", "s_shape(dx=0, dy=inf)",
+        "s_shape(dx=1e+999, dy=0)", "s_shape(dx=0, dy=0)", "s_shape(dx=0, dy=-0)",
+        "s_shape(dx=0, dy=1.0)", "s_shape(dx=1.6, dy=-1.6, half_width=1.5)",
+        "s_shape(dx=1.6, dy=-1.6, half_width=0)", "s_shape(dx=1.6, dy=-1.6, half_width=-1)",
+        "s_shape(dx=1.6, dy=-1.6, 2)", "s_shape(dx=__import__('os'), dy=0)",
+    ],
+)  # fmt: skip
+def test_a_name_of_another_form_is_unknown(name: str) -> None:
+    assert s_shape_of(name) is None
+    with pytest.raises(ValueError, match=r"unknown activation .*known: .*relu.*s_shape\(dx=1\.6, "):
+        named(name)
+    with pytest.raises(ValueError, match="unknown activation"):
+        SwapActivation(name)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"dx": math.nan}, {"dy": -math.inf}, {"half_width": 0}, {"half_width": -1.5}],
+    ids=str,
+)
+def test_numbers_that_make_no_s_shape_are_named(wrong: dict[str, float]) -> None:
+    (key, value), = wrong.items()  # fmt: skip
+    with pytest.raises(ValueError, match=rf"{key}={value!r}.*finite numbers, half_width above 0"):
+        shifted_s_shape(**wrong)
+
+
+def test_a_strangers_function_does_not_pickle_as_ours() -> None:
+    stranger = ActivationFunction(SHIFTED, torch.sin, torch.cos)
+    assert pickle.loads(pickle.dumps(stranger)).value is torch.sin
+    assert s_shape_of("relu") is None
+
+
+def test_a_recipe_with_a_shifted_s_shape_survives_json_training_and_a_file(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    recipe = Recipe("manipulated", (SwapActivation(to=SHIFTED, mix=2),))
+    again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
+    assert again == recipe
+    config = GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    model, ids = GPT2LMHeadModel(config), torch.randint(11, (2, 6))
+    handle = sparsify(model, again, inputs={"input_ids": ids})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.attach(optimizer, steps=4)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.eval()
+    pickled = pickle.loads(pickle.dumps(model))
+    for twin in (load(save(model, tmp_path / "m")), pickled, copy.deepcopy(model)):
+        assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+        kept = handle_of(twin)
+        assert kept is not None
+        assert kept.recipe == recipe
+        site = site_of(next(iter(kept.blocks)))
+        assert site.function == SHIFTED
+        z = torch.linspace(-4, 6, 41)
+        assert torch.equal(site.derivative(z), shifted_s_shape(1.6, -1.6).derivative(z))
+
+
+@pytest.mark.parametrize("dy", [0.0, -1.6])
+def test_density_of_a_shifted_s_shape(dy: float) -> None:
+    torch.manual_seed(2)
+    model, x = nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 4)), torch.randn(40, 4)
+    name = shifted_s_shape(1.6, dy).name
+    sparsify(model, SwapActivation(name), inputs=x)
+    with observe(model, ["density", "flatness"], inputs=x) as seen:
+        model(x).square().sum().backward()
+    found, z = seen.summary("train"), model[0](x).detach()
+    assert found is not None
+    phi = named(name)
+    assert found["density"] == float((phi.value(z) != 0).double().mean())
+    assert found["derivative_density"] == float((phi.derivative(z) != 0).double().mean())
+    assert 0 < found["derivative_density"] < 1
+    assert (found["density"] == found["derivative_density"]) == phi.same_zeros

@@ -17,6 +17,7 @@ from actsparse.observe.flatness import Flatness
 from actsparse.observe.gradient import Gradient
 from actsparse.observe.gradients import GradientMeasure, Weighing
 from actsparse.observe.noise import Noise
+from actsparse.observe.occupancy import Occupancy
 from actsparse.observe.spectrum import WeightSpectrum
 
 Phase = Literal["train", "inference"]
@@ -62,6 +63,7 @@ MEASURES: dict[str, Any] = {  # name → class of Measure
     "flatness": Flatness,
     "gradient": Gradient,
     "noise": Noise,
+    "occupancy": Occupancy,
     "spectrum": WeightSpectrum,
 }
 
