@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from actsparse.experiments.compare import Event
+from actsparse.experiments.compare import Config, Event
 from actsparse.records import Run, read_run, run_path, write_whole
 from actsparse.train.config import RunConfig
 
@@ -88,7 +88,7 @@ def keep_card(run: Run) -> None:
         write_whole(run.path.with_name("README.md"), model_card(run).encode())
 
 
-def _outcome(config: RunConfig, out: str, kind: str) -> str:
+def _outcome(config: Config, out: str, kind: str) -> str:
     result = read_run(run_path(out, config.arm, config.seed)).result or {}
     said = f"{result['quality_name']} {result['quality']:.4g}"
     if result["inference"] is not None:

@@ -18,7 +18,9 @@ from typing import Literal
 from actsparse.records import RecordError, run_path
 from actsparse.train.config import RunConfig
 from actsparse.train.folder import check_folder, finished_run
+from actsparse.train.gradient_noise import GradientNoiseConfig, run_gradient_noise
 
+Config = RunConfig | GradientNoiseConfig
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, half alive
 
 
@@ -30,13 +32,13 @@ class Event:
     """
 
     kind: Literal["skipped", "started", "step", "finished", "failed"]
-    config: RunConfig
+    config: Config
     step: int = 0
     reason: str = ""
 
 
 def compare(
-    configs: Sequence[RunConfig],
+    configs: Sequence[Config],
     out: str | Path,
     *,
     workers: int | None = None,
@@ -77,7 +79,7 @@ def cores() -> int:
 
 
 def _events(
-    configs: Sequence[RunConfig],
+    configs: Sequence[Config],
     done: list[bool],
     out: Path,
     workers: int,
@@ -120,7 +122,7 @@ class _Worker:
 
     def __init__(self, out: Path, threads: int, command: str | None) -> None:
         self.pipe, other = _SPAWN.Pipe()
-        self.config: RunConfig | None = None
+        self.config: Config | None = None
         self.process: BaseProcess = _SPAWN.Process(
             target=_work, args=(other, out, threads, command)
         )
@@ -128,7 +130,7 @@ class _Worker:
             self.process.start()
         other.close()
 
-    def give(self, config: RunConfig) -> Event:
+    def give(self, config: Config) -> Event:
         self.config = config
         with suppress(BrokenPipeError):  # it died; event() will tell
             self.pipe.send(config)
@@ -174,7 +176,10 @@ def _work(pipe: Connection, out: Path, threads: int, command: str | None) -> Non
                     signal.raise_signal(signal.SIGTERM)
 
         try:
-            run(config, out, command=command, on_step=tell)
+            if isinstance(config, GradientNoiseConfig):
+                run_gradient_noise(config, out, command=command, on_step=tell)
+            else:
+                run(config, out, command=command, on_step=tell)
         except Interrupted:
             return
         except (TrainingFailed, RecordError, ValueError) as error:

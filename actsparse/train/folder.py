@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actsparse.records import RecordError, Run, read_run, refused, run_path
 from actsparse.train.checkpoint import checkpoints, newest_whole
 from actsparse.train.config import RunConfig
 
+if TYPE_CHECKING:
+    from actsparse.train.gradient_noise import GradientNoiseConfig
+
 ROOM = 64 * 2**20  # bytes that must be free before any run starts
 
 
-def finished_run(config: RunConfig, out: str | Path) -> Run | None:
+def finished_run(config: RunConfig | GradientNoiseConfig, out: str | Path) -> Run | None:
     """The finished run of this arm and seed, or None if it is still to be done.
 
     A record that ends half-way, or whose first line never got whole, counts as not done.
@@ -108,11 +112,12 @@ def alone(folder: Path) -> Iterator[None]:
 _FREE = ("keep", "save_every", "report_to")
 
 
-def _differences(config: RunConfig, run: Run) -> str:
+def _differences(config: RunConfig | GradientNoiseConfig, run: Run) -> str:
     """What differs between a run on disk and one that is asked for, in words; empty: nothing."""
     now = config.to_json()
     # a setting that is newer than the run had its default
-    then = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
+    plain = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
+    then = plain if isinstance(config, RunConfig) else {}
     then |= deepcopy(run.header["config"])
     for data in (now["data"], then["data"]):
         if "shards" in data:  # places keep their meaning where damage is skipped
