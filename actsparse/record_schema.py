@@ -93,7 +93,7 @@ SCHEMA: dict[str, dict[str, Shape]] = {
         "higher_is_better": FLAG,
         "inference": MEASURES,
         "training": MEASURES,  # over the last fifth of training
-        "skippable": ({"forward": SHARE, "backward": SHARE}, None),  # share of multiplications
+        "skippable": ({"forward": SHARE, "backward": SHARE, "products?": NUMBERS}, None),  # shares
         "before?": {"loss": NUMBER, "quality": NUMBER, "inference": MEASURES},  # of finetuning
         "baselines": NUMBERS,
         "time": {"seconds": NUMBER},
@@ -103,6 +103,7 @@ SCHEMA: dict[str, dict[str, Shape]] = {
         "how": OBJECT,
         "measures": (OBJECT, None),
         "curvature": OBJECT,
+        "trials?": OBJECT,
     },
     "failed": {"step": COUNT, "reason": TEXT},
 }

@@ -15,6 +15,7 @@ from torch import nn
 
 from actsparse.cli.main import app
 from actsparse.observe import CURVATURES, MEASURES, measure
+from tests.observe.brute import Phi
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "measures.md"
@@ -89,9 +90,10 @@ class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.act = Phi("s_shape")  # which every measure can read
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.gate(x)) * self.up(x))
+        return x + self.down(self.act(self.gate(x)) * self.up(x))
 
 
 def test_every_measure_has_its_name_on_the_page() -> None:

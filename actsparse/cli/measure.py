@@ -33,7 +33,8 @@ def measure(
         str,
         typer.Option(
             help="With commas between: density, flatness, gradient, noise, spectrum, gauss_newton, "
-            "token_copies, hessian, top_eigenvalue."
+            "token_copies, hessian, top_eigenvalue, robustness, covering, pruning; or JSON, with "
+            'options: \'{"gradient": {"epsilon": 1e-4}}\'.'
         ),
     ] = DEFAULT,
     labels: Annotated[
@@ -53,7 +54,7 @@ def measure(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure a trained model: density, flatness and its identity, gradients, curvature, spectra.
+    """Measure a trained model: density, flatness and its identity, gradients, curvature, attacks.
 
     Nothing is trained and the model stays as it is. A run's measures are kept beside its record,
     where `actsparse report` finds them.
@@ -77,8 +78,8 @@ def measure(
 
     log = Console(stderr=True)
     model, run = model_at(target)
-    loss_fn, batches, where = batches_of(model, run, task, data, split, rows, batch_size)
-    names = [name.strip() for name in measures.split(",")]
+    loss_fn, batches, where, info = batches_of(model, run, task, data, split, rows, batch_size)
+    asked = asked_of(measures)
     with Progress(console=log, disable=not log.is_terminal, transient=True) as bar:
         bars: dict[str, Any] = {}
 
@@ -90,12 +91,13 @@ def measure(
             bar.update(bars[name], completed=done)
 
         from actsparse.observe import measure as measure_model
+        from actsparse.train.config import within_bounds
 
         found = measure_model(
             model,
             loss_fn,
             batches,
-            names,
+            within_bounds(asked, info),
             labels=labels,  # type: ignore[arg-type]
             reduction=reduction,  # type: ignore[arg-type]
             probes=probes,
@@ -122,6 +124,22 @@ def measure(
     if place is not None:
         write_whole(place, text.encode())
         log.print(f"measures: {place}", highlight=False, soft_wrap=True)
+
+
+def asked_of(measures: str) -> Any:
+    """Names, or name → options, out of text.
+
+    >>> asked_of("density, hessian"), asked_of('{"pruning": {"thresholds": [0.1]}}')
+    (['density', 'hessian'], {'pruning': {'thresholds': [0.1]}})
+    """
+    from json import loads
+
+    if not measures.lstrip().startswith("{"):
+        return [name.strip() for name in measures.split(",")]
+    try:
+        return loads(measures)
+    except ValueError as error:
+        raise ValueError(f"--measures {measures!r}: not JSON ({error})") from error
 
 
 def model_at(target: Path) -> tuple[Any, Any]:
@@ -164,8 +182,8 @@ def batches_of(
     split: str,
     rows: int,
     batch_size: int,
-) -> tuple[Any, Any, dict[str, Any]]:
-    """A loss function, batches, and what they are in words."""
+) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+    """A loss function, batches, what they are in words, and what the data say of themselves."""
     if data is not None:
         if task is not None:
             raise ValueError("give --task or --data, not both")
@@ -174,7 +192,7 @@ def batches_of(
         made = called(data)
         if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
             raise ValueError(f"{data} returned {type(made).__name__}; expected (loss_fn, batches)")
-        return *made, {"data": data}
+        return *made, {"data": data}, {}
     if run is None and task is None:
         raise ValueError("a checkpoint does not say on what to measure it: give --task or --data")
     from torch import no_grad
@@ -197,10 +215,11 @@ def batches_of(
             ) from error
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; known: train, validation, test")
-    batches = batches_of(getattr(chosen.splits(config), split), rows, batch_size)
+    splits = chosen.splits(config)
+    batches = batches_of(getattr(splits, split), rows, batch_size)
     try:
         with no_grad():
             chosen.predict(model, batches[0])
     except Exception as error:  # whatever a model does with data that are not its own
         raise ValueError(f"the model does not run on the data of {config.task}: {error}") from error
-    return chosen.predict, batches, {"data": config.task, "split": split}
+    return chosen.predict, batches, {"data": config.task, "split": split}, splits.info

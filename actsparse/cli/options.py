@@ -12,7 +12,7 @@ Task = Annotated[
     typer.Option(
         help="digits, text (T5 span corruption), lm (causal); digits_finetune, lm_finetune; on "
         "data of yours vit_cifar10, t5_web, lm_web, and the papers' vit_imagenet, t5_c4, "
-        "vit_imagenet_finetune, t5_c4_finetune."
+        "vit_cifar10_finetune, vit_imagenet_finetune, t5_c4_finetune."
     ),
 ]
 Quick = Annotated[
@@ -67,7 +67,8 @@ Measures = Annotated[
     str | None,
     typer.Option(
         help="With commas between: density, flatness, gradient, noise, spectrum, read in each "
-        "pass; gauss_newton, hessian, token_copies, top_eigenvalue, by passes of their own.",
+        "pass; gauss_newton, hessian, token_copies, top_eigenvalue, robustness, covering, pruning, "
+        'by passes of their own. With options: --set \'active={"gradient": {"epsilon": 1e-4}}\'.',
         show_default="density",
     ),
 ]

@@ -10,6 +10,7 @@ import torch
 from actsparse.data.splits import Splits, TensorRows
 
 HELD_OUT = 300  # images in validation, and again in test
+PIXELS = (0, 16)  # from black to white
 
 
 def load_digits_splits(seed: int = 0) -> Splits[TensorRows]:
@@ -17,7 +18,8 @@ def load_digits_splits(seed: int = 0) -> Splits[TensorRows]:
 
     The split is stratified by class. `seed` chooses the split and nothing else: leave it alone
     and pass a run's seed elsewhere, so that all runs are scored on the same images. Pixels (0 to
-    16) are standardised with the mean and standard deviation of all *training* pixels.
+    16) are standardised with the mean and standard deviation of all *training* pixels;
+    `info["bounds"]` are the least and the greatest value then possible.
 
     Raises `ModuleNotFoundError` when scikit-learn is not installed.
 
@@ -46,9 +48,12 @@ def load_digits_splits(seed: int = 0) -> Splits[TensorRows]:
     )
     mean, std = float(images[train].mean()), float(images[train].std())
 
+    def standardised(pixels: np.ndarray) -> np.ndarray:
+        return (pixels - mean) / std
+
     def rows(index: np.ndarray) -> TensorRows:
         return TensorRows(
-            pixel_values=torch.from_numpy((images[index] - mean) / std),
+            pixel_values=torch.from_numpy(standardised(images[index])),
             labels=torch.from_numpy(labels[index]),
         )
 
@@ -67,5 +72,6 @@ def load_digits_splits(seed: int = 0) -> Splits[TensorRows]:
             "classes": 10,
             "pixel_mean": mean,
             "pixel_std": std,
+            "bounds": standardised(np.array(PIXELS, dtype=np.float32)).tolist(),
         },
     )

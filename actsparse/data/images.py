@@ -199,8 +199,8 @@ def image_splits(
     `classes` is how many there should be. An unreadable image ends the run that meets it, by name;
     with ``damaged="skip"`` all images are decoded beforehand, with `progress(done, of)` for each
     split, and the unreadable ones are left out and counted in `info`.
-    The `sha256` is over the sorted (relative name, size in bytes) of all files: reading ImageNet's
-    140 GB for it would take an hour.
+    `info["bounds"]` are black and white as `mean` and `std` make them, each [3, 1, 1]. The `sha256`
+    is over the sorted (relative name, size in bytes) of all files: reading all would take an hour.
 
     Raises `ValueError` for a layout that is none of these, for splits, shards or images that are
     missing, an empty class, and classes or labels that training does not have.
@@ -228,7 +228,6 @@ def image_splits(
     found = _read_tables(root) or _read_folders(root)
     if classes is not None and classes != found.classes:
         raise ValueError(f"classes={classes}, but {root.name} has {found.classes}")
-
     parts = {split: (one, np.arange(len(one.labels))) for split, one in found.pictures.items()}
     if len(parts) == 2:
         train, _ = parts.pop("train")
@@ -247,6 +246,7 @@ def image_splits(
             rows[split] = ImageRows(pictures, np.delete(chosen, bad), view)
         if not len(rows[split]):
             raise ValueError(f"{root.name}: no image is left for {split}")
+    centre, spread = (torch.tensor(three)[:, None, None] for three in (mean, std))
     info = {
         "name": "images",
         "source": root.name,
@@ -257,6 +257,7 @@ def image_splits(
         "order_seed": seed,
         "classes": found.classes,
         "view": asdict(view),
+        "bounds": [((value - centre) / spread).tolist() for value in (0.0, 1.0)],
         "damaged": {"policy": damaged, "left_out": len(left_out), "names": left_out[:100]},
     }
     if found.class_names and found.classes <= 100:

@@ -102,6 +102,12 @@ def vit_imagenet_finetune(quick: bool = False) -> Settings:
     return with_lora(finetuned(settings | steps), keep=("classifier",))
 
 
+def vit_cifar10_finetune(quick: bool = False) -> Settings:
+    """The ViT-S of `vit_cifar10`, finetuned whole for a third of its steps."""
+    settings = vit_cifar10(quick)
+    return finetuned(settings | {"steps": settings["steps"] // 3, "lr": 0.4 * settings["lr"]})
+
+
 def vit_cifar10(quick: bool = False) -> Settings:
     """ViT-S, patches of 4 × 4, on 32 px images: minutes on one GPU.
 

@@ -9,6 +9,7 @@ from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification, NotApplicable
 from actsparse.modify.norm_floor import NormFloor
 from actsparse.modify.penalty import ActivationPenalty
+from actsparse.modify.prune_gradient import PruneGradient
 from actsparse.modify.recipe import RECIPES, Recipe, recipe_named
 from actsparse.modify.saving import load, save
 from actsparse.modify.sparsify import sparsify
@@ -24,6 +25,7 @@ __all__ = [
     "Modification",
     "NormFloor",
     "NotApplicable",
+    "PruneGradient",
     "Recipe",
     "SwapActivation",
     "WeightNoise",

@@ -11,6 +11,7 @@ from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification
 from actsparse.modify.norm_floor import NormFloor
 from actsparse.modify.penalty import ActivationPenalty
+from actsparse.modify.prune_gradient import PruneGradient
 from actsparse.modify.swap_activation import SwapActivation
 from actsparse.modify.weight_noise import WeightNoise
 from actsparse.modify.zeroth_bias import ZerothBias
@@ -18,7 +19,8 @@ from actsparse.modify.zeroth_bias import ZerothBias
 MODIFICATIONS: dict[str, type[Modification]] = {
     cls.__name__: cls
     for cls in (
-        ZerothBias, NormFloor, SwapActivation, WeightNoise, ActivationPenalty, LeaveOutMLP,
+        ZerothBias, NormFloor, SwapActivation, WeightNoise, ActivationPenalty, PruneGradient,
+        LeaveOutMLP,
     )
 }  # fmt: skip
 

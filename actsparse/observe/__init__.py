@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from actsparse.observe.accumulated import Accumulated
 from actsparse.observe.attack import Attack, perturb
 from actsparse.observe.covering import covering
 from actsparse.observe.measure import CURVATURES, Measures, measure, spectra_of
+from actsparse.observe.pruning import pruning
 from actsparse.observe.robustness import RelativeNoise, robustness
 from actsparse.observe.session import Seen, observe
-from actsparse.observe.skippable import skippable
+from actsparse.observe.skippable import skippable, skippable_products
+from actsparse.observe.trials import TRIALS
 from actsparse.observe.watch import MEASURES
 
 __all__ = [
     "CURVATURES",
     "MEASURES",
+    "TRIALS",
+    "Accumulated",
     "Attack",
     "Measures",
     "RelativeNoise",
@@ -21,7 +26,9 @@ __all__ = [
     "measure",
     "observe",
     "perturb",
+    "pruning",
     "robustness",
     "skippable",
+    "skippable_products",
     "spectra_of",
 ]

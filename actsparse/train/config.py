@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from actsparse.modify import recipe_named
-from actsparse.observe import CURVATURES, MEASURES
+from actsparse.observe import CURVATURES, MEASURES, TRIALS
+from actsparse.observe.measure import checked_options
+from actsparse.observe.session import Names
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class RunConfig:
 
     ``measures`` are read in each pass (`observe`); those of ``active`` (`measure`) at the start,
     every ``active_every`` steps (None: never between) and at the end, on ``active_on`` rows of the
-    validation split.
+    validation split. ``active`` is names, or name → options, as plain values; attacks in it stay
+    within the data's own range of inputs unless they have ``bounds`` of their own (null: none).
 
     ``accelerate`` lets MLP blocks run sparse in training (`SparsityCallback`): True where that is
     faster, ``"sparse"`` at any density. Passive measures of training are then of the steps that
@@ -79,7 +82,7 @@ class RunConfig:
     workers: int = 0
     report_to: tuple[str, ...] = ()
     measures: tuple[str, ...] = ("density",)
-    active: tuple[str, ...] = ()
+    active: tuple[str, ...] | dict[str, dict[str, Any]] = ()
     active_every: int | None = None
     active_on: int = 128
     model: dict[str, Any] = field(default_factory=dict)
@@ -103,11 +106,13 @@ class RunConfig:
         for name in ("seed", "workers"):
             if not _whole(value := getattr(self, name), 0):
                 raise ValueError(f"{name}={value!r}: expected a whole number, 0 or more")
-        passive, active = list(MEASURES), [*MEASURES, *CURVATURES]
+        passive, active = list(MEASURES), [*MEASURES, *CURVATURES, *TRIALS]
         for name, known in [("measures", passive), ("active", active)]:
             unknown = [each for each in getattr(self, name) if each not in known]
             if unknown:
                 raise ValueError(f"{name} holds {unknown[0]!r}; known: {', '.join(known)}")
+        if isinstance(self.active, dict):
+            _check_plain(self.active)
         if "density" not in self.measures:
             raise ValueError(f"measures={self.measures!r} lacks 'density', which each record needs")
         for name, choices in _CHOICES.items():
@@ -180,6 +185,29 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 _NAMES = ("no_decay", "fsdp", "report_to", "measures", "active")
 _NUMBERS = ("lr", "warmup", "weight_decay", "label_smoothing")
+
+
+def within_bounds(measures: Names, info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Measures as name → options, attacks within the ``bounds`` of the data that ``info`` is of.
+
+    >>> within_bounds(["density", "covering"], {"bounds": [0, 1]})
+    {'density': {}, 'covering': {'bounds': [0, 1]}}
+    """
+    attacks = ("robustness", "covering")
+    return {
+        name: {"bounds": info.get("bounds"), **own} if name in attacks else own
+        for name, own in checked_options(measures).items()
+    }
+
+
+def _check_plain(active: dict[str, Any]) -> None:
+    try:
+        json.dumps(active, allow_nan=False)
+        checked_options(active)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"active={active!r}: expected names, or name → options as JSON has them ({error})"
+        ) from error
 
 
 def _number(value: Any) -> bool:

@@ -34,7 +34,7 @@ from actsparse.modify import (
     save,
     sparsify,
 )
-from actsparse.observe import Measures, measure, observe, skippable, spectra_of
+from actsparse.observe import Measures, measure, observe, skippable, skippable_products, spectra_of
 from actsparse.records import (
     RecordError,
     RecordWriter,
@@ -47,7 +47,7 @@ from actsparse.records import (
 from actsparse.train.arguments import recompute, schedule_of, training_arguments
 from actsparse.train.callback import SparsityCallback
 from actsparse.train.checkpoint import drop_after, facts
-from actsparse.train.config import RunConfig
+from actsparse.train.config import RunConfig, within_bounds
 from actsparse.train.folder import alone, check_folder, checkpoint_of, finished_run
 from actsparse.train.interrupt import Interrupted, Interruption
 from actsparse.train.loss import TrainingFailed
@@ -256,11 +256,12 @@ class _Job:
     def _active(self) -> Callable[[nn.Module], Measures]:
         config, task = self.config, self.task
         batches = batches_of(self.splits.validation, config.active_on, config.batch_size)
+        measures = within_bounds(config.active, self.splits.info)
 
         def active(model: nn.Module) -> Measures:
             device = next(model.parameters()).device
             on = [{key: value.to(device) for key, value in batch.items()} for batch in batches]
-            return measure(model, task.predict, on, config.active, labels="model")
+            return measure(model, task.predict, on, measures, labels="model")
 
         return active
 
@@ -395,13 +396,14 @@ def _some(rows: Dataset[Any], count: int | None) -> Dataset[Any]:
     return Subset(rows, [index * total // count for index in range(count)])
 
 
-def _skippable(handle: Handle, inference: Any, training: Any) -> dict[str, float] | None:
-    """Forward as at inference, backward as in training."""
+def _skippable(handle: Handle, inference: Any, training: Any) -> dict[str, Any] | None:
+    """Forward as at inference, backward as in training; ``products`` are all of training."""
     if inference is None or training is None:
         return None
     return {
         "forward": skippable(inference, handle.blocks)["forward"],
         "backward": skippable(training, handle.blocks)["backward"],
+        "products": skippable_products(training, handle.blocks),
     }
 
 

@@ -324,6 +324,7 @@ TASKS = {
     "lm_finetune": _LM,
     "lm_web": _CAUSAL,
     "vit_cifar10": _IMAGES,
+    "vit_cifar10_finetune": _IMAGES,
     "vit_imagenet": _IMAGES,
     "vit_imagenet_finetune": _IMAGES,
     "t5_web": _SPANS,

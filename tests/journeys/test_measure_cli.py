@@ -123,6 +123,51 @@ def test_json_holds_the_same_numbers_and_goes_where_it_is_sent(folder: Path) -> 
     assert (told["how"]["labels"], told["how"]["split"]) == ("model", "test")
 
 
+def test_trials_are_printed_and_kept(folder: Path) -> None:
+    names = ["--measures", "robustness,covering,pruning"]
+    done = called("measure", folder, *QUICK, *names)
+    assert done.exit_code == 0, done.stderr
+    for word in ("robustness", "fgsm", "covering", "r99", "pruning", "cosine"):
+        assert word in done.stdout
+    assert "robustness: 17 passes" in done.stderr
+    kept = json.loads((folder / "measures.json").read_text())
+    assert (kept["measures"], kept["curvature"], kept["how"]["samples"]) == (None, {}, 16)
+    told = called("measure", folder, *QUICK, *names, "--json")
+    assert json.loads(told.stdout)["trials"] == kept["trials"]
+    task, run = task_of("digits"), record(folder)
+    from actsparse.train import RunConfig
+
+    splits = task.splits(RunConfig(**run.header["config"]))
+    bounded = {"covering": {"bounds": splits.info["bounds"]}}
+    batches = batches_of(splits.validation, 16, 16)
+    expected = measure(load(folder / "weights"), task.predict, batches, bounded).trials
+    assert kept["trials"]["covering"] == expected["covering"]
+
+
+def test_runs_that_only_tried_something_have_a_report(tmp_path: Path) -> None:
+    words = ["train", "--arm", "vanilla", "--steps", "4", "--batch-size", "16", "--log-every", "2"]
+    active = '{"robustness": {"against": [{"disturbance": "fgsm", "size": 0.1}]}}'
+    words += [
+        "--set",
+        f"active={active}",
+        "--set",
+        "active_on=16",
+        "--eval-every",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
+    done = called(*words)
+    assert done.exit_code == 0, done.output
+    run = tmp_path / "runs" / "vanilla-seed0"
+    assert [line["measures"] for line in record(run).measured] == [None, None]
+    assert called("measure", run, *QUICK, "--measures", "pruning").exit_code == 0
+    for words in (["report", str(tmp_path)], ["report", str(tmp_path), "--markdown"]):
+        done = called(*words)
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "report.html").exists()
+
+
 def test_what_cannot_be_kept_is_printed_still(folder: Path) -> None:
     blocked = folder / "record.jsonl" / "found.json"
     words = ["--measures", "density", "--json", "--out", blocked]
@@ -167,6 +212,16 @@ def test_a_folder_of_hugging_face_on_data_of_ones_own(gpt2: Path) -> None:
     assert told["how"]["positions"] == 7
     assert (told["how"]["reduction"], told["how"]["data"]) == ("sum", "its_data:batches")
     assert told["measures"]["blocks"][1]["block"] == "transformer.h.1.mlp"
+
+
+def test_token_ids_take_noise_and_no_attack(gpt2: Path) -> None:
+    words = ["measure", gpt2, "--data", "its_data:batches", "--json", "--measures"]
+    one_error(called(*words, "density,robustness"), "token ids cannot be moved by a gradient")
+    noise = '{"robustness": {"against": [{"disturbance": "noise", "at": "d", "size": 0.3}]}}'
+    done = called(*words, noise)
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["trials"]["robustness"]
+    assert [(row["disturbance"], row["samples"]) for row in rows] == [("clean", 4), ("noise", 4)]
 
 
 def spoiled(gpt2: Path, how: str) -> None:
@@ -215,7 +270,9 @@ def one_error(done: Any, said: str) -> None:
     ("words", "said"),
     [
         (["--task", "dogs"], "unknown task 'dogs'; known: digits, text, lm"),
-        (["--measures", "flatnes"], "unknown measure 'flatnes'; known: density"),
+        (["--measures", "flatnes"], "unknown measure 'flatnes'; known: covering, density"),
+        (["--measures", '{"density": '], """--measures '{"density": ': not JSON"""),
+        (["--measures", '{"pruning": {"at": 1}}'], "pruning has no option 'at'; known: thresholds"),
         (["--split", "all"], "unknown split 'all'; known: train, validation, test"),
         (["--labels", "mine"], """labels must be "data" or "model", got 'mine'"""),
         (["--reduction", "max"], """reduction must be "mean" or "sum" over positions, got 'max'"""),

@@ -14,33 +14,49 @@ from torch import Tensor, nn
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import observe, skippable
+from actsparse.observe.skippable import skippable_products
 from tests.observe.brute import D, Mlp
 
 
 class Loops:
-    """y and all gradients of Σ y·g by scalar multiplications, zeros left out; counts both."""
+    """y and all gradients of Σ y·g by scalar multiplications, zeros left out; counts both.
+
+    ``name`` is a way and a product.
+    """
 
     def __init__(self) -> None:
         self.done: Counter[str] = Counter()
         self.all: Counter[str] = Counter()
 
-    def product(self, way: str, needed: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def product(self, name: str, needed: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """left [t, k] @ right [k, m]; needed, whose shape says of which: True where it counts."""
         out = torch.zeros(len(left), right.shape[1], dtype=left.dtype)
         on = {"left": left, "right": right, "out": out}
-        (place,) = [name for name, t in on.items() if t.shape == needed.shape]
+        (place,) = [which for which, t in on.items() if t.shape == needed.shape]
         for t in range(len(left)):
             for m in range(right.shape[1]):
                 for k in range(left.shape[1]):
-                    self.all[way] += 1
+                    self.all[name] += 1
                     index = {"left": (t, k), "right": (k, m), "out": (t, m)}[place]
                     if needed[index]:
-                        self.done[way] += 1
+                        self.done[name] += 1
                         out[t, m] += left[t, k] * right[k, m]
         return out
 
     def skipped(self) -> dict[str, float]:
-        return {way: 1 - self.done[way] / self.all[way] for way in ("forward", "backward")}
+        """By way."""
+        return {
+            way: 1 - self._total(self.done, way) / self._total(self.all, way)
+            for way in ("forward", "backward")
+        }
+
+    @staticmethod
+    def _total(counts: Counter[str], way: str) -> int:
+        return sum(count for name, count in counts.items() if name.startswith(way))
+
+    def products(self) -> dict[str, float]:
+        """By product."""
+        return {name.split(": ")[1]: 1 - self.done[name] / n for name, n in self.all.items()}
 
 
 def count(mlp: Mlp, x: Tensor, loops: Loops, slope_of: Any) -> None:
@@ -50,33 +66,33 @@ def count(mlp: Mlp, x: Tensor, loops: Loops, slope_of: Any) -> None:
     g_y = torch.randn(len(x), D, dtype=x.dtype)
     everything = torch.ones(len(x), up.shape[0], dtype=torch.bool)
     if mlp.gate is None:
-        z = loops.product("forward", everything, x, up.T) + mlp.up.bias
+        z = loops.product("forward: z = xUᵀ", everything, x, up.T) + mlp.up.bias
         a, on = mlp.act(z), slope_of(z) != 0
-        out = loops.product("forward", a != 0, a, down.T) + mlp.down.bias
-        dv = loops.product("backward", (a != 0).T, a.T, g_y).T
-        g_z = loops.product("backward", on, g_y, down) * slope_of(z)
+        out = loops.product("forward: y = aVᵀ", a != 0, a, down.T) + mlp.down.bias
+        dv = loops.product("backward: dV = g_yᵀa", (a != 0).T, a.T, g_y).T
+        g_z = loops.product("backward: g_a = g_yV", on, g_y, down) * slope_of(z)
         grads = [
-            loops.product("backward", on, g_z, up),
-            loops.product("backward", on.T, g_z.T, x),
+            loops.product("backward: dx = g_zU", on, g_z, up),
+            loops.product("backward: dU = g_zᵀx", on.T, g_z.T, x),
             dv,
         ]
         weights = [up, down]
     else:
         gate = mlp.gate.weight
-        z = loops.product("forward", everything, x, gate.T) + mlp.gate.bias
+        z = loops.product("forward: z = xGᵀ", everything, x, gate.T) + mlp.gate.bias
         phi, on = mlp.act(z), slope_of(z) != 0
-        u = loops.product("forward", phi != 0, x, up.T) + mlp.up.bias
+        u = loops.product("forward: u = xUᵀ", phi != 0, x, up.T) + mlp.up.bias
         a = phi * u
-        out = loops.product("forward", a != 0, a, down.T) + mlp.down.bias
-        dv = loops.product("backward", (a != 0).T, a.T, g_y).T
-        g_a = loops.product("backward", (phi != 0) | on, g_y, down)
+        out = loops.product("forward: y = aVᵀ", a != 0, a, down.T) + mlp.down.bias
+        dv = loops.product("backward: dV = g_yᵀa", (a != 0).T, a.T, g_y).T
+        g_a = loops.product("backward: g_a = g_yV", (phi != 0) | on, g_y, down)
         g_z, g_u = g_a * u * slope_of(z), g_a * phi
-        dx = loops.product("backward", on, g_z, gate)
-        dx = dx + loops.product("backward", phi != 0, g_u, up)
+        dx = loops.product("backward: dx += g_zG", on, g_z, gate)
+        dx = dx + loops.product("backward: dx += g_uU", phi != 0, g_u, up)
         grads = [
             dx,
-            loops.product("backward", on.T, g_z.T, x),
-            loops.product("backward", (phi != 0).T, g_u.T, x),
+            loops.product("backward: dG = g_zᵀx", on.T, g_z.T, x),
+            loops.product("backward: dU = g_uᵀx", (phi != 0).T, g_u.T, x),
             dv,
         ]
         weights = [gate, up, down]
@@ -99,6 +115,10 @@ def test_counted_one_by_one(phi: str, gated: bool, zero_u: bool) -> None:
     if zero_u:
         with torch.no_grad():
             model[0].up.weight[0], model[0].up.bias[0] = 0, 0
+    if phi == "relu6":
+        with torch.no_grad():
+            for mlp in model:
+                mlp.pre.weight.mul_(4)  # so that some z is above 6, where φ′ is 0 and φ is not
     x, loops = torch.randn(1, 7, D, dtype=torch.float64), Loops()
     blocks = find_mlp_blocks(model, x)
     with observe(model, blocks=blocks) as seen:
@@ -111,6 +131,12 @@ def test_counted_one_by_one(phi: str, gated: bool, zero_u: bool) -> None:
     assert summary is not None
     got = skippable(summary, blocks)
     assert got == pytest.approx(loops.skipped())
+    products = skippable_products(summary, blocks)
+    assert products == pytest.approx(loops.products())
+    assert products["z = xGᵀ" if gated else "z = xUᵀ"] == 0
+    assert (products["y = aVᵀ"] < products["dx += g_zG" if gated else "dx = g_zU"]) == (
+        phi == "relu6"
+    )
     if phi != "gelu":
         assert min(got.values()) > 0
 
@@ -148,6 +174,23 @@ def test_blocks_weigh_by_their_multiplications() -> None:
     summary = {"blocks": [row(0.0, 0.0), row(1.0, 1.0, tokens=2) | {"block": "1"}]}
     share = 3 * 4 / (3 * 4 + 2 * 12)
     assert skippable(summary, blocks) == pytest.approx({"forward": share / 2, "backward": share})
+    products = skippable_products(summary, blocks)
+    assert products.pop("z = xUᵀ") == 0
+    assert list(products.values()) == pytest.approx([share] * 5)
+
+
+def test_gated_and_other_blocks_have_products_of_their_own_beside_those_they_share() -> None:
+    model = nn.Sequential(Mlp("relu", False, 4), Mlp("relu", True, 12))
+    blocks = find_mlp_blocks(model, torch.randn(2, 3, D))
+    products = skippable_products(
+        {"blocks": [row(0.5, 0.5), row(0.25, 0.25) | {"block": "1"}]}, blocks
+    )
+    both, plain, gate = (4 * 0.5 + 12 * 0.75) / 16, 0.5, 0.75
+    want = {"y = aVᵀ": both, "dV = g_yᵀa": both, "g_a = g_yV": both}
+    want |= {"z = xUᵀ": 0, "dx = g_zU": plain, "dU = g_zᵀx": plain}
+    want |= {"z = xGᵀ": 0, "u = xUᵀ": gate, "dx += g_zG": gate, "dG = g_zᵀx": gate}
+    want |= {"dx += g_uU": gate, "dU = g_uᵀx": gate}
+    assert products == pytest.approx(want)
 
 
 def test_a_bound() -> None:
@@ -166,7 +209,8 @@ def test_a_bound() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="no pass"):
-        skippable(None, FOUND[False])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"block 'x' of the summary is not in blocks: 0, 0.up"):
-        skippable({"blocks": [row(0.5, 0.5) | {"block": "x"}]}, FOUND[False])
+    for each in (skippable, skippable_products):
+        with pytest.raises(ValueError, match="no pass"):
+            each(None, FOUND[False])  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"block 'x' of the summary is not in blocks: 0, 0.up"):
+            each({"blocks": [row(0.5, 0.5) | {"block": "x"}]}, FOUND[False])

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from actsparse.data import image_splits, load_digits_splits
 from actsparse.experiments import default_arms, run_config
 from actsparse.experiments.digits import digits
 from actsparse.modify import Recipe, load, sparsify
-from actsparse.observe import CURVATURES, MEASURES
+from actsparse.observe import CURVATURES, MEASURES, TRIALS, measure
 from actsparse.records import RecordError, read_run, run_path
 from actsparse.train import RunConfig, TrainingFailed
-from actsparse.train.run import run
+from actsparse.train.run import batches_of, run
 from actsparse.train.tasks import TASKS, task_of
 
 EMBEDDED = ("digits", "text", "lm")
@@ -209,14 +210,17 @@ DROPOUT = {  # so that a random number drawn too many is seen
 }
 
 
+ANY_PHI = [name for name in MEASURES if name != "occupancy"]  # which is of S-shapes
+
+
 @pytest.mark.parametrize(
     ("settings", "measures"),
     [
-        ({}, {"measures": [*MEASURES]}),
+        ({}, {"measures": ANY_PHI}),
         (
             DROPOUT,
             {
-                "measures": ["flatness", "noise", *CURVATURES],
+                "measures": ["flatness", "noise", *CURVATURES, *TRIALS],
                 "active": ["density", "gradient"],
                 "active_every": 4,
                 "active_on": 4,
@@ -261,7 +265,7 @@ def test_a_record_holds_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_the_control_is_trained_and_not_measured(tmp_path: Path) -> None:
-    done = run(config("no-mlp", measures=[*MEASURES, "token_copies"]), tmp_path)
+    done = run(config("no-mlp", measures=[*ANY_PHI, "token_copies", "pruning"]), tmp_path)
     assert done.result is not None
     assert "spectra" not in done.result
     assert done.measured == []
@@ -288,3 +292,102 @@ def test_a_run_from_before_measures_is_still_finished(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"active=\[\] \(now \['hessian'\]\)"):
         run(config(measures=["hessian"]), tmp_path)
+
+
+# --- trials -------------------------------------------------------------------------------------
+
+FGSM = {"disturbance": "fgsm", "size": 1.5}
+TRIED: dict[str, Any] = {
+    "robustness": {"against": [FGSM, {"disturbance": "noise", "at": "d", "size": 0.3}]},
+    "gradient": {"epsilon": 1e-4},
+}
+
+
+def test_a_record_holds_what_was_tried_within_the_bounds_of_the_data(tmp_path: Path) -> None:
+    settings = {"measures": ["covering"], "active_on": 20}
+    done = run(config("paper", **settings, active=TRIED), tmp_path)
+    assert done.header["config"]["active"] == TRIED | {"covering": {}}
+    assert [line["step"] for line in done.measured] == [0, 6]
+    splits, last = load_digits_splits(), done.measured[-1]
+    model, task = load(done.path.parent / "weights"), task_of("digits")
+    batches = batches_of(splits.validation, 20, 8)
+
+    def tried(bounds: Any) -> dict[str, Any]:
+        options = {
+            "robustness": TRIED["robustness"] | {"bounds": bounds}, "covering": {"bounds": bounds}
+        }  # fmt: skip
+        return measure(model, task.predict, batches, options).trials
+
+    assert last["trials"] == tried(splits.info["bounds"])
+    assert last["trials"] != tried(None)  # 1.5 leaves the range of pixels
+    assert last["how"]["samples"] == 20
+    expected = measure(
+        model, task.predict, batches, {"gradient": {"epsilon": 1e-4}}, labels="model"
+    )
+    assert expected.measures is not None
+    assert last["measures"]["gradient_sparsity"] == expected.measures["gradient_sparsity"]
+
+
+def test_trials_alone_leave_no_measures_and_own_bounds_win(tmp_path: Path) -> None:
+    unbounded = {"robustness": {"against": [FGSM], "bounds": None}}
+    done = run(config(active=unbounded, active_on=8), tmp_path)
+    last = done.measured[-1]
+    assert (last["measures"], last["curvature"]) == (None, {})
+    assert last["how"]["samples"] == 8
+    model, task = load(done.path.parent / "weights"), task_of("digits")
+    batches = batches_of(load_digits_splits().validation, 8, 8)
+    assert last["trials"] == measure(model, task.predict, batches, unbounded).trials
+
+
+def test_options_of_what_is_measured_survive_a_record(tmp_path: Path) -> None:
+    asked = config(active=TRIED, active_on=4)
+    assert RunConfig(**asked.to_json()).to_json() == asked.to_json()
+    run(asked, tmp_path)
+    assert run(asked, tmp_path).finished  # and is not repeated: another would be an error
+    with pytest.raises(ValueError, match=r"active={'robustness'.*now {'gradient'"):
+        run(config(active={"gradient": {}}, active_on=4), tmp_path)
+    names = config(active=["gradient", "pruning"])
+    assert names.to_json() == config(active=("gradient", "pruning")).to_json()
+    assert names.active == ("gradient", "pruning")
+    both = config(active={"hessian": {"probes": 3}}, measures=["pruning", "hessian"]).active
+    assert both == {"hessian": {"probes": 3}, "pruning": {}}
+
+
+@pytest.mark.parametrize(
+    ("active", "said"),
+    [
+        ({"robustnes": {}}, "active holds 'robustnes'; known: density, .*robustness, covering"),
+        ({"robustness": {"agains": []}}, "robustness has no option 'agains'; known: against"),
+        ({"gradient": {"eps": 1}}, "gradient has no option 'eps'; known: epsilon"),
+        ({"gradient": 3}, "active={'gradient': 3}: expected names, or name → options as JSON"),
+        ({"covering": {"attack": object()}}, "expected names, or name → options as JSON has them"),
+        ({"covering": {"rho": math.nan}}, "expected names, or name → options as JSON has them"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_are_said_before_any_run(active: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config(active=active)
+
+
+def test_an_attack_on_token_ids_ends_a_run_before_its_first_step(tmp_path: Path) -> None:
+    settings = {"validate_on": 4, "active_on": 4, "active": ["robustness"]}
+    with pytest.raises(TrainingFailed, match=r"stopped after 0 steps: .*token ids cannot be moved"):
+        run(config("vanilla", "lm", **settings), tmp_path)
+
+
+def test_the_data_say_between_what_their_inputs_lie(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / place).mkdir(parents=True)
+        for number, colour in enumerate(("black", "white", "red", "blue")):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / place / f"{number}.png")
+    images = image_splits(tmp_path, size=8, steps=1, batch=1, seed=0)
+    digits_of = load_digits_splits()
+    for splits, axes in ((images, (0, 2, 3)), (digits_of, (0, 1, 2, 3))):
+        rows = [splits.test[index]["pixel_values"] for index in range(len(splits.test))]
+        low, high = (torch.tensor(bound) for bound in splits.info["bounds"])
+        # exactly, or clean inputs would be out of bounds by a rounding
+        assert torch.equal(torch.stack(rows).amin(axes), low.reshape(-1).squeeze())
+        assert torch.equal(torch.stack(rows).amax(axes), high.reshape(-1).squeeze())
+        assert json.loads(json.dumps(splits.info)) == splits.info

@@ -1,0 +1,80 @@
+"""Backward pruning: in training, small entries of the effective gradient go no further."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from typing_extensions import override
+
+from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.drop import change_gradient, without_small
+from actsparse.blocks.site import Site, site_of
+from actsparse.modify.modification import Attached, Modification
+
+
+@dataclass(frozen=True)
+class PruneGradient(Modification):
+    """Set entries of the effective gradient η = g_z with ``|η| ≤ threshold · rms(η)`` to zero.
+
+    η [..., H] is the gradient at z, the output of the layer that enters φ (up; the gate in gated
+    blocks, whose up keeps its whole gradient). What is dropped is missing from that layer's
+    weights' and bias's gradients and from what goes on to x: ``dU = η̂ᵀx``, ``dx = η̂U``.
+
+        ``η̂ = η · 1[|η| > threshold · rms(η)]``,  ``rms(η) = √(Σ η² / #{η ≠ 0})``
+
+    over all tokens and units of one call of the block: with several processes each of its own
+    batch, under accumulation of each small batch. Zeros do not count, so that the threshold means
+    the same at every density, and padding that gets no gradient has no say. The scale of the loss
+    does not matter (``GradScaler``). An η that is not finite is left as it is. 0 drops nothing.
+
+    Training mode only; the forward is the same to the bit. ``observe`` reads η before the block's
+    own dropping: what it says of a block is of the gradient that came, in which the dropping of
+    later blocks is. Zeros are written, not skipped, so that no time is saved: like weight noise it
+    makes the block run by its own layers under :func:`actsparse.accelerate`, in evaluation too.
+
+    Source: Peng et al. 2026, arXiv 2605.25612, on sparse backward passes; rule and rms are ours.
+
+    Raises:
+        ValueError: ``threshold`` is not a finite number ≥ 0.
+
+    >>> import torch
+    >>> from actsparse import sparsify
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    >>> x = torch.randn(4, 8)
+    >>> handle = sparsify(mlp, PruneGradient(0.3), inputs=x)
+    >>> mlp(x).square().sum().backward()
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(
+                f"PruneGradient(threshold={self.threshold!r}): expected a finite number ≥ 0"
+            )
+
+    @override
+    def apply(self, block: MLPBlock) -> Attached:
+        note = f"|η| ≤ {self.threshold:g} · rms dropped at {block.pre_activation}"
+        return _Pruned(site_of(block), note, self.threshold)
+
+
+class _Pruned(Attached):
+    def __init__(self, site: Site, note: str, threshold: float) -> None:
+        super().__init__(site, note)
+        self.threshold = threshold
+        site.transform_layers(self.prune)
+
+    def prune(self, site: Site, output: Tensor, x: Tensor, layer: Layer) -> Tensor:
+        source = site.block.pre_activation
+        if layer.module is not source.module or not layer.module.training:
+            return output
+        drop = partial(without_small, threshold=self.threshold)
+        return change_gradient(output, drop, source.rows)
+
+    @override
+    def remove(self) -> None:
+        self.site.release(self.prune)
