@@ -268,8 +268,8 @@ def _trained(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if run is None:
         raise ValueError(f"{folder} holds no record.jsonl: --run takes the folder of a run")
     task, size = task_of(run.task), run.header["config"]["batch_size"]
-    predict, test, _ = measure.batches_of(model, run, None, None, "test", sys.maxsize, size)
-    _, (batch, *_), _ = measure.batches_of(model, run, None, None, "train", size, size)
+    predict, test, *_ = measure.batches_of(model, run, None, None, "test", sys.maxsize, size)
+    _, (batch, *_), *_ = measure.batches_of(model, run, None, None, "train", size, size)
 
     def infer(model: Any) -> None:
         for each in test:

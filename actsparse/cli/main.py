@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-VERBS = ("blocks", "train", "compare", "measure", "report", "bench")
+VERBS = ("blocks", "train", "compare", "reproduce", "measure", "report", "bench")
 
 
 class Verbs(typer.core.TyperGroup):

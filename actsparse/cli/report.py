@@ -41,9 +41,13 @@ def report(
     Writes report.html, plots/ and table.json, theory.json where the runs hold measures of
     gradients, and payoff.json where there are benchmarks.
 
+    Of a folder of the papers' experiments (`actsparse reproduce`) --markdown prints them all.
+
     Examples:
 
       actsparse report out
+
+      actsparse report benchmarks/reproduce --markdown > docs/reproduction.md
 
       actsparse report benchmarks/mlp-1-thread.json benchmarks/mlp-2-threads.json --out out/payoff
     """
@@ -55,10 +59,13 @@ def report(
             compare,
             gather,
             markdown_payoff,
+            markdown_reproduction,
             markdown_table,
             markdown_theory,
+            print_findings,
             print_payoff,
             print_table,
+            reproductions_in,
             to_json,
             write_report,
         )
@@ -67,6 +74,9 @@ def report(
         typer.echo(message, err=True)
         raise typer.Exit(2) from error
     try:
+        if markdown and len(paths) == 1 and reproductions_in(paths[0]):
+            typer.echo(markdown_reproduction(paths[0], link=_from_docs(paths[0])), nl=False)
+            return
         page = write_report(*paths, out=out)
         found = gather(*paths)
     except RecordError as error:
@@ -81,8 +91,15 @@ def report(
         parts += [markdown_payoff(payoff)] if payoff else []
         typer.echo("\n".join(filter(None, parts)), nl=False)
         return
+    if found.findings is not None:
+        print_findings(found.findings, Console())
     if runs:
         print_table(runs, Console())
     if payoff:
         print_payoff(payoff, Console())
     typer.echo(str(page))
+
+
+def _from_docs(folder: Path) -> str:
+    """The way from docs/ to a folder of the repository."""
+    return f"../{folder.as_posix().rstrip('/')}/"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
+import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -21,9 +22,11 @@ from actsparse.records import Entry, RecordError, Run, read_runs, write_whole
 from actsparse.report import plots
 from actsparse.report.benchmarks import Payoff, benchmark_files, payoff_of
 from actsparse.report.compare import Arm, Estimate, Table, compare, to_json
+from actsparse.report.findings import Arms, Findings
 from actsparse.report.measures import theory_of
 from actsparse.report.payoff import PAYOFF, payoff_lead, payoff_tables, payoff_title
 from actsparse.report.plots import Picture
+from actsparse.report.reproduction import EFFECTS, RULE, findings_in, heading
 from actsparse.report.theory import THEORY
 from actsparse.report.words import (
     NONE,
@@ -105,11 +108,15 @@ PICTURES = (
 
 @dataclass(frozen=True)
 class Material:
-    """What a page is made of: a folder's runs and benchmarks, of which either may be none."""
+    """What a page is made of: a folder's runs and benchmarks, of which either may be none.
+
+    ``findings`` are the verdicts where the runs are an experiment's.
+    """
 
     home: Path  # where the page goes unless told
     runs: list[Run]
     payoff: Payoff | None
+    findings: Findings | None = None
 
 
 def gather(*paths: str | Path) -> Material:
@@ -132,7 +139,8 @@ def gather(*paths: str | Path) -> Material:
             f"no records under {folders[0] / 'runs'}; give the folder that `actsparse compare "
             f"--out` wrote, or a record of `actsparse bench`"
         )
-    return Material(folders[0] if folders else files[0].with_suffix(""), runs, payoff)
+    found = findings_in(folders[0], runs) if runs else None
+    return Material(folders[0] if folders else files[0].with_suffix(""), runs, payoff, found)
 
 
 def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
@@ -141,7 +149,8 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
     ``paths`` are a folder of runs, records of benchmarks, or both. The page goes into ``out``; into
     the folder if that is not told; or, of benchmarks alone, into a folder named as the first, less
     its ``.json``. ``table.json`` has the arms; ``theory.json``, a `Theory`, is there where runs
-    hold measures of it; ``payoff.json``, a `Payoff`, where there are benchmarks.
+    hold measures of it; ``payoff.json``, a `Payoff`, where there are benchmarks; ``verdicts.json``
+    where the runs are those of an experiment of the papers.
 
     Returns the page's path. Raises `RecordError` where there are no records, where one is broken,
     or where the disk refuses.
@@ -151,10 +160,15 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
     found = gather(*paths)
     out = found.home if out is None else Path(out)
     shown: dict[str, Any] = {"payoff": found.payoff, "table": None, "theory": None}
+    shown["findings"] = found.findings
     if found.payoff is not None:
         shown |= _of_benchmarks(found.payoff, out)
     if found.runs:
         shown |= _of_arms(found.runs, out)
+    if found.findings is not None:
+        shown |= _of_claims(found.findings, found.runs, out)
+        text = json.dumps(found.findings.to_json(), indent=2, allow_nan=False)
+        write_whole(out / "verdicts.json", text.encode() + b"\n")
     for name in ("table", "theory", "payoff"):
         if shown[name] is not None:
             write_whole(out / f"{name}.json", to_json(shown[name]).encode() + b"\n")
@@ -186,6 +200,12 @@ def _of_arms(runs: list[Run], out: Path) -> dict[str, Any]:
         "run_quality": lambda run: quality_text(table, Estimate(run.result["quality"], None, 1)),
         "number": lambda value: f"{value:.3f}",
     }
+
+
+def _of_claims(found: Findings, runs: list[Run], out: Path) -> dict[str, Any]:
+    """What the template shows of an experiment's verdicts; its title and lead go first."""
+    drawn = [*_drawn(found.experiment.pictures, out, Arms(runs)), *_drawn((EFFECTS,), out, found)]
+    return {**heading(found), "rule": RULE, "claim_pictures": drawn}
 
 
 def _of_benchmarks(payoff: Payoff, out: Path) -> dict[str, Any]:

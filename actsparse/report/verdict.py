@@ -10,6 +10,7 @@ another. A claim says that effects lie beyond a bar in one direction. It holds w
 It does not hold here where both are so on the other side of the bar; else it is undecided. Fewer
 than 5 seeds are undecided because 4 of 4 are no rarer than 1 in 16. Equal effects of all seeds are
 undecided: seeds that change nothing are one observation, and an interval of width 0 is no interval.
+Equal is up to rounding: within `SAME` of the largest effect.
 
 Why both. The first alone errs in at most 1 of 40 for normal effects, but a few large ones can carry
 a mean: where half of all seeds give 1 and half -0.01, it calls 19 of 100 experiments of 5 seeds
@@ -60,6 +61,7 @@ from scipy.special import stdtrit
 
 from actsparse.report.compare import Estimate, t_interval
 
+SAME = 2.0**-40  # what float64 leaves of differences a few thousand times less than their terms
 RARER_THAN = 20  # a false *holds* in fewer than 1 of so many
 
 
@@ -134,7 +136,7 @@ def verdict(claim: Claim, effects: Sequence[float], claims: int = 1) -> Verdict:
         of_claims = "" if claims == 1 else f" {claims} claims"
         why = f"{n} paired seeds; {fewest} are the fewest that can decide{of_claims}"
         return Verdict("undecided", estimate, why)
-    if len(set(effects)) == 1:
+    if max(effects) - min(effects) <= SAME * max(map(abs, effects)):
         why = f"all {n} effects are {effects[0]:.4g}; seeds that change nothing count as one"
         return Verdict("undecided", estimate, why)
 

@@ -350,6 +350,12 @@ def add_run(tmp_path: Path) -> Callable[..., Run]:
 
 
 @pytest.fixture
+def add_run_to() -> Callable[..., Run]:
+    """The same into any folder: `add_run_to(out, arm, seed, …)`."""
+    return write_run
+
+
+@pytest.fixture
 def measured() -> Callable[..., Entry | None]:
     return measures
 

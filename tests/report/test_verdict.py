@@ -53,6 +53,12 @@ def word(claim: Claim, effects: list[float], claims: int = 1) -> str:
         pytest.param(rises(), [2.0], "undecided", id="one seed"),
         pytest.param(rises(), [], "undecided", id="no seeds"),
         pytest.param(rises(), [0.1] * 9, "undecided", id="equal effects"),
+        pytest.param(
+            rises(),
+            [0.98 - 0.97, 0.97 - 0.96, 0.96 - 0.95, 0.95 - 0.94, 0.01],
+            "undecided",
+            id="equal but for rounding",
+        ),
         pytest.param(rises(), [*[9.0, 10.0] * 3, -0.1], "undecided", id="6 of 7 seeds"),
         pytest.param(rises(), [*[9.0, 10.0] * 3, 9.5, -0.1], "holds", id="7 of 8 seeds"),
         pytest.param(rises(), [*[9.0, 10.0] * 3, -0.1, -0.1], "undecided", id="6 of 8 seeds"),

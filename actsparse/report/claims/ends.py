@@ -1,0 +1,38 @@
+"""What a run read at the ends of its training: at first, at last, and the change between."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from actsparse.records import Entry, Run
+from actsparse.report.findings import Reader, log_ratio
+from actsparse.report.measures import number
+
+Lines = Literal["train", "measured"]
+
+
+def change(lines: Lines, *keys: str) -> Reader:
+    """Reads ``ln(last / first)`` of a number over a run's lines of one kind.
+
+    None where there are fewer than two, or the first or the last has no number above 0 there.
+    """
+
+    def read(run: Run) -> float | None:
+        entries: list[Entry] = getattr(run, lines)
+        if len(entries) < 2:
+            return None
+        first, last = number(entries[0], *keys), number(entries[-1], *keys)
+        return None if first is None or last is None else log_ratio(last, first)
+
+    return read
+
+
+def at_end(lines: Lines, *keys: str) -> Reader:
+    """Reads a number of the line that a run wrote at its last step; None where there is none."""
+
+    def read(run: Run) -> float | None:
+        entries: list[Entry] = getattr(run, lines)
+        done = run.result["step"] if run.result else None
+        return number(entries[-1], *keys) if entries and entries[-1]["step"] == done else None
+
+    return read

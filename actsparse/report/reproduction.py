@@ -1,0 +1,214 @@
+"""An experiment's verdicts, for the terminal, the page, and docs/reproduction.md."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from actsparse.records import RecordError, Run, read_runs
+from actsparse.report import plots
+from actsparse.report.claims import CLAIMS
+from actsparse.report.findings import MANIFEST, Finding, Findings, findings, read_manifest
+from actsparse.report.plots import DARK, INK, LIGHT, WIDTH, Picture
+
+RULE = (
+    "A claim holds where the 95 % t-interval of its effects over paired seeds lies wholly beyond "
+    "the bar and so many seeds do that a fair coin would give as many in fewer than 1 of 20; it "
+    "does not hold here where both are so on the other side; else it is undecided. Fewer than 5 "
+    "seeds decide nothing. Each verdict alone errs in fewer than 1 of 20 where there is no effect."
+)
+STYLES = {"holds": "green", "does not hold here": "red", "undecided": "yellow"}
+ROW = 0.62  # inches of a question in the plot
+
+
+def findings_in(folder: str | Path, runs: list[Run] | None = None) -> Findings | None:
+    """The verdicts on the runs of a folder; None unless they are an experiment's.
+
+    Raises `RecordError` for an experiment that is not known, and what reading raises.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    if manifest["name"] not in CLAIMS:
+        raise RecordError(
+            f"{Path(folder) / MANIFEST}: unknown experiment {manifest['name']!r}; known: "
+            f"{', '.join(CLAIMS)}"
+        )
+    runs = read_runs(folder) if runs is None else runs
+    return findings(CLAIMS[manifest["name"]], runs, manifest)
+
+
+def counts(found: Findings) -> str:
+    """How many claims got which verdict.
+
+    ``3 of 5 claims hold here, 1 does not, 1 undecided``
+    """
+    words = [each.verdict.word for each in found.findings]
+    holds, fails = words.count("holds"), words.count("does not hold here")
+    said = f"{holds} of {len(words)} claims hold here"
+    said += f", {fails} {'does' if fails == 1 else 'do'} not" if fails else ""
+    rest = len(words) - holds - fails
+    return said + (f", {rest} undecided" if rest else "")
+
+
+def heading(found: Findings) -> dict[str, str]:
+    """Title and lead of the experiment's page."""
+    experiment = found.experiment
+    return {"title": f"{experiment.title}: {counts(found)}", "lead": experiment.about}
+
+
+def print_findings(found: Findings, console: Console) -> None:
+    """The verdicts, for the terminal."""
+    console.print(Text(heading(found)["title"], style="bold"))
+    grid = Grid(box=None, pad_edge=False, header_style="bold")
+    for head, wrap in (("claim", True), ("effect, 95 % interval", True), ("bar", True)):
+        grid.add_column(head, no_wrap=not wrap)
+    grid.add_column("verdict", no_wrap=True)
+    for each in found.findings:
+        word = each.verdict.word
+        grid.add_row(
+            each.question.claim.text, each.figure, each.bar, Text(word, style=STYLES[word])
+        )
+    console.print(grid)
+
+
+def effects_plot(found: Findings, dark: bool = False) -> bytes | None:
+    """Every question's effects: a mark a seed, the interval, and the bar they must lie beyond."""
+    shown = [each for each in found.findings if each.effects]
+    if not shown:
+        return None
+    heights = (WIDTH, ROW * len(shown) * 1.6 + 0.6)
+    figure, every = plots.new_figure(dark, rows=len(shown), size=heights)
+    colours = dict(zip(STYLES, _colours(dark), strict=True))
+    lines: dict[str, Any] = {}
+    for axes, each in zip(every, shown, strict=True):
+        word, estimate = each.verdict.word, each.verdict.estimate
+        bar = each.question.claim.bar
+        colour = colours[word]
+        values = list(each.effects.values())
+        axes.axvline(bar, color=INK[dark], linestyle=":", linewidth=1.2)
+        axes.plot(values, [0] * len(values), "o", color=colour, alpha=0.45, markersize=6)
+        if estimate is not None:
+            half = estimate.half or 0.0
+            lines[word] = axes.errorbar(
+                [estimate.mean], [0], xerr=[half], fmt="|", color=colour,
+                capsize=4, elinewidth=2.4, markersize=14, markeredgewidth=2.4,
+            )  # fmt: skip
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(labelsize=9)
+        axes.xaxis.set_major_locator(_few())
+        axes.xaxis.set_major_formatter(_ticks(each))
+        title = textwrap.fill(each.question.claim.text, 66)
+        axes.set_title(title, loc="left", fontsize=9.5, color=INK[dark])
+        axes.margins(x=0.08, y=1)
+    return plots.render(figure, lines)
+
+
+EFFECTS = Picture(
+    "effects",
+    effects_plot,
+    "Effects and their bars",
+    "A dot a seed; line: mean and 95 % interval; dotted: the bar that effects must lie beyond, on "
+    "the side that the claim says.",
+)
+
+
+def _colours(dark: bool) -> Iterable[str]:
+    palette = DARK if dark else LIGHT
+    return palette[2], palette[1], plots.SERIES_INK[dark]
+
+
+def _few() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(5)
+
+
+def _ticks(found: Finding) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda value, _: found.value(value))
+
+
+# -- docs/reproduction.md -----------------------------------------------------------------------
+
+
+def reproductions_in(folder: str | Path) -> dict[str, Path]:
+    """The experiments whose folders lie in ``folder``, in the order of `CLAIMS`."""
+    found = {}
+    for path in Path(folder).glob(f"*/{MANIFEST}"):
+        manifest = read_manifest(path.parent)
+        assert manifest is not None
+        found[str(manifest["name"])] = path.parent
+    return {name: found[name] for name in CLAIMS if name in found}
+
+
+def markdown_reproduction(folder: str | Path, link: str = "") -> str:
+    """The page of all experiments in ``folder``; ``link`` is what leads to it from the page."""
+    places = reproductions_in(folder)
+    if not places:
+        raise RecordError(
+            f"no {MANIFEST} in a folder under {folder}; `actsparse reproduce` makes them"
+        )
+    every: dict[str, tuple[Findings, list[Run]]] = {}
+    for name, place in places.items():
+        runs = read_runs(place)
+        found = findings_in(place, runs)
+        assert found is not None
+        every[name] = found, runs
+    lines = [
+        _INTRODUCTION,
+        "",
+        "| experiment | claim | our figure | verdict |",
+        "|---|---|---|---|",
+    ]
+    for name, (found, _) in every.items():
+        for each in found.findings:
+            lines.append(
+                f"| [{name}](#{name}) | {each.question.claim.text} | {each.figure} "
+                f"| {each.verdict.word} |"
+            )
+    total = sum(len(found.findings) for found, _ in every.values())
+    lines += ["", f"{total} verdicts. {RULE}"]
+    for name, (found, runs) in every.items():
+        lines += ["", *_section(name, found, runs, f"{link}{places[name].name}")]
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = """# The papers' experiments, small
+
+Made from records by `actsparse report benchmarks/reproduce --markdown`; do not edit. v1 is
+arXiv 2309.03004, v2 is arXiv 2605.25612 (Peng et al.)."""
+
+
+def _section(name: str, found: Findings, runs: list[Run], place: str) -> list[str]:
+    experiment, manifest = found.experiment, found.manifest
+    lines = [f"## {name}", "", f"**{experiment.title}.** {experiment.about}", ""]
+    for picture in (*experiment.pictures, EFFECTS):
+        lines += [f"![{picture.title}]({place}/plots/{picture.name}.png)", ""]
+    lines += ["| claim | source | effect of a seed | bar | our figure | verdict | why |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for each in found.findings:
+        question, judged = each.question, each.verdict
+        cells = [question.claim.text, question.claim.source, question.effect, each.bar]
+        cells += [each.figure, f"**{judged.word}**", judged.why]
+        lines.append(f"| {' | '.join(cells)} |")
+    if experiment.limits:
+        lines += ["", f"*Limits.* {experiment.limits}"]
+    lines += ["", *_made(manifest, runs)]
+    return lines
+
+
+def _made(manifest: dict[str, Any], runs: list[Run]) -> list[str]:
+    hardware = runs[0].header["hardware"] if runs else {}
+    where = hardware.get("gpu") or hardware.get("cpu")
+    took = f"{manifest['time']['seconds'] / 60:.1f} min, {len(runs)} runs"
+    return [f"`{manifest['command']}`: {took}, on {hardware.get('cores')} cores ({where})."]
