@@ -80,7 +80,7 @@ class Finding:
 
     @property
     def figure(self) -> str:
-        """The mean effect with its interval, e.g. ``-23 % (-30 to -15), 5 seeds``."""
+        """The mean effect with its interval, e.g. ``−23 % (−30 % to −15 %), 5 seeds``."""
         found = self.verdict.estimate
         return "no seeds" if found is None else _figure(found, self.question.scale)
 
@@ -205,12 +205,18 @@ def difference(own: float, other: float) -> float:
 
 
 def _value(value: float, scale: Scale) -> str:
+    """``−23 %``, ``÷ 12`` and ``× 20`` of a logarithm beyond a factor of ten; a share in per cent.
+
+    >>> [_value(math.log(ratio), "log") for ratio in (0.77, 1, 1.5, 20, 1 / 12)]
+    ['−23 %', '0 %', '+50 %', '× 20', '÷ 12']
+    """
     if scale == "number":
         return amount(value)
-    share = math.expm1(value) if scale == "log" else value
-    if scale == "log" and share > 9:
-        return f"× {amount(math.exp(value))}"
-    return f"{100 * share:+.3g} %" if scale == "log" else f"{100 * share:.3g} %"
+    if scale == "share":
+        return f"{amount(100 * value)} %"
+    if abs(value) >= math.log(10):
+        return f"{'×' if value > 0 else '÷'} {amount(math.exp(abs(value)))}"
+    return f"{'+' if value > 0 else ''}{amount(100 * math.expm1(value))} %"
 
 
 def _figure(found: Estimate, scale: Scale) -> str:

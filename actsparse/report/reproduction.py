@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -16,6 +17,10 @@ from actsparse.report import plots
 from actsparse.report.claims import CLAIMS
 from actsparse.report.findings import MANIFEST, Finding, Findings, findings, read_manifest
 from actsparse.report.plots import DARK, INK, LIGHT, WIDTH, Picture
+from actsparse.report.words import amount
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RULE = (
     "A claim holds where the 95 % t-interval of its effects over paired seeds lies wholly beyond "
@@ -60,7 +65,8 @@ def counts(found: Findings) -> str:
 def heading(found: Findings) -> dict[str, str]:
     """Title and lead of the experiment's page."""
     experiment = found.experiment
-    return {"title": f"{experiment.title}: {counts(found)}", "lead": experiment.about}
+    mark = "" if experiment.title.endswith("?") else ":"
+    return {"title": f"{experiment.title}{mark} {counts(found)}", "lead": experiment.about}
 
 
 def print_findings(found: Findings, console: Console) -> None:
@@ -88,24 +94,26 @@ def effects_plot(found: Findings, dark: bool = False) -> bytes | None:
     colours = dict(zip(STYLES, _colours(dark), strict=True))
     lines: dict[str, Any] = {}
     for axes, each in zip(every, shown, strict=True):
-        word, estimate = each.verdict.word, each.verdict.estimate
-        bar = each.question.claim.bar
+        word, found = each.verdict.word, each.verdict.estimate
+        # a logarithm is drawn as the ratio that it is of
+        place = math.exp if (log := each.question.scale == "log") else float
         colour = colours[word]
-        values = list(each.effects.values())
-        axes.axvline(bar, color=INK[dark], linestyle=":", linewidth=1.2)
+        axes.axvline(place(each.question.claim.bar), color=INK[dark], linestyle=":", linewidth=1.2)
+        values = [place(effect) for effect in each.effects.values()]
         axes.plot(values, [0] * len(values), "o", color=colour, alpha=0.45, markersize=6)
-        if estimate is not None:
-            half = estimate.half or 0.0
-            lines[word] = axes.errorbar(
-                [estimate.mean], [0], xerr=[half], fmt="|", color=colour,
-                capsize=4, elinewidth=2.4, markersize=14, markeredgewidth=2.4,
+        if found is not None:
+            ends = [found.mean] if found.low is None else [found.low, found.mean, found.high]
+            (lines[word],) = axes.plot(
+                [place(end) for end in ends], [0] * len(ends), "|-", color=colour,
+                linewidth=2.4, markersize=14, markeredgewidth=2.4,
             )  # fmt: skip
         axes.set_yticks([])
         axes.grid(visible=False)
         axes.spines["left"].set_visible(False)
         axes.tick_params(labelsize=9)
-        axes.xaxis.set_major_locator(_few())
-        axes.xaxis.set_major_formatter(_ticks(each))
+        if log:
+            plots.log_axis(axes, "x", few=True)
+        _ticks(axes, each)
         title = textwrap.fill(each.question.claim.text, 66)
         axes.set_title(title, loc="left", fontsize=9.5, color=INK[dark])
         axes.margins(x=0.08, y=1)
@@ -117,7 +125,7 @@ EFFECTS = Picture(
     effects_plot,
     "Effects and their bars",
     "A dot a seed; line: mean and 95 % interval; dotted: the bar that effects must lie beyond, on "
-    "the side that the claim says.",
+    "the side that the claim says. A logarithm is drawn as the ratio that it is of.",
 )
 
 
@@ -126,16 +134,15 @@ def _colours(dark: bool) -> Iterable[str]:
     return palette[2], palette[1], plots.SERIES_INK[dark]
 
 
-def _few() -> Any:
-    from matplotlib.ticker import MaxNLocator
+def _ticks(axes: Axes, found: Finding) -> None:
+    """Few, and labelled as effects are shown; of ratios at round ones."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    return MaxNLocator(5)
-
-
-def _ticks(found: Finding) -> Any:
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda value, _: found.value(value))
+    if found.question.scale == "log":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"× {amount(ratio)}"))
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: found.value(value)))
 
 
 # -- docs/reproduction.md -----------------------------------------------------------------------
@@ -172,10 +179,8 @@ def markdown_reproduction(folder: str | Path, link: str = "") -> str:
     ]
     for name, (found, _) in every.items():
         for each in found.findings:
-            lines.append(
-                f"| [{name}](#{name}) | {each.question.claim.text} | {each.figure} "
-                f"| {each.verdict.word} |"
-            )
+            cells = (f"[{name}](#{name})", each.question.claim.text, each.figure)
+            lines.append(_row(*cells, each.verdict.word))
     total = sum(len(found.findings) for found, _ in every.values())
     lines += ["", f"{total} verdicts. {RULE}"]
     for name, (found, runs) in every.items():
@@ -191,7 +196,8 @@ arXiv 2309.03004, v2 is arXiv 2605.25612 (Peng et al.)."""
 
 def _section(name: str, found: Findings, runs: list[Run], place: str) -> list[str]:
     experiment, manifest = found.experiment, found.manifest
-    lines = [f"## {name}", "", f"**{experiment.title}.** {experiment.about}", ""]
+    mark = "" if experiment.title.endswith("?") else "."
+    lines = [f"## {name}", "", f"**{experiment.title}{mark}** {experiment.about}", ""]
     for picture in (*experiment.pictures, EFFECTS):
         lines += [f"![{picture.title}]({place}/plots/{picture.name}.png)", ""]
     lines += ["| claim | source | effect of a seed | bar | our figure | verdict | why |"]
@@ -200,11 +206,16 @@ def _section(name: str, found: Findings, runs: list[Run], place: str) -> list[st
         question, judged = each.question, each.verdict
         cells = [question.claim.text, question.claim.source, question.effect, each.bar]
         cells += [each.figure, f"**{judged.word}**", judged.why]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(_row(*cells))
     if experiment.limits:
         lines += ["", f"*Limits.* {experiment.limits}"]
     lines += ["", *_made(manifest, runs)]
     return lines
+
+
+def _row(*cells: str) -> str:
+    """A row of a table; an upright stroke in a cell, as in |η|, would end it."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _made(manifest: dict[str, Any], runs: list[Run]) -> list[str]:

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 
-from actsparse.report import write_report
+from actsparse.report import CLAIMS, write_report
 from actsparse.report.page import PICTURES
 from actsparse.report.payoff import PAYOFF
+from actsparse.report.reproduction import EFFECTS
 from actsparse.report.theory import THEORY
 
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "reproduce"
 QUIET = (
     "--headless",
     "--no-sandbox",
@@ -156,6 +158,21 @@ def test_a_page_of_benchmarks_alone_fits_too(
     assert seen["heading"].startswith("Dense time ÷ sparse time: one MLP 0.50 to 16.00; a whole")
     if width == 390:
         assert seen["table"] > seen["box"]
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_page_of_an_experiment_shows_the_plots_of_its_claims(
+    browser: str, tmp_path: Path, name: str
+) -> None:
+    page = write_report(RECORDS / name, out=tmp_path)
+    text = page.read_text(encoding="utf-8")
+    for picture in (*CLAIMS[name].pictures, EFFECTS):
+        assert f'<figure class="card" id="{picture.name}">' in text
+    assert text.count('<span class="verdict') == len(CLAIMS[name].questions)
+    seen = measure(browser, page, tmp_path, 390)
+    assert max(seen["page"], seen["body"], seen["widest"]) <= 390
+    assert seen["images"] == [True] * text.count("<figure")
+    assert seen["heading"].startswith(CLAIMS[name].title)
 
 
 def test_the_measurement_sees_an_overflow_and_a_broken_plot(

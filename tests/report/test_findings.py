@@ -88,7 +88,7 @@ def test_effects_are_paired_by_seed_and_of_finished_runs_alone(
     (one,) = found(tmp_path, SPARSER).findings
     assert one.verdict.word == "holds"
     mean = math.log(0.5) + 2 * math.log(1.1)  # of seeds 0 to 4
-    assert one.figure.startswith(f"{100 * math.expm1(mean):+.3g} % (")
+    assert one.figure.startswith(f"{100 * math.expm1(mean):.3g} % (".replace("-", "−"))
 
 
 def test_a_reversal_turns_the_verdict_and_four_seeds_decide_nothing(
@@ -129,9 +129,9 @@ def test_numbers_are_shown_on_their_scale() -> None:
             Question(claim, lambda arms: {}, "", scale), {}, Verdict("holds", None, "")
         ).bar
 
-    assert shown(math.log(0.5), "log") == "above -50 %"
+    assert shown(math.log(0.5), "log") == "above −50 %"
     assert shown(math.log(20), "log") == "above × 20"
-    assert shown(-0.01, "share") == "above -1 %"
+    assert shown(-0.01, "share") == "above −1 %"
     assert shown(0.5, "number") == "above 0.5"
 
 

@@ -127,7 +127,7 @@ def test_36_and_50_percent_are_bars_of_their_own() -> None:
     found = answers(EXPERIMENT, factorial(main))
     assert found[INFERENCE].verdict.word == "holds"
     assert found[TRAINING].verdict.word == "does not hold here"
-    assert (found[INFERENCE].bar, found[TRAINING].bar) == ("below -36 %", "below -50 %")
+    assert (found[INFERENCE].bar, found[TRAINING].bar) == ("below −36 %", "below −50 %")
 
 
 @pytest.mark.parametrize(

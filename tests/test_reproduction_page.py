@@ -1,0 +1,47 @@
+"""docs/reproduction.md is what the records say, and the quick forms took the time they may."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from actsparse.cli.main import app
+from actsparse.records import read_runs
+from actsparse.report import CLAIMS, findings_in, reproductions_in
+
+ROOT = Path(__file__).parents[1]
+PLACES = reproductions_in(ROOT / "benchmarks" / "reproduce")
+PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
+
+
+def test_the_page_is_made_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(app, ["report", "benchmarks/reproduce", "--markdown"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == PAGE
+
+
+def test_every_experiment_is_on_it_with_its_plots() -> None:
+    assert list(PLACES) == list(CLAIMS)
+    shown = re.findall(r"!\[[^\]]*\]\(\.\./(benchmarks/reproduce/[^)]+\.png)\)", PAGE)
+    assert len(shown) > len(CLAIMS)
+    for place in shown:
+        assert (ROOT / place).read_bytes().startswith(b"\x89PNG"), place
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_each_quick_form_took_six_minutes_at_most_and_has_five_seeds(name: str) -> None:
+    found = findings_in(PLACES[name])
+    assert found is not None
+    assert not found.manifest["full"]
+    assert found.manifest["time"]["seconds"] <= 360
+    runs = read_runs(PLACES[name])
+    assert {run.seed for run in runs} == set(range(5))
+    assert all(run.finished for run in runs)
+    assert {run.header["hardware"]["cores"] for run in runs} == {2}
+    assert len({run.header["git"]["commit"] for run in runs}) == 1
+    assert not any(run.header["git"]["dirty"] for run in runs)
+    assert [each.question.claim.text for each in found.findings if not each.effects] == []
