@@ -190,7 +190,7 @@ def s_shape_of(name: str) -> SShape | None:
     found = _S_SHAPE.fullmatch(name)
     if found is None:
         return None
-    shape = SShape(*(float(value) for value in found.groups() if value is not None))
+    shape = SShape(*(float(value) + 0.0 for value in found.groups() if value is not None))
     return shape if shape.name == name and shape.half_width > 0 else None
 
 

@@ -36,6 +36,7 @@ def test_every_experiment_is_on_it_with_its_plots() -> None:
 def test_each_quick_form_took_six_minutes_at_most_and_has_five_seeds(name: str) -> None:
     found = findings_in(PLACES[name])
     assert found is not None
+    assert found.manifest["command"] == f"actsparse reproduce {name}"
     assert not found.manifest["full"]
     assert found.manifest["time"]["seconds"] <= 360
     runs = read_runs(PLACES[name])

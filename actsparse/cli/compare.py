@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -93,7 +92,7 @@ def compare(
     """
     from rich.console import Console
 
-    from actsparse.cli.progress import keep_card, show
+    from actsparse.cli.progress import keep_card, show, stoppable
     from actsparse.experiments import ARMS, default_arms, run_config
     from actsparse.experiments.compare import compare as compare_runs
     from actsparse.records import read_runs
@@ -125,14 +124,8 @@ def compare(
     command = shlex.join(["actsparse", *sys.argv[1:]])
     events = compare_runs(configs, out, workers=workers, threads=threads, command=command)
     console.print(f"{len(asked)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    try:
+    with stoppable(command):
         failed = show(events, len(configs), str(out), console)
-    except KeyboardInterrupt:
-        typer.echo(f"Stopped. What is finished is kept; to go on: {command}", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
     page = write_report(out)
     runs = read_runs(out)
     for run in runs:

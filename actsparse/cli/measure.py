@@ -32,8 +32,9 @@ def measure(
     measures: Annotated[
         str,
         typer.Option(
-            help="With commas between: density, flatness, gradient, noise, spectrum, gauss_newton, "
-            "token_copies, hessian, top_eigenvalue, robustness, covering, pruning; or JSON, with "
+            help="With commas between: density, flatness, gradient, noise, spectrum, occupancy (of "
+            "S-shapes), gauss_newton, token_copies, hessian, top_eigenvalue, robustness, "
+            "covering, pruning; or JSON, with "
             'options: \'{"gradient": {"epsilon": 1e-4}}\'.'
         ),
     ] = DEFAULT,

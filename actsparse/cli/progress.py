@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -59,6 +61,19 @@ def show(events: Iterable[Event], total: int, out: str, console: Console) -> lis
             else:
                 _say(console, f"[{done}/{total}] {name}: {_outcome(config, out, event.kind)}")
     return failed
+
+
+@contextmanager
+def stoppable(command: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM inside: says how to go on, and exits with 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped. What is finished is kept; to go on: {command}", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

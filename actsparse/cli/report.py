@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,8 @@ def report(
     """Rebuild a page from its records alone; nothing is trained or timed.
 
     Writes report.html, plots/ and table.json, theory.json where the runs hold measures of
-    gradients, and payoff.json where there are benchmarks.
+    gradients, payoff.json where there are benchmarks, and verdicts.json where the runs are an
+    experiment's of the papers.
 
     Of a folder of the papers' experiments (`actsparse reproduce`) --markdown prints them all.
 
@@ -58,6 +60,7 @@ def report(
         from actsparse.report import (
             compare,
             gather,
+            markdown_findings,
             markdown_payoff,
             markdown_reproduction,
             markdown_table,
@@ -83,23 +86,28 @@ def report(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from error
     runs, payoff = found.runs, found.payoff
+    if json and found.findings is not None:
+        verdicts = found.findings.to_json()
+        typer.echo(dumps(verdicts | {"arms": loads(to_json(compare(runs)))}, indent=2))
+        return
     if json:
         typer.echo(to_json(compare(runs) if runs else payoff))
         return
     if markdown:
-        parts = [markdown_table(compare(runs)), markdown_theory(runs)] if runs else []
+        parts = [markdown_findings(found.findings)] if found.findings else []
+        parts += [markdown_table(compare(runs)), markdown_theory(runs)] if runs else []
         parts += [markdown_payoff(payoff)] if payoff else []
         typer.echo("\n".join(filter(None, parts)), nl=False)
         return
     if found.findings is not None:
         print_findings(found.findings, Console())
     if runs:
-        print_table(runs, Console())
+        print_table(runs, Console(), titled=found.findings is None)
     if payoff:
         print_payoff(payoff, Console())
     typer.echo(str(page))
 
 
 def _from_docs(folder: Path) -> str:
-    """The way from docs/ to a folder of the repository."""
-    return f"../{folder.as_posix().rstrip('/')}/"
+    """The way from docs/ to a folder of the repository; any other stays as it is."""
+    return f"{'' if folder.is_absolute() else '../'}{folder.as_posix().rstrip('/')}/"

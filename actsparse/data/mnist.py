@@ -77,7 +77,7 @@ def _read(path: Path) -> tuple[Array, Array]:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         said = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(
-            f"cannot read {path.name}: {said}; expected a .npz of image [N, 28, 28] and label [N]"
+            f"cannot read {path}: {said}; expected a .npz of image [N, 28, 28] and label [N]"
         ) from error
     if images.dtype != np.uint8 or images.shape[1:] != (28, 28) or len(images) < 2:
         raise ValueError(

@@ -1,9 +1,10 @@
 """The papers' experiments, each a function that returns its runs; `actsparse reproduce` does them.
 
 The quick forms, of minutes on two cores, are the digits' ViT with fewer steps and more weight
-decay, so that the sum of learning rate × decay over the steps, which shrinks norm scales, stays
-that of the whole task. The full forms are the ViT-S of `vit_cifar10`, for a GPU. What the records
-say of which claim stands in `actsparse.report.claims`, under the same names.
+decay, so that from scratch the sum of learning rate × decay over the steps, which shrinks norm
+scales, stays that of the whole task. The full forms are the ViT-S of `vit_cifar10`, for a GPU.
+`noise` has nets of its own. What the records say of which claim stands in
+`actsparse.report.claims`, under the same names.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from actsparse.modify import (
     WeightNoise,
     ZerothBias,
 )
-from actsparse.train.gradient_noise import GradientNoiseConfig
+from actsparse.train.gradient_noise import GradientNoiseConfig, splits_of
+from actsparse.train.tasks import task_of
 
 Arms = dict[str, Arm]
 Stages = dict[str, list[Config]]  # done in turn, each in a folder under the experiment's own
@@ -54,6 +56,8 @@ class Form:
     def __post_init__(self) -> None:
         if self.full and self.data is None:
             raise ValueError("--full needs --data FOLDER: images, or for noise MNIST's .npz files")
+        if self.data is not None and not self.full:
+            raise ValueError(f"--data {self.data} is for --full; the quick form brings its own")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: expected 1 or more; fewer than 5 decide nothing")
 
@@ -72,7 +76,7 @@ class Form:
             settings |= {
                 key: settings[key] * full["steps"] // steps for key in often if key in settings
             }
-            settings |= {"data": {"path": self.data}}
+            settings |= {"data": {"path": self.data}, "save_every": None}  # or 0.5 GB a run stay
             settings.pop("weight_decay", None)
             steps = full["steps"]
         else:
@@ -169,7 +173,7 @@ def noise(form: Form) -> Stages:
     """Second moments of features and gradients, accumulated over training, by width and decay."""
     widths = (16, 32, 64, 128, 256, 512, 1024) if form.full else (16, 64, 256)
     decays = (0.0, 0.03, 0.1, 0.3) if form.full else (0.0, 0.1, 0.3)
-    steps = form.steps or (20_000 if form.full else 2000)
+    steps = form.steps or (6000 if form.full else 2000)
     return _one(
         [
             GradientNoiseConfig(
@@ -177,7 +181,7 @@ def noise(form: Form) -> Stages:
                 seed=seed,
                 width=width,
                 weight_decay=decay,
-                lr=0.03,
+                lr=0.03,  # v1's 0.001, so that lr · decay · steps comes near its 19 to 56
                 steps=steps,
                 measure_every=max(1, steps // 10),
                 data={"mnist": form.data},
@@ -271,6 +275,15 @@ def reproduction(name: str, form: Form) -> Stages:
     if name not in REPRODUCTIONS:
         raise ValueError(f"unknown experiment {name!r}; known: {', '.join(REPRODUCTIONS)}")
     return REPRODUCTIONS[name](form)
+
+
+def check_data(stages: Stages) -> None:
+    """Read what the first run will; `ValueError` or what reading raises, before any work."""
+    config = next(iter(stages.values()))[0]
+    if isinstance(config, GradientNoiseConfig):
+        splits_of(config)
+    elif config.task not in ("digits", "digits_finetune"):
+        task_of(config.task).splits(config)
 
 
 def _one(runs: list[Config]) -> Stages:

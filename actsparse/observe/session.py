@@ -89,6 +89,8 @@ def options_of(measures: Names, known: Iterable[str]) -> dict[str, dict[str, Any
     for name in given:
         if name not in (names := sorted(known)):
             raise ValueError(f"unknown measure {name!r}; known: {', '.join(names)}")
+        if not isinstance(given[name], Mapping):
+            raise ValueError(f"{name} has options {given[name]!r}; expected a mapping")
     return {name: dict(options) for name, options in given.items()}
 
 

@@ -231,7 +231,7 @@ def disturbance_of(plain: Any) -> Attack | RelativeNoise:
         if key not in given:
             raise ValueError(f"{kind} lacks {key!r}, in {plain!r}")
     for key in ("size", "step_size"):
-        if not _number(given.get(key) or 0.0):
+        if key in given and not _number(given[key]):
             raise ValueError(f"{kind} has {key}={given[key]!r}: expected a finite number > 0")
     if noise:
         return RelativeNoise(given["at"], given["size"])

@@ -12,6 +12,7 @@ from actsparse.report.page import gather, markdown_table, print_table, write_rep
 from actsparse.report.payoff import markdown_payoff, print_payoff
 from actsparse.report.reproduction import (
     findings_in,
+    markdown_findings,
     markdown_reproduction,
     print_findings,
     reproductions_in,
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "findings_in",
     "gather",
+    "markdown_findings",
     "markdown_payoff",
     "markdown_reproduction",
     "markdown_table",

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from actsparse.record_schema import COUNT, FLAG, NUMBER, TEXT, check_shape
 from actsparse.records import Entry, RecordError, Run, write_whole
 from actsparse.report.compare import Estimate
 from actsparse.report.plots import Picture
@@ -21,8 +23,15 @@ from actsparse.report.verdict import Claim, Verdict, verdict
 from actsparse.report.words import amount
 
 MANIFEST = "reproduction.json"
+V1 = "v1"  # Peng et al. 2023, arXiv 2309.03004
+V2 = "v2"  # Peng et al. 2026, arXiv 2605.25612
+OURS = "ours"  # a control, or a check of how to read the others
+_SHAPE = {
+    "name": TEXT, "full": FLAG, "seeds": COUNT, "steps": (COUNT, None), "command": TEXT,
+    "time": {"seconds": NUMBER},
+}  # fmt: skip
 Effects = dict[int, float]  # by seed
-Scale = Literal["log", "share", "number"]
+Scale = Literal["log", "share", "points", "number"]
 
 
 class Arms(dict[str, dict[int, Run]]):
@@ -43,9 +52,8 @@ class Question:
     """A claim, and how an effect is read for each seed.
 
     ``effect`` says in words what one effect is. ``scale`` is how it is shown: ``"log"`` is the
-    natural logarithm of a ratio, shown as a change in per cent; ``"share"`` in per cent;
-    ``"number"`` as it is. ``few`` effects, where some runs lack what is read, are undecided by
-    the rule.
+    natural logarithm of a ratio, shown as a change in per cent or a factor; ``"share"`` in per
+    cent, ``"points"``, a difference of shares, in points of them; ``"number"`` as it is.
     """
 
     claim: Claim
@@ -108,7 +116,7 @@ class Findings:
         """As plain values."""
         return {
             "name": self.experiment.name,
-            **{key: self.manifest[key] for key in ("full", "command", "time")},
+            **{key: value for key, value in self.manifest.items() if key != "name"},
             "claims": [
                 {
                     "claim": each.question.claim.text,
@@ -130,12 +138,21 @@ class Findings:
 
 
 def findings(experiment: Experiment, runs: Sequence[Run], manifest: Entry) -> Findings:
-    """Read every question's effects off the finished runs and judge them."""
-    arms = Arms(runs)
+    """Read every question's effects off the finished runs and judge them.
+
+    A question is undecided where any of the seeds that were meant to be run has no effect: those
+    that are left, of runs that did not fail, would be a choice.
+    """
+    arms, planned = Arms(runs), int(manifest["seeds"])
     found = []
     for question in experiment.questions:
         effects = dict(sorted(question.effects(arms).items()))
-        found.append(Finding(question, effects, verdict(question.claim, list(effects.values()))))
+        show = partial(_value, scale=question.scale)
+        judged = verdict(question.claim, list(effects.values()), show=show)
+        if len(effects) < planned and judged.word != "undecided":
+            why = f"{planned - len(effects)} of {planned} seeds have no such number"
+            judged = replace(judged, word="undecided", why=why)
+        found.append(Finding(question, effects, judged))
     return Findings(experiment, manifest, tuple(found))
 
 
@@ -154,9 +171,7 @@ def read_manifest(folder: str | Path) -> Entry | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {path}: {error}") from error
-    lacking = [key for key in ("name", "full", "seeds", "command", "time") if key not in found]
-    if lacking:
-        raise RecordError(f"{path} lacks {lacking[0]!r}; `actsparse reproduce` writes it")
+    check_shape(str(path), found, _SHAPE)
     return dict(found)
 
 
@@ -204,24 +219,33 @@ def difference(own: float, other: float) -> float:
 # -- in words ---------------------------------------------------------------------------------
 
 
-def _value(value: float, scale: Scale) -> str:
-    """``−23 %``, ``÷ 12`` and ``× 20`` of a logarithm beyond a factor of ten; a share in per cent.
+def _value(value: float, scale: Scale, like: float | None = None) -> str:
+    """``−23 %``, ``÷ 12`` and ``× 20`` of a logarithm; ``like`` is one that it is to look like.
 
     >>> [_value(math.log(ratio), "log") for ratio in (0.77, 1, 1.5, 20, 1 / 12)]
     ['−23 %', '0 %', '+50 %', '× 20', '÷ 12']
+    >>> _value(-0.01, "points"), _value(0.724, "share")
+    ('−1 point', '72.4 %')
     """
     if scale == "number":
         return amount(value)
     if scale == "share":
         return f"{amount(100 * value)} %"
-    if abs(value) >= math.log(10):
+    if scale == "points":
+        text = amount(100 * value)
+        return f"{'+' if value > 0 else ''}{text} point{'' if text in ('1', '−1') else 's'}"
+    if abs(value if like is None else like) >= math.log(10):
         return f"{'×' if value > 0 else '÷'} {amount(math.exp(abs(value)))}"
     return f"{'+' if value > 0 else ''}{amount(100 * math.expm1(value))} %"
 
 
 def _figure(found: Estimate, scale: Scale) -> str:
-    mean = _value(found.mean, scale)
     seeds = f"{found.n} seed{'s' if found.n > 1 else ''}"
-    if found.low is None or found.high is None:
-        return f"{mean}, {seeds}"
-    return f"{mean} ({_value(found.low, scale)} to {_value(found.high, scale)}), {seeds}"
+    mean, *ends = (
+        _value(value, scale, like=found.mean)
+        for value in (found.mean, found.low, found.high)
+        if value is not None
+    )
+    if scale == "points":  # the unit once
+        ends = [end.split(" ")[0] for end in ends]
+    return f"{mean} ({' to '.join(ends)}), {seeds}" if ends else f"{mean}, {seeds}"

@@ -167,6 +167,7 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
         shown |= _of_arms(found.runs, out)
     if found.findings is not None:
         shown |= _of_claims(found.findings, found.runs, out)
+        shown["remarks"] = remarks(shown["table"], rivals=False)
         text = json.dumps(found.findings.to_json(), indent=2, allow_nan=False)
         write_whole(out / "verdicts.json", text.encode() + b"\n")
     for name in ("table", "theory", "payoff"):
@@ -231,8 +232,8 @@ def _drawn(pictures: Iterable[Picture], out: Path, *what: Any) -> Iterator[dict[
         yield {"picture": picture, "width": width, "height": height, **images}
 
 
-def print_table(runs: list[Run], console: Console) -> None:
-    """The finding, the table and the remarks, for the terminal."""
+def print_table(runs: list[Run], console: Console, titled: bool = True) -> None:
+    """The finding, the table and the remarks, for the terminal; the first if ``titled``."""
     table = compare(runs)
     grid = Grid(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     shown = [column for column in columns(table) if column.brief]
@@ -245,10 +246,11 @@ def print_table(runs: list[Run], console: Console) -> None:
         for mark in marks(arm):
             name.append(f"\n{mark}", style="yellow")
         grid.add_row(name, *(column.cell(arm).replace(" ± ", "\n± ") for column in shown))
-    console.print(Text(title(table), style="bold"))
-    console.print(Text(lead(table)))
+    if titled:
+        console.print(Text(title(table), style="bold"))
+        console.print(Text(lead(table)))
     console.print(grid)
-    for remark in remarks(table):
+    for remark in remarks(table, rivals=titled):
         console.print(Text(f"• {remark}"))
 
 

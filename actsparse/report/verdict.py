@@ -10,7 +10,8 @@ another. A claim says that effects lie beyond a bar in one direction. It holds w
 It does not hold here where both are so on the other side of the bar; else it is undecided. Fewer
 than 5 seeds are undecided because 4 of 4 are no rarer than 1 in 16. Equal effects of all seeds are
 undecided: seeds that change nothing are one observation, and an interval of width 0 is no interval.
-Equal is up to rounding: within `SAME` of the largest effect.
+Rounding decides nothing: effects within `SAME` of the largest are equal, and one so near the bar is
+not beyond it (0.96 − 0.97 falls by 0.01 and not by less).
 
 Why both. The first alone errs in at most 1 of 40 for normal effects, but a few large ones can carry
 a mean: where half of all seeds give 1 and half -0.01, it calls 19 of 100 experiments of 5 seeds
@@ -53,7 +54,7 @@ normal effects. Fix the number of seeds before.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,12 +107,18 @@ class Verdict:
     why: str
 
 
-def verdict(claim: Claim, effects: Sequence[float], claims: int = 1) -> Verdict:
+def verdict(
+    claim: Claim,
+    effects: Sequence[float],
+    claims: int = 1,
+    show: Callable[[float], str] = "{:.4g}".format,
+) -> Verdict:
     """The verdict on a claim from ``effects``, one for each paired seed, by the rule above.
 
     ``claims`` is how many are read off the same runs: then fewer than 1 of 20 such experiments
     have any false *holds* (Bonferroni: a ``claims``-th of either error for each). That takes more
     seeds, `fewest_seeds`. A finding that holds where all of its claims hold needs no correction.
+    ``show`` writes effects in ``why``.
 
     Raises ValueError naming an effect that is NaN or infinite.
 
@@ -136,23 +143,25 @@ def verdict(claim: Claim, effects: Sequence[float], claims: int = 1) -> Verdict:
         of_claims = "" if claims == 1 else f" {claims} claims"
         why = f"{n} paired seeds; {fewest} are the fewest that can decide{of_claims}"
         return Verdict("undecided", estimate, why)
-    if max(effects) - min(effects) <= SAME * max(map(abs, effects)):
-        why = f"all {n} effects are {effects[0]:.4g}; seeds that change nothing count as one"
+    largest = max(map(abs, effects))
+    if max(effects) - min(effects) <= SAME * largest:
+        why = f"all {n} effects are {show(effects[0])}; seeds that change nothing count as one"
         return Verdict("undecided", estimate, why)
 
     wider = float(stdtrit(n - 1, 1 - 0.025 / claims) / stdtrit(n - 1, 0.975))
     low, high = estimate.mean - wider * estimate.half, estimate.mean + wider * estimate.half
-    interval = f"the {100 - 5 / claims:.4g} % interval, {low:.4g} to {high:.4g},"
-    if low <= bar <= high:
-        return Verdict("undecided", estimate, f"{interval} does not exclude {bar:g}")
+    interval = f"the {100 - 5 / claims:.4g} % interval, {show(low)} to {show(high)},"
+    near = SAME * max(abs(bar), largest)
+    if low - bar <= near and bar - high <= near:
+        return Verdict("undecided", estimate, f"{interval} does not exclude {show(bar)}")
     above = low > bar
     side = "above" if above else "below"
-    agree = sum(effect > bar if above else effect < bar for effect in effects)
+    agree = sum((effect - bar if above else bar - effect) > near for effect in effects)
     needed = _agreeing(n, claims)
     if agree < needed:
-        why = f"{interval} lies {side} {bar:g}, but {agree} of {n} seeds do; {needed} must"
+        why = f"{interval} lies {side} {show(bar)}, but {agree} of {n} seeds do; {needed} must"
         return Verdict("undecided", estimate, why)
-    why = f"{agree} of {n} seeds and {interval} lie {side} {bar:g}"
+    why = f"{agree} of {n} seeds and {interval} lie {side} {show(bar)}"
     as_claimed = above == (claim.direction == "rises")
     return Verdict("holds" if as_claimed else "does not hold here", estimate, why)
 

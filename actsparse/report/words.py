@@ -55,8 +55,8 @@ def lead(table: Table) -> str:
     )
 
 
-def remarks(table: Table) -> list[str]:
-    """What a reader must know before believing the title."""
+def remarks(table: Table, rivals: bool = True) -> list[str]:
+    """What a reader must know before believing the title; ``rivals``: about baselines too."""
     said = []
     if table.needs_mlps is False:
         said.append(
@@ -64,13 +64,19 @@ def remarks(table: Table) -> list[str]:
             f"{table.control} is not clearly worse than {table.reference}."
         )
     elif table.needs_mlps is None:
-        why = "has too few seeds" if table.arm(table.control) else "was not run"
+        control = table.arm(table.control)
+        why = "was not run"
+        if control is not None:
+            unclear = control.verdict == "unclear"
+            why = "is neither clearly worse nor as good" if unclear else "has too few seeds"
         said.append(
             f"Whether this task needs its MLPs is not known: the control without them "
             f"({table.control}) {why}."
         )
     baseline, gain = table.arm(table.baseline), table.baseline_gain
-    if table.subject is not None and baseline is None:
+    if not rivals:
+        pass
+    elif table.subject is not None and baseline is None:
         said.append("No simple baseline is known to keep its quality here, or none was run.")
     elif baseline is not None:
         density = density_text(baseline.inference_density)

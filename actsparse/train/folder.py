@@ -116,9 +116,13 @@ def _differences(config: RunConfig | GradientNoiseConfig, run: Run) -> str:
     """What differs between a run on disk and one that is asked for, in words; empty: nothing."""
     now = config.to_json()
     # a setting that is newer than the run had its default
-    plain = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
-    then = plain if isinstance(config, RunConfig) else {}
-    then |= deepcopy(run.header["config"])
+    then = deepcopy(run.header["config"])
+    if isinstance(config, RunConfig):
+        plain = RunConfig(task=config.task, arm=config.arm, seed=config.seed).to_json()
+        then = plain | then
+        starts = {Path(each["start"]).resolve() for each in (now, then) if each["start"]}
+        if now["start"] and then["start"] and len(starts) == 1:
+            then["start"] = now["start"]  # the same place, spelt otherwise
     for data in (now["data"], then["data"]):
         if "shards" in data:  # places keep their meaning where damage is skipped
             data.pop("damaged", None)

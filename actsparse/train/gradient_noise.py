@@ -161,7 +161,7 @@ def run_gradient_noise(
     path = run_path(out, config.arm, config.seed)
     if (old := finished_run(config, out)) is not None:
         return old
-    splits = _splits(config)
+    splits = splits_of(config)
     check_folder(path.parent)
     with alone(path.parent):
         header = {
@@ -182,7 +182,8 @@ def run_gradient_noise(
     return read_run(path)
 
 
-def _splits(config: GradientNoiseConfig) -> Splits[TensorRows]:
+def splits_of(config: GradientNoiseConfig) -> Splits[TensorRows]:
+    """The data of a run; `ValueError` where they cannot be read or fill no batch."""
     folder = config.data["mnist"]
     splits = load_digits_splits() if folder is None else mnist_splits(folder)
     if config.batch_size > (size := len(splits.train)):

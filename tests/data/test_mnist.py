@@ -121,5 +121,5 @@ def test_a_file_that_is_something_else_is_named(
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     (folder / TRAIN).unlink()
-    with pytest.raises(ValueError, match=rf"cannot read {TRAIN}: No such file"):
+    with pytest.raises(ValueError, match=rf"cannot read .*{TRAIN}: No such file"):
         mnist_splits(folder)

@@ -170,7 +170,7 @@ def test_compare_asked_to_end_leaves_checkpoints(tmp_path: Path) -> None:
 
 
 def test_help_has_an_example_for_every_verb_and_version_is_told() -> None:
-    for verb in ("blocks", "train", "compare", "report"):
+    for verb in ("blocks", "train", "compare", "reproduce", "measure", "report"):
         done = CliRunner().invoke(app, [verb, "--help"])
         assert done.exit_code == 0
         assert f"actsparse {verb}" in done.stdout

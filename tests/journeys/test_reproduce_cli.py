@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,45 @@ def test_an_experiment_runs_and_is_not_repeated(tmp_path: Path) -> None:
     assert json.loads(again)[0]["claims"] == found["claims"]
 
 
+def test_a_folder_of_another_form_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+    words = ["noise", "--seeds", "1", "--out", str(tmp_path)]
+    assert call(*words, "--steps", "2")[0] == 0
+    before = (tmp_path / "reproduction.json").read_bytes()
+    for other in (words, ["ratio", *words[1:]], [*words, "--steps", "3"]):
+        code, _, told = call(*other)
+        assert code == 2
+        assert "holds runs of `actsparse reproduce noise --seeds 1 --steps 2`" in told
+        assert (tmp_path / "reproduction.json").read_bytes() == before
+    shutil.rmtree(tmp_path / "runs" / "p16-decay0-seed0")
+    code, said, told = call(*words, "--steps", "2", "--json")
+    assert code == 0
+    assert told.count("done before") == 8
+    (found,) = json.loads(said)
+    assert (found["failed"], found["page"]) == (0, str(tmp_path / "report.html"))
+    seconds = [
+        json.loads(each)["time"]["seconds"]
+        for each in (before, (tmp_path / "reproduction.json").read_bytes())
+    ]
+    assert seconds[1] > seconds[0]
+
+
+def test_what_failed_is_told_and_no_later_stage_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from actsparse.experiments import reproduce as plans
+
+    bad = plans.GradientNoiseConfig("p4-decay0", 0, 4, lr=1e25, steps=3)
+    good = plans.GradientNoiseConfig("p8-decay0", 0, 8, lr=0.1, steps=3)
+    stages = {"base": [bad], "": [good]}
+    monkeypatch.setitem(plans.REPRODUCTIONS, "noise", lambda form: stages)
+    code, said, told = call("noise", "--seeds", "1", "--out", str(tmp_path), "--json")
+    assert code == 1
+    assert "1 runs failed; to try them again" in told
+    (found,) = json.loads(said)
+    assert (found["failed"], found["page"]) == (1, None)
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CLAIMS if name != "noise"])
 def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
@@ -58,9 +98,11 @@ def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
     [
         (["magic"], "unknown experiment 'magic'; known: ratio"),
         (["ratio", "--full"], "--full needs --data FOLDER"),
-        (["ratio", "--seeds", "0"], "seeds=0"),
+        (["ratio", "--seeds", "0"], "--seeds"),
+        (["ratio", "--data", "images"], "--data images is for --full"),
+        (["noise", "--full", "--data", "nowhere"], "nowhere"),
     ],
-    ids=["name", "data", "seeds"],
+    ids=["name", "data", "seeds", "no --full", "no such data"],
 )
 def test_mistakes_are_named(words: list[str], said: str) -> None:
     code, _, told = call(*words)

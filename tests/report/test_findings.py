@@ -36,6 +36,7 @@ MANIFEST: dict[str, Any] = {
     "name": "ratio",
     "full": False,
     "seeds": 5,
+    "steps": None,
     "command": "actsparse reproduce ratio",
     "time": {"seconds": 90.0},
 }
@@ -49,7 +50,7 @@ KEPT = Question(
     Claim("accuracy is kept", "v1", "rises", -0.01),
     lambda arms: paired(arms, "paper", "vanilla", QUALITY, difference),
     "accuracy minus vanilla's",
-    "share",
+    "points",
 )
 
 
@@ -106,6 +107,18 @@ def test_a_reversal_turns_the_verdict_and_four_seeds_decide_nothing(
     )
 
 
+def test_seeds_that_are_left_of_more_decide_nothing(
+    tmp_path: Path, pair: Callable[..., None]
+) -> None:
+    for seed in range(5):
+        pair(tmp_path, seed, own=0.1 * 1.01**seed, other=0.2)
+    experiment = Experiment("made", "Made", "made up", (SPARSER,), ())
+    for planned, word in ((5, "holds"), (6, "undecided")):
+        (one,) = findings(experiment, read_runs(tmp_path), MANIFEST | {"seeds": planned}).findings
+        assert one.verdict.word == word
+    assert one.verdict.why == "1 of 6 seeds have no such number"
+
+
 def test_no_effect_is_hardly_ever_said_to_hold(tmp_path: Path, pair: Callable[..., None]) -> None:
     """Of 400 experiments without effect; the rule promises fewer than 1 of 20 false *holds*."""
     draw = random.Random(0)
@@ -131,13 +144,14 @@ def test_numbers_are_shown_on_their_scale() -> None:
 
     assert shown(math.log(0.5), "log") == "above −50 %"
     assert shown(math.log(20), "log") == "above × 20"
-    assert shown(-0.01, "share") == "above −1 %"
+    assert shown(-0.01, "points") == "above −1 point"
+    assert shown(0.724, "share") == "above 72.4 %"
     assert shown(0.5, "number") == "above 0.5"
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "cannot read"), ("{}", "lacks 'name'"), ("[]", "lacks 'name'")],
+    [("{", "cannot read"), ("{}", "lacks 'name'"), ("[]", "must be an object of name")],
     ids=["torn", "empty", "list"],
 )
 def test_a_foreign_manifest_is_refused(tmp_path: Path, text: str, said: str) -> None:

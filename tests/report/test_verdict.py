@@ -54,6 +54,12 @@ def word(claim: Claim, effects: list[float], claims: int = 1) -> str:
         pytest.param(rises(), [], "undecided", id="no seeds"),
         pytest.param(rises(), [0.1] * 9, "undecided", id="equal effects"),
         pytest.param(
+            rises(-0.01),
+            [0.0, 0.01, 0.003, 0.007, 292 / 300 - 295 / 300],
+            "undecided",
+            id="a loss of the bar itself",
+        ),
+        pytest.param(
             rises(),
             [0.98 - 0.97, 0.97 - 0.96, 0.96 - 0.95, 0.95 - 0.94, 0.01],
             "undecided",

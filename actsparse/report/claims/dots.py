@@ -11,7 +11,7 @@ from actsparse.records import Run
 from actsparse.report.compare import INFERENCE, QUALITY
 from actsparse.report.findings import Arms
 from actsparse.report.measures import number
-from actsparse.report.plots import DARK, INK, LIGHT, PAPER, WIDTH, log_axis, new_figure, render
+from actsparse.report.plots import DARK, INK, LIGHT, PAPER, WIDTH, new_figure, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +24,14 @@ SPREAD = 0.22  # of a row: the lines of seeds beside each other
 LINE = 0.46  # inches of a row
 
 
-def dots(rows: Named, colours: Named) -> Callable[[Arms, bool], bytes | None]:
+def dots(
+    rows: Named, colours: Named, aside: str | None = None
+) -> Callable[[Arms, bool], bytes | None]:
     """The plot of ``rows``, each an arm, in two ``colours``, each an ending of the arm's name.
 
     Of finetuned runs a line leads from their checkpoint's number, a hollow mark, and the axis of
-    density is a log axis; else it begins at zero.
+    density fits all rows but the arm ``aside``: where its mean lies left of them, it is printed at
+    the axis's edge. Else the axis begins at zero.
     """
 
     def plot(arms: Arms, dark: bool = False) -> bytes | None:
@@ -38,22 +41,31 @@ def dots(rows: Named, colours: Named) -> Callable[[Arms, bool], bytes | None]:
         figure, (density, accuracy) = new_figure(
             dark, columns=2, size=(WIDTH, 1.3 + LINE * len(rows))
         )
-        for axes, read in ((density, _density), (accuracy, _accuracy)):
+
+        def draw(axes: Axes, read: Callable[[Run], Pair | None], *, late: bool) -> None:
             for at, (_, arm) in enumerate(rows):
-                for colour, (name, end) in enumerate(colours):
+                if (arm == aside) != late:
+                    continue
+                for nth, (name, end) in enumerate(colours):
                     pairs = [found for run in arms[arm + end].values() if (found := read(run))]
-                    _draw(axes, at, colour, pairs, name, dark)
+                    _draw(axes, at, nth, pairs, name, dark)
+
+        for axes in (density, accuracy):
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x", color=INK[dark], alpha=0.15)
             axes.margins(x=0.08)
             axes.locator_params(axis="x", nbins=4)
+        draw(density, _density, late=False)
+        limits = density.get_xlim()
+        if not any("before" in (run.result or {}) for run in shown):
+            limits = 0, 1.04 * limits[1]
+        density.set_xlim(limits)
+        draw(density, _density, late=True)
+        for late in (False, True):
+            draw(accuracy, _accuracy, late=late)
         density.set_yticks(range(len(rows)), [name for name, _ in rows])
         accuracy.set_yticks(range(len(rows)), [""] * len(rows))
-        if any("before" in (run.result or {}) for run in shown):
-            log_axis(density, "x", few=True)
-        else:
-            density.set_xlim(0, 1.04 * density.get_xlim()[1])
         density.set_xlabel("inference density\n(left is sparser)")
         accuracy.set_xlabel("accuracy, %\n(right is better)")
         lines, names = accuracy.get_legend_handles_labels()
@@ -81,11 +93,22 @@ def _draw(axes: Axes, row: int, nth: int, pairs: list[Pair], name: str, dark: bo
         axes.plot([start, mean], [middle, middle], color=colour, linewidth=2.4)
         axes.plot(start, middle, mark, color=colour, markerfacecolor=PAPER[dark], markersize=6)
     axes.plot(mean, middle, mark, color=colour, markersize=8, label=name)
+    if mean < axes.get_xlim()[0]:  # of the rows drawn before, which the axis fits
+        axes.text(
+            0.02,
+            middle,
+            f"← {mean:.2g}",
+            transform=axes.get_yaxis_transform(),
+            verticalalignment="center",
+            color=colour,
+            fontsize=10.5,
+            bbox={"facecolor": PAPER[dark], "edgecolor": "none", "pad": 0.5},
+        )
 
 
 def _density(run: Run) -> Pair | None:
     now, before = INFERENCE(run), number(run.result, "before", "inference", "density")
-    return (before or None, now) if now else None  # a log axis has no place for 0
+    return None if now is None else (before, now)
 
 
 def _accuracy(run: Run) -> Pair | None:

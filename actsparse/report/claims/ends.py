@@ -11,14 +11,19 @@ from actsparse.report.measures import number
 Lines = Literal["train", "measured"]
 
 
-def change(lines: Lines, *keys: str) -> Reader:
+def change(lines: Lines, *keys: str, least_loss: float | None = None) -> Reader:
     """Reads ``ln(last / first)`` of a number over a run's lines of one kind.
 
-    None where there are fewer than two, or the first or the last has no number above 0 there.
+    With ``least_loss`` the last line is the last whose ``loss`` is at least that. None where there
+    are fewer than two lines, or the first or the last has no number above 0 there.
     """
 
     def read(run: Run) -> float | None:
         entries: list[Entry] = getattr(run, lines)
+        if least_loss is not None:
+            losses = [number(entry, "loss") for entry in entries]
+            large = [at for at, loss in enumerate(losses) if loss and loss >= least_loss]
+            entries = entries[: large[-1] + 1] if large else []
         if len(entries) < 2:
             return None
         first, last = number(entries[0], *keys), number(entries[-1], *keys)

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from actsparse.report.claims.dots import dots
 from actsparse.report.claims.sparser import SPARED, quality_kept, sparser
-from actsparse.report.findings import Experiment
+from actsparse.report.findings import OURS, V1, V2, Experiment
 from actsparse.report.plots import Picture
 
 RECIPE, PLAIN, HOYER = "paper-finetune", "vanilla", "hoyer-finetune"
 FROM_SPARED = "-from-spared"  # ends the names of arms that began from the base without 1-D decay
-OURS = "ours to ask"
-BOTH = "v1, abstract; v2"
+BOTH = f"{V1}, {V2}; bar ours"
 
 QUESTIONS = (
     sparser(
@@ -33,41 +32,58 @@ QUESTIONS = (
         PLAIN,
     ),
     sparser(
-        "Fewer active neurons in training than plain finetuning",
+        "The recipe: fewer active neurons in training than plain finetuning",
         BOTH,
         RECIPE,
         PLAIN,
         density="training",
     ),
     quality_kept(
-        "Accuracy falls by less than a point against plain finetuning", BOTH, RECIPE, PLAIN
+        "The recipe: accuracy falls by less than a point against plain finetuning",
+        f"{V2}; bar ours",
+        RECIPE,
+        PLAIN,
     ),
     sparser(
-        "Fewer in inference also among the units that are not dead",
+        "The recipe: fewer in inference also among the units that are not dead",
         OURS,
         RECIPE,
         PLAIN,
         density="living",
     ),
     sparser(
-        "Sparser than plain finetuning without decay of 1-D parameters",
+        "The recipe, with 1-D decay, is sparser than plain finetuning without it",
         OURS,
         RECIPE,
         f"{PLAIN}{SPARED}",
     ),
     sparser(
-        "From a model trained without 1-D decay: sparser than plain finetuning",
+        "From a model trained without 1-D decay, both finetuned with it: the recipe is sparser "
+        "than plain finetuning",
         OURS,
         f"{RECIPE}{FROM_SPARED}",
         f"{PLAIN}{FROM_SPARED}",
     ),
     sparser(
-        "With no 1-D decay before or in finetuning: sparser than plain finetuning",
+        "With no 1-D decay before or in finetuning: the recipe is sparser than plain finetuning",
         OURS,
         f"{RECIPE}{SPARED}{FROM_SPARED}",
         f"{PLAIN}{SPARED}{FROM_SPARED}",
     ),
-    sparser("Sparser than finetuning with a Hoyer penalty", OURS, RECIPE, HOYER),
+    sparser("The recipe is sparser than finetuning with a Hoyer penalty", OURS, RECIPE, HOYER),
+    sparser(
+        "The recipe is sparser than with a Hoyer penalty also among the units that are not dead",
+        OURS,
+        RECIPE,
+        HOYER,
+        density="living",
+    ),
+    quality_kept(
+        "The Hoyer penalty: accuracy falls by less than a point against plain finetuning",
+        OURS,
+        HOYER,
+        PLAIN,
+    ),
 )
 
 
@@ -92,16 +108,23 @@ EXPERIMENT = Experiment(
     pictures=(
         Picture(
             "before-after",
-            dots(ROWS, BASES),
+            dots(ROWS, BASES, aside=HOYER),
             "Before finetuning and after",
             "From the checkpoint (hollow) to the end (filled), means over seeds; thin lines are "
             "seeds; colours say how the checkpoint was trained. What plain finetuning takes off "
-            "too, the recipe did not do.",
+            "too, the recipe did not do. The axis of density fits the other rows and does not "
+            "begin at zero: where the Hoyer penalty’s end lies beyond it, the mean stands at its "
+            "edge.",
         ),
     ),
     limits=(
         "Small models that had ReLU from the start; all weights are trained, where the papers use "
-        "adapters of rank 192. The penalty’s weight comes from earlier trials on the digits. It is "
-        "compared on density alone, and much of its gain may be dead units."
+        "adapters of rank 192. No arm is without MLPs, for a trained model cannot do without the "
+        "ones it learnt with; trained from scratch on the digits, models hardly need them (the "
+        "pages of ratio and pruning), and then density proves little. The papers’ bars are for all "
+        "that they train; for finetuning alone the bar is 0. The penalty’s weight comes from "
+        "earlier trials on the digits, and it is compared at that weight, not at matched quality: "
+        "unless its accuracy is kept, its lead in density is bought with some. Accuracy is asked "
+        "from the model trained with 1-D decay only."
     ),
 )

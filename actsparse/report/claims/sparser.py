@@ -9,8 +9,8 @@ import math
 from typing import Literal
 
 from actsparse.records import Run
-from actsparse.report.compare import INFERENCE, MARGIN, QUALITY, TRAINING
-from actsparse.report.findings import Question, difference, log_ratio, paired
+from actsparse.report.compare import CONTROL, INFERENCE, MARGIN, QUALITY, REFERENCE, TRAINING
+from actsparse.report.findings import OURS, Question, difference, log_ratio, paired
 from actsparse.report.measures import number
 from actsparse.report.verdict import Claim
 
@@ -63,5 +63,20 @@ def quality_kept(text: str, source: str, arm: str, other: str) -> Question:
         Claim(text, source, "rises", -MARGIN),
         lambda arms: paired(arms, arm, other, QUALITY, difference),
         f"accuracy on the test split, {arm} minus {other}",
-        "share",
+        "points",
+    )
+
+
+def mlps_matter() -> Question:
+    """Whether the task needs its MLPs: without them accuracy is lower by more than a point.
+
+    Where it is not, density and what comes of it prove little.
+    """
+    return Question(
+        Claim(
+            "The MLPs matter here: to leave them out costs more than a point", OURS, "rises", MARGIN
+        ),
+        lambda arms: paired(arms, REFERENCE, CONTROL, QUALITY, difference),
+        f"accuracy on the test split, {REFERENCE} minus {CONTROL}",
+        "points",
     )

@@ -9,7 +9,7 @@ from actsparse.record_schema import SCHEMA, Entry, check_shape
 from actsparse.records import Run
 from actsparse.report.findings import Experiment, Finding, findings
 
-MANIFEST: Entry = {"full": False, "command": "actsparse reproduce", "time": {}}
+MANIFEST: Entry = {"full": False, "seeds": 5, "command": "actsparse reproduce", "time": {}}
 UNITS = 1000
 
 

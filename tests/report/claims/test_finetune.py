@@ -16,7 +16,8 @@ from actsparse.report.findings import Arms
 from actsparse.report.verdict import fewest_seeds
 from tests.report.claims.made_up import answers, density_of, made_up
 
-INFERENCE, TRAINING, KEPT, LIVING, BESIDE_SPARED, FROM, ALL_SPARED, PENALTY = range(8)
+INFERENCE, TRAINING, KEPT, LIVING, BESIDE_SPARED, FROM, ALL_SPARED = range(7)
+PENALTY, PENALTY_LIVING, PENALTY_KEPT = range(7, 10)
 SEEDS = range(fewest_seeds())
 # What each arm does to ln density; another number for each, so that no two can be confused.
 EFFECTS = {
@@ -68,6 +69,7 @@ def test_an_effect_is_the_log_ratio_of_two_arms_from_one_base() -> None:
         FROM: (f"{RECIPE}{FROM_SPARED}", f"{PLAIN}{FROM_SPARED}"),
         ALL_SPARED: (f"{RECIPE}{SPARED}{FROM_SPARED}", f"{PLAIN}{SPARED}{FROM_SPARED}"),
         PENALTY: (RECIPE, HOYER),
+        PENALTY_LIVING: (RECIPE, HOYER),
     }
     for seed in SEEDS:
         moved = {arm: effect + nudge(seed, arm) for arm, effect in EFFECTS.items()}
@@ -78,11 +80,13 @@ def test_an_effect_is_the_log_ratio_of_two_arms_from_one_base() -> None:
         assert found[TRAINING].effects[seed] == pytest.approx(trained, abs=TOLERANCE)
         kept = (nudge(seed, RECIPE) - nudge(seed, PLAIN)) / 10
         assert found[KEPT].effects[seed] == pytest.approx(kept, abs=TOLERANCE)
+        penalised = (nudge(seed, HOYER) - nudge(seed, PLAIN)) / 10
+        assert found[PENALTY_KEPT].effects[seed] == pytest.approx(penalised, abs=TOLERANCE)
 
 
 def test_what_is_sparser_holds_and_a_stronger_baseline_does_not() -> None:
     words = [each.verdict.word for each in answers(EXPERIMENT, finetuned())]
-    assert words.pop(PENALTY) == "does not hold here"
+    assert {words.pop(PENALTY_LIVING), words.pop(PENALTY)} == {"does not hold here"}
     assert set(words) == {"holds"}
 
 
@@ -99,13 +103,36 @@ def test_what_is_sparser_holds_and_a_stronger_baseline_does_not() -> None:
 def test_a_planted_reversal_turns_round_what_it_bears_on(arm: str, turned: set[int]) -> None:
     found = answers(EXPERIMENT, finetuned(EFFECTS | {arm: -1.0}))
     failed = {at for at, each in enumerate(found) if each.verdict.word == "does not hold here"}
-    assert failed == turned | {PENALTY}
+    assert failed == turned | {PENALTY, PENALTY_LIVING}
 
 
-def test_accuracy_that_falls_by_points_is_not_kept() -> None:
-    runs = [run for run in finetuned() if run.arm != RECIPE]
-    runs += [made_up(RECIPE, seed, 0.2, 0.92 + nudge(seed, "quality")) for seed in SEEDS]
-    assert answers(EXPERIMENT, runs)[KEPT].verdict.word == "does not hold here"
+@pytest.mark.parametrize(
+    ("arm", "asked", "other"),
+    [(RECIPE, KEPT, PENALTY_KEPT), (HOYER, PENALTY_KEPT, KEPT)],
+    ids=("recipe", "hoyer"),
+)
+def test_accuracy_that_falls_by_points_is_not_kept(arm: str, asked: int, other: int) -> None:
+    runs = [run for run in finetuned() if run.arm != arm]
+    runs += [made_up(arm, seed, 0.2, 0.92 + nudge(seed, "quality")) for seed in SEEDS]
+    found = answers(EXPERIMENT, runs)
+    assert found[asked].verdict.word == "does not hold here"
+    assert found[other].verdict.word == "holds"
+
+
+def test_a_penalty_that_only_kills_units_is_not_sparser_among_the_living() -> None:
+    runs = [run for run in finetuned() if run.arm != HOYER]
+    for seed in SEEDS:  # 9 of 10 units die; the living are as dense as at the start
+        runs.append(made_up(HOYER, seed, 0.03 * math.exp(nudge(seed, HOYER)), dead=900))
+    found = answers(EXPERIMENT, runs)
+    assert found[PENALTY].verdict.word == "does not hold here"
+    assert found[PENALTY_LIVING].verdict.word == "holds"
+
+
+def test_sources_are_the_papers_or_ours() -> None:
+    found = answers(EXPERIMENT, [])
+    sources = [each.question.claim.source for each in found]
+    assert sources[:3] == ["v1, v2; bar ours", "v1, v2; bar ours", "v2; bar ours"]
+    assert set(sources[3:]) == {"ours"}
 
 
 def test_dead_units_do_not_count_for_living_density() -> None:
@@ -146,7 +173,7 @@ def test_a_line_leads_from_the_checkpoint_to_the_end(monkeypatch: pytest.MonkeyP
     runs = finetuned()
     EXPERIMENT.pictures[0].plot(Arms(runs), False)
     density, accuracy = drawn[0].axes
-    assert (density.get_xscale(), accuracy.get_xscale()) == ("log", "linear")
+    assert (density.get_xscale(), accuracy.get_xscale()) == ("linear", "linear")
     thick = [line for line in density.lines if line.get_linewidth() == 2.4]
     paths = {round(line.get_ydata()[0], 6): tuple(line.get_xdata()) for line in thick}
     for row, (_, arm) in enumerate(ROWS):
@@ -155,3 +182,27 @@ def test_a_line_leads_from_the_checkpoint_to_the_end(monkeypatch: pytest.MonkeyP
             path = paths.pop(round(row + down, 6))
             assert path == pytest.approx((start, sum(own) / len(own)), abs=TOLERANCE)
     assert not paths
+
+
+def test_the_axis_fits_all_rows_but_the_penalty_whose_means_stand_at_its_edge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(dots, "render", lambda figure, lines: drawn.append(figure) or b"")
+    plot = EXPERIMENT.pictures[0].plot
+    runs = finetuned()
+    plot(Arms(runs), False)
+    density, accuracy = drawn[0].axes
+    rest = [density_of(run) or 0.0 for run in runs if not run.arm.startswith(HOYER)]
+    low, high = min(rest), 0.3  # where the denser model began
+    margin = 0.08 * (high - low)
+    assert density.get_xlim() == pytest.approx((low - margin, high + margin), abs=TOLERANCE)
+    notes = []
+    for end in ("", FROM_SPARED):
+        own = [density_of(run) or 0.0 for run in runs if run.arm == HOYER + end]
+        notes.append(f"← {sum(own) / len(own):.2g}")
+    assert [text.get_text() for text in density.texts] == notes
+    assert not accuracy.texts
+    # nothing to note of one that lies among the others
+    plot(Arms(finetuned(EFFECTS | {HOYER: -0.2, f"{HOYER}{FROM_SPARED}": -0.2})), False)
+    assert not drawn[1].axes[0].texts

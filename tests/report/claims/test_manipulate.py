@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 
 from actsparse.records import Entry, RecordWriter, environment, read_runs, run_path
-from actsparse.report.claims.manipulate import EXPERIMENT, SHIFTS, SPARED
+from actsparse.report.claims.manipulate import EXPERIMENT, SHIFTS
+from actsparse.report.claims.sparser import SPARED
 from actsparse.report.findings import Arms, Finding, findings
 from actsparse.report.plots import Picture
 
-GAINS, GAINS_SPARED, RISES, ENDS, STABLE, STABLE_SPARED, AS_RELU, OF_USE = range(8)
-MANIFEST: Entry = {"full": False, "command": "actsparse reproduce manipulate", "time": {}}
+(
+    MATTER, GAINS, GAINS_SPARED, RISES, ENDS, STABLE, STABLE_SPARED, AS_RELU, AS_RELU_SPARED,
+    OF_USE, OF_USE_SPARED,
+) = range(11)  # fmt: skip
+SPARED_ROWS = (GAINS_SPARED, STABLE_SPARED, AS_RELU_SPARED, OF_USE_SPARED)
+MANIFEST: Entry = {"full": False, "seeds": 5, "command": "actsparse reproduce", "time": {}}
 PNG = b"\x89PNG"
 HERE = environment(threads=1)
 TOLERANCE = 1e-12  # sums of fewer than ten shares below 1, a few roundings of 2⁻⁵³ each
@@ -64,7 +69,8 @@ def world(out: Path, seeds: int = 5, sign: float = 1.0, **changed: Any) -> None:
                 own, other = (p0, pa) if sign > 0 else (pa, p0)
                 path = [(0.3 + own * t, 0.35 + other * t) for t in (0, 0.5, 0.8, 1)]
                 write(out, shift + ending, seed, path, 0.96 + 0.002 * draw.random(), **changed)
-        write(out, "vanilla", seed, [], 0.965 + 0.001 * draw.random())
+        for ending in ("", SPARED):
+            write(out, "vanilla" + ending, seed, [], 0.965 + 0.001 * draw.random())
         write(out, "no-mlp", seed, [], 0.87 + 0.01 * draw.random())
 
 
@@ -88,7 +94,20 @@ def test_effects_by_hand(tmp_path: Path) -> None:
     }
     for at, value in expected.items():
         assert found[at] == {3: pytest.approx(value, abs=TOLERANCE)}, at
-    assert found[GAINS_SPARED] == found[STABLE_SPARED] == {}
+    assert found[MATTER] == {3: pytest.approx(0.2, abs=TOLERANCE)}
+    assert all(found[at] == {} for at in SPARED_ROWS)
+
+
+def test_quality_by_hand_without_decay_of_1d_parameters(tmp_path: Path) -> None:
+    for place, shift in enumerate(SHIFTS):
+        write(tmp_path, shift, 2, [], 0.5)
+        write(tmp_path, shift + SPARED, 2, [], 0.8 + 0.01 * place)
+    for arm, quality in (("vanilla", 0.6), ("vanilla" + SPARED, 0.825), ("no-mlp", 0.7)):
+        write(tmp_path, arm, 2, [], quality)
+    found = [answer.effects for answer in answers(tmp_path)]
+    by_hand = {AS_RELU: -0.1, AS_RELU_SPARED: -0.01, OF_USE: -0.2, OF_USE_SPARED: 0.115}
+    for at, value in by_hand.items():
+        assert found[at] == {2: pytest.approx(value, abs=TOLERANCE)}, at
 
 
 def test_effects_by_brute_force(tmp_path: Path) -> None:
@@ -121,10 +140,12 @@ def test_what_is_planted_holds_and_its_reversal_does_not(tmp_path: Path) -> None
 def test_an_s_shape_that_learns_worse_is_found(tmp_path: Path) -> None:
     world(tmp_path)
     for seed in range(5):
-        write(tmp_path, "vanilla", seed, [], 0.99 + 0.001 * seed)
+        for ending in ("", SPARED):
+            write(tmp_path, "vanilla" + ending, seed, [], 0.99 + 0.001 * seed)
         write(tmp_path, "no-mlp", seed, [], 0.98 + 0.001 * seed)
     found = answers(tmp_path)
-    assert found[AS_RELU].verdict.word == found[OF_USE].verdict.word == "does not hold here"
+    worse = (AS_RELU, AS_RELU_SPARED, OF_USE, OF_USE_SPARED)
+    assert {found[at].verdict.word for at in worse} == {"does not hold here"}
 
 
 def test_a_seed_that_lacks_a_shift_drops_out(tmp_path: Path) -> None:

@@ -30,13 +30,13 @@ END = 300  # the step of `made_up`'s result
 TOLERANCE = 64 * 2**-53
 
 WORLD: dict[str, Any] = {
-    "exponent": {"feature": 0.8, "gradient": 0.7},  # each 0.01 higher a seed
+    "beyond": {"feature": 0.3, "gradient": 0.2},  # of ln A over that of random rows; see `beyond`
     "misfit": {"feature_equal": -0.3, "gradient_equal": -0.2, "weight": -0.1},  # likewise
     "growth": 0.2,  # likewise
     "shrinks": 1.0,  # ln of gradients' A falls by so much a decay, and a tenth of it more a seed
 }
 REVERSED: dict[str, Any] = {
-    "exponent": {"feature": 1.2, "gradient": 1.1},
+    "beyond": {"feature": 1.2, "gradient": 1.1},
     "misfit": {"feature_equal": 0.3, "gradient_equal": 0.2, "weight": 0.1},
     "growth": 0.9,
     "shrinks": -1.0,
@@ -46,11 +46,11 @@ REVERSED: dict[str, Any] = {
 def layer_at_end(world: dict[str, Any], width: int, decay: float, seed: int, layer: int) -> Entry:
     row: Entry = {"layer": layer + 1, "anisotropy_limit": math.sqrt(width * (width - 1))}
     for of in ("feature", "gradient"):
-        a = (0.5 + 0.1 * layer) * width ** (world["exponent"][of] + 0.01 * seed)
+        a = (0.5 + 0.1 * layer) * width**0.9
         if of == "gradient":
             a *= math.exp(-world["shrinks"] * (1 + 0.1 * seed) * decay)
         row[f"{of}_anisotropy"] = a
-        row[f"{of}_random_anisotropy"] = a / 3
+        row[f"{of}_random_anisotropy"] = a / math.exp(beyond(world, of, width, decay, seed))
         row |= {f"{of}_ks": 1.0, f"{of}_ks_limit": 0.5}  # at the paper's number of samples
     for of, misfit in world["misfit"].items():
         row[f"{of}_ks_limit"] = 0.1 / (1 + layer)
@@ -59,6 +59,11 @@ def layer_at_end(world: dict[str, Any], width: int, decay: float, seed: int, lay
         )
     row["concentration"] = 30 * (1 + layer) * math.exp(growth(world, width, decay, seed))
     return row
+
+
+def beyond(world: dict[str, Any], of: str, width: int, decay: float, seed: int) -> float:
+    """Of ln A; its mean over widths is ``beyond + 0.01 · seed`` without decay, much more with."""
+    return float(world["beyond"][of] + 0.01 * seed + WIDTHS.index(width) - 1 + 5 * decay)
 
 
 def growth(world: dict[str, Any], width: int, decay: float, seed: int) -> float:
@@ -105,8 +110,8 @@ def layers_of(run: Run, line: int = -1) -> list[Entry]:
 @pytest.mark.parametrize("world", [WORLD, REVERSED], ids=["planted", "reversed"])
 def test_effects_are_what_was_planted(world: dict[str, Any]) -> None:
     by_hand = {
-        FEATURES: [world["exponent"]["feature"] + 0.01 * seed for seed in SEEDS],
-        GRADIENTS: [world["exponent"]["gradient"] + 0.01 * seed for seed in SEEDS],
+        FEATURES: [world["beyond"]["feature"] + 0.01 * seed for seed in SEEDS],
+        GRADIENTS: [world["beyond"]["gradient"] + 0.01 * seed for seed in SEEDS],
         FEATURES_FIT: [world["misfit"]["feature_equal"] + 0.01 * seed for seed in SEEDS],
         GRADIENTS_FIT: [world["misfit"]["gradient_equal"] + 0.01 * seed for seed in SEEDS],
         KEPT: [world["growth"] + 0.01 * seed for seed in SEEDS],
@@ -124,6 +129,13 @@ def test_effects_are_what_was_planted(world: dict[str, Any]) -> None:
 def test_planted_claims_hold_and_their_reversal_does_not() -> None:
     assert words(planted()) == ["holds"] * 9
     assert words(planted(REVERSED)) == ["does not hold here"] * 9
+
+
+def test_anisotropy_may_be_up_to_twice_that_of_random_rows() -> None:
+    for least, word in ((0.6, "holds"), (0.72, "does not hold here")):  # ln 2 = 0.693
+        said = words(planted(WORLD | {"beyond": {"feature": least, "gradient": 0.2}}))
+        assert said[FEATURES] == word
+        assert said[GRADIENTS] == "holds"
 
 
 def test_concentration_may_grow_up_to_twice() -> None:
@@ -145,13 +157,12 @@ def test_a_peak_in_the_middle_counts() -> None:
 def test_only_what_is_asked_is_read() -> None:
     runs = planted()
     for run in runs:
-        for layer in layers_of(run) if run.arm.startswith("p64-decay") else ():
-            layer["feature_anisotropy"] = layer["gradient_anisotropy"] = None
+        for layer in layers_of(run) if run.arm.endswith("-decay0.3") else ():
+            layer["feature_anisotropy"] = layer["gradient_random_anisotropy"] = None
+            layer["gradient_anisotropy"] = layer["weight_ks"] = layer["feature_equal_ks"] = None
     changed, before = effects(runs), effects(planted())
-    assert changed[FEATURES] == before[FEATURES]  # the widths between are not read
-    assert changed[GRADIENTS] == before[GRADIENTS]
-    assert changed[DECAYED] == {}  # they are here
-    others = (FEATURES_FIT, GRADIENTS_FIT, KEPT, KEPT_DECAYED, WEIGHTS, WEIGHTS_DECAYED)
+    assert changed[DECAYED] == {}  # nothing else reads the largest decay
+    others = [at for at in range(9) if at != DECAYED]
     assert [changed[at] for at in others] == [before[at] for at in others]
 
 
@@ -186,14 +197,16 @@ def test_a_line_before_the_end_is_no_end() -> None:
 def test_widths_and_decays_are_those_at_hand() -> None:
     narrow = effects([run for run in planted() if not run.arm.startswith("p256")])
     assert narrow[FEATURES] == pytest.approx(
-        {seed: 0.8 + 0.01 * seed for seed in SEEDS}, abs=TOLERANCE, rel=0
+        {seed: 0.3 - 0.5 + 0.01 * seed for seed in SEEDS}, abs=TOLERANCE, rel=0
     )
     mild = effects([run for run in planted() if not run.arm.endswith("decay0.3")])
     assert mild[DECAYED] == pytest.approx(
         {seed: -0.1 * (1 + 0.1 * seed) for seed in SEEDS}, abs=TOLERANCE, rel=0
     )
     one_width = effects([run for run in planted() if run.arm.startswith("p64")])
-    assert [at for at, found in enumerate(one_width) if not found] == [FEATURES, GRADIENTS]
+    assert one_width[GRADIENTS] == pytest.approx(
+        {seed: 0.2 + 0.01 * seed for seed in SEEDS}, abs=TOLERANCE, rel=0
+    )
     plain = effects([run for run in planted() if run.arm.endswith("decay0")])
     assert [at for at, found in enumerate(plain) if not found] == [
         KEPT_DECAYED,
@@ -255,7 +268,9 @@ def test_the_first_picture_shows_shares_by_width(monkeypatch: pytest.MonkeyPatch
             ]
             assert np.asarray(line.get_xdata()).tolist() == list(WIDTHS)
             np.testing.assert_allclose(np.asarray(line.get_ydata()), by_hand)
-            np.testing.assert_allclose(np.asarray(reference.get_ydata()), np.divide(by_hand, 3))
+            lower = [math.exp(beyond(WORLD, of, width, decay, 1)) for width in WIDTHS]
+            expected = np.divide(by_hand, lower)
+            np.testing.assert_allclose(np.asarray(reference.get_ydata()), expected)
         said = [text.get_text() for text in axes.texts]
         assert sorted(said) == ["decay 0", "decay 0.1", "decay 0.3"]
 

@@ -16,13 +16,27 @@ from scipy.stats import spearmanr
 
 from actsparse.records import Entry, Run
 from actsparse.report.claims import robustness
-from actsparse.report.claims.robustness import CONTROL, EXPERIMENT, SHOWN, TRAINED, goes_with
+from actsparse.report.claims.robustness import (
+    CONTROL,
+    EXPERIMENT,
+    SHOWN,
+    SPARING,
+    TRAINED,
+    goes_with,
+    moves,
+)
 from actsparse.report.findings import Arms, Finding, findings
+from actsparse.report.verdict import verdict
 
-# the questions, by place: paper against vanilla, against the control, and the rest
+# the questions, by place: paper against vanilla, both sparing, paper against that, and the rest
 ATTACK, FEATURES, WEIGHTS, ATTACK_SPARED, FEATURES_SPARED, WEIGHTS_SPARED = range(6)
-NOISE_TRAINED, GRADIENTS, COVERING = range(6, 9)
-MANIFEST: Entry = {"full": False, "command": "actsparse reproduce robustness", "time": {}}
+FEATURES_MIXED, WEIGHTS_MIXED, NOISE_TRAINED, GRADIENTS, COVERING = range(6, 11)
+MANIFEST: Entry = {
+    "full": False,
+    "seeds": 5,
+    "command": "actsparse reproduce robustness",
+    "time": {},
+}
 TOLERANCE = 1e-12  # a few sums and quotients of numbers near 1, each rounded by 2⁻⁵³
 DISTURBANCES = ("fgsm", "pgd", "x", "d", "weights")
 ARMS = tuple(dict.fromkeys((*TRAINED, *SHOWN)))
@@ -42,8 +56,9 @@ def checkpoint(
     rows = [row("clean", 0.0, clean)]
     for name, accuracy in under.items():  # not in the order of sizes
         rows += [row(name, 0.3, accuracy), row(name, 0.1, clean)]
+    asked = {"disturbance": "fgsm", "size": 0.1, "rho": 0.1}
     covering = [
-        {"block": f"blocks.{i}.mlp", "layer": layer, "tokens": 10, "covered": share}
+        {**asked, "block": f"blocks.{i}.mlp", "layer": layer, "tokens": 10, "covered": share}
         for i, shares in enumerate([(covered - 0.1, 0.0), (covered + 0.1, 1.0)])
         for layer, share in zip(("up", "down"), shares, strict=True)
     ]
@@ -72,7 +87,8 @@ def world(seeds: int = 5, sign: float = 1.0) -> list[Run]:
     for seed in range(seeds):
         draw = random.Random(f"robustness{seed}")
         for arm in ARMS:
-            better = {"paper": 0.2, "weight-noise": 0.2}.get(arm, 0.0) + 0.01 * draw.random()
+            modified = arm in ("paper", SPARING, "weight-noise")
+            better = 0.2 * modified + 0.01 * draw.random()
             lines = [checkpoint(0, 0.1, 0.2, **dict.fromkeys(DISTURBANCES, 0.1))]
             participation, level = 0.3, 0.5
             for step in range(100, DONE + 1, 100):
@@ -127,21 +143,30 @@ def test_effects_by_hand() -> None:
     other = [checkpoint(600, 0.805, pgd=0.161, x=0.322, d=0.644, weights=0.0, fgsm=0.1)]
     spared = [checkpoint(600, 0.9, pgd=0.45, x=0.9, d=0.0, weights=0.9)]
     trained = [checkpoint(600, 0.8, covered=0.7, weights=0.4)]
+    sparing = [checkpoint(600, 0.9, pgd=0.18, x=0.36, d=0.36, weights=0.99)]
     each = {"paper": own, "vanilla": other, CONTROL: spared, "weight-noise": trained}
+    each[SPARING] = sparing
     found = [answer.effects for answer in answers([made(arm, 3, each[arm]) for arm in each])]
     expected = {
         ATTACK: 0.5 - 0.2,
         FEATURES: 0.625 - 0.6,
         WEIGHTS: 0.25 - 0.0,
-        ATTACK_SPARED: 1 - 0.5,
-        FEATURES_SPARED: 1 - 0.5,
-        WEIGHTS_SPARED: 1 - 1,
+        ATTACK_SPARED: 0.2 - 0.5,
+        FEATURES_SPARED: 0.4 - 0.5,
+        WEIGHTS_SPARED: 1.1 - 1,
+        FEATURES_MIXED: 1 - 0.5,
+        WEIGHTS_MIXED: 1 - 1,
         NOISE_TRAINED: 0.5 - 0.0,
         COVERING: 0.7,  # of up, not of down
     }
     for at, value in expected.items():
         assert found[at] == {3: pytest.approx(value, abs=TOLERANCE)}, at
     assert found[GRADIENTS] == {}
+
+
+def with_itself(lines: Sequence[Entry]) -> float | None:
+    found = moves(made("vanilla", 0, lines))
+    return goes_with(found, found)
 
 
 changes = st.lists(
@@ -157,7 +182,7 @@ def test_the_correlation_is_spearmans_of_changes(moves: list[tuple[float, float]
     for at, (level, kept) in enumerate(zip(sparsity, share, strict=True), start=1):
         under = 0.8 * kept / 10  # 0.08 · kept ± 0.02: their mean is read
         lines.append(checkpoint(60 * at, 0.8, math.exp(-level), x=under + 0.02, d=under - 0.02))
-    found = goes_with(made("vanilla", 0, lines))
+    found = with_itself(lines)
     one, two = (np.array(each) for each in zip(*moves, strict=True))
     if len(set(one)) == 1 or len(set(two)) == 1:
         assert found is None
@@ -168,26 +193,62 @@ def test_the_correlation_is_spearmans_of_changes(moves: list[tuple[float, float]
 def test_gradients_that_only_shrink_are_not_sparser() -> None:
     """The share of small entries, which rises with every line, is not what is read."""
     lines = [checkpoint(100 * at, 0.9, 0.1, x=0.5 + 0.02 * at**2, d=0.5) for at in range(7)]
-    assert goes_with(made("vanilla", 0, lines)) is None
+    assert with_itself(lines) is None
 
 
 @pytest.mark.parametrize("told", [4, 5])
 def test_few_checkpoints_have_no_correlation(told: int) -> None:
     """5 after the start make 4 changes."""
     lines = [checkpoint(100 * at, 0.9, 0.5 ** (at**2), x=0.1 * at**1.5, d=0.1) for at in range(6)]
-    found = goes_with(made("vanilla", 0, lines[: told + 1]))
+    found = with_itself(lines[: told + 1])
     # the steps of −ln participation grow, and those of x
     assert found == (None if told == 4 else pytest.approx(1.0, abs=TOLERANCE))
 
 
+def path(sparser: Sequence[float], more: Sequence[float]) -> list[Entry]:
+    """Checkpoints with these changes of sparsity and of what is kept."""
+    levels = np.cumsum([1.0, *sparser]), np.cumsum([0.3, *more])
+    return [
+        checkpoint(100 * at, 0.9, math.exp(-level), x=0.9 * share, d=0.9 * share)
+        for at, (level, share) in enumerate(zip(*levels, strict=True), start=1)
+    ]
+
+
+def test_what_other_seeds_share_is_taken_off_by_hand() -> None:
+    """Ranks 1 2 3 4 against themselves, turned round, and with the last two swapped (0.8)."""
+    up, down, swapped = [0.01, 0.02, 0.03, 0.04], [0.04, 0.03, 0.02, 0.01], [0.01, 0.02, 0.04, 0.03]
+    each = [path(up, up), path(up, down), path(down, swapped)]
+    arms = Arms([made("vanilla", seed, lines) for seed, lines in enumerate(each)])
+    found = robustness.beyond_the_step(arms, "vanilla")
+    expected = {0: 1 - (-1 + 0.8) / 2, 1: -1 - (1 + 0.8) / 2, 2: -0.8 - (-1 + 1) / 2}
+    assert found == {seed: pytest.approx(value, abs=TOLERANCE) for seed, value in expected.items()}
+    alone = Arms([made("vanilla", 0, each[0]), made("vanilla", 1, each[1][:4])])  # 3 changes
+    assert robustness.beyond_the_step(alone, "vanilla") == {}
+
+
+def test_a_schedule_that_all_seeds_share_does_not_hold_up() -> None:
+    """Every run's own changes correlate, but as much with those of the other seeds."""
+    runs = []
+    for seed in range(5):
+        for arm in TRAINED:
+            draw = random.Random(f"schedule{seed}{arm}")
+            slower = [0.1 / step for step in range(1, 7)]
+            two = [[value * draw.uniform(0.5, 2) for value in slower] for _ in range(2)]
+            runs.append(made(arm, seed, path(*two)))
+    own = [goes_with(found, found) for found in map(moves, runs)]
+    alone = np.mean(np.reshape(own, (5, -1)), axis=1).tolist()
+    assert verdict(EXPERIMENT.questions[GRADIENTS].claim, alone).word == "holds"
+    assert answers(runs)[GRADIENTS].verdict.word == "undecided"
+
+
 def test_one_run_that_cannot_tell_takes_its_seed_out() -> None:
     runs = world()
-    whole = answers(runs)[GRADIENTS].effects
-    lacking = [run for run in runs if (run.arm, run.seed) != ("paper-no-1d-decay", 2)]
+    assert list(answers(runs)[GRADIENTS].effects) == [0, 1, 2, 3, 4]
+    lacking = [run for run in runs if (run.arm, run.seed) != (SPARING, 2)]
     found = answers(lacking)[GRADIENTS].effects
-    assert found == {seed: value for seed, value in whole.items() if seed != 2}
-    own = [goes_with(run) for run in runs if run.seed == 1 and run.arm in TRAINED]
-    assert whole[1] == pytest.approx(np.mean(own), abs=TOLERANCE)
+    assert list(found) == [0, 1, 3, 4]
+    own = [robustness.beyond_the_step(Arms(lacking), arm)[1] for arm in TRAINED]
+    assert found[1] == pytest.approx(np.mean(own), abs=TOLERANCE)
 
 
 # -- verdicts ---------------------------------------------------------------------------------
@@ -218,7 +279,7 @@ def test_what_is_missing_is_undecided() -> None:
 
 def test_arms_that_are_nowhere_equally_good_are_not_compared() -> None:
     def worse(run: Run) -> list[Entry]:
-        if run.arm not in ("paper", "weight-noise"):
+        if run.arm not in ("paper", SPARING, "weight-noise"):
             return run.measured
         return [checkpoint(DONE, 0.8, **dict.fromkeys(DISTURBANCES, 0.5))]
 
@@ -229,6 +290,14 @@ def test_arms_that_are_nowhere_equally_good_are_not_compared() -> None:
 
 def test_covering_before_the_end_is_not_the_ends() -> None:
     assert robustness.covered(made("weight-noise", 0, [checkpoint(500, 0.9)])) is None
+
+
+@pytest.mark.parametrize("other", [{"disturbance": "pgd"}, {"size": 0.05}, {"rho": 0.3}], ids=str)
+def test_covering_of_another_attack_is_not_read(other: Entry) -> None:
+    last = checkpoint(DONE, 0.9)
+    assert robustness.covered(made("weight-noise", 0, [last])) == pytest.approx(0.6)
+    last["trials"]["covering"] = [row | other for row in last["trials"]["covering"]]
+    assert robustness.covered(made("weight-noise", 0, [last])) is None
 
 
 def test_words_stand_in_a_table() -> None:
