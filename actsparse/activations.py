@@ -172,7 +172,7 @@ class SShape(NamedTuple):
         """
         if self == SShape():
             return "s_shape"
-        dx, dy, h = (repr(value).removesuffix(".0") for value in self)
+        dx, dy, h = (repr(value + 0.0).removesuffix(".0") for value in self)  # -0 is 0
         third = "" if self.half_width == SShape().half_width else f", half_width={h}"
         return f"s_shape(dx={dx}, dy={dy}{third})"
 

@@ -374,7 +374,7 @@ def test_the_names_are_these() -> None:
         "s_shape(dx=1.6.0, dy=-1.6)", "s_shape(dx=., dy=-1.6)", "s_shape(dx=1_6, dy=-1.6)",
         "s_shape(dx=١, dy=-1.6)", "s_shape(dx=nan, dy=0)", "s_shape(dx=0, dy=inf)",
         "s_shape(dx=1e+999, dy=0)", "s_shape(dx=0, dy=0)", "s_shape(dx=0, dy=-0)",
-        "s_shape(dx=0, dy=1.0)", "s_shape(dx=1.6, dy=-1.6, half_width=1.5)",
+        "s_shape(dx=0, dy=1.0)", "s_shape(dx=-0, dy=1)", "s_shape(dx=1.6, dy=-1.6, half_width=1.5)",
         "s_shape(dx=1.6, dy=-1.6, half_width=0)", "s_shape(dx=1.6, dy=-1.6, half_width=-1)",
         "s_shape(dx=1.6, dy=-1.6, 2)", "s_shape(dx=__import__('os'), dy=0)",
     ],

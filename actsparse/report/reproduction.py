@@ -62,7 +62,7 @@ def findings_in(folder: str | Path, runs: list[Run] | None = None) -> Findings |
 def counts(found: Findings) -> str:
     """How many of the papers' claims got which verdict; checks and controls of ours apart.
 
-    ``3 of 5 claims hold here, 1 does not, 1 undecided; 2 of 4 checks of ours do``
+    ``3 of 5 claims hold here, 1 does not, 1 undecided; 2 of 4 checks of ours hold``
     """
     theirs = [each for each in found.findings if each.question.claim.source != OURS]
     words = [each.verdict.word for each in theirs]
@@ -72,7 +72,7 @@ def counts(found: Findings) -> str:
     rest = len(words) - holds - fails
     said += f", {rest} undecided" if rest else ""
     own = [each.verdict.word for each in found.findings if each not in theirs]
-    return said + (f"; {own.count('holds')} of {len(own)} checks of ours do" if own else "")
+    return said + (f"; {own.count('holds')} of {len(own)} checks of ours hold" if own else "")
 
 
 def heading(found: Findings) -> dict[str, str]:
