@@ -13,16 +13,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
+from actsparse.observe.counts import Counts
 
 _FOLD = 255  # what a uint8 holds
 _CHUNK = 2 * _FOLD  # rows that stay in a CPU's cache together with their temporaries
 
 
-class Density:
+class Density(Counts):
     """How often each hidden unit of one block is active, in one phase: integers, counted exactly.
 
     The state is three int64 tensors on the block's device, whatever the number of steps:
@@ -37,6 +39,10 @@ class Density:
         "living sparsity": ("living_density", lambda density: f"{1 - density:.2%}"),
     }
 
+    counters: ClassVar[dict[str, bool]] = {"active": True, "sloped": True, "tokens": False}
+    active: Tensor
+    sloped: Tensor
+
     def __init__(self, block: MLPBlock) -> None:
         activation = block.activation
         if activation.call is None and activation.function is None:
@@ -46,11 +52,7 @@ class Density:
                 f"no chain of calls; call an activation module or function there, or leave the "
                 f"block out of blocks="
             )
-        device = next((p.device for p in block.down.module.parameters()), None)
-        with torch.inference_mode(False):  # else no later step outside it could add to them
-            self.active = torch.zeros(block.d_hidden, dtype=torch.int64, device=device)
-            self.sloped = torch.zeros_like(self.active)
-            self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        super().__init__(block)
 
     @staticmethod
     def stages(site: Site) -> tuple[str, ...]:
@@ -60,9 +62,7 @@ class Density:
     def update(self, site: Site, stages: dict[str, Tensor], keep: Tensor | None) -> None:
         """Count one pass. ``keep`` [B, T] is False at tokens to leave out; None: none."""
         a = stages["a"]
-        if self.active.device != a.device:  # the model has moved
-            for name in ("active", "sloped", "tokens"):
-                setattr(self, name, getattr(self, name).to(a.device))
+        self.follow(a.device)
         rows = None
         if keep is None:
             self.tokens.add_(a.numel() // a.shape[-1])
@@ -75,54 +75,26 @@ class Density:
             active = _count(stages["z"], rows, lambda z: _nonzero(site.derivative(z)))
         self.sloped.add_(active)
 
-    def reset(self) -> None:
-        """Forget what was counted."""
-        for counter in self.state():
-            counter.zero_()
-
-    def state(self) -> list[Tensor]:
-        """The three counters."""
-        return [self.active, self.sloped, self.tokens]
-
-    def load(self, state: list[Tensor]) -> None:
-        """Go on from these counts."""
-        for counter, count in zip(self.state(), state, strict=True):
-            counter.copy_(count)
-
     @staticmethod
-    def summary(parts: dict[str, Density]) -> dict[str, Any] | None:
-        """Of the blocks called ``parts`` together and, under ``blocks``, of each.
-
-        Blocks weigh by units × tokens, and those that no token passed are left out; None if no
-        block is left.
-        """
-        counted = {name: part for name, part in parts.items() if int(part.tokens)}
-        if not counted:
-            return None
-        rows = [
-            {"block": name, "tokens": int(part.tokens), **_shares([part])}
-            for name, part in counted.items()
-        ]
-        return {**_shares(list(counted.values())), "blocks": rows}
-
-
-def _shares(parts: list[Density]) -> dict[str, Any]:
-    active = sloped = units = dead = of = living = 0
-    for part in parts:
-        fired = int((part.active != 0).sum())
-        active += int(part.active.sum())
-        sloped += int(part.sloped.sum())
-        units += len(part.active)
-        dead += len(part.active) - fired
-        of += len(part.active) * int(part.tokens)
-        living += fired * int(part.tokens)
-    return {
-        "density": active / of,
-        "derivative_density": sloped / of,
-        "dead": dead,
-        "units": units,
-        "living_density": active / living if living else 0.0,
-    }
+    @override
+    def shares(parts: list[Any]) -> dict[str, Any]:
+        """Pooled over all units and tokens."""
+        active = sloped = units = dead = of = living = 0
+        for part in parts:
+            fired = int((part.active != 0).sum())
+            active += int(part.active.sum())
+            sloped += int(part.sloped.sum())
+            units += len(part.active)
+            dead += len(part.active) - fired
+            of += len(part.active) * int(part.tokens)
+            living += fired * int(part.tokens)
+        return {
+            "density": active / of,
+            "derivative_density": sloped / of,
+            "dead": dead,
+            "units": units,
+            "living_density": active / living if living else 0.0,
+        }
 
 
 def _same_zeros(site: Site) -> bool:

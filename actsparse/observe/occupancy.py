@@ -21,10 +21,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from actsparse.activations import SShape, s_shape_of
-from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
+from actsparse.observe.counts import Counts
 
 _CHUNK = 512  # rows that stay in a CPU's cache with their temporaries: 2 to 3 times as fast
 
@@ -42,7 +43,7 @@ def intervals(shape: SShape) -> tuple[Interval, Interval]:
     return (dx - h, dx + h), (root - h, root + h)
 
 
-class Occupancy:
+class Occupancy(Counts):
     """How many pre-activations of one block lie in each interval, in one phase: exact integers.
 
     The state is three int64 tensors [] on the block's device: ``zero_derivative`` and
@@ -55,13 +56,11 @@ class Occupancy:
         "z around φ = 0": ("zero_activation", lambda share: f"{share:.2%}"),
     }
 
-    def __init__(self, block: MLPBlock) -> None:
-        self.units = block.d_hidden
-        device = next((p.device for p in block.down.module.parameters()), None)
-        with torch.inference_mode(False):  # else no later step outside it could add to them
-            self.zero_derivative = torch.zeros((), dtype=torch.int64, device=device)
-            self.zero_activation = torch.zeros_like(self.zero_derivative)
-            self.tokens = torch.zeros_like(self.zero_derivative)
+    counters: ClassVar[dict[str, bool]] = {
+        "zero_derivative": False, "zero_activation": False, "tokens": False,
+    }  # fmt: skip
+    zero_derivative: Tensor
+    zero_activation: Tensor
 
     @staticmethod
     def stages(site: Site) -> tuple[str, ...]:
@@ -82,9 +81,7 @@ class Occupancy:
                 f"SwapActivation(to='s_shape(dx=1.6, dy=-1.6)'), or leave the block out of blocks="
             )
         z = stages["z"]
-        if self.tokens.device != z.device:  # the model has moved
-            for name in ("zero_derivative", "zero_activation", "tokens"):
-                setattr(self, name, getattr(self, name).to(z.device))
+        self.follow(z.device)
         rows = z.reshape(-1, z.shape[-1])
         if keep is None:
             kept = torch.ones_like(rows[:, :1], dtype=torch.bool)
@@ -100,40 +97,12 @@ class Occupancy:
             for counter, (low, high) in zip(counters, intervals(shape), strict=True):
                 counter.add_(((low <= part) & (part <= high) & counted).count_nonzero())
 
-    def reset(self) -> None:
-        """Forget what was counted."""
-        for counter in self.state():
-            counter.zero_()
-
-    def state(self) -> list[Tensor]:
-        """The three counters."""
-        return [self.zero_derivative, self.zero_activation, self.tokens]
-
-    def load(self, state: list[Tensor]) -> None:
-        """Go on from these counts."""
-        for counter, count in zip(self.state(), state, strict=True):
-            counter.copy_(count)
-
     @staticmethod
-    def summary(parts: dict[str, Occupancy]) -> dict[str, Any] | None:
-        """Of the blocks called ``parts`` together and, under ``blocks``, of each.
-
-        Blocks weigh by units × tokens, and those that no token passed are left out; None if no
-        block is left.
-        """
-        counted = {name: part for name, part in parts.items() if int(part.tokens)}
-        if not counted:
-            return None
-        rows = [
-            {"block": name, "tokens": int(part.tokens), **_shares([part])}
-            for name, part in counted.items()
-        ]
-        return {**_shares(list(counted.values())), "blocks": rows}
-
-
-def _shares(parts: list[Occupancy]) -> dict[str, float]:
-    of = sum(part.units * int(part.tokens) for part in parts)
-    return {
-        "zero_derivative": sum(int(part.zero_derivative) for part in parts) / of,
-        "zero_activation": sum(int(part.zero_activation) for part in parts) / of,
-    }
+    @override
+    def shares(parts: list[Any]) -> dict[str, Any]:
+        """Pooled over all units and tokens."""
+        of = sum(part.units * int(part.tokens) for part in parts)
+        return {
+            "zero_derivative": sum(int(part.zero_derivative) for part in parts) / of,
+            "zero_activation": sum(int(part.zero_activation) for part in parts) / of,
+        }
