@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from json import dumps, loads
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +65,7 @@ def report(
             markdown_reproduction,
             markdown_table,
             markdown_theory,
+            plain,
             print_findings,
             print_payoff,
             print_table,
@@ -88,7 +89,7 @@ def report(
     runs, payoff = found.runs, found.payoff
     if json and found.findings is not None:
         verdicts = found.findings.to_json()
-        typer.echo(dumps(verdicts | {"arms": loads(to_json(compare(runs)))}, indent=2))
+        typer.echo(dumps(verdicts | {"arms": plain(compare(runs))}, indent=2))
         return
     if json:
         typer.echo(to_json(compare(runs) if runs else payoff))

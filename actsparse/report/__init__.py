@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from actsparse.report.card import model_card
 from actsparse.report.claims import CLAIMS
-from actsparse.report.compare import Table, compare, to_json
+from actsparse.report.compare import Table, compare, plain, to_json
 from actsparse.report.page import gather, markdown_table, print_table, write_report
 from actsparse.report.payoff import markdown_payoff, print_payoff
 from actsparse.report.reproduction import (
@@ -31,6 +31,7 @@ __all__ = [
     "markdown_table",
     "markdown_theory",
     "model_card",
+    "plain",
     "print_findings",
     "print_payoff",
     "print_table",

@@ -163,18 +163,19 @@ def compare(runs: list[Run]) -> Table:
 
 def to_json(table: Any) -> str:
     """The table, or the `Theory`, as JSON text; an interval is ``{"mean", "low", "high", "n"}``."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Estimate):
-            return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
-        if dataclasses.is_dataclass(value):
-            fields = dataclasses.fields(value)
-            return {field.name: plain(getattr(value, field.name)) for field in fields}
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        return [plain(each) for each in value] if isinstance(value, tuple) else value
-
     return json.dumps(plain(table), indent=2, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """What `to_json` writes, as plain values."""
+    if isinstance(value, Estimate):
+        return {"mean": value.mean, "low": value.low, "high": value.high, "n": value.n}
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return {field.name: plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def loss_drop(run: Run) -> float | None:

@@ -32,12 +32,13 @@ def change(lines: Lines, *keys: str, least_loss: float | None = None) -> Reader:
     return read
 
 
+def final(run: Run, lines: Lines) -> Entry | None:
+    """The line that a run wrote at its last step; None where there is none."""
+    entries: list[Entry] = getattr(run, lines)
+    done = run.result["step"] if run.result else None
+    return entries[-1] if entries and entries[-1]["step"] == done else None
+
+
 def at_end(lines: Lines, *keys: str) -> Reader:
-    """Reads a number of the line that a run wrote at its last step; None where there is none."""
-
-    def read(run: Run) -> float | None:
-        entries: list[Entry] = getattr(run, lines)
-        done = run.result["step"] if run.result else None
-        return number(entries[-1], *keys) if entries and entries[-1]["step"] == done else None
-
-    return read
+    """Reads a number of a run's `final` line."""
+    return lambda run: number(final(run, lines), *keys)

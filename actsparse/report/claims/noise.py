@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actsparse.records import Entry, Run
+from actsparse.report.claims.ends import final
 from actsparse.report.claims.ratio import spread
 from actsparse.report.findings import OURS, V1, Arms, Effects, Experiment, Question, Reader
 from actsparse.report.measures import number
@@ -73,8 +74,8 @@ def _layers(entry: Entry) -> list[Entry]:
 
 def _at_end(run: Run) -> list[Entry]:
     """The layers of the line of the last step; none where there is no such line."""
-    done = run.result["step"] if run.result else None
-    return _layers(run.measured[-1]) if run.measured and run.measured[-1]["step"] == done else []
+    entry = final(run, "measured")
+    return [] if entry is None else _layers(entry)
 
 
 def _mean_log(layers: Sequence[Entry], key: str) -> float | None:

@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from actsparse.records import Entry, Run
+from actsparse.report.claims.ends import final
 from actsparse.report.claims.sparser import SPARED, mlps_matter
 from actsparse.report.compare import CONTROL, MARGIN, QUALITY, REFERENCE, SUBJECT, TRAINING
 from actsparse.report.findings import (
@@ -69,7 +70,7 @@ def trials(entry: Entry | None) -> dict[float, Entry]:
 
 def at_end(run: Run) -> dict[float, Entry]:
     """The trial at the last step."""
-    return trials(next((e for e in run.measured if e["step"] == (run.result or {})["step"]), None))
+    return trials(final(run, "measured"))
 
 
 def at_start(run: Run) -> dict[float, Entry]:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from actsparse.records import Entry, Run
 from actsparse.report import plots
+from actsparse.report.claims.ends import final
+from actsparse.report.claims.sparser import SPARED
 from actsparse.report.compare import MARGIN
 from actsparse.report.findings import OURS, V1, Arms, Effects, Experiment, Question, within
 from actsparse.report.measures import number
@@ -31,8 +33,8 @@ from actsparse.report.verdict import Claim
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CONTROL = "vanilla-no-1d-decay"
-SPARING = "paper-no-1d-decay"
+CONTROL = f"vanilla{SPARED}"
+SPARING = f"paper{SPARED}"
 TRAINED = ("vanilla", CONTROL, "paper", SPARING)  # none of them for noise or penalties
 FEATURES = ("x", "d")
 COVERED = {"disturbance": "fgsm", "size": 0.1, "rho": 0.1}  # of the records' rows
@@ -189,12 +191,10 @@ def _correlations(arms: Arms) -> Effects:
 
 def covered(run: Run) -> float | None:
     """The share of tokens at up that weight noise covers as `COVERED` says, at the run's end."""
-    last = run.measured[-1] if run.measured else {}
-    rows = (last.get("trials") or {}).get("covering") or []
+    rows = ((final(run, "measured") or {}).get("trials") or {}).get("covering") or []
     asked = [row for row in rows if COVERED.items() <= row.items()]
     shares = [row["covered"] for row in asked if row["layer"] == "up"]
-    at_end = run.result is not None and last.get("step") == run.result["step"]
-    return fmean(shares) if shares and at_end else None
+    return fmean(shares) if shares else None
 
 
 _MATCHED = (
