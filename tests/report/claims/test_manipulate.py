@@ -14,15 +14,15 @@ import pytest
 from actsparse.records import Entry, RecordWriter, environment, read_runs, run_path
 from actsparse.report.claims.manipulate import EXPERIMENT, SHIFTS
 from actsparse.report.claims.sparser import SPARED
-from actsparse.report.findings import Arms, Finding, findings
+from actsparse.report.findings import Arms, Finding
 from actsparse.report.plots import Picture
+from tests.report.claims import made_up
 
 (
     MATTER, GAINS, GAINS_SPARED, RISES, ENDS, STABLE, STABLE_SPARED, AS_RELU, AS_RELU_SPARED,
     OF_USE, OF_USE_SPARED,
 ) = range(11)  # fmt: skip
 SPARED_ROWS = (GAINS_SPARED, STABLE_SPARED, AS_RELU_SPARED, OF_USE_SPARED)
-MANIFEST: Entry = {"full": False, "seeds": 5, "command": "actsparse reproduce", "time": {}}
 PNG = b"\x89PNG"
 HERE = environment(threads=1)
 TOLERANCE = 1e-12  # sums of fewer than ten shares below 1, a few roundings of 2⁻⁵³ each
@@ -55,7 +55,7 @@ def write(out: Path, arm: str, seed: int, path: Path4, quality: float, first: in
 
 
 def answers(out: Path) -> list[Finding]:
-    return list(findings(EXPERIMENT, read_runs(out), MANIFEST).findings)
+    return made_up.answers(EXPERIMENT, read_runs(out))
 
 
 def world(out: Path, seeds: int = 5, sign: float = 1.0, **changed: Any) -> None:
@@ -166,7 +166,7 @@ def test_without_a_start_there_is_no_change(tmp_path: Path) -> None:
 
 
 def test_no_runs_are_undecided() -> None:
-    found = findings(EXPERIMENT, [], MANIFEST).findings
+    found = made_up.answers(EXPERIMENT, [])
     assert {answer.verdict.word for answer in found} == {"undecided"}
 
 

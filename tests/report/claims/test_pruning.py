@@ -11,13 +11,13 @@ import pytest
 
 from actsparse.records import Entry, RecordWriter, environment, read_runs, run_path
 from actsparse.report.claims.pruning import BASES, DROPPED, EXPERIMENT, SPARED, dropping
-from actsparse.report.findings import Arms, Finding, findings
+from actsparse.report.findings import Arms, Finding
 from actsparse.report.plots import Picture
+from tests.report.claims import made_up
 
 SAVED, SAVED_PAPER, MORE, MORE_SPARED, KEPT, KEPT_PAPER, KEPT_ONE, SOME, FEWER, ERROR, MATTER = (
     range(11)
 )
-MANIFEST: Entry = {"full": False, "seeds": 5, "command": "actsparse reproduce pruning", "time": {}}
 PNG = b"\x89PNG"
 HERE = environment(threads=1)
 TOLERANCE = 1e-12  # sums of fewer than ten numbers below 5, a few roundings of 2⁻⁵³ each
@@ -79,7 +79,7 @@ def exact(density: float, products: bool = True) -> Entry:
 
 
 def answers(out: Path) -> list[Finding]:
-    return list(findings(EXPERIMENT, read_runs(out), MANIFEST).findings)
+    return made_up.answers(EXPERIMENT, read_runs(out))
 
 
 def world(
@@ -204,7 +204,7 @@ def test_what_no_gradient_can_tell_is_left_out(tmp_path: Path) -> None:
 
 
 def test_no_runs_are_undecided() -> None:
-    found = findings(EXPERIMENT, [], MANIFEST).findings
+    found = made_up.answers(EXPERIMENT, [])
     assert {answer.verdict.word for answer in found} == {"undecided"}
 
 

@@ -25,18 +25,13 @@ from actsparse.report.claims.robustness import (
     goes_with,
     moves,
 )
-from actsparse.report.findings import Arms, Finding, findings
+from actsparse.report.findings import Arms
 from actsparse.report.verdict import verdict
+from tests.report.claims.made_up import answers
 
 # the questions, by place: paper against vanilla, both sparing, paper against that, and the rest
 ATTACK, FEATURES, WEIGHTS, ATTACK_SPARED, FEATURES_SPARED, WEIGHTS_SPARED = range(6)
 FEATURES_MIXED, WEIGHTS_MIXED, NOISE_TRAINED, GRADIENTS, COVERING = range(6, 11)
-MANIFEST: Entry = {
-    "full": False,
-    "seeds": 5,
-    "command": "actsparse reproduce robustness",
-    "time": {},
-}
 TOLERANCE = 1e-12  # a few sums and quotients of numbers near 1, each rounded by 2⁻⁵³
 DISTURBANCES = ("fgsm", "pgd", "x", "d", "weights")
 ARMS = tuple(dict.fromkeys((*TRAINED, *SHOWN)))
@@ -71,10 +66,6 @@ def made(arm: str, seed: int, lines: Sequence[Entry]) -> Run:
     """A finished run with these measured lines, not on disk."""
     header = {"task": "digits", "arm": arm, "seed": seed}
     return Run(Path(), header, [], [], list(lines), {"step": DONE}, None, False)
-
-
-def answers(runs: Sequence[Run]) -> list[Finding]:
-    return list(findings(EXPERIMENT, runs, MANIFEST).findings)
 
 
 def world(seeds: int = 5, sign: float = 1.0) -> list[Run]:
@@ -146,7 +137,9 @@ def test_effects_by_hand() -> None:
     sparing = [checkpoint(600, 0.9, pgd=0.18, x=0.36, d=0.36, weights=0.99)]
     each = {"paper": own, "vanilla": other, CONTROL: spared, "weight-noise": trained}
     each[SPARING] = sparing
-    found = [answer.effects for answer in answers([made(arm, 3, each[arm]) for arm in each])]
+    found = [
+        answer.effects for answer in answers(EXPERIMENT, [made(arm, 3, each[arm]) for arm in each])
+    ]
     expected = {
         ATTACK: 0.5 - 0.2,
         FEATURES: 0.625 - 0.6,
@@ -238,14 +231,14 @@ def test_a_schedule_that_all_seeds_share_does_not_hold_up() -> None:
     own = [goes_with(found, found) for found in map(moves, runs)]
     alone = np.mean(np.reshape(own, (5, -1)), axis=1).tolist()
     assert verdict(EXPERIMENT.questions[GRADIENTS].claim, alone).word == "holds"
-    assert answers(runs)[GRADIENTS].verdict.word == "undecided"
+    assert answers(EXPERIMENT, runs)[GRADIENTS].verdict.word == "undecided"
 
 
 def test_one_run_that_cannot_tell_takes_its_seed_out() -> None:
     runs = world()
-    assert list(answers(runs)[GRADIENTS].effects) == [0, 1, 2, 3, 4]
+    assert list(answers(EXPERIMENT, runs)[GRADIENTS].effects) == [0, 1, 2, 3, 4]
     lacking = [run for run in runs if (run.arm, run.seed) != (SPARING, 2)]
-    found = answers(lacking)[GRADIENTS].effects
+    found = answers(EXPERIMENT, lacking)[GRADIENTS].effects
     assert list(found) == [0, 1, 3, 4]
     own = [robustness.beyond_the_step(Arms(lacking), arm)[1] for arm in TRAINED]
     assert found[1] == pytest.approx(np.mean(own), abs=TOLERANCE)
@@ -255,18 +248,18 @@ def test_one_run_that_cannot_tell_takes_its_seed_out() -> None:
 
 
 def test_what_is_planted_holds_and_its_reversal_does_not() -> None:
-    assert {each.verdict.word for each in answers(world())} == {"holds"}
-    turned = {each.verdict.word for each in answers(world(sign=-1))}
+    assert {each.verdict.word for each in answers(EXPERIMENT, world())} == {"holds"}
+    turned = {each.verdict.word for each in answers(EXPERIMENT, world(sign=-1))}
     assert turned == {"does not hold here"}
 
 
 def words_without(runs: Sequence[Run], change: Callable[[Run], list[Entry]]) -> list[str]:
-    found = answers([made(run.arm, run.seed, change(run)) for run in runs])
+    found = answers(EXPERIMENT, [made(run.arm, run.seed, change(run)) for run in runs])
     return [each.verdict.word for each in found]
 
 
 def test_what_is_missing_is_undecided() -> None:
-    assert {each.verdict.word for each in answers(world(seeds=4))} == {"undecided"}
+    assert {each.verdict.word for each in answers(EXPERIMENT, world(seeds=4))} == {"undecided"}
     assert set(words_without(world(), lambda run: [])) == {"undecided"}
     older = words_without(
         world(), lambda run: [{k: v for k, v in e.items() if k != "trials"} for e in run.measured]
@@ -283,7 +276,7 @@ def test_arms_that_are_nowhere_equally_good_are_not_compared() -> None:
             return run.measured
         return [checkpoint(DONE, 0.8, **dict.fromkeys(DISTURBANCES, 0.5))]
 
-    found = answers([made(run.arm, run.seed, worse(run)) for run in world()])
+    found = answers(EXPERIMENT, [made(run.arm, run.seed, worse(run)) for run in world()])
     assert not any(each.effects for each in found[:GRADIENTS])
     assert {each.verdict.word for each in found[:GRADIENTS]} == {"undecided"}
 
