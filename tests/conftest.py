@@ -24,6 +24,12 @@ settings.load_profile("actsparse")
 torch.set_num_threads(1)
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Numbers drawn while a module is imported: torch begins each process at a seed of its own."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def same_seeds() -> None:
     random.seed(0)

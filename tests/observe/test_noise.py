@@ -18,7 +18,11 @@ from tests.zoo import BY_ID
 
 FIELDS = ("feature_anisotropy", "gradient_anisotropy", "noise_scale")
 B, T = 5, 3
-X = torch.randn(B, T, D, dtype=torch.float64) + 1  # a common part, so that there is a signal
+DRAW = torch.Generator().manual_seed(0)
+# What all tokens have in common, after the norm too: a signal above the noise.
+X = torch.randn(D, dtype=torch.float64, generator=DRAW) + 0.5 * torch.randn(
+    B, T, D, dtype=torch.float64, generator=DRAW
+)
 EVERY = torch.ones(B, T, dtype=torch.bool)
 
 # Sums of at most B·T·H = 150 terms round to 2e-14. The scale divides by ‖ḡ‖² − tr Σ/n, which
