@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from actsparse.modify.adapters import load_adapter, lora_config, merge_adapter, save_adapter
 from actsparse.modify.decay import decay_groups
+from actsparse.modify.flatness_penalty import FlatnessPenalty
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification, NotApplicable
@@ -14,12 +15,14 @@ from actsparse.modify.recipe import RECIPES, Recipe, recipe_named
 from actsparse.modify.saving import load, save
 from actsparse.modify.sparsify import sparsify
 from actsparse.modify.swap_activation import SwapActivation
+from actsparse.modify.top_k import TopK
 from actsparse.modify.weight_noise import WeightNoise
 from actsparse.modify.zeroth_bias import ZerothBias
 
 __all__ = [
     "RECIPES",
     "ActivationPenalty",
+    "FlatnessPenalty",
     "Handle",
     "LeaveOutMLP",
     "Modification",
@@ -28,6 +31,7 @@ __all__ = [
     "PruneGradient",
     "Recipe",
     "SwapActivation",
+    "TopK",
     "WeightNoise",
     "ZerothBias",
     "decay_groups",

@@ -121,12 +121,17 @@ class Handle:
             change.update(progress)
             change.project(progress)
 
-    def penalty(self) -> Tensor:
+    def penalty(self, loss: Tensor | None = None) -> Tensor:
         """What the penalties add to the loss of the last forward pass, a 0-dim tensor.
 
-        ``loss = loss + handle.penalty()``; zero without penalties or outside training mode. Each
-        call takes the values of one forward pass.
+        ``loss = loss + handle.penalty(loss)``; zero without penalties or outside training mode.
+        Each call takes the values of one forward pass. ``loss``, a mean over the batch's samples,
+        is needed by penalties on its gradients (``FlatnessPenalty``) alone.
+
+        Raises:
+            ValueError: a penalty needs the loss, which is missing, not 0-dim or without a graph.
         """
+        self._differentiate(loss)
         sums: dict[int, list[Tensor]] = {}
         for modification, attached in self._attached:
             value = attached.penalty()
@@ -137,6 +142,45 @@ class Handle:
         home = next(iter(sums.values()))[0].device
         means = [torch.stack([v.to(home) for v in values]).mean() for values in sums.values()]
         return torch.stack(means).sum()
+
+    def _differentiate(self, loss: Tensor | None) -> None:
+        """Give the loss's gradients, of one backward pass, to the penalties that need them."""
+        asked = [
+            (modification, attached, stages)
+            for modification, attached in self._attached
+            if (stages := attached.differentiated())
+        ]
+        if not asked:
+            return
+        name = type(asked[0][0]).__name__
+        if loss is None:
+            raise ValueError(
+                f"{name} needs the loss: handle.penalty(loss), the loss of the last forward pass, "
+                f"a mean over its samples; in training by the callback the model itself must "
+                f"return one (called with labels)"
+            )
+        if loss.dim() or not loss.requires_grad:
+            raise ValueError(
+                f"{name} needs a loss with a graph, of no dimensions; got {loss.dim()} dimensions, "
+                f"requires_grad={loss.requires_grad}"
+            )
+        for _, attached, stages in asked:
+            if not all(stage.requires_grad for stage in stages):
+                raise RuntimeError(
+                    f"{name} at block {attached.site.block.name!r}: the forward kept no gradient "
+                    f"of z (reentrant gradient checkpointing? use use_reentrant=False; or nothing "
+                    f"up to there is trained)"
+                )
+        gradients = iter(
+            torch.autograd.grad(
+                loss,
+                [stage for _, _, stages in asked for stage in stages],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+        for _, attached, stages in asked:
+            attached.gradients = [next(gradients) for _ in stages]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedules stand; parameters are in the model's own state dict."""

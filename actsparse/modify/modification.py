@@ -30,12 +30,20 @@ class Attached:
     def __init__(self, site: Site, note: str) -> None:
         self.site = site
         self.note = note
+        self.gradients: list[Tensor | None] = []
 
     def update(self, progress: Progress) -> None:
         """Follow a schedule; called once at the start and after each optimizer step."""
 
     def project(self, progress: Progress) -> None:
         """Bring parameters back to where they are allowed, after each optimizer step."""
+
+    def differentiated(self) -> list[Tensor]:
+        """Stages of the last forward pass at which :meth:`penalty` needs the loss's gradients.
+
+        They are in ``self.gradients`` when it is called, None where the loss does not depend on it.
+        """
+        return []
 
     def penalty(self) -> Tensor | None:
         """The last forward pass's share of the loss, or None."""
@@ -48,9 +56,14 @@ class Attached:
 
 @dataclass(frozen=True)
 class Modification:
-    """Base of the configs. ``order``: projections of lower order run first."""
+    """Base of the configs.
+
+    ``order``: projections of lower order run first. ``needs_loss``: its penalty is of the loss's
+    gradients, ``handle.penalty(loss)``.
+    """
 
     order: ClassVar[int] = 0
+    needs_loss: ClassVar[bool] = False
 
     def ramps(self) -> list[Ramp]:
         """The schedules this modification follows."""

@@ -7,20 +7,22 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from actsparse.activations import ActivationFunction
+from actsparse.modify.flatness_penalty import FlatnessPenalty
 from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification
 from actsparse.modify.norm_floor import NormFloor
 from actsparse.modify.penalty import ActivationPenalty
 from actsparse.modify.prune_gradient import PruneGradient
 from actsparse.modify.swap_activation import SwapActivation
+from actsparse.modify.top_k import TopK
 from actsparse.modify.weight_noise import WeightNoise
 from actsparse.modify.zeroth_bias import ZerothBias
 
 MODIFICATIONS: dict[str, type[Modification]] = {
     cls.__name__: cls
     for cls in (
-        ZerothBias, NormFloor, SwapActivation, WeightNoise, ActivationPenalty, PruneGradient,
-        LeaveOutMLP,
+        ZerothBias, NormFloor, SwapActivation, TopK, WeightNoise, ActivationPenalty,
+        FlatnessPenalty, PruneGradient, LeaveOutMLP,
     )
 }  # fmt: skip
 

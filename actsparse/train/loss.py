@@ -65,6 +65,7 @@ class JoinedLoss:
 
     def __init__(self, handle: Handle, seen: Seen | None) -> None:
         self.handle, self.seen = handle, seen
+        self.needs_loss = any(change.needs_loss for change in handle.recipe.modifications)
         self.step, self.group, self.devices = 0, 1, 1
         self.scaler: Any = None
         self.shared: bool | None = None  # whether the model divides by the step's items
@@ -103,15 +104,19 @@ class JoinedLoss:
 
     def _on_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Say whose gradients the readings of this pass are."""
-        if self.seen is None or not model.training or not self.seen.leaves("train"):
+        reads = self.seen is not None and self.seen.leaves("train")
+        if not model.training or not (reads or self.needs_loss):
             return
-        items, weighing = kwargs.get("num_items_in_batch"), self.seen.weighing
+        items = kwargs.get("num_items_in_batch")
+        if items is not None and self.shared is None and self.group * self.devices > 1:
+            self.shared = divides_by_items(model, args, kwargs)
+        if self.seen is None or not reads:
+            return
+        weighing = self.seen.weighing
         amp = 1.0 if self.scaler is None else self.scaler.get_scale()
         if items is None:
             weighing.reduction, weighing.scale = "mean", amp / self.group
             return
-        if self.shared is None and self.group * self.devices > 1:
-            self.shared = divides_by_items(model, args, kwargs)
         if self.shared is False:  # its loss is the mean over its own batch, come what may
             items = kwargs["labels"].ne(-100).sum()
         weighing.reduction, weighing.scale = "sum", amp * self.devices / float(items)
@@ -119,8 +124,12 @@ class JoinedLoss:
     def _on_forward(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         if not model.training or not torch.is_grad_enabled():
             return None
-        penalty = self.handle.penalty()
+        # Given num_items_in_batch, the loss is a share of the step's, else Trainer divides it.
+        shared = kwargs.get("num_items_in_batch") is not None
+        share = self.group * self.devices if shared else 1
         loss = loss_of(output)
+        mean = loss if loss is None or self.shared is False else loss * share
+        penalty = self.handle.penalty(mean)
         if loss is None:
             self.missing = True
             if penalty.requires_grad:
@@ -130,13 +139,11 @@ class JoinedLoss:
                     f"leave these out, or add handle.penalty() to your loss yourself"
                 )
             return None
-        # Given num_items_in_batch, the loss is a share of the step's, else Trainer divides it.
-        shared = kwargs.get("num_items_in_batch") is not None
         total = loss
         if penalty.requires_grad:
             self.penalised = True
             self.penalty = self.penalty + penalty.detach() / self.group
-            total = loss + penalty / (self.group * self.devices if shared else 1)
+            total = loss + penalty / share
         value = total.item()
         if not everywhere(math.isfinite(value), total.device):
             here = not math.isfinite(value)

@@ -1,0 +1,224 @@
+"""Names of activation functions, with numbers of your own where a form takes some."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+from actsparse.activations.formulas import (
+    ACTIVATIONS,
+    ActivationFunction,
+    jsrelu_with,
+    relu_with,
+    s_shape_with,
+    squared_relu_with,
+)
+
+
+class Family(NamedTuple):
+    """The functions of one form that numbers tell apart; :func:`with_numbers` makes them.
+
+    Names give the numbers in the order of ``defaults``, those at their default left out, but for
+    those in ``always``; a base's name without numbers has all at their default.
+    """
+
+    make: Callable[..., ActivationFunction]
+    defaults: dict[str, float]
+    allows: Callable[[dict[str, float]], bool]
+    expects: str
+    always: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "relu": Family(
+        relu_with, {"shift": 0.0, "threshold": 0.0}, lambda n: n["threshold"] >= 0,
+        "finite numbers, threshold at least 0",
+    ),
+    "jsrelu": Family(
+        jsrelu_with, {"jump": 1.0, "cap": math.inf, "threshold": 0.0},
+        lambda n: 0 <= n["jump"] < n["cap"] and n["threshold"] >= 0,
+        "finite numbers, jump and threshold at least 0, cap above jump",
+    ),
+    "squared_relu": Family(
+        squared_relu_with, {"threshold": 0.0}, lambda n: n["threshold"] >= 0,
+        "a finite threshold, at least 0",
+    ),
+    "s_shape": Family(
+        s_shape_with, {"dx": 0.0, "dy": 0.0, "half_width": 1.5}, lambda n: n["half_width"] > 0,
+        "finite numbers, half_width above 0", ("dx", "dy"),
+    ),
+}  # fmt: skip
+
+
+def _written(base: str, numbers: dict[str, float]) -> str | None:
+    """The one name of a function, numbers in full as Python does, whole ones without ``.0``.
+
+    So no two functions share a name, and no function has two. None: there is none.
+    """
+    family = FAMILIES.get(base)
+    if family is None or not numbers.keys() <= family.defaults.keys():
+        return None
+    full = {key: float(numbers.get(key, at)) + 0.0 for key, at in family.defaults.items()}  # −0 → 0
+    changed = [key for key, at in family.defaults.items() if full[key] != at]
+    if not all(math.isfinite(full[key]) for key in changed) or not family.allows(full):
+        return None
+    if not changed:
+        return base
+    texts = [
+        f"{key}={str(value).removesuffix('.0')}"
+        for key, value in full.items()
+        if key in changed or key in family.always
+    ]
+    return f"{base}({', '.join(texts)})"
+
+
+def numbers_of(name: str) -> tuple[str, dict[str, float]] | None:
+    """Base and numbers of a function called ``name``, as its name gives them; None: not of ours.
+
+    >>> numbers_of("jsrelu(cap=4, threshold=0.25)")
+    ('jsrelu', {'cap': 4.0, 'threshold': 0.25})
+    >>> numbers_of("gelu"), numbers_of("gelu(threshold=1)")
+    (('gelu', {}), None)
+    """
+    if name in ACTIVATIONS:
+        return name, {}
+    base, _, inside = name.removesuffix(")").partition("(")
+    try:
+        pairs = [pair.split("=") for pair in inside.split(", ")]
+        numbers = {key: float(number) for key, number in pairs}
+    except ValueError:
+        return None
+    return (base, numbers) if _written(base, numbers) == name else None
+
+
+@cache  # one function for one name, as in ACTIVATIONS
+def _made(name: str) -> ActivationFunction:
+    base, numbers = numbers_of(name) or (name, {})
+    return FAMILIES[base].make(name, **numbers)
+
+
+def known_as(name: str) -> ActivationFunction | None:
+    """The function called ``name``; None where nothing of ours is."""
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    return None if numbers_of(name) is None else _made(name)
+
+
+def named(name: str) -> ActivationFunction:
+    """The activation function called ``name``: a key of ``ACTIVATIONS``, or one with numbers.
+
+    - ``relu(threshold=t)``, ``jsrelu(threshold=t)``, ``squared_relu(threshold=t)``: φ(z) where
+      z > t ≥ 0, else 0, a jump at t (FATReLU: Song et al. 2024, ProSparse, arXiv 2402.13516);
+    - ``relu(shift=b)``: ``ReLU(z − b)`` (shifted ReLU: Mirzadeh et al. 2023, arXiv 2310.04564);
+      a threshold beside it is still one of z;
+    - ``jsrelu(jump=j)``, ``jsrelu(cap=c)``, ``jsrelu(jump=j, cap=c)``: see :func:`jsrelu`;
+    - ``s_shape(dx=…, dy=…)``: see :func:`shifted_s_shape`.
+
+    >>> import torch
+    >>> named("relu(threshold=0.5)").value(torch.tensor([0.4, 0.5, 0.6]))
+    tensor([0.0000, 0.0000, 0.6000])
+    >>> named("s_shape(dx=1.6, dy=-1.6)") is shifted_s_shape(1.6, -1.6)
+    True
+
+    Raises:
+        ValueError: no activation has that name; the message lists those that exist.
+    """
+    function = known_as(name)
+    if function is None:
+        known = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(
+            f"unknown activation {name!r}; known: {known}, and with numbers of your own "
+            f"'relu(threshold=0.5)', 'relu(shift=1)', 'jsrelu(jump=0.5, cap=4, threshold=0.1)', "
+            f"'squared_relu(threshold=0.5)', 's_shape(dx=1.6, dy=-1.6)' or "
+            f"'s_shape(dx=1.6, dy=0, half_width=2)', each as with_numbers(...).name writes it"
+        )
+    return function
+
+
+def with_numbers(base: str, **numbers: float) -> ActivationFunction:
+    """The function ``base`` with numbers of your own, which :func:`named` finds by its name.
+
+    Raises:
+        ValueError: ``base`` has no such numbers, or they are out of range.
+
+    >>> with_numbers("jsrelu", cap=4, jump=0.5).name
+    'jsrelu(jump=0.5, cap=4)'
+    """
+    name = _written(base, numbers)
+    if name is not None:
+        return named(name)
+    given = f"{base}({', '.join(f'{key}={value!r}' for key, value in numbers.items())})"
+    if base not in FAMILIES:
+        raise ValueError(f"{given}: {', '.join(FAMILIES)} take numbers, {base!r} does not")
+    family = FAMILIES[base]
+    raise ValueError(f"{given}: expected of {', '.join(family.defaults)}: {family.expects}")
+
+
+def thresholded(name: str, threshold: float) -> ActivationFunction:
+    """φ called ``name`` where z > ``threshold``, else 0.
+
+    One that has a threshold keeps it if it is the larger.
+
+    Raises:
+        ValueError: φ takes no threshold, or it is not a finite number ≥ 0.
+
+    >>> thresholded("jsrelu(cap=4)", 0.25).name
+    'jsrelu(cap=4, threshold=0.25)'
+    """
+    base, numbers = numbers_of(named(name).name) or (name, {})
+    before = numbers.get("threshold", 0.0)
+    larger = before if 0 <= threshold <= before else threshold
+    return with_numbers(base, **{**numbers, "threshold": larger})
+
+
+class SShape(NamedTuple):
+    """What tells one S-shape ``s(z − dx) + dy`` from another; see :func:`shifted_s_shape`."""
+
+    dx: float = 0.0
+    dy: float = 0.0
+    half_width: float = 1.5
+
+    @property
+    def name(self) -> str:
+        """``s_shape``, ``s_shape(dx=1.6, dy=-1.6)`` or, with another h, ``half_width`` as a third.
+
+        Raises:
+            ValueError: a number is not finite, or ``half_width`` is not above 0.
+        """
+        return shifted_s_shape(*self).name
+
+
+def s_shape_of(name: str) -> SShape | None:
+    """The S-shape called ``name``; None where that is no S-shape's name.
+
+    >>> s_shape_of("s_shape(dx=1.6, dy=-1.6)")
+    SShape(dx=1.6, dy=-1.6, half_width=1.5)
+    >>> s_shape_of("s_shape"), s_shape_of("relu")
+    (SShape(dx=0.0, dy=0.0, half_width=1.5), None)
+    """
+    found = numbers_of(name)
+    return SShape(**found[1]) if found is not None and found[0] == "s_shape" else None
+
+
+def shifted_s_shape(
+    dx: float = 0.0, dy: float = 0.0, half_width: float = 1.5
+) -> ActivationFunction:
+    """The S-shape ``s(z − dx) + dy`` whose zeros of φ and of φ′ lie in different places.
+
+    ``s(z) = r(z−h)² − r(−z−h)²``, r = ReLU, h = ``half_width`` (arXiv 2309.03004 and 2605.25612,
+    the manipulation experiments). Calls with equal numbers return the same object, which
+    :func:`named` finds by its name.
+
+    Raises:
+        ValueError: a number is not finite, or ``half_width`` is not above 0.
+
+    >>> import torch
+    >>> f = shifted_s_shape(dy=1.6)
+    >>> f.value(torch.zeros(1)), f.derivative(torch.zeros(1))
+    (tensor([1.6000]), tensor([0.]))
+    >>> f.name
+    's_shape(dx=0, dy=1.6)'
+    """
+    return with_numbers("s_shape", dx=dx, dy=dy, half_width=half_width)

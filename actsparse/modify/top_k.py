@@ -1,0 +1,145 @@
+"""Top-k: of every token only the largest activations are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from actsparse.activations import named
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.site import Site, site_of
+from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
+from actsparse.modify.schedule import Ramp, ramp_note
+
+
+@dataclass(frozen=True)
+class TopK(Modification):
+    """Keep each token's ``⌈k·H⌉`` largest ``|φ(z)|``, the rest is exactly zero; at any time.
+
+        ``a_th = φ(z_th) · 1[|φ(z_th)| is among the ⌈k·H⌉ largest of token t]``
+
+    in training and in evaluation, so k bounds the density of every token; of equal values enough
+    are kept to make up the number. The gradient goes through what is kept and nothing else. In
+    gated blocks the choice is by the gate's factor φ(z_gate) alone, whatever ``u`` is. φ is the
+    block's own, or the activation named ``to``, since a block has one replacement of φ: TopK does
+    not go with :class:`SwapActivation`. With ``ramp`` k falls linearly from 1 to its value over
+    the first so many steps (int) or that fraction of all steps (float).
+
+    φ under top-k has no name, so that its blocks run by their own layers under
+    :func:`actsparse.accelerate`.
+
+    Source: Li et al. 2022 (arXiv 2210.06313), the Top-k Transformer, on ReLU.
+
+    Raises:
+        ValueError: ``k`` is not in (0, 1], or ``to`` is no activation's name.
+
+    >>> from actsparse import sparsify
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 40), torch.nn.ReLU(), torch.nn.Linear(40, 8))
+    >>> x = torch.randn(3, 8)
+    >>> handle = sparsify(mlp, TopK(0.05), inputs=x)
+    >>> mlp[1](mlp[0](x)).count_nonzero(-1)  # ⌈0.05 · 40⌉
+    tensor([2, 2, 2])
+    """
+
+    k: float = 0.05
+    to: str | None = None
+    ramp: int | float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k <= 1:
+            raise ValueError(f"TopK(k={self.k!r}): expected a share of the units, in (0, 1]")
+        if self.to is not None:
+            named(self.to)
+        self.ramps()
+
+    @override
+    def ramps(self) -> list[Ramp]:
+        return [] if self.ramp is None else [Ramp(self.ramp)]
+
+    @override
+    def apply(self, block: MLPBlock) -> Attached:
+        site = site_of(block)
+        phi = LargestActivations(block, self.to, kept(self.k, block.d_hidden))
+        try:
+            site.replace_activation(phi)
+        except ValueError as error:
+            site.release()
+            raise NotApplicable(str(error)) from None
+        of = f"{self.to or block.activation.function or 'its own φ'}"
+        note = f"{kept(self.k, block.d_hidden)} of {block.d_hidden} units of a token, {of}"
+        return _TopK(site, f"{note}{ramp_note(self.ramps())}", self, phi)
+
+
+def kept(k: float, units: int) -> int:
+    """``⌈k·units⌉``, blind to the rounding of k; never 0.
+
+    >>> kept(0.05, 3072), kept(0.07, 100)  # 0.07 · 100 is 7.000000000000001 in floating point
+    (154, 7)
+    """
+    return math.ceil(k * units * (1 - 1e-12))
+
+
+class LargestActivations:
+    """φ(z) where it is among the ``count`` largest of its row, else 0; ``to``: the φ, by name."""
+
+    function = None  # no name: it is no function of one number
+
+    def __init__(self, block: MLPBlock, to: str | None, last: int) -> None:
+        self.block, self.last = block, last
+        self.to = None if to is None else named(to)
+        self.done = False  # whether count has come down to ``last``
+        # a tensor, so that compiled code does not recompile at every step
+        self.count = torch.tensor(block.d_hidden)
+
+    def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """[..., H]; NaN counts as large."""
+        a = own(z) if self.to is None else self.to.value(z)
+        return torch.where(self._largest(a), a, 0)
+
+    def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """φ′(z) where φ(z) is kept, else 0: [..., H]."""
+        slope = own(z) if self.to is None else self.to.derivative(z)
+        with torch.no_grad():
+            a = self._own_value(z) if self.to is None else self.to.value(z)
+            return torch.where(self._largest(a), slope, 0)
+
+    def _own_value(self, z: Tensor) -> Tensor:
+        activation = self.block.activation
+        if activation.function is not None:
+            return named(activation.function).value(z)
+        assert activation.call is not None  # else it would have no derivative
+        return activation.call(z.clone())
+
+    def _largest(self, a: Tensor) -> Tensor:
+        size = a.detach().abs()
+        nothing = torch.zeros_like(a, dtype=torch.bool)
+        if self.done:
+            return nothing.scatter(-1, size.topk(self.last, sorted=False).indices, True)
+        order = size.argsort(-1, descending=True)
+        among = torch.arange(a.shape[-1], device=a.device) < self.count.to(a.device)
+        return nothing.scatter(-1, order, among.expand_as(order))
+
+
+class _TopK(Attached):
+    def __init__(self, site: Site, note: str, config: TopK, phi: LargestActivations) -> None:
+        super().__init__(site, note)
+        self.config, self.phi = config, phi
+        self.update(Progress(0, None))
+
+    @override
+    def update(self, progress: Progress) -> None:
+        share = self.config.k
+        for ramp in self.config.ramps():
+            share += (1 - share) * (1 - ramp.value(progress.step, progress.steps))
+        count = kept(share, self.site.block.d_hidden)
+        self.phi.count.fill_(count)
+        self.phi.done = count == self.phi.last
+
+    @override
+    def remove(self) -> None:
+        self.site.release(self.phi)
