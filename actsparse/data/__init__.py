@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from actsparse.data.augment import Mixed, Stream
 from actsparse.data.bigram import Bigram, bigram_nats, fit_bigram
+from actsparse.data.decoded import decoded_image_splits
 from actsparse.data.digits import load_digits_splits
 from actsparse.data.images import image_splits
 from actsparse.data.rows import CausalRows, SpanRows
@@ -29,6 +30,7 @@ __all__ = [
     "bigram_nats",
     "corpus",
     "corrupt",
+    "decoded_image_splits",
     "fit_bigram",
     "image_splits",
     "lm_splits",

@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actsparse.data.text import EOS, FIRST_BYTE, PAD, SENTINELS, VOCAB_SIZE
+
 T5_SENTINELS = 100
 GPT2_EOS = "<|endoftext|>"
+BYTES = "bytes"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
       beside it: GPT-2's byte-level BPE.
     - `tokenizer.json`; its end of text is named in `tokenizer_config.json` beside it.
     - a folder: its `tokenizer.json`, else `vocab.json` and `merges.txt`, else its one `.model`.
+    - the word `bytes`: no file at all; a token is a byte of UTF-8.
 
     Args:
         path: file or folder.
@@ -61,11 +65,15 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
             the end of text is not known or not in the vocabulary.
         ImportError: `sentencepiece` or `tokenizers` is missing.
 
+    >>> load_tokenizer("bytes").encode("é")
+    [197, 171]
     >>> load_tokenizer("t5/spiece.model")
     Traceback (most recent call last):
     ...
     ValueError: no tokenizer at t5/spiece.model
     """
+    if str(path) == BYTES:
+        return _bytes()
     path = Path(path)
     if not path.exists():
         raise ValueError(f"no tokenizer at {path}")
@@ -77,6 +85,23 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
     if file.suffix == ".json":
         return _fast(file, eos)
     raise ValueError(f"{path} is no tokenizer: use a .model, vocab.json or tokenizer.json")
+
+
+def _bytes() -> Tokenizer:
+    return Tokenizer(
+        name=BYTES,
+        encode=_encode_bytes,
+        vocab_size=VOCAB_SIZE,
+        eos=EOS,
+        pad=PAD,
+        sentinel_start=VOCAB_SIZE - 1,
+        sentinels=SENTINELS,
+        sha256=hashlib.sha256(b"").hexdigest(),
+    )
+
+
+def _encode_bytes(text: str) -> list[int]:
+    return [FIRST_BYTE + byte for byte in text.encode("utf-8", "replace")]
 
 
 def _in_folder(folder: Path) -> Path:

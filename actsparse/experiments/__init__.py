@@ -13,6 +13,7 @@ from actsparse.experiments.lm import lm, lm_web
 from actsparse.experiments.t5 import t5_c4, t5_c4_finetune, t5_web
 from actsparse.experiments.text import text
 from actsparse.experiments.vit import (
+    cifar10,
     vit_cifar10,
     vit_cifar10_finetune,
     vit_imagenet,
@@ -26,7 +27,7 @@ __all__ = ["ARMS", "EXPERIMENTS", "Arm", "arm_named", "default_arms", "run_confi
 EXPERIMENTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     each.__name__: each
     for each in (
-        digits, text, lm, digits_finetune, lm_finetune, vit_cifar10, t5_web, lm_web,
+        digits, text, lm, digits_finetune, lm_finetune, cifar10, vit_cifar10, t5_web, lm_web,
         vit_cifar10_finetune, vit_imagenet, vit_imagenet_finetune, t5_c4, t5_c4_finetune,
     )
 }  # fmt: skip

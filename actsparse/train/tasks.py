@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from actsparse.data import (
     Tokenizer,
     bigram_nats,
     corpus,
+    decoded_image_splits,
     image_splits,
     lm_splits,
     load_digits_splits,
@@ -114,7 +115,7 @@ def fitting(made: Callable[..., Any], given: dict[str, Any], what: str) -> dict[
 
 def _beit(config: RunConfig, info: Info) -> PreTrainedModel:
     settings = fitting(BeitConfig, config.model, "model")
-    return BeitForImageClassification(BeitConfig(num_labels=10, **settings))
+    return BeitForImageClassification(BeitConfig(num_labels=info["classes"], **settings))
 
 
 def _vit(config: RunConfig, info: Info) -> PreTrainedModel:
@@ -263,6 +264,15 @@ _IMAGES = Task(
     adapt=_soft_labels,
     collate=_mixed,
 )
+_DECODED = replace(
+    _IMAGES,
+    model=_beit,
+    splits=lambda config: decoded_image_splits(
+        **fitting(image_splits, _from_disk(config.data, path="--data"), "data")
+    ),
+    adapt=lambda model, config: None,
+    collate=lambda config, info: default_data_collator,
+)
 _DIGITS = Task(
     quality_name="accuracy",
     higher_is_better=True,
@@ -323,6 +333,7 @@ TASKS = {
     "digits_finetune": _DIGITS,
     "lm_finetune": _LM,
     "lm_web": _CAUSAL,
+    "cifar10": _DECODED,
     "vit_cifar10": _IMAGES,
     "vit_cifar10_finetune": _IMAGES,
     "vit_imagenet": _IMAGES,

@@ -229,3 +229,17 @@ def test_a_tokenizer_says_what_a_record_needs(t5: Path, fast: Path, gpt2: Path) 
     assert [type(tokenizer) for tokenizer in found] == [Tokenizer] * 3
     assert [tokenizer.name for tokenizer in found] == ["spiece.model", fast.name, gpt2.name]
     assert len({tokenizer.sha256 for tokenizer in found}) == 3
+
+
+def test_bytes_need_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text comes back from its ids; marks and sentinels are apart from all bytes."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer("bytes")
+    for text in SAMPLES:
+        ids = tokenizer.encode(text)
+        assert bytes(each - 2 for each in ids).decode() == text
+    everything = {tokenizer.pad, tokenizer.eos, *range(2, 258)}
+    sentinels = {tokenizer.sentinel_start - i for i in range(tokenizer.sentinels)}  # type: ignore[operator]
+    assert not everything & sentinels
+    assert everything | sentinels == set(range(tokenizer.vocab_size))
+    assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer

@@ -1,0 +1,39 @@
+"""Images decoded once, for sets that fit in memory and runs that are many and short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actsparse.data.images import ImageRows, image_splits
+from actsparse.data.splits import Splits, TensorRows
+
+
+def decoded_image_splits(path: str | Path, **settings: Any) -> Splits[TensorRows]:
+    """`image_splits` without augmentation, every image decoded now and held as float32.
+
+    ``settings``: ``size``, ``held_out``, ``mean`` and the others of `image_splits` that say what an
+    image is. A second call in the same process takes the images of the first.
+
+    Raises `ValueError` as `image_splits` does.
+    """
+    plain: Mapping[str, Any] = {"crop": 0, "flip": False, "randaugment": None}
+    return _decoded(Path(path), tuple(sorted((settings | dict(plain)).items())))
+
+
+@lru_cache(maxsize=1)
+def _decoded(path: Path, settings: tuple[tuple[str, Any], ...]) -> Splits[TensorRows]:
+    found = image_splits(path, steps=1, batch=1, seed=0, **dict(settings))
+    train = found.train.rows  # type: ignore[union-attr]
+    assert isinstance(train, ImageRows)
+    info = {k: v for k, v in found.info.items() if k not in ("positions", "repeats", "order_seed")}
+    return Splits(_tensors(train), _tensors(found.validation), _tensors(found.test), info)  # type: ignore[arg-type]
+
+
+def _tensors(rows: ImageRows) -> TensorRows:
+    items = [rows[index] for index in range(len(rows))]
+    return TensorRows(**{name: torch.stack([item[name] for item in items]) for name in items[0]})
