@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,9 @@ import torch
 from actsparse.data.images import ImageRows, image_splits
 from actsparse.data.splits import Splits, TensorRows
 
+PLAIN: dict[str, Any] = {"crop": 0, "flip": False, "randaugment": None}
+ORDER = {"steps": 1, "batch": 1, "seed": 0, "repeats": 1}
+
 
 def decoded_image_splits(path: str | Path, **settings: Any) -> Splits[TensorRows]:
     """`image_splits` without augmentation, every image decoded now and held as float32.
@@ -19,15 +21,19 @@ def decoded_image_splits(path: str | Path, **settings: Any) -> Splits[TensorRows
     ``settings``: ``size``, ``held_out``, ``mean`` and the others of `image_splits` that say what an
     image is. A second call in the same process takes the images of the first.
 
-    Raises `ValueError` as `image_splits` does.
+    Raises `ValueError` as `image_splits` does, and for a setting of augmentation or order.
     """
-    plain: Mapping[str, Any] = {"crop": 0, "flip": False, "randaugment": None}
-    return _decoded(Path(path), tuple(sorted((settings | dict(plain)).items())))
+    if drawn := sorted(settings.keys() & {*PLAIN, *ORDER}):
+        raise ValueError(
+            f"{drawn[0]}={settings[drawn[0]]!r}: decoded images are not augmented, and hold no "
+            f"order; leave out {', '.join(drawn)}"
+        )
+    return _decoded(Path(path), tuple(sorted((settings | PLAIN).items())))
 
 
 @lru_cache(maxsize=1)
 def _decoded(path: Path, settings: tuple[tuple[str, Any], ...]) -> Splits[TensorRows]:
-    found = image_splits(path, steps=1, batch=1, seed=0, **dict(settings))
+    found = image_splits(path, **ORDER, **dict(settings))
     train = found.train.rows  # type: ignore[union-attr]
     assert isinstance(train, ImageRows)
     info = {k: v for k, v in found.info.items() if k not in ("positions", "repeats", "order_seed")}
