@@ -37,7 +37,7 @@ def test_the_same_seed_starts_every_arm_from_the_same_weights(task: str) -> None
     for arm in default_arms("digits"):
         settings = config(arm, task)
         torch.manual_seed(settings.seed)
-        model = task_of(task).model(settings, {})
+        model = task_of(task).model(settings, {"classes": 10})
         plain = {name: value.clone() for name, value in model.state_dict().items()}
         row = task_of(task).splits(settings).train[0]
         inputs = {name: value[None] for name, value in row.items()}
