@@ -20,15 +20,18 @@ from actsparse.modify import (
     TopK,
     WeightNoise,
     ZerothBias,
+    calibrate_thresholds,
     decay_groups,
     handle_of,
     load,
     load_adapter,
     lora_config,
     merge_adapter,
+    prune_dead_units,
     save,
     save_adapter,
     sparsify,
+    thresholds_of,
 )
 from actsparse.observe import Measures, Seen, measure, observe, skippable
 
@@ -53,6 +56,7 @@ __all__ = [
     "WeightNoise",
     "ZerothBias",
     "accelerate",
+    "calibrate_thresholds",
     "decay_groups",
     "find_mlp_blocks",
     "handle_of",
@@ -62,8 +66,10 @@ __all__ = [
     "measure",
     "merge_adapter",
     "observe",
+    "prune_dead_units",
     "save",
     "save_adapter",
     "skippable",
     "sparsify",
+    "thresholds_of",
 ]

@@ -32,8 +32,8 @@ def measure(
     measures: Annotated[
         str,
         typer.Option(
-            help="With commas between: density, flatness, gradient, noise, spectrum, occupancy (of "
-            "S-shapes), gauss_newton, token_copies, hessian, top_eigenvalue, robustness, "
+            help="With commas between: density, flatness, gradient, noise, spectrum, magnitudes, "
+            "occupancy (of S-shapes), gauss_newton, token_copies, hessian, top_eigenvalue, robustness, "
             "covering, pruning; or JSON, with "
             'options: \'{"gradient": {"epsilon": 1e-4}}\'.'
         ),

@@ -11,10 +11,12 @@ from actsparse.modify.modification import Modification, NotApplicable
 from actsparse.modify.norm_floor import NormFloor
 from actsparse.modify.penalty import ActivationPenalty
 from actsparse.modify.prune_gradient import PruneGradient
+from actsparse.modify.prune_units import Pruned, prune_dead_units
 from actsparse.modify.recipe import RECIPES, Recipe, recipe_named
 from actsparse.modify.saving import load, save
 from actsparse.modify.sparsify import sparsify
 from actsparse.modify.swap_activation import SwapActivation
+from actsparse.modify.thresholds import Thresholds, calibrate_thresholds, thresholds_of
 from actsparse.modify.top_k import TopK
 from actsparse.modify.weight_noise import WeightNoise
 from actsparse.modify.zeroth_bias import ZerothBias
@@ -29,19 +31,24 @@ __all__ = [
     "NormFloor",
     "NotApplicable",
     "PruneGradient",
+    "Pruned",
     "Recipe",
     "SwapActivation",
+    "Thresholds",
     "TopK",
     "WeightNoise",
     "ZerothBias",
+    "calibrate_thresholds",
     "decay_groups",
     "handle_of",
     "load",
     "load_adapter",
     "lora_config",
     "merge_adapter",
+    "prune_dead_units",
     "recipe_named",
     "save",
     "save_adapter",
     "sparsify",
+    "thresholds_of",
 ]

@@ -34,6 +34,7 @@ from actsparse.modify.saving import (
     write_sidecar,
 )
 from actsparse.modify.sparsify import is_peft_model, sparsify
+from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's files, beside them:
@@ -203,9 +204,14 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     ``actsparse.save``; its handle is ``actsparse.handle_of(merged)``.
 
     Raises:
-        ValueError: no sparsified ``PeftModel``; the model is as before then.
+        ValueError: no sparsified ``PeftModel``, or one with thresholds; the model is as before then.
     """
     root, handle = _sparsified(model, "merge_adapter()")
+    if thresholds_of(root) is not None:
+        raise ValueError(
+            "merge_adapter() would lose the thresholds of calibrate_thresholds: remove() them, "
+            "merge, and calibrate anew"
+        )
     inputs, state = handle.blocks.inputs, handle.state_dict()
     if inputs is None:
         raise ValueError("merge_adapter() needs blocks as find_mlp_blocks returned them")

@@ -23,8 +23,10 @@ from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
 from actsparse.blocks.sharding import gathered_state, own_class, sharded
 from actsparse.modify.handle import Handle, handle_of
+from actsparse.modify.prune_units import Pruned, cut
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.sparsify import is_peft_model, sparsify
+from actsparse.modify.thresholds import put_thresholds, thresholds_of
 
 SIDECAR, WEIGHTS = "actsparse.json", "model.safetensors"
 _FORMAT = 1
@@ -34,9 +36,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write a sparsified model to the folder ``path``: whole, or not at all.
 
     ``model.safetensors`` holds every parameter and buffer, zeroth biases among them;
-    ``actsparse.json`` the recipe, where its schedules stand and, for models of ``transformers``,
-    the class and config, so that :func:`load` needs nothing else. Of a ``PeftModel`` the base and
-    the adapters are written, with the adapters' configs
+    ``actsparse.json`` the recipe, where its schedules stand, how many hidden units each block has
+    (:func:`actsparse.prune_dead_units`), thresholds (:func:`actsparse.calibrate_thresholds`) and,
+    for models of ``transformers``, the class and config, so that :func:`load` needs nothing else.
+    What was pruned is gone from the file. Of a ``PeftModel`` the base and the adapters are written,
+    with the adapters' configs
     (:func:`actsparse.modify.adapters.save_adapter` leaves out the base). A folder that save()
     wrote before is replaced. Of a sharded model (FSDP2) call it in every process: parameters are
     gathered, and the first process writes them.
@@ -49,7 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     root = unwrap(model)
     base = root.get_base_model() if is_peft_model(root) else root  # type: ignore[operator]
     sidecar = {
-        **describe_changes(root, "save()"),
+        **describe_changes(root, "save()", whole=True),
         "model": _how_to_build(root, base),
         "adapters": None if base is root else _adapter_configs(root),
     }
@@ -65,19 +69,32 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def describe_changes(root: nn.Module, caller: str) -> dict[str, Any]:
+def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[str, Any]:
     """What a sidecar says of a sparsified model: recipe, schedules, blocks and how to find them.
+
+    ``caller`` is whom the errors speak of; ``whole``: it keeps all of the model, thresholds too.
 
     Raises:
         ValueError: the model is not sparsified, its recipe holds a function, or nothing is known
-            of the inputs its blocks were found with. ``caller`` is whom the errors speak of.
+            of the inputs its blocks were found with; thresholds that cannot be kept.
     """
     handle = handle_of(root)
     if handle is None:
-        raise ValueError(f"{caller} is for a sparsified model; for a plain one use its own way")
+        raise ValueError(
+            f"{caller} is for a sparsified model; for a plain one use its own way, or, to prune it "
+            f"or give it thresholds, sparsify(model, 'vanilla', inputs=...) first"
+        )
     if handle.blocks.inputs is None:
         raise ValueError(f"{caller} needs blocks as find_mlp_blocks returned them, no plain list")
-    return {
+    found = thresholds_of(root)
+    thresholds = {} if found is None else found.in_force()
+    lost = thresholds.keys() - {block.up.module for block in handle.blocks}
+    if lost or (thresholds and not whole):
+        why = "its blocks are not those that were sparsified" if whole else "use save()"
+        raise ValueError(
+            f"{caller} would lose the model's thresholds: {why}, or remove() them first"
+        )
+    sidecar = {
         "format": _FORMAT,
         "recipe": handle.recipe.to_json(),
         "state": handle.state_dict(),
@@ -85,6 +102,10 @@ def describe_changes(root: nn.Module, caller: str) -> dict[str, Any]:
         "inputs": handle.blocks.inputs,
         "model": None,
     }
+    if whole:
+        each = [thresholds.get(block.up.module, 0.0) for block in handle.blocks]
+        sidecar |= {"widths": [block.d_hidden for block in handle.blocks], "thresholds": each}
+    return sidecar
 
 
 def write_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
@@ -147,7 +168,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 
     ``model`` is the plain model, in any state; it may be left out for classes of ``transformers``
     (the model then comes in eval mode, with the dtypes it was saved with). A model that was saved
-    with peft's adapters comes back as a ``PeftModel`` around it.
+    with peft's adapters comes back as a ``PeftModel`` around it, one that was pruned with its
+    widths (``model`` is whole or as narrow), one with thresholds with them
+    (:func:`actsparse.modify.thresholds.thresholds_of`).
     Nothing is unpickled and no code from the folder runs. The handle is
     ``actsparse.handle_of(model)``.
 
@@ -159,22 +182,56 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     sidecar = read_sidecar(path, WEIGHTS)
     recipe = recipe_of(path, sidecar)
     adapters = sidecar.get("adapters")
+    spec = sidecar["model"] if model is None else None
     if model is None:
-        model = _build(path, sidecar["model"], adapters)
-    elif adapters is not None and not is_peft_model(unwrap(model)):
-        model = _wrap(path, model, adapters)
-    kept = same_blocks(str(path), sidecar["blocks"], sidecar["inputs"], model)
-    _read_weights(model, path / WEIGHTS, strict=False)  # so that sparsify meets the saved norms
-    handle = sparsify(model, recipe, blocks=kept)
-    with removed_on_failure(handle):
-        _read_weights(model, path / WEIGHTS, strict=True)
-        handle.load_state_dict(sidecar["state"])
+        model = _build(path, spec)
+    wraps = adapters is not None and not is_peft_model(unwrap(model))
+    names = [_in_base(name) for name in sidecar["blocks"]] if wraps else sidecar["blocks"]
+    kept = same_blocks(str(path), names, sidecar["inputs"], model)
+    with removed_on_failure(_narrowed(path, sidecar, model, kept)):
+        if wraps:
+            model = _wrap(path, model, adapters)
+            if spec is not None:
+                _cast(model, spec["dtypes"])
+                model.eval()
+            kept = same_blocks(str(path), sidecar["blocks"], sidecar["inputs"], model)
+        _read_weights(model, path / WEIGHTS, strict=False)  # so that sparsify meets saved norms
+        handle = sparsify(model, recipe, blocks=kept)
+        with removed_on_failure(handle):
+            _read_weights(model, path / WEIGHTS, strict=True)
+            handle.load_state_dict(sidecar["state"])
+            thresholds = _by_block(path, sidecar, "thresholds", int | float, [0] * len(kept))
+            put_thresholds(model, kept, thresholds)
     return model
 
 
+def _narrowed(path: Path, sidecar: dict[str, Any], model: nn.Module, blocks: Blocks) -> Pruned:
+    """The model's blocks cut to the widths that were saved; which units stay does not matter."""
+    have = [block.d_hidden for block in blocks]
+    widths = _by_block(path, sidecar, "widths", int, have)
+    if not all(0 < width <= whole for width, whole in zip(widths, have, strict=True)):
+        raise ValueError(
+            f"{path} does not fit the model: it has blocks of {widths} hidden units, "
+            f"{type(model).__name__} of {have}"
+        )
+    named = {block.up.name: block for block in blocks}
+    return cut(model, named, dict(zip(named, map(torch.arange, widths), strict=True)))
+
+
+def _by_block(
+    path: Path, sidecar: dict[str, Any], key: str, kind: Any, absent: list[Any]
+) -> list[Any]:
+    """A sidecar's list of one number, 0 or more, for each block; ``absent`` if it has none."""
+    values = sidecar.get(key, absent)
+    listed = isinstance(values, list) and len(values) == len(absent)
+    if not listed or not all(isinstance(value, kind) and value >= 0 for value in values):
+        raise ValueError(f"{path / SIDECAR} is not as save() writes it: {key!r} is {values!r}")
+    return values
+
+
 @contextlib.contextmanager
-def removed_on_failure(handle: Handle) -> Iterator[None]:
-    """Take a recipe back where what is read into the model afterwards does not fit it."""
+def removed_on_failure(handle: Handle | Pruned) -> Iterator[None]:
+    """Take a change back where what is read into the model afterwards does not fit it."""
     try:
         yield
     except BaseException:
@@ -190,7 +247,13 @@ def same_blocks(source: str, names: list[str], inputs: Any, model: nn.Module) ->
     Raises:
         ValueError: the model has others.
     """
-    found = find_mlp_blocks(model, dummy_inputs(inputs, next(model.parameters()).device))
+    try:
+        found = find_mlp_blocks(model, dummy_inputs(inputs, next(model.parameters()).device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}, which does not run on the inputs it "
+            f"was found with: {error}"
+        ) from error
     kept = Blocks((b for b in found if b.up.name in names), found.refused, found.inputs)
     if [block.up.name for block in kept] != names:
         raise ValueError(
@@ -297,7 +360,19 @@ def _floats(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in both if tensor.is_floating_point()]
 
 
-def _build(path: Path, spec: dict[str, Any] | None, adapters: Any) -> nn.Module:
+def _in_base(name: str) -> str:
+    """The name that a part of a ``PeftModel`` has in its base.
+
+    >>> _in_base("base_model.model.h.0.fc1.base_layer.weight")
+    'h.0.fc1.weight'
+    """
+    for inserted in (".base_layer", ".original_module"):
+        name = name.replace(inserted, "")
+    return name.removeprefix("base_model.model.")
+
+
+def _build(path: Path, spec: dict[str, Any] | None) -> nn.Module:
+    """The plain model, in the dtypes it was saved with."""
     if spec is None:
         raise ValueError(f"{path} holds no config of a transformers model: pass load(path, model=)")
     import transformers
@@ -310,12 +385,14 @@ def _build(path: Path, spec: dict[str, Any] | None, adapters: Any) -> nn.Module:
         if spec.get("attention") in ("eager", "sdpa"):
             config._attn_implementation = spec["attention"]
         model: nn.Module = cls(config)
-        if adapters is not None:
-            model = _wrap(path, model, adapters)
-        for name, tensor in _floats(model):
-            tensor.data = tensor.data.to(getattr(torch, spec["dtypes"].get(name, "float32")))
+        _cast(model, {_in_base(name): dtype for name, dtype in spec["dtypes"].items()})
     except Exception as error:
         raise ValueError(
             f"{path}: cannot build {spec['class']} from its config: {error}"
         ) from error
     return model.eval()
+
+
+def _cast(model: nn.Module, dtypes: dict[str, str]) -> None:
+    for name, tensor in _floats(model):
+        tensor.data = tensor.data.to(getattr(torch, dtypes.get(name, "float32")))

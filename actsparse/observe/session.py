@@ -41,8 +41,9 @@ def observe(
 
     Args:
         model: any model; compiled or not, modified by ``sparsify`` before or after, or not at all.
-        measures: names, or name → options of the measure. ``"density"``; of gradients, read
-            in backward: ``"flatness"``, ``"gradient"``, ``"noise"``; of weights: ``"spectrum"``.
+        measures: names, or name → options of the measure. ``"density"``, ``"magnitudes"``; of
+            gradients, read in backward: ``"flatness"``, ``"gradient"``, ``"noise"``; of weights:
+            ``"spectrum"``.
         inputs: for finding the blocks in one pass, as :func:`actsparse.find_mlp_blocks` takes them.
         blocks: the blocks to watch, instead. A model that ``sparsify`` has modified needs neither.
         mask: which tokens to count: bool [B, T], True = count, or a function of (B, T), the batch
@@ -150,15 +151,24 @@ class Seen:
         Raises:
             ValueError: no such block or phase, density is not observed, or no token was seen.
         """
+        density: Density = self.part(block, phase, "density")
+        return density.active.double() / density.tokens
+
+    def part(self, block: str, phase: Phase, measure: str) -> Any:
+        """One measure of one block in one phase, as it stands: an object of its class.
+
+        Raises:
+            ValueError: no such block or phase, not observed, or no token was seen.
+        """
         _check(phase)
         if block not in self._watches:
             raise ValueError(f"unknown block {block!r}; known: {', '.join(self._watches)}")
-        density = self._watches[block].measures[phase].get("density")
-        if not isinstance(density, Density):
-            raise ValueError(f"density is not observed; measures: {', '.join(self.measures)}")
-        if not int(density.tokens):
+        part = self._watches[block].measures[phase].get(measure)
+        if part is None:
+            raise ValueError(f"{measure} is not observed; measures: {', '.join(self.measures)}")
+        if not int(getattr(part, "tokens", 1)):
             raise ValueError(f"block {block!r} has seen no token in phase {phase!r}")
-        return density.active.double() / density.tokens
+        return part
 
     def leaves(self, phase: Phase) -> list[Tensor]:
         """The leaves that gather what is read in backward, as their gradients."""

@@ -16,6 +16,7 @@ from actsparse.observe.density import Density
 from actsparse.observe.flatness import Flatness
 from actsparse.observe.gradient import Gradient
 from actsparse.observe.gradients import GradientMeasure, Weighing
+from actsparse.observe.magnitudes import Magnitudes
 from actsparse.observe.noise import Noise
 from actsparse.observe.occupancy import Occupancy
 from actsparse.observe.spectrum import WeightSpectrum
@@ -62,6 +63,7 @@ MEASURES: dict[str, Any] = {  # name → class of Measure
     "density": Density,
     "flatness": Flatness,
     "gradient": Gradient,
+    "magnitudes": Magnitudes,
     "noise": Noise,
     "occupancy": Occupancy,
     "spectrum": WeightSpectrum,

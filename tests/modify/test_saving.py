@@ -372,7 +372,14 @@ def made_of(**modification: Any) -> dict[str, Any]:
         (dict(recipe=made_of(kind="NormFloor")), "no recipe"),
         (dict(recipe=made_of(modification="Dropconnect")), "unknown modification 'Dropconnect'"),
         (dict(recipe=made_of(modification="NormFloor", c=1)), r"unknown options \['c'\]"),
-        (dict(blocks=["transformer.h.0.mlp.c_fc"]), "does not fit the model"),
+        (dict(blocks=["transformer.h.0.mlp.c_fc"], widths=[40]), "does not fit the model"),
+        (dict(widths=None), "'widths' is None"),
+        (dict(widths=[40]), r"'widths' is \[40\]"),
+        (dict(widths=[40, "wide"]), "'widths' is .*'wide'"),
+        (dict(widths=[40, 0]), r"blocks of \[40, 0\] hidden units, GPT2LMHeadModel of \[40, 40\]"),
+        (dict(widths=[40, 39]), "does not fit the model"),
+        (dict(thresholds=[0.5]), r"'thresholds' is \[0.5\]"),
+        (dict(thresholds=[0, -0.5]), "'thresholds' is"),
         (dict(blocks=["encoder.0.fc1"]), "MLP blocks"),
         (dict(model=None), "model="),
         (dict(model={}), "not a model class"),
@@ -393,13 +400,18 @@ def test_a_sidecar_that_does_not_make_sense_says_where(
 
 def test_weights_of_another_model_do_not_load_and_leave_it_plain(folder: Path) -> None:
     other, _ = copy.deepcopy(_built("gpt2"))
-    other.config.n_inner = 48
+    other.config.n_inner = 32
     model = type(other)(other.config)
     names = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match="does not fit the model"):
         load(folder, model=model)
     assert handle_of(model) is None
     assert [name for name, _ in model.named_modules()] == names
+    other.config.n_inner, other.config.n_embd = 48, 32  # wide enough to be one that was pruned
+    model = type(other)(other.config)
+    with pytest.raises(ValueError, match="does not fit the model"):
+        load(folder, model=model)
+    assert model.transformer.h[0].mlp.c_fc.weight.shape == (32, 48)
     other.config.n_layer = 1
     shallow = hf.GPT2LMHeadModel(other.config)
     with pytest.raises(ValueError, match="MLP blocks"):

@@ -1,0 +1,52 @@
+"""What changes after training take from ``observe``, which ``modify`` does not import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from actsparse.blocks.block import MLPBlock, unwrap
+
+
+class Seen(Protocol):
+    """What is asked of what :func:`actsparse.observe` returns."""
+
+    @property
+    def blocks(self) -> Mapping[str, MLPBlock]:
+        """The blocks observed, by the names that ``part`` takes."""
+
+    def part(self, block: str, phase: Literal["inference"], measure: str) -> Any:
+        """One measure of one block; ValueError where it has seen nothing."""
+
+    def close(self) -> None:
+        """Stop watching."""
+
+
+def seen_blocks(
+    model: nn.Module, seen: Seen, blocks: Iterable[MLPBlock] | None, caller: str
+) -> dict[str, MLPBlock]:
+    """By the names they have in ``seen``: ``blocks``, or all that were observed.
+
+    Raises:
+        ValueError: blocks that were not observed, or not of this model; a wrapped model; none.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ValueError(f"{caller} is for the model inside {type(model).__name__}, model.module")
+    names = {block.up.module: name for name, block in seen.blocks.items()}
+    chosen = list(seen.blocks.values() if blocks is None else blocks)
+    if not chosen:
+        raise ValueError("blocks is empty; give at least one of seen.blocks")
+    modules = set(model.modules())
+    for block in chosen:
+        if block.up.module not in names:
+            raise ValueError(
+                f"block {block.name!r} was not observed; seen has {', '.join(names.values())}"
+            )
+        if block.up.module not in modules:
+            raise ValueError(
+                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; "
+                f"observe this very model (copies have blocks of their own)"
+            )
+    return {names[block.up.module]: block for block in chosen}
