@@ -33,8 +33,8 @@ def measure(
         str,
         typer.Option(
             help="With commas between: density, flatness, gradient, noise, spectrum, magnitudes, "
-            "occupancy (of S-shapes), gauss_newton, token_copies, hessian, top_eigenvalue, robustness, "
-            "covering, pruning; or JSON, with "
+            "occupancy (of S-shapes), gauss_newton, token_copies, hessian, top_eigenvalue, "
+            "robustness, covering, pruning; or JSON, with "
             'options: \'{"gradient": {"epsilon": 1e-4}}\'.'
         ),
     ] = DEFAULT,

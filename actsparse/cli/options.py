@@ -67,8 +67,8 @@ Measures = Annotated[
     str | None,
     typer.Option(
         help="With commas between: density, flatness, gradient, noise, spectrum, magnitudes, "
-        "occupancy (of S-shapes), read in each pass; gauss_newton, hessian, token_copies, top_eigenvalue, "
-        "robustness, covering, pruning, "
+        "occupancy (of S-shapes), read in each pass; gauss_newton, hessian, token_copies, "
+        "top_eigenvalue, robustness, covering, pruning, "
         'by passes of their own. With options: --set \'active={"gradient": {"epsilon": 1e-4}}\'.',
         show_default="density",
     ),

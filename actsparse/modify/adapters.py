@@ -204,7 +204,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     ``actsparse.save``; its handle is ``actsparse.handle_of(merged)``.
 
     Raises:
-        ValueError: no sparsified ``PeftModel``, or one with thresholds; the model is as before then.
+        ValueError: no sparsified ``PeftModel``, or one with thresholds; nothing has changed then.
     """
     root, handle = _sparsified(model, "merge_adapter()")
     if thresholds_of(root) is not None:
