@@ -89,14 +89,20 @@ class _CatchActivation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+OnNorms = Callable[[dict[str, Tensor]], None]
+
+
 class Executor(Protocol):
     """Computes a block's y from x in one go, with the same numbers as its layers."""
 
     def takes(self, site: Any, x: Tensor) -> bool:
         """Whether it runs this call; else the block's own layers do."""
 
-    def __call__(self, site: Any, x: Tensor) -> Tensor:
-        """y [..., D_out] of x [..., D]."""
+    def __call__(self, site: Any, x: Tensor, on_norms: OnNorms | None) -> Tensor:
+        """y [..., D_out] of x [..., D].
+
+        ``on_norms``, if any, is to be called with ``l1`` and ``l2`` as the stages of these names.
+        """
 
     def passed(self, site: Any, d: Tensor) -> None:
         """The layers ran instead, and down's input was d [..., H]."""

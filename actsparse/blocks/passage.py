@@ -21,6 +21,8 @@ Tap = Callable[[Any, dict[str, Tensor]], None]
 Stages = Sequence[str] | Callable[[Any], Sequence[str]]
 GradientTap = Callable[[Any, Tensor, dict[str, Tensor]], Reading | None]
 
+NORMS = {"l1": 1, "l2": 2}  # stages that are norms of a's rows
+
 
 class Phi(Protocol):
     """What replaces a block's activation; ``own`` is the model's own φ, or its derivative."""
@@ -49,6 +51,16 @@ def sites_asleep() -> Iterator[None]:
         _asleep.pop()
 
 
+def token_norm(a: Tensor, order: int) -> Tensor:
+    """The norm of each token's a over its units, in float32 at least: [..., H] → [..., 1].
+
+    >>> token_norm(torch.tensor([[3.0, -4.0]]), 2)
+    tensor([[5.]])
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)  # a sum of squares overflows float16
+    return torch.linalg.vector_norm(a, order, dim=-1, keepdim=True, dtype=dtype)
+
+
 class Passage:
     """One block's hooks and what they know of the running pass."""
 
@@ -64,8 +76,8 @@ class Passage:
         self._gradient_taps: list[tuple[GradientTap, str, Stages]] = []
         self._readers: dict[str, list[tuple[GradientTap, frozenset[str]]]] = {}
         self._hooks: list[Any] = []
-        self._wanted: frozenset[str] = frozenset()  # by taps, and by readers below
-        self._wanted_always: frozenset[str] = frozenset()  # of these, also in evaluation
+        self._asked = {True: frozenset[str](), False: frozenset[str]()}  # in training? → stages
+        self._wanted: frozenset[str] = frozenset()  # what hooks keep for these
         self._tokens: Tokens | None = None
         self._kept: dict[str, Tensor] = {}
         self._executor: Executor | None = None
@@ -80,6 +92,12 @@ class Passage:
         if self._tokens is None:
             raise RuntimeError(f"site {self.block.name!r} is not attached")
         return self._tokens
+
+    @property
+    def wants_norms(self) -> bool:
+        """Whether a tap reads norms of a in the block's present mode."""
+        asked = self._asked[self.block.up.module.training]
+        return any(name in asked for name in NORMS)
 
     def _entries(self) -> list[Layer]:
         """The layers that x enters, each module once."""
@@ -178,13 +196,17 @@ class Passage:
                 f"were its layers called one by one, outside the block's forward?"
             )
         self._expects_phi = False
+        if self._detour is not None:  # the executor knows more
+            return
         kept = {"a": args[0], **self._kept, "d": args[0]}
-        if self.block.gated and "a" in self._wanted:
+        asked = self._asked[self.block.up.module.training]
+        norms = [name for name in NORMS if name in asked]
+        if self.block.gated and ("a" in asked or norms):
             kept["a"] = kept["a"] * kept["u"] if self.block.between else args[0]
+        for norm in norms:
+            kept[norm] = token_norm(kept["a"], NORMS[norm])
         self._kept.clear()  # checkpointing breaks off its second pass inside down
-        if any("y" in stages for _, stages in self._served):
-            self._kept.update(kept)
-        self._serve(kept)
+        self._hand_on(kept)
 
     def _on_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if _asleep:
@@ -196,6 +218,12 @@ class Passage:
         output = self._read("y", output, self.block.down, d=args[0])
         self._serve({**kept, "y": output})
         return output
+
+    def _hand_on(self, kept: dict[str, Tensor]) -> None:
+        """Serve what is known before y, and keep it for those who want y too."""
+        if any("y" in stages for _, stages in self._served):
+            self._kept.update(kept)
+        self._serve(kept)
 
     def _serve(self, kept: dict[str, Tensor]) -> None:
         """Call the taps that want y where it is known, the others before down runs."""
@@ -211,9 +239,9 @@ class Passage:
         """Of up and gate: an empty tensor if the executor takes this call."""
         assert self._executor is not None
         if self._detour is not x:  # not the gate's call behind up's; or one broken off is forgotten
-            training = self.block.up.module.training
-            wanted = self._wanted if training else self._wanted_always
-            free = not (self._layers or wanted & set("zuad") or self._readers)
+            asked = self._asked[self.block.up.module.training]
+            changed = self._layers or self._outputs or self._readers
+            free = not (changed or asked & set("zuad"))
             runs = not _asleep and free and self._executor.takes(self, x)
             self._detour = x if runs else None
             if runs:
@@ -230,7 +258,11 @@ class Passage:
         x, self._detour = self._detour, None
         if x is not None:
             self._expects_phi = False
-            return self._executor(self, x)
+            kept = dict(self._kept)
+            self._kept.clear()  # checkpointing may break off its second pass here
+            y = self._executor(self, x, kept.update if self.wants_norms else None)
+            self._hand_on(kept)
+            return y
         if not _asleep:
             self._executor.passed(self, d)
         return original(d)

@@ -9,6 +9,7 @@ Stages, as tensors in the model's own layout:
 - ``z``: pre-activation (of the gate, in gated blocks)
 - ``u``: output of up in gated blocks
 - ``a``: φ(z), in gated blocks φ(z) ⊙ u, before any dropout
+- ``l1``, ``l2``: norms of each token's a over its units, ‖a‖₁ and ‖a‖₂, [..., 1]
 - ``d``: input of down: a, after a dropout or norm where there is one
 - ``y``: output of down
 
@@ -33,6 +34,7 @@ from actsparse.blocks.exchange import (
     Replacement,
 )
 from actsparse.blocks.passage import (
+    NORMS,
     GradientTap,
     InputTransform,
     OutputTransform,
@@ -43,6 +45,7 @@ from actsparse.blocks.passage import (
 )
 from actsparse.blocks.tokens import tokens_of
 
+_STAGES = ("x", "z", "u", "a", *NORMS, "d", "y")
 _KNOWN_AT = {"z": "x", "u": "x", "f": "xz", "y": "d"}  # place → stages
 
 
@@ -124,7 +127,8 @@ class Site(Passage):
         self._rewire()
 
     def execute(self, executor: Executor) -> None:
-        """Let ``executor`` compute y from x, wherever nothing attached needs what lies between.
+        """Let ``executor`` compute y from x, wherever nothing attached needs what lies between;
+        norms of a it knows as well.
 
         The layers are still called, for their hooks, and pass on an empty tensor.
 
@@ -144,7 +148,7 @@ class Site(Passage):
 
         ``stages`` may be a function of the site, asked anew whenever something is attached or
         released: what a measure needs can depend on the φ in force. ``in_training``: not while the
-        block is in evaluation mode.
+        block is in evaluation mode. Where x, y and norms are enough an executor may run.
 
         Raises:
             ValueError: unknown stages.
@@ -175,9 +179,8 @@ class Site(Passage):
 
     def _stages(self, stages: Stages) -> frozenset[str]:
         names = set(stages(self) if callable(stages) else stages)
-        if names - set("xzuady"):
-            unknown = sorted(names - set("xzuady"))
-            raise ValueError(f"unknown stages {unknown}; known: x, z, u, a, d, y")
+        if unknown := sorted(names - set(_STAGES)):
+            raise ValueError(f"unknown stages {unknown}; known: {', '.join(_STAGES)}")
         return frozenset(names if self.block.gated else names - {"u"})
 
     def refresh(self) -> None:
@@ -208,9 +211,12 @@ class Site(Passage):
             if place != "u" or self.block.gated:
                 self._readers.setdefault(place, []).append((read, self._stages(wants)))
         readers = [reader for at in self._readers.values() for reader in at]
-        self._wanted = frozenset().union(*(stages for _, stages in [*self._served, *readers]))
-        always = [stages for tap, stages in self._served if tap not in self._in_training]
-        self._wanted_always = frozenset().union(*always, *(stages for _, stages in readers))
+        for training in (True, False):
+            calls = [at for tap, at in self._served if training or tap not in self._in_training]
+            self._asked[training] = frozenset().union(*calls, *(at for _, at in readers))
+        self._wanted = self._asked[True]
+        if self._wanted & NORMS.keys():
+            self._wanted |= {"a"}
         if not (self.modified or self._taps or self._gradient_taps or self._executor):
             self.block.up.module.__dict__.pop("_actsparse_site", None)
         else:

@@ -9,17 +9,19 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from actsparse.activations import ACTIVATIONS
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.chosen import blocks_of
+from actsparse.blocks.exchange import OnNorms
 from actsparse.blocks.site import Site, no_executor, site_of
 from actsparse.kernels import build, ops
 from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
+from actsparse.kernels.forms import is_silent
 from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
 
 Mode = Literal["auto", "sparse", "screened"]
 EVERY = 64  # calls between two looks at the density where looking costs something
-LEAST = 2**18  # entries of a weight; smaller blocks gain less than a call costs
+LEAST = 2**18  # entries of a weight; smaller blocks gain less than a call of few tokens costs
+MANY = 2**24  # entries · tokens of a call that is worth a trial whatever the block's size
 
 
 def accelerate(
@@ -91,7 +93,7 @@ def _unfit(block: MLPBlock) -> str | None:
     if (reason := no_executor(block)) is not None:
         return reason
     function = site_function(block)
-    if function is not None and not (function in ACTIVATIONS and ACTIVATIONS[function].silent):
+    if function is not None and not is_silent(function):
         return f"{function} is never exactly zero"
     return None
 
@@ -197,7 +199,7 @@ class SparseRun:
         self._promised: dict[Hashable, str] = {}
         self._ready: Prepared | None = None
         self._ready_for: tuple[Any, ...] = ()
-        self._worthwhile = block.up.weight.numel() >= LEAST and build.level() != "reference"
+        self._built = build.level() != "reference"
 
     def met(self) -> list[Met]:
         """The kinds of calls there were."""
@@ -206,22 +208,22 @@ class SparseRun:
     def takes(self, site: Site, x: Tensor) -> bool:
         """Whether this call runs sparse."""
         self._now = None
-        function = site.function
         fit = (
             x.dtype is torch.float32
             and x.is_cpu
-            and function in ACTIVATIONS
-            and ACTIVATIONS[function].silent
+            and is_silent(site.function)
             and not torch.is_autocast_enabled("cpu")
         )
-        if not fit or (self.mode == "auto" and not self._worthwhile):
+        tokens, entries = x.numel() // max(x.shape[-1], 1), self.block.up.weight.numel()
+        worthwhile = self._built and (entries >= LEAST or entries * tokens >= MANY)
+        if not fit or (self.mode == "auto" and not worthwhile):
             return False
         if torch.compiler.is_compiling():  # compiled code keeps to what it met
             if self.mode != "auto":
                 self._program = self.mode
             return self._program != "dense"
-        learns, tokens = self._learns(x), x.numel() // x.shape[-1]
-        kind = (learns, min(tokens, TIMED).bit_length(), torch.get_num_threads())
+        learns, size = self._learns(x), min(tokens, TIMED).bit_length()
+        kind = (learns, size, torch.get_num_threads(), site.wants_norms)
         now = self._met.get(kind)
         if now is None:
             now = self._met[kind] = Met(learns is not None)
@@ -229,7 +231,7 @@ class SparseRun:
         if site.recomputing and kind in self._promised:
             self._program = self._promised[kind]  # what was saved in the forward must fit
         else:
-            self._decide(now, kind, function, x)
+            self._decide(now, kind, site, x)
             self._program = self._promised[kind] = now.program
         return self._program != "dense"
 
@@ -240,7 +242,8 @@ class SparseRun:
         learns = (x.requires_grad, block.up.weight.requires_grad, block.down.weight.requires_grad)
         return learns if any(learns) else None
 
-    def _decide(self, now: Met, kind: Hashable, function: str | None, x: Tensor) -> None:
+    def _decide(self, now: Met, kind: Hashable, site: Site, x: Tensor) -> None:
+        function = site.function
         assert function is not None
         if self.mode != "auto":
             now.program = self.mode
@@ -254,11 +257,11 @@ class SparseRun:
             now.trial = self.trials.near(alike, now.density)
             if now.trial is None:
                 cold = now.tokens <= 16 and not now.training
-                programs = programs_of(block, function, x, now.training)
+                programs = programs_of(block, function, x, now.training, site.wants_norms)
                 now.trial = self.trials.run(alike, now.density, programs, cold)
         now.program = "dense" if now.trial is None else now.trial.best(now.program)
 
-    def __call__(self, site: Site, x: Tensor) -> Tensor:
+    def __call__(self, site: Site, x: Tensor, on_norms: OnNorms | None) -> Tensor:
         """y of the block, by the sparse kernels."""
         block, now = self.block, self._now
         screen = self._program == "screened"
@@ -286,6 +289,7 @@ class SparseRun:
             between=nn.Sequential(*parts) if parts and parts[0].training else None,
             prepared=prepared,
             on_active=count,
+            on_norms=on_norms,
         )
 
     def _prepared(self, screen: bool) -> Prepared:

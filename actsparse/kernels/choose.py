@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actsparse.activations import ACTIVATIONS
+from actsparse.activations import named
 from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.passage import NORMS, token_norm
+from actsparse.kernels.forms import form_of
 from actsparse.kernels.mlp import prepare, sparse_mlp
-from actsparse.kernels.ops import FUSED
 
 NEAR = 1.25  # densities within this factor of each other share a trial
 MARGIN = 1.05  # a program takes over from dense where it is faster by this much, leaves below 1
@@ -121,9 +122,12 @@ def _seconds(program: Callable[[], object], between: Tensor | None) -> float:
 
 
 def programs_of(
-    block: MLPBlock, function: str, x: Tensor, training: bool
+    block: MLPBlock, function: str, x: Tensor, training: bool, norms: bool = False
 ) -> Mapping[str, Callable[[], object]]:
-    """The block's computation as each program does it, on its weights and these tokens."""
+    """The block's computation as each program does it, on its weights and these tokens.
+
+    ``norms``: those of a are read too, and learnt from in training.
+    """
     x = x.detach().reshape(-1, x.shape[-1])[:TIMED].requires_grad_(training and x.requires_grad)
     layers = [layer for layer in (block.up, block.down, block.gate) if layer is not None]
     leaves = [
@@ -134,29 +138,33 @@ def programs_of(
     up, bias, down, down_bias, gate, gate_bias = [*leaves, None, None][:6]
     assert up is not None
     assert down is not None
-    act = ACTIVATIONS[function]
+    act = named(function)
 
-    def dense() -> Tensor:
+    def dense() -> list[Tensor]:
         if gate is None:
             a = act.value(F.linear(x, up, bias))
         else:
             a = act.value(F.linear(x, gate, gate_bias)) * F.linear(x, up, bias)
-        return F.linear(a, down, down_bias)
+        y = F.linear(a, down, down_bias)
+        return [y, *(token_norm(a, order) for order in NORMS.values() if norms)]
 
     first = up if gate is None else gate
     prepared = None if training else prepare(down, first)
 
-    def sparse(screen: bool) -> Tensor:
-        return sparse_mlp(
+    def sparse(screen: bool) -> list[Tensor]:
+        read: dict[str, Tensor] = {}
+        y = sparse_mlp(
             x, up, bias, down, down_bias, activation=function, gate=gate,
             gate_bias=gate_bias, screen=screen, prepared=prepared,
+            on_norms=read.update if norms else None,
         )  # fmt: skip
+        return [y, *read.values()]
 
-    programs: dict[str, Callable[[], Tensor]] = {
+    programs: dict[str, Callable[[], list[Tensor]]] = {
         "dense": dense,
         "sparse": lambda: sparse(False),
     }
-    if function in FUSED:
+    if form_of(function) is not None:
         programs["screened"] = lambda: sparse(True)
     if not training:
         return programs
@@ -164,12 +172,13 @@ def programs_of(
     return {name: _step(program, learning) for name, program in programs.items()}
 
 
-def _step(program: Callable[[], Tensor], learning: list[Tensor]) -> Callable[[], object]:
+def _step(program: Callable[[], list[Tensor]], learning: list[Tensor]) -> Callable[[], object]:
     def step() -> None:
         # hooks of an outer checkpoint must not count what a trial saves
         same = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
         with torch.enable_grad(), same:
-            y = program()
-            torch.autograd.grad(y, learning, torch.ones_like(y))
+            # norms of a do not depend on down: no gradient of theirs where it alone learns
+            outputs = [out for out in program() if out.requires_grad]
+            torch.autograd.grad(outputs, learning, [torch.ones_like(out) for out in outputs])
 
     return step

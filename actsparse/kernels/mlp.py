@@ -16,6 +16,8 @@ from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
 from actsparse.kernels import ops
+from actsparse.kernels.forms import Form, form_of
+from actsparse.kernels.row_norms import row_norms
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def sparse_mlp(
     between: Callable[[Tensor], Tensor] | None = None,
     prepared: Prepared | None = None,
     on_active: Callable[[int], None] | None = None,
+    on_norms: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Tensor:
     """y [..., D] of x [..., D] through up [H, D], φ and down [D, H], biases [H] and [D].
 
@@ -73,16 +76,20 @@ def sparse_mlp(
 
     Args:
         activation: a name of ``actsparse.activations``, or a function. ReLU, JSReLU and squared
-            ReLU are fused; of others φ and φ′ are packed where either is not zero.
+            ReLU are fused, whatever their numbers (``"relu(threshold=0.1)"``); of others φ and φ′
+            are packed where either is not zero.
         gate: gate weight [H, D] of gated blocks.
         screen: leave out units that an int8 product proves inactive: off if ``ẑ + b + ‖x‖‖u − û‖
-            + ‖x − x̂‖‖û‖ + γ(‖x‖‖u‖ + |b|) < 0`` (Cauchy–Schwarz; γ covers float32 in any order of
-            summation). Pays at low density. Fused activations only; ignored for others, and where
-            the C++ kernels are missing.
+            + ‖x − x̂‖‖û‖ + γ(‖x‖‖u‖ + |b| + t) < t`` (Cauchy–Schwarz; γ covers float32 in any order
+            of summation; t: φ's threshold, or 0). Pays at low density. Fused activations only;
+            ignored for others, and where the C++ kernels are missing.
         between: what stands between φ and down, such as dropout: called on the values [nnz] that
             are packed; must be pointwise and keep zeros.
         prepared: from :func:`prepare`, for weights that do not change between calls.
         on_active: called with the number of entries that were packed.
+        on_norms: called with ‖a‖₁ and ‖a‖₂ of each token as ``l1`` and ``l2``, [..., 1], before
+            ``between``; differentiable. At a = 0 the gradient is 0, as torch's norms have it, so
+            that units left out miss nothing.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the activation has no such name.
@@ -98,16 +105,16 @@ def sparse_mlp(
             return sparse_mlp(
                 x, up, bias, down, down_bias, activation=activation, gate=gate,
                 gate_bias=gate_bias, screen=screen, between=between, prepared=prepared,
-                on_active=on_active,
+                on_active=on_active, on_norms=on_norms,
             )  # fmt: skip
-    function = named(activation) if isinstance(activation, str) else activation
-    act = ops.FUSED.index(function.name) if function.name in ops.FUSED else None
-    plain = gate is None and between is None and on_active is None and act is not None
+    name = activation if isinstance(activation, str) else activation.name
+    form = form_of(name)
+    bare = gate is None and between is None and on_active is None and on_norms is None
     native = x.dtype is torch.float32 and x.is_cpu and ops.loaded()
     weights = (up, bias, down, down_bias, gate, gate_bias)
-    if plain and native and not _learns(x, *weights):
+    if bare and form is not None and form.act is not None and native and not _learns(x, *weights):
         try:
-            return _infer(x, up, bias, down, down_bias, act, screen, prepared)
+            return _infer(x, up, bias, down, down_bias, form, screen, prepared)
         except RuntimeError:  # the kernels check, without names: decoding has no time for Python
             _check(x, *weights)
             raise
@@ -116,15 +123,16 @@ def sparse_mlp(
     rows = None if prepared is None else prepared.rows
     first, down = _laid(first), _laid(down)
     codes: tuple[Tensor, ...] = ()
-    if screen and act is not None and ops.screens(first):
+    if screen and form is not None and ops.screens(first):
         if prepared is not None and prepared.codes:
             codes = prepared.codes
         else:
             codes = tuple(ops.quantise(first.detach()))
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    if act is not None:
-        entries = ops.pack(tokens, first, _flat(first_bias), list(codes), function.name)
+    if form is not None:
+        entries = ops.pack(tokens, first, _flat(first_bias), list(codes), name)
     else:
+        function = named(activation) if isinstance(activation, str) else activation
         with torch.no_grad():
             z = F.linear(tokens, first, first_bias)
             a, slope = function.value(z), function.derivative(z)
@@ -134,6 +142,9 @@ def sparse_mlp(
         on_active(index.shape[0])
     if gate is not None:
         value = value * ops.sample(pointer, index, tokens, _laid(up), bias)
+    if on_norms is not None:
+        one, two = (n.view(*x.shape[:-1], 1) for n in row_norms(pointer, value, tokens.shape[0]))
+        on_norms({"l1": one, "l2": two})
     if between is not None:
         value = between(value)
     y = ops.project(pointer, index, value, down, rows, _flat(down_bias), tokens.shape[0])
@@ -146,7 +157,7 @@ def _infer(
     bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
-    act: int | None,
+    form: Form,
     screen: bool,
     prepared: Prepared | None,
 ) -> Tensor:
@@ -157,10 +168,10 @@ def _infer(
         prepared = prepare(down, up if screen else None)
     kernels = torch.ops.actsparse_cpu
     if not screen:
-        return kernels.forward(x @ up.t(), _flat(bias), prepared.rows, _flat(down_bias), act)
+        return kernels.forward(x @ up.t(), _flat(bias), prepared.rows, _flat(down_bias), *form[:2])
     return kernels.forward_screened(
         x.contiguous(), prepared.first, _flat(bias), *prepared.codes, prepared.rows,
-        _flat(down_bias), act,
+        _flat(down_bias), *form[:2],
     )  # fmt: skip
 
 

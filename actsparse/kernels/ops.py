@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from actsparse.activations import ACTIVATIONS
+from actsparse.activations import named
 from actsparse.kernels import pack as packing
 from actsparse.kernels import reference
+from actsparse.kernels.forms import form_of
 
-FUSED = ("relu", "jsrelu", "squared_relu")  # in the order of cpu/kernels.h
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -42,7 +42,7 @@ def _load() -> bool:
     # inference is one operator without autograd, so that decoding does not pay for Python
     for name in ("forward", "forward_screened"):
         torch.library.register_fake(f"actsparse_cpu::{name}")(
-            lambda x, *others: x.new_empty(*x.shape[:-1], others[-3].shape[1])
+            lambda x, *others: x.new_empty(*x.shape[:-1], others[-4].shape[1])
         )
     return True
 
@@ -70,28 +70,34 @@ def _kernels() -> Any:
 def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activation: str) -> Four:
     """φ(x upᵀ + bias), packed: pointer, index, value and slope φ′ of the active units.
 
-    x [N, D], up [H, D], bias [H]; ``activation`` one of ``FUSED``; ``codes``, if any, from
+    x [N, D], up [H, D], bias [H]; ``activation`` has a :class:`Form`; ``codes``, if any, from
     :func:`quantise`: units that they prove inactive are not computed. ``slope`` is empty where it
     is 1 (ReLU).
     """
+    form, function = form_of(activation), named(activation)
+    assert form is not None
     if native(x, up, bias):
-        act = FUSED.index(activation)
+        how = (form.act or 0, form.floor)  # 0: ReLU, which is z above the floor
         if codes:
-            return _kernels().screen(x, up, bias, *codes, act)
-        return _kernels().pack(x @ up.t(), bias, act)
-    z = torch.nn.functional.linear(x, up, bias)
-    function = ACTIVATIONS[activation]
-    keep = ~(z <= 0)
-    pointer, index = packing.pack(keep)
-    active = z[keep]
-    slope = x.new_empty(0) if activation == "relu" else function.derivative(active)
+            entries = _kernels().screen(x, up, bias, *codes, *how)
+        else:
+            entries = _kernels().pack(x @ up.t(), bias, *how)
+        if form.act is not None:
+            return entries
+        pointer, index, active, _ = entries
+    else:
+        z = torch.nn.functional.linear(x, up, bias)
+        keep = ~(z <= form.floor)
+        (pointer, index), active = packing.pack(keep), z[keep]
+    slope = x.new_empty(0) if form.ones else function.derivative(active)
     return pointer, index, function.value(active), slope
 
 
 @pack.register_fake
 def _(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activation: str) -> Four:
     nnz = torch.library.get_ctx().new_dynamic_size()
-    slope = x.new_empty(0 if activation == "relu" else nnz)
+    form = form_of(activation)
+    slope = x.new_empty(0 if form is not None and form.ones else nnz)
     return *_fake_entries(x, up, nnz), slope
 
 
@@ -124,7 +130,8 @@ def _fake_entries(x: Tensor, up: Tensor, nnz: Any) -> tuple[Tensor, Tensor, Tens
 def _keep_pack(ctx: Any, inputs: tuple[Any, ...], output: Four) -> None:
     pointer, index, _, slope = output
     ctx.save_for_backward(inputs[0], inputs[1], pointer, index, slope)
-    ctx.ones = inputs[4] == "relu" if isinstance(inputs[4], str) else False
+    form = form_of(inputs[4]) if isinstance(inputs[4], str) else None
+    ctx.ones = form is not None and form.ones
     ctx.list_length = len(inputs[3]) if isinstance(inputs[3], list) else None
 
 

@@ -13,46 +13,73 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, Progress
-from actsparse.modify.schedule import Ramp, ramp_note
+from actsparse.modify.schedule import Ramp, Release, ramp_note
 
 
-def l1(a: Tensor) -> Tensor:
-    """Mean absolute activation of each token: [..., H] → [...]."""
-    return a.abs().mean(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+def l1(units: int, one: Tensor) -> Tensor:
+    """``‖a‖₁ / H``, the mean absolute activation of each token, of ‖a‖₁ and H units."""
+    return one / units
 
 
-def hoyer(a: Tensor) -> Tensor:
-    """``‖a‖₁² / (H·‖a‖₂²)`` of each token, in [0, 1]: [..., H] → [...]; 0 for a silent token.
+def hoyer(units: int, one: Tensor, two: Tensor) -> Tensor:
+    """``‖a‖₁² / (H·‖a‖₂²)`` of each token, of ‖a‖₁, ‖a‖₂ and H units; 0 for a silent token.
 
-    1 where all units are equally active, 1/H where one is; blind to the scale of a (after Hoyer
-    2004, the measure of sparseness).
+    1 where all units are equally active, 1/H where one is; blind to the scale of a. The squared
+    ratio of Yang, Wen, Li 2020 ("Hoyer-Square", arXiv 1908.09979).
 
-    >>> hoyer(torch.tensor([[1.0, 1.0], [3.0, 0.0], [0.0, 0.0]]))
+    >>> hoyer(2, torch.tensor([2.0, 3.0, 0.0]), torch.tensor([2.0**0.5, 3.0, 0.0]))
     tensor([1.0000, 0.5000, 0.0000])
     """
-    dtype = torch.promote_types(a.dtype, torch.float32)  # a sum of squares overflows float16
-    one = torch.linalg.vector_norm(a, 1, dim=-1, dtype=dtype)
-    two = torch.linalg.vector_norm(a, 2, dim=-1, dtype=dtype)
-    # the inner where keeps the gradient of a silent token 0 instead of NaN
-    ratio = one / torch.where(two > 0, two, torch.ones_like(two))
-    return ratio.square() / a.shape[-1]
+    return _ratio(one, two).square() / units
 
 
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"hoyer": hoyer, "l1": l1}
+def hoyer_root(units: int, one: Tensor, two: Tensor) -> Tensor:
+    """``‖a‖₁ / (√H·‖a‖₂)``, the root of :func:`hoyer`: presses on where few units are left.
+
+    The ratio in the sparseness of Hoyer 2004 (JMLR 5, 1457).
+
+    >>> hoyer_root(4, torch.tensor([4.0, 3.0, 0.0]), torch.tensor([2.0, 3.0, 0.0]))
+    tensor([1.0000, 0.5000, 0.0000])
+    """
+    return _ratio(one, two) / units**0.5
+
+
+def _ratio(one: Tensor, two: Tensor) -> Tensor:
+    # the where keeps the gradient of a silent token 0 instead of NaN
+    return one / torch.where(two > 0, two, torch.ones_like(two))
+
+
+# formula, and of which norms of a; nothing else of a is read, so that blocks may run sparse
+PENALTIES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "hoyer": (hoyer, ("l1", "l2")),
+    "hoyer_root": (hoyer_root, ("l1", "l2")),
+    "l1": (l1, ("l1",)),
+}
 
 
 @dataclass(frozen=True)
 class ActivationPenalty(Modification):
     """``weight ·`` the mean over blocks and unpadded tokens of a penalty on a, in training mode.
 
-    ``kind`` is ``"hoyer"`` or ``"l1"``; with ``ramp`` the weight rises linearly from 0 over that
-    many steps (int) or that fraction of all steps (float). The penalty enters the loss by
-    ``loss = loss + handle.penalty()`` or by the training callback.
+    ``kind`` is ``"hoyer"``, ``"hoyer_root"`` or ``"l1"``, each a formula of ‖a‖₁ and ‖a‖₂, which
+    sparse blocks know (:func:`actsparse.accelerate`). With ``ramp`` the weight rises linearly from
+    0 over the first so many steps (int) or that fraction of all steps (float); with ``release`` it
+    falls linearly back to 0 over the last so many, and is 0 after the last one. While it is 0
+    blocks run as without a penalty. The penalty enters the loss by ``loss = loss +
+    handle.penalty()`` or by the training callback.
+
+    Raises:
+        ValueError: unknown kind, negative weight, or ramp and release longer than training; where
+            these are numbers of steps that shows in ``handle.attach(optimizer, steps=...)``.
+
+    >>> print(*ActivationPenalty(ramp=0.5, release=100).ramps(), sep="; ")
+    over 50% of the steps; released over the last 100 steps
     """
 
     kind: str = "hoyer"
     weight: float = 0.5
     ramp: int | float | None = None
+    release: int | float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in PENALTIES:
@@ -60,11 +87,27 @@ class ActivationPenalty(Modification):
             raise ValueError(f"unknown penalty {self.kind!r}; known: {known}")
         if not self.weight >= 0:
             raise ValueError(f"ActivationPenalty(weight={self.weight!r}): expected a number ≥ 0")
-        self.ramps()
+        if all(isinstance(ramp.over, float) for ramp in self.ramps()):
+            self.check_room(1)
 
     @override
     def ramps(self) -> list[Ramp]:
-        return [] if self.ramp is None else [Ramp(self.ramp)]
+        rise = [] if self.ramp is None else [Ramp(self.ramp)]
+        return rise if self.release is None else [*rise, Release(self.release)]
+
+    def check_room(self, steps: int) -> None:
+        """Whether ramp and release have room in ``steps`` steps.
+
+        Raises:
+            ValueError: the release begins before the ramp has ended, or before training.
+        """
+        if self.release is None:
+            return
+        if sum(ramp.length(steps) for ramp in self.ramps()) > steps * (1 + 1e-9):  # 0.7 + 0.3
+            raise ValueError(
+                f"ActivationPenalty(ramp={self.ramp!r}, release={self.release!r}): together they "
+                f"must not be longer than training" + (f", {steps} steps" if steps > 1 else "")
+            )
 
     @override
     def apply(self, block: MLPBlock) -> Attached:
@@ -78,15 +121,23 @@ class _Penalised(Attached):
     def __init__(self, site: Site, note: str, config: ActivationPenalty) -> None:
         super().__init__(site, note)
         self.config = config
-        self.weight = config.weight if config.ramp is None else 0.0
+        self.weight = 0.0
         self.without_grad = False  # whether the last pass ran under no_grad
         # the passes of one forward (a shared block runs several times), never more
         self.values: deque[Tensor] = deque(maxlen=site.block.calls)
-        site.tap(self.collect, ["a"], in_training=True)
+        site.tap(self.collect, self.stages, in_training=True)
+        self.update(Progress(0, None))
+
+    def stages(self, site: Site) -> tuple[str, ...]:
+        """What it reads; nothing while it weighs nothing."""
+        return PENALTIES[self.config.kind][1] if self.weight else ()
 
     def collect(self, site: Site, stages: dict[str, Tensor]) -> None:
-        a = site.tokens.arrange(stages["a"])
-        value = PENALTIES[self.config.kind](a)
+        if not stages:
+            return
+        formula, norms = PENALTIES[self.config.kind]
+        each = [site.tokens.arrange(stages[norm])[..., 0] for norm in norms]
+        value = formula(site.block.d_hidden, *each)
         keep = site.tokens.keep(*value.shape)
         mean = value.mean() if keep is None else (value * keep).sum() / keep.sum().clamp(min=1)
         if not site.recomputing:  # checkpointing must see the same operations, but count them once
@@ -95,8 +146,13 @@ class _Penalised(Attached):
 
     @override
     def update(self, progress: Progress) -> None:
+        if progress.steps is not None:
+            self.config.check_room(progress.steps)
+        before, self.weight = self.weight, self.config.weight
         for ramp in self.config.ramps():
-            self.weight = self.config.weight * ramp.value(progress.step, progress.steps)
+            self.weight *= ramp.value(progress.step, progress.steps)
+        if bool(before) != bool(self.weight):
+            self.site.refresh()
 
     @override
     def penalty(self) -> Tensor | None:

@@ -1,8 +1,10 @@
-"""How far a change has come: a ramp from 0 to 1 over the first steps of training."""
+"""How far a change has come: a ramp over the first steps of training, a release over the last."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,24 @@ class Ramp:
         fraction = isinstance(self.over, float)
         if not self.over > 0 or (fraction and self.over > 1):
             raise ValueError(
-                f"Ramp(over={self.over!r}): expected a number of steps (int > 0) "
+                f"{self!r}: expected a number of steps (int > 0) "
                 f"or a fraction of all steps (float in (0, 1])"
             )
+
+    def length(self, steps: int | None) -> float:
+        """``over`` as a number of steps, out of ``steps``.
+
+        Raises:
+            ValueError: ``over`` is a fraction and the number of steps unknown.
+        """
+        return self.over * self._known(steps) if isinstance(self.over, float) else self.over
+
+    def _known(self, steps: int | None) -> int:
+        if steps is None:
+            raise ValueError(
+                f"{self!r} needs the number of steps: handle.attach(optimizer, steps=...)"
+            )
+        return steps
 
     def value(self, step: int, steps: int | None) -> float:
         """The ramp after ``step`` optimizer steps out of ``steps``.
@@ -35,18 +52,45 @@ class Ramp:
         """
         if step == 0:  # wherever the ramp ends
             return 0.0
-        over: float = self.over
-        if isinstance(self.over, float):
-            if steps is None:
-                raise ValueError(
-                    f"a ramp over {self.over:g} of training needs the number of steps: "
-                    f"handle.attach(optimizer, steps=...)"
-                )
-            over = self.over * steps
-        return min(1.0, step / over)
+        return min(1.0, step / self.length(steps))
+
+    def _steps(self) -> str:
+        return (
+            f"{self.over:.0%} of the steps"
+            if isinstance(self.over, float)
+            else f"{self.over} steps"
+        )
+
+    def __str__(self) -> str:
+        return f"over {self._steps()}"
+
+
+class Release(Ramp):
+    """Stays at 1 and falls linearly to 0 over the last ``over`` steps of training.
+
+    ``over`` as in :class:`Ramp`; either way the number of all steps must be known. After the last
+    step it is 0, and stays there.
+
+    >>> [Release(over=0.2).value(step, steps=100) for step in (0, 80, 90, 100)]
+    [1.0, 1.0, 0.5, 0.0]
+    """
+
+    @override
+    def value(self, step: int, steps: int | None) -> float:
+        """The release after ``step`` optimizer steps out of ``steps``.
+
+        Raises:
+            ValueError: the number of steps is unknown, and ``step`` not 0.
+        """
+        if step == 0:  # wherever it begins
+            return 1.0
+        return min(1.0, max(0, self._known(steps) - step) / self.length(steps))
+
+    @override
+    def __str__(self) -> str:
+        return f"released over the last {self._steps()}"
 
 
 def ramp_note(ramps: list[Ramp]) -> str:
-    """How a modification's schedule reads in a handle's table."""
-    texts = [f"{r.over:.0%} of the" if isinstance(r.over, float) else f"{r.over}" for r in ramps]
-    return f", over {texts[0]} steps" if texts else ""
+    """How a modification's schedules read in a handle's table."""
+    return "".join(f", {ramp}" for ramp in ramps)

@@ -157,7 +157,9 @@ def test_a_block_has_one_site_while_something_is_attached() -> None:
 def test_unknown_stages_are_refused_and_u_is_left_out_where_there_is_no_gate() -> None:
     model, inputs, blocks = ready("gpt2")
     site, tap = site_of(blocks[0]), Tap()
-    with pytest.raises(ValueError, match=r"unknown stages \['q'\]; known: x, z, u, a, d, y"):
+    with pytest.raises(
+        ValueError, match=r"unknown stages \['q'\]; known: x, z, u, a, l1, l2, d, y"
+    ):
         site.tap(tap, ["z", "q"])
     site.tap(tap, ["u", "z"])
     call(model, inputs)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from actsparse import SwapActivation, ZerothBias, find_mlp_blocks, observe, sparsify
 from actsparse.kernels import accelerate, build
-from actsparse.kernels.accelerate import EVERY, Accelerated
+from actsparse.kernels.accelerate import EVERY, MANY, Accelerated
 from actsparse.kernels.choose import Trial, Trials
 from tests.zoo import BY_ID, call
 
@@ -155,6 +155,19 @@ def test_small_blocks_keep_to_their_layers() -> None:
         model(x)
     assert str(handle) == "up: no calls yet"
     assert handle.table() == []
+
+
+@pytest.mark.skipif(build.level() == "reference", reason="no compiled kernels here")
+def test_small_blocks_are_timed_in_calls_of_many_tokens() -> None:
+    model, x = silent(0.05), torch.randn(MANY // (16 * 256), 16)
+    handle = accelerate(model, inputs=x)
+    with torch.no_grad():
+        for tokens in (x[1:], x, x):
+            model(tokens)
+    (row,) = handle.table()
+    assert row["tokens"] == len(x)
+    assert row["ratio"] is not None
+    assert sum(row["calls"].values()) == 2
 
 
 class Timed:
@@ -325,6 +338,21 @@ def test_compiled_in_one_graph() -> None:
     accelerate(model, inputs=x, mode="sparse")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert alike(want, results(compiled, x))
+
+
+@pytest.mark.parametrize("name", ["relu(threshold=0.3)", "jsrelu(cap=2)", "s_shape(dx=1.6, dy=0)"])
+@pytest.mark.parametrize("mode", ["sparse", "screened"])
+def test_activations_with_numbers_of_their_own_run_sparse(name: str, mode: Any) -> None:
+    model, x = Block(nn.ReLU()), torch.randn(4, 8, 16)
+    sparsify(model, SwapActivation(name), inputs=x)
+    want = results(model, x)
+    handle = accelerate(model, mode=mode)
+    assert alike(want, results(model, x))
+    assert calls(handle, mode) == [1]
+    if not name.startswith("s_shape"):  # torch warns of a cache it passes by
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert alike(want, results(compiled, x))
 
 
 def test_what_cannot_run_sparse_says_why() -> None:

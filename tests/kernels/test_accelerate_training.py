@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actsparse import ActivationPenalty, sparsify
 from actsparse.kernels import accelerate
 
 D, H, B, T = 16, 96, 6, 5
@@ -108,20 +107,6 @@ def test_optimizers_get_the_gradients_of_accumulated_batches(name: str) -> None:
     scale = max(float(g.abs().max()) for g in grads[0])
     for one, two in zip(*grads, strict=True):
         assert float((one - two).abs().max()) <= B * T * H * EPS * max(scale, 1)
-
-
-def test_a_penalty_keeps_to_the_layers_in_training_alone() -> None:
-    model = net()
-    penalised = sparsify(model, [ActivationPenalty("hoyer", weight=0.1)], inputs=batch())
-    handle = accelerate(model, mode="sparse")
-    want = Net.forward(copy.deepcopy(model), batch())
-    programs = []
-    for training in (True, False, True):
-        model.train(training)
-        torch.testing.assert_close(model(batch()), want, **CLOSE)
-        assert (float(penalised.penalty().detach()) > 0) is training
-        programs.append(sum(row["calls"].get("sparse", 0) for row in handle.table()))
-    assert programs == [0, 2, 2]
 
 
 def test_a_trained_models_copy_goes_its_own_way() -> None:

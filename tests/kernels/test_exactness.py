@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import named
-from actsparse.kernels import build, ops, prepare, sparse_mlp
+from actsparse.kernels import build, forms, ops, prepare, sparse_mlp
 from actsparse.kernels import pack as packing
 
 U = 2.0**-24  # unit roundoff of float32
@@ -132,7 +132,7 @@ def test_every_entry_stays_within_its_a_priori_bound(way: str, screen: bool) -> 
     d=st.integers(1, 70),
     h=st.one_of(st.integers(1, 140), st.sampled_from([383, 385, 769, 1155])),
     density=st.floats(0, 1),
-    activation=st.sampled_from(ops.FUSED),
+    activation=st.sampled_from(forms.FUSED),
     screen=st.booleans(),
     layouts=st.tuples(*[st.sampled_from(["rows", "columns", "strided", "offset"])] * 3),
     seed=st.integers(0, 99),
@@ -182,7 +182,7 @@ def test_rms_error_is_at_most_four_times_dense(way: str, size: tuple[int, int, i
 def missed(x: Tensor, up: Tensor, bias: Tensor) -> tuple[int, int]:
     """How many units the screen leaves out though float64 or dense float32 has them active."""
     codes = ops.quantise(up)
-    pointer, index = torch.ops.actsparse_cpu.candidates(x, up, bias, *codes)
+    pointer, index = torch.ops.actsparse_cpu.candidates(x, up, bias, *codes, 0.0)
     kept = packing.unpack(pointer, index, torch.ones(len(index)), len(x), len(up)) != 0
     off = (x.double() @ up.double().t() + bias.double() <= 0) & (F.linear(x, up, bias) <= 0)
     return int((~off & ~kept).sum()), int(kept.sum())

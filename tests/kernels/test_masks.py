@@ -7,6 +7,7 @@ with dense float64: one entry too few, one too many or one in the wrong place sh
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,14 +18,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import ops, prepare, reference, sparse_mlp
+from actsparse.kernels import forms, ops, prepare, reference, row_norms, sparse_mlp
 from actsparse.kernels import pack as packing
 
 TWO_MASKS = [
     named("relu6"), named("hardtanh"), shifted_s_shape(1.5, 0.0), shifted_s_shape(0.0, -1.0),
     shifted_s_shape(-1.5, 1.0),
 ]  # fmt: skip
-FUSED = [named(name) for name in ops.FUSED]
+NUMBERS = [
+    "relu(threshold=0.5)", "jsrelu(threshold=1)", "squared_relu(threshold=1.5)", "relu(shift=1)",
+    "relu(shift=-0.5, threshold=1)", "jsrelu(jump=0.5, cap=2, threshold=0.5)",
+]  # fmt: skip
+FUSED = [named(name) for name in (*forms.FUSED, *NUMBERS)]
 Weights = dict[str, Tensor]
 
 
@@ -216,7 +221,12 @@ def signs(t: Tensor) -> Tensor:
     return t.isnan() + 2 * t.isposinf() + 3 * t.isneginf()
 
 
-AS_AUTOGRAD_HAS_IT = ActivationFunction("relu", torch.relu, lambda z: 1.0 * ~(z <= 0))  # NaN: 1
+def as_autograd_has_it(function: ActivationFunction) -> ActivationFunction:
+    """The ReLU kinds' slope at NaN is 1."""
+    form = forms.form_of(function.name)
+    if form is None or not form.ones:
+        return function
+    return replace(function, derivative=lambda z: 1.0 * ~(z <= form.floor))
 
 
 @pytest.mark.parametrize("activation", [*FUSED, TWO_MASKS[0], TWO_MASKS[3]], ids=lambda f: f.name)
@@ -226,7 +236,7 @@ def test_nan_and_infinity_arrive_where_the_entries_carry_them(
     way: str, activation: ActivationFunction, gated: bool, screen: bool
 ) -> None:
     """From x, biases and U, one at a time, to y and every gradient; without a gate as in dense."""
-    function = AS_AUTOGRAD_HAS_IT if activation.name == "relu" else activation
+    function = as_autograd_has_it(activation)
     first, bias = ("gate", "gate_bias") if gated else ("up", "bias")
     for place in dict.fromkeys(("x", first, bias, "up", "bias")):
         for poison in (math.nan, math.inf, -math.inf):
@@ -324,7 +334,8 @@ def test_every_operator_passes_opcheck() -> None:
     learns = value.clone().requires_grad_()
     a, slope = torch.randint(-1, 2, (2, 5, 70)).float()
     calls: dict[str, list[tuple[Any, ...]]] = {
-        "pack": [(x, up, bias, codes, name) for name in ops.FUSED] + [(x, up, None, [], "relu")],
+        "pack": [(x, up, bias, codes, name) for name in (*forms.FUSED, *NUMBERS)]
+        + [(x, up, None, [], "relu")],
         "pack_values": [(x, up, bias, a, slope), (x, up, None, a, slope)],
         "sample": [(pointer, index, x, up, bias), (pointer, index, x, up, None)],
         "project": [(pointer, index, learns, down, r, b, 5) for r in (None, rows)
@@ -333,6 +344,8 @@ def test_every_operator_passes_opcheck() -> None:
                      for b in (None, w["down_bias"].detach())],
         "by_unit": [(pointer, index, value, 5, 70)],
         "row_sums": [(by_unit[0], by_unit[2], 70)],
+        "row_norms": [(pointer, learns, 5)],
+        "row_norms_backward": [(pointer, value, torch.ones(5), *torch.randn(2, 5))],
         "turned": [(fixed,)],
         "quantise": [(fixed,)] if ops.loaded() else [],
     }  # fmt: skip
@@ -348,12 +361,13 @@ def test_every_operator_passes_opcheck() -> None:
         # test_mlp compiles both
         checks = static if name.startswith("pack") else (*static, "test_aot_dispatch_dynamic")
         for each in arguments:
-            torch.library.opcheck(getattr(ops, name), each, test_utils=checks)
+            operator = getattr(row_norms if name.startswith("row_norms") else ops, name)
+            torch.library.opcheck(operator, each, test_utils=checks)
     if ops.loaded():
         kernels, checks = torch.ops.actsparse_cpu, static[:2]
-        for act in range(len(ops.FUSED)):
+        for act in range(len(forms.FUSED)):
             z, b = (x @ up.t()).detach(), bias.detach()
-            arguments = (z, b, rows, down_bias.detach(), act)
+            arguments = (z, b, rows, down_bias.detach(), act, 0.1)
             torch.library.opcheck(kernels.forward.default, arguments, test_utils=checks)
-            arguments = (x.detach(), fixed, b, *codes, rows, None, act)
+            arguments = (x.detach(), fixed, b, *codes, rows, None, act, 0.1)
             torch.library.opcheck(kernels.forward_screened.default, arguments, test_utils=checks)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import ops, prepare, reference, sparse_mlp
+from actsparse.kernels import forms, ops, prepare, reference, sparse_mlp
 from actsparse.kernels import pack as packing
 
 TWO_MASKS = [named("relu6"), named("hardtanh"), shifted_s_shape(0.4, 1.6), shifted_s_shape(-1.6)]
-ALL = [named(name) for name in ops.FUSED] + TWO_MASKS
+THRESHOLDS = [named("relu(threshold=0.5)"), named("jsrelu(jump=0.5, cap=2, threshold=0.25)")]
+ALL = [named(name) for name in forms.FUSED] + THRESHOLDS + TWO_MASKS
 
 
 def weights(
@@ -125,7 +126,7 @@ def test_gradcheck(activation: ActivationFunction, gated: bool) -> None:
     assert torch.autograd.gradcheck(run, (x, *w.values()), eps=1e-7, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ops.FUSED)
+@pytest.mark.parametrize("name", forms.FUSED)
 @pytest.mark.parametrize("screen", [False, True])
 def test_rms_error_is_that_of_dense(name: str, screen: bool) -> None:
     """RMS error against float64, each on the mask of its own z: at most 4 times dense's."""
@@ -201,8 +202,9 @@ def test_dropout_module_fits_between() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("screen", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("activation", [named("relu"), *THRESHOLDS], ids=lambda f: f.name)
 def test_nan_and_infinity_reach_y_where_dense_has_them(
-    dtype: torch.dtype, screen: bool, learns: bool
+    dtype: torch.dtype, screen: bool, learns: bool, activation: ActivationFunction
 ) -> None:
     w = {n: t.detach().to(dtype) for n, t in weights(16, 90).items()}
     x = torch.randn(12, 16, dtype=dtype)
@@ -211,8 +213,8 @@ def test_nan_and_infinity_reach_y_where_dense_has_them(
     w["up"][5, 2] = torch.nan
     w["bias"][7] = torch.inf
     x.requires_grad_(learns)
-    y = sparse_mlp(x, **w, screen=screen)
-    plain = dense(x, w, named("relu"))
+    y = sparse_mlp(x, **w, activation=activation, screen=screen)
+    plain = dense(x, w, activation)
     assert torch.equal(y.isnan(), plain.isnan())
     assert torch.equal(y.isinf(), plain.isinf())
     assert y[1:3].isnan().any()
@@ -259,6 +261,8 @@ def test_saturated_units_count_in_y_and_not_in_dx() -> None:
         {"screen": True},
         {"activation": "jsrelu"},
         {"activation": "relu6"},
+        {"activation": "jsrelu(threshold=0.5)", "screen": True},
+        {"activation": "relu(shift=0.5)"},
         {"gated": True},
         {"between": lambda value: value * 0.5},
     ],

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import named
-from actsparse.kernels import build, ops, reference
+from actsparse.kernels import build, forms, ops, reference
 from actsparse.kernels import pack as packing
 
 if not build.load():
@@ -124,7 +124,7 @@ def test_turned_is_the_transpose(level: int) -> None:
         assert ops.turned(t).is_contiguous()
 
 
-@pytest.mark.parametrize("name", ops.FUSED)
+@pytest.mark.parametrize("name", forms.FUSED)
 def test_packing_is_the_activation(level: int, name: str) -> None:
     x, up, bias = torch.randn(7, 12), torch.randn(801, 12), torch.randn(801)
     pointer, index, value, slope = ops.pack(x, up, bias, [], name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -108,15 +109,20 @@ def overflowing(t: int, d: int, h: int) -> Case:
     return x * 2.0**55, up * 2.0**55, bias
 
 
-def missed(case: Case) -> tuple[int, Tensor, float]:
-    """How many active units the screen leaves out, the dense mask and the share of candidates."""
+def missed(case: Case, floor: float = 0.0) -> tuple[int, Tensor, float]:
+    """How many active units the screen leaves out, the dense mask and the share of candidates.
+
+    A unit is active above ``floor``, as much above as the case's own is above 0.
+    """
     x, up, bias = case
-    pointer, index = torch.ops.actsparse_cpu.candidates(x, up, bias, *ops.quantise(up))
+    floor = float(torch.tensor(floor))  # as float32 has it
+    bias = bias + floor
+    pointer, index = torch.ops.actsparse_cpu.candidates(x, up, bias, *ops.quantise(up), floor)
     ones = torch.ones(len(index))
     kept = packing.unpack(pointer, index, ones, len(x), len(up)) != 0
     exact = x.double() @ up.double().t() + bias.double()
     dense = F.linear(x, up, bias)
-    active = ~(exact <= 0) | ~(dense <= 0) | ~(x @ up.t() + bias <= 0)
+    active = ~(exact <= floor) | ~(dense <= floor) | ~(x @ up.t() + bias <= floor)
     return int((active & ~kept).sum()), active, float(kept.float().mean())
 
 
@@ -125,9 +131,20 @@ def missed(case: Case) -> tuple[int, Tensor, float]:
 def test_no_active_unit_is_missed(
     level: int, case: Callable[[int, int, int], Case], tokens: int
 ) -> None:
-    for d, h in [(5, 70), (64, 257), (131, 130)]:
-        count, _, _ = missed(case(tokens, d, h))
+    for floor, (d, h) in itertools.product([0.0, 0.13, 750.0], [(5, 70), (64, 257), (131, 130)]):
+        count, _, _ = missed(case(tokens, d, h), floor)
         assert count == 0
+
+
+@pytest.mark.parametrize("floor", [0.13, 750.0])
+def test_the_screen_leaves_out_as_many_below_a_threshold(floor: float) -> None:
+    case = gaussian(200, 128, 1024)
+    _, active, kept = missed(case)
+    _, above, more = missed(case, floor)
+    # z and the bound are rounded at the size of the floor, 750 · 2⁻²⁴ · γ's 2D + 64 roundings
+    near = 750 * 2**-24 * (2 * 128 + 64) * 4
+    assert abs(int(active.sum()) - int(above.sum())) <= near * active.numel()
+    assert abs(kept - more) <= near
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -28,7 +28,7 @@ from actsparse import (
     sparsify,
 )
 from actsparse.blocks.site import site_of
-from actsparse.modify.schedule import Ramp
+from actsparse.modify.schedule import Ramp, Release
 
 B, T, D, H = 2, 5, 8, 32
 EPS64 = torch.finfo(torch.float64).eps
@@ -80,15 +80,31 @@ def test_impossible_ramps_are_refused_wherever_they_are_given(over: float) -> No
         lambda over: NormFloor(uplift=over),
         lambda over: SwapActivation(mix=over),
         lambda over: ActivationPenalty(ramp=over),
+        lambda over: ActivationPenalty(release=over),
     ):
-        with pytest.raises(ValueError, match=r"Ramp\(over=.*number of steps.*fraction"):
+        with pytest.raises(ValueError, match=r"(Ramp|Release)\(over=.*number of steps.*fraction"):
             build(over)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(0, 2 * 10**6))
+def test_a_release_is_a_ramp_read_from_the_end(over: int, steps: int, step: int) -> None:
+    exact = min(Fraction(1), Fraction(max(0, steps - step), over)) if step else Fraction(1)
+    # one division, correctly rounded
+    assert Release(over).value(step, steps) == float(exact)
+
+
+def test_a_release_over_a_fraction_is_that_share_of_all_steps_at_the_end() -> None:
+    values = [Release(0.2).value(step, 100) for step in (0, 1, 79, 80, 85, 95, 99, 100, 101)]
+    # a difference, a product and a division
+    assert values == pytest.approx([1, 1, 1, 1, 0.75, 0.25, 0.05, 0, 0], rel=4 * EPS64)
 
 
 FRACTIONS = {
     "uplift": NormFloor(uplift=0.5),
     "mix": SwapActivation(mix=0.5),
     "ramp": ActivationPenalty(ramp=0.5),
+    "release": ActivationPenalty(release=0.5),
+    "release over 3 steps": ActivationPenalty(release=3),
 }
 
 
@@ -320,7 +336,7 @@ def fresh_compiler() -> Iterator[None]:
 # dynamo instantiates an autograd.Function while tracing it
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
-def test_moving_schedules_recompile_once_when_a_ramp_ends_and_never_between() -> None:
+def test_moving_schedules_recompile_where_one_begins_or_ends_and_never_between() -> None:
     model, x = trained(), stream()
     recipe = (
         ZerothBias(finetune=True),
@@ -346,5 +362,6 @@ def test_moving_schedules_recompile_once_when_a_ramp_ends_and_never_between() ->
         torch.testing.assert_close(handle.penalty(), penalty, rtol=tolerance, atol=0)
         optimizer.step()
         frames.append(counter.frame_count)
-    # k, the floor and the weight move at every step; only the end of mixing is new code
-    assert frames == [1, 1, 1, 1, 2, 2, 2, 2]
+    # k, the floor and the weight move at every step; only a penalty that begins to weigh
+    # anything, and the end of mixing, are new code
+    assert frames == [1, 2, 2, 2, 3, 3, 3, 3]

@@ -6,22 +6,25 @@ namespace {
 
 using Parts = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Parts pack(const Tensor& z, const Maybe& bias, int64_t act) {
-  const Packed p = pack_dense(z, bias, {z.size(0), z.size(1)}, act);
+// φ is 0 exactly where z <= floor; act says what it is above.
+Parts pack(const Tensor& z, const Maybe& bias, int64_t act, double floor) {
+  const Packed p = pack_dense(z, bias, {z.size(0), z.size(1)}, act, static_cast<float>(floor));
   return {p.pointer, p.index, p.value, p.slope};
 }
 
 Parts screen(const Tensor& x, const Tensor& up, const Maybe& bias, const Tensor& codes,
-             const Tensor& shift, const Tensor& bounds, int64_t act) {
+             const Tensor& shift, const Tensor& bounds, int64_t act, double floor) {
   const Shape s{x.size(0), up.size(0)};
-  const Packed p = pack_screened(x, up, bias, {codes, shift, bounds}, s, act);
+  const Packed p = pack_screened(x, up, bias, {codes, shift, bounds}, s, act,
+                                 static_cast<float>(floor));
   return {p.pointer, p.index, p.value, p.slope};
 }
 
 std::tuple<Tensor, Tensor> candidates(const Tensor& x, const Tensor& up, const Maybe& bias,
                                       const Tensor& codes, const Tensor& shift,
-                                      const Tensor& bounds) {
-  return candidates_of(x, up, bias, {codes, shift, bounds}, {x.size(0), up.size(0)});
+                                      const Tensor& bounds, double floor) {
+  return candidates_of(x, up, bias, {codes, shift, bounds}, {x.size(0), up.size(0)},
+                       static_cast<float>(floor));
 }
 
 // y like x, which is contiguous [..., D]: no gradients, nothing kept.
@@ -40,19 +43,20 @@ void multiply_packed(const Packed& p, const Tensor& rows, const Maybe& bias, Sha
 }
 
 Tensor forward(const Tensor& z, const Maybe& bias, const Tensor& rows, const Maybe& down_bias,
-               int64_t act) {
+               int64_t act, double floor) {
   const Shape s{rows_in(z), rows.size(0)};
   Tensor y = output(z, rows.size(1));
-  multiply_packed(pack_dense(z, bias, s, act), rows, down_bias, s, y);
+  multiply_packed(pack_dense(z, bias, s, act, static_cast<float>(floor)), rows, down_bias, s, y);
   return y;
 }
 
 Tensor forward_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const Tensor& codes,
                         const Tensor& shift, const Tensor& bounds, const Tensor& rows,
-                        const Maybe& down_bias, int64_t act) {
+                        const Maybe& down_bias, int64_t act, double floor) {
   const Shape s{rows_in(x), up.size(0)};
   Tensor y = output(x, rows.size(1));
-  const Packed p = pack_screened(x, up, bias, {codes, shift, bounds}, s, act);
+  const Packed p = pack_screened(x, up, bias, {codes, shift, bounds}, s, act,
+                                 static_cast<float>(floor));
   multiply_packed(p, rows, down_bias, s, y);
   return y;
 }
@@ -76,22 +80,26 @@ int64_t fingerprint(const Tensor& t) {
 STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
   m.def("level(int wanted) -> int");
   m.def("fingerprint(Tensor t) -> int");
-  m.def("pack(Tensor z, Tensor? bias, int act) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("pack(Tensor z, Tensor? bias, int act, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n, "
         "bool turned) -> Tensor");
   m.def("sample(Tensor pointer, Tensor index, Tensor left, Tensor rows) -> Tensor");
   m.def("by_unit(Tensor pointer, Tensor index, Tensor value, int tokens, int units) "
         "-> (Tensor, Tensor, Tensor)");
   m.def("row_sums(Tensor pointer, Tensor value, int n) -> Tensor");
+  m.def("row_norms(Tensor pointer, Tensor value, int n) -> (Tensor, Tensor)");
+  m.def("row_norms_backward(Tensor pointer, Tensor value, Tensor two, Tensor grad_one, "
+        "Tensor grad_two) -> Tensor");
   m.def("turned(Tensor t) -> Tensor");
   m.def("quantise(Tensor up) -> (Tensor, Tensor, Tensor)");
   m.def("screen(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds, "
-        "int act) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("candidates(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds)"
-        " -> (Tensor, Tensor)");
-  m.def("forward(Tensor z, Tensor? bias, Tensor rows, Tensor? down_bias, int act) -> Tensor");
+        "int act, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("candidates(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds, "
+        "float floor) -> (Tensor, Tensor)");
+  m.def("forward(Tensor z, Tensor? bias, Tensor rows, Tensor? down_bias, int act, float floor) "
+        "-> Tensor");
   m.def("forward_screened(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, "
-        "Tensor bounds, Tensor rows, Tensor? down_bias, int act) -> Tensor");
+        "Tensor bounds, Tensor rows, Tensor? down_bias, int act, float floor) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CompositeExplicitAutograd, m) {
@@ -105,6 +113,8 @@ STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CPU, m) {
   m.impl("sample", TORCH_BOX(&sample));
   m.impl("by_unit", TORCH_BOX(&by_unit));
   m.impl("row_sums", TORCH_BOX(&row_sums));
+  m.impl("row_norms", TORCH_BOX(&row_norms));
+  m.impl("row_norms_backward", TORCH_BOX(&row_norms_backward));
   m.impl("turned", TORCH_BOX(&turned));
   m.impl("quantise", TORCH_BOX(&quantise));
   m.impl("screen", TORCH_BOX(&screen));

@@ -29,7 +29,7 @@ struct Codes {
   const float* scale;     // [units]
   const float* error;     // [units] ‖u − û‖ + γ‖û‖, rounded up: what ‖x‖ is multiplied by
   const float* norm;      // [units] ‖û‖(1 + γ), rounded up: what ‖x − x̂‖ is multiplied by
-  const float* bias;      // [units] b + γ|b| + what underflow can lose
+  const float* bias;      // [units] b − floor + γ(|b| + floor) + what underflow can lose
   int64_t groups, channels;
 };
 
@@ -43,8 +43,8 @@ struct Tokens {
 
 struct Kernels {
   const char* name;
-  // words[w] bit h: z + bias is not <= 0 (NaN counts as active)
-  void (*mask)(const float* z, const float* bias, int64_t units, uint64_t* words);
+  // words[w] bit h: z + bias is not <= floor (NaN counts as active)
+  void (*mask)(const float* z, const float* bias, int64_t units, float floor, uint64_t* words);
   // out[r] = bias + Σ_k value[k] · rows[index[k]] over columns; exact zeros are skipped
   void (*multiply)(Entries a, const float* value, const float* rows, int64_t d, const float* bias,
                    float* out, Range r, Range columns, bool cold);

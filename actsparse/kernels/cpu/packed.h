@@ -1,5 +1,7 @@
 // Entries that are not zero: packed, multiplied, sampled, and sorted by unit.
 #pragma once
+#include <cmath>
+
 #include "tensors.h"
 
 namespace actsparse {
@@ -68,14 +70,14 @@ Tensor activate(Tensor& z, int64_t n, int64_t act) {
   return slope;
 }
 
-Packed pack_dense(const Tensor& z, const Maybe& bias, Shape s, int64_t act) {
+Packed pack_dense(const Tensor& z, const Maybe& bias, Shape s, int64_t act, float floor) {
   STD_TORCH_CHECK(z.is_contiguous() && z.numel() == s.tokens * s.units, "z does not fit down");
   require("bias", bias, s.units);
   const float *in = data<float>(z), *b = data<float>(bias);
   const auto mask = scratch<uint64_t>(s.tokens * s.words());
   split(s.tokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
-      kernels->mask(in + t * s.units, b, s.units, &mask[t * s.words()]);
+      kernels->mask(in + t * s.units, b, s.units, floor, &mask[t * s.words()]);
   }, kSmall);
   Packed p{empty<int64_t>(s.segments() + 1), Tensor(), Tensor(), Tensor()};
   int64_t* pointer = data<int64_t>(p.pointer);
@@ -213,6 +215,50 @@ Tensor row_sums(const Tensor& pointer, const Tensor& value, int64_t n) {
     for (int64_t k = p[h * blocks]; k < p[(h + 1) * blocks]; k++) sum += v[k];
     o[h] = static_cast<float>(sum);
   }
+  return out;
+}
+
+// Σ|v| and √Σv² of each row's entries.
+std::tuple<Tensor, Tensor> row_norms(const Tensor& pointer, const Tensor& value, int64_t n) {
+  require("value", value, {-1});
+  Tensor one = empty<float>(n), two = empty<float>(n);
+  float *o = data<float>(one), *t = data<float>(two);
+  const int64_t* p = data<int64_t>(pointer);
+  const int64_t blocks = n ? (pointer.numel() - 1) / n : 0;
+  const float* v = data<float>(value);
+  split(n, [=](int64_t a, int64_t b) {
+    for (int64_t r = a; r < b; r++) {
+      double sum = 0, squares = 0;
+      for (int64_t k = p[r * blocks]; k < p[(r + 1) * blocks]; k++) {
+        sum += std::fabs(v[k]);
+        squares += (double)v[k] * v[k];
+      }
+      o[r] = static_cast<float>(sum), t[r] = static_cast<float>(std::sqrt(squares));
+    }
+  }, kSmall);
+  return {one, two};
+}
+
+// Gradients of entries, given those of their rows' norms; of a zero it is 0.
+Tensor row_norms_backward(const Tensor& pointer, const Tensor& value, const Tensor& two,
+                          const Tensor& grad_one, const Tensor& grad_two) {
+  const int64_t n = two.numel(), blocks = n ? (pointer.numel() - 1) / n : 0;
+  require("value", value, {-1});
+  require("two", two, {n});
+  require("grad_one", grad_one, {n});
+  require("grad_two", grad_two, {n});
+  Tensor out = empty<float>(value.numel());
+  float* o = data<float>(out);
+  const int64_t* p = data<int64_t>(pointer);
+  const float *v = data<float>(value), *norm = data<float>(two);
+  const float *first = data<float>(grad_one), *second = data<float>(grad_two);
+  split(n, [=](int64_t a, int64_t b) {
+    for (int64_t r = a; r < b; r++) {
+      const float g = first[r], s = norm[r] == 0.f ? second[r] : second[r] / norm[r];
+      for (int64_t k = p[r * blocks]; k < p[(r + 1) * blocks]; k++)
+        o[k] = (v[k] > 0.f ? g : v[k] < 0.f ? -g : 0.f) + s * v[k];
+    }
+  }, kSmall);
   return out;
 }
 

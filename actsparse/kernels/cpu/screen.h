@@ -46,16 +46,17 @@ struct Screen {
   const Tensor &codes, &shift, &bounds;
 };
 
-// Mask of the units that may be active.
+// Mask of the units that may lie above floor ≥ 0: the bound proves the others below.
 Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int64_t d,
-                                          const Screen& u) {
+                                const Screen& u, float floor) {
   const int64_t padded = u.codes.size(0), channels = u.codes.size(1), groups = padded / kGroup;
   const float* bound = data<float>(u.bounds);
   const double gamma = (2 * d + 64) * 0x1p-24, lost = (d + 16) * 2.4e-38;
   const auto shifted = scratch<float>(padded);
   for (int64_t h = 0; h < padded; h++) {
     const double b = bias && h < s.units ? bias[h] : 0.;
-    shifted[h] = (float)(b + (b < 0 ? -b : b) * gamma * 1.01 + lost);
+    const double roundings = (b < 0 ? -b : b) + floor;  // of b, and of the difference here
+    shifted[h] = (float)(b - floor + roundings * gamma * 1.01 + lost);
   }
   const auto stats = scratch<float>(3 * s.tokens);
   const auto codes = scratch<uint8_t>(2 * s.tokens * channels);
@@ -96,25 +97,25 @@ Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int6
 
 // Pointer and index of the units that may be active.
 std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, const Tensor& up, const Maybe& bias,
-                                         const Screen& screen, Shape s) {
+                                         const Screen& screen, Shape s, float floor) {
   const int64_t d = up.size(1);
   require("bias", bias, s.units);
   STD_TORCH_CHECK(x.is_contiguous() && x.numel() == s.tokens * d, "x does not fit up");
   STD_TORCH_CHECK(screen.codes.size(0) == ceil_div(s.units, kWord) * kWord &&
                       screen.codes.size(1) == ceil_div(d, kPanel) * kPanel,
                   "the codes are of another matrix than up");
-  const auto mask = screened_mask(data<float>(x), data<float>(bias), s, d, screen);
+  const auto mask = screened_mask(data<float>(x), data<float>(bias), s, d, screen, floor);
   Tensor pointer = empty<int64_t>(s.segments() + 1), index;
   entries_of(mask.get(), s, data<int64_t>(pointer), index);
   return {pointer, index};
 }
 
 Packed pack_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const Screen& screen,
-                     Shape s, int64_t act) {
+                     Shape s, int64_t act, float floor) {
   const int64_t d = up.size(1);
   const Rows rows("up", up, s.units, d);
   const float* b = data<float>(bias);
-  const auto [start, candidates] = candidates_of(x, up, bias, screen, s);
+  const auto [start, candidates] = candidates_of(x, up, bias, screen, s, floor);
   const int64_t* candidate = data<int64_t>(start);
   const int32_t* unit = data<int32_t>(candidates);
   const int64_t n = candidate[s.segments()];
@@ -128,7 +129,7 @@ Packed pack_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const
       int64_t active = 0;
       for (int64_t k = candidate[i]; k < candidate[i + 1]; k++) {
         if (b) z[k] += b[unit[k]];
-        active += !(z[k] <= 0.f);
+        active += !(z[k] <= floor);
       }
       pointer[i + 1] = active;
     }
@@ -141,7 +142,7 @@ Packed pack_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const
   split(s.segments(), [&](int64_t from, int64_t to) {
     int64_t o = pointer[from];
     for (int64_t k = candidate[from]; k < candidate[to]; k++)
-      if (!(z[k] <= 0.f)) index[o] = unit[k], value[o++] = z[k];
+      if (!(z[k] <= floor)) index[o] = unit[k], value[o++] = z[k];
   }, 8 * kSmall);
   p.slope = activate(p.value, active, act);
   return p;
