@@ -1,7 +1,7 @@
 # `make demo` and `make test` each start from a bare python3, and install nothing twice.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench report clean browser
+.PHONY: help demo test lint bench frontier report clean browser
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,6 +9,7 @@ VENV ?= .venv
 # arrive with several GB of CUDA. Pick another build with `make test TORCH=...`.
 TORCH ?= torch==2.13.0
 BENCH ?= step --out benchmarks/training_step.json
+FRONTIER ?= all
 REPORT ?= --help
 TESTS ?=
 # Test processes, a thread each.
@@ -45,6 +46,9 @@ lint: $(VENV)/.dev  ## ruff and mypy alone
 
 bench: $(VENV)/.demo  ## time a training step here; BENCH="..." passes arguments
 	$(PY) -m actsparse.cli.main bench $(BENCH)
+
+frontier: $(VENV)/.demo  ## train what is missing in benchmarks/frontier; FRONTIER="..." passes arguments
+	$(PY) -m actsparse.cli.main frontier $(FRONTIER)
 
 report: $(VENV)/.demo  ## a page from records; REPORT="..." passes arguments
 	$(PY) -m actsparse.cli.main report $(REPORT)

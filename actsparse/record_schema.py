@@ -83,6 +83,7 @@ SCHEMA: dict[str, dict[str, Shape]] = {
         "loss": NUMBER,
         "quality": NUMBER,
         "measures": MEASURES,
+        "time?": {"seconds": NUMBER},  # when the evaluation was done, since training began
     },
     "result": {
         "split": TEXT,

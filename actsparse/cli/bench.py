@@ -238,13 +238,14 @@ def model(
     import torch
 
     from actsparse.bench.model import bench_model, bench_trained
+    from actsparse.cli.trained import trained_of
 
     if (name is None) == (run is None):
         raise ValueError("give a model (vit-b, gpt2 or t5-base), or --run with a run's folder")
     if threads is not None:
         torch.set_num_threads(threads)
     if run is not None:
-        trained, where = _trained(run)
+        trained, where = trained_of(run)
         result = {**bench_trained(**trained, rounds=rounds, progress=_told), **where}
     else:
         assert name is not None
@@ -254,40 +255,44 @@ def model(
         _print_trained(result) if run is not None else _print_model(result)
 
 
-def _trained(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``bench_trained`` takes, from a run's folder, and where it is from."""
-    import sys
+@bench.command()
+def run(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, each with record.jsonl and weights/.")
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each program.")] = 21,
+    threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Dense time ÷ accelerated time of trained checkpoints in inference, on a batch of test data.
 
+    In the folder of a frontier task, as speed.json, the scoreboard shows it. Runs without MLPs, or
+    whose weights are gone, are passed over with a line.
+
+    Example:
+
+      actsparse bench run runs/frontier/text/runs/*-seed0 --out benchmarks/frontier/text/speed.json
+    """
     import torch
-    from transformers import EvalPrediction
+    from rich.table import Table
 
-    from actsparse.cli import measure
-    from actsparse.train.tasks import task_of
+    from actsparse.cli.trained import speed_of
 
-    model, run = measure.model_at(folder)
-    if run is None:
-        raise ValueError(f"{folder} holds no record.jsonl: --run takes the folder of a run")
-    task, size = task_of(run.task), run.header["config"]["batch_size"]
-    predict, test, *_ = measure.batches_of(model, run, None, None, "test", sys.maxsize, size)
-    _, (batch, *_), *_ = measure.batches_of(model, run, None, None, "train", size, size)
-
-    def infer(model: Any) -> None:
-        for each in test:
-            predict(model, each)
-
-    def score(model: Any) -> dict[str, float]:
-        kept = [task.reduce(model(**each).logits, each["labels"]) for each in test]
-        return task.score(EvalPrediction(torch.cat(kept).numpy(), None))
-
-    trained = {
-        "model": model,
-        "inputs": batch,
-        "loss": lambda model: model(**batch).loss,
-        "infer": infer,
-        "score": score,
-    }
-    where = {"task": run.task, "arm": run.arm, "seed": run.seed, "quality_name": task.quality_name}
-    return trained, where | {"batch": size, "rows": sum(len(each["labels"]) for each in test)}
+    torch.set_num_threads(threads)
+    rows = [row for folder in runs if (row := speed_of(folder, rounds, _told)) is not None]
+    if not rows:
+        raise ValueError("none of these runs can be timed, see above")
+    result = {"benchmark": "speed", "threads": threads, "rounds": rounds, "runs": rows}
+    if _record(result, out, json):
+        return
+    names = ["task", "arm", "seed", "density", "MLPs alone", "model", "blocks"]
+    table = Table(*names, title=f"dense ÷ accelerated, inference, threads: {threads}")
+    for row in rows:
+        times = [_interval(row["mlps"]), _interval(row["model"])]
+        where = [row["task"], row["arm"], str(row["seed"]), f"{row['density']:.4f}"]
+        table.add_row(*where, *times, row["why"])
+    _console().print(table)
 
 
 def _print_model(result: dict[str, Any]) -> None:

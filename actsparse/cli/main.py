@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-VERBS = ("blocks", "train", "compare", "reproduce", "measure", "report", "bench")
+VERBS = ("blocks", "train", "compare", "reproduce", "frontier", "measure", "report", "bench")
 
 
 class Verbs(typer.core.TyperGroup):

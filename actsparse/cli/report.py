@@ -43,13 +43,17 @@ def report(
     gradients, payoff.json where there are benchmarks, and verdicts.json where the runs are an
     experiment's of the papers.
 
-    Of a folder of the papers' experiments (`actsparse reproduce`) --markdown prints them all.
+    Of a folder of the papers' experiments (`actsparse reproduce`) --markdown prints them all. Of a
+    folder of frontier tasks (`actsparse frontier`) it writes every task's page, scoreboard.json and
+    scoreboard.md.
 
     Examples:
 
       actsparse report out
 
       actsparse report benchmarks/reproduce --markdown > docs/reproduction.md
+
+      actsparse report benchmarks/frontier --markdown > docs/frontier.md
 
       actsparse report benchmarks/mlp-1-thread.json benchmarks/mlp-2-threads.json --out out/payoff
     """
@@ -59,8 +63,10 @@ def report(
     try:
         from actsparse.report import (
             compare,
+            frontiers_in,
             gather,
             markdown_findings,
+            markdown_frontier,
             markdown_payoff,
             markdown_reproduction,
             markdown_table,
@@ -70,6 +76,7 @@ def report(
             print_payoff,
             print_table,
             reproductions_in,
+            scoreboard,
             to_json,
             write_report,
         )
@@ -80,6 +87,16 @@ def report(
     try:
         if markdown and len(paths) == 1 and reproductions_in(paths[0]):
             typer.echo(markdown_reproduction(paths[0], link=_from_docs(paths[0])), nl=False)
+            return
+        tasks = frontiers_in(paths[0]) if len(paths) == 1 else []
+        if markdown and tasks:
+            typer.echo(markdown_frontier(paths[0], link=_from_docs(paths[0])), nl=False)
+            return
+        if tasks and tasks != [paths[0]]:
+            if json:
+                typer.echo(dumps(scoreboard(paths[0]), indent=2))
+            else:
+                _print_frontier(paths[0], out)
             return
         page = write_report(*paths, out=out)
         found = gather(*paths)
@@ -107,6 +124,18 @@ def report(
     if payoff:
         print_payoff(payoff, Console())
     typer.echo(str(page))
+
+
+def _print_frontier(folder: Path, out: Path | None) -> None:
+    """Every task's page and line, and where the scoreboard lies."""
+    from actsparse.report import boards, print_board, write_report, write_scoreboard
+
+    if out is not None:
+        raise RecordError(f"--out {out}: pages of frontier tasks go beside their records")
+    for place, judged in boards(folder).items():
+        print_board(judged, Console())
+        typer.echo(str(write_report(place)))
+    typer.echo(str(write_scoreboard(folder)))
 
 
 def _from_docs(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""For human eyes: the table of arms and what silence pays, their plots, one page, a model's card.
+"""For human eyes: the table of arms, the frontier, what silence pays, plots, pages, a model's card.
 
 Reads records only.
 """
@@ -8,6 +8,12 @@ from __future__ import annotations
 from actsparse.report.card import model_card
 from actsparse.report.claims import CLAIMS
 from actsparse.report.compare import Table, compare, plain, to_json
+from actsparse.report.frontier import frontiers_in
+from actsparse.report.frontier_page import (
+    markdown_frontier,
+    scoreboard,
+    write_scoreboard,
+)
 from actsparse.report.page import gather, markdown_table, print_table, write_report
 from actsparse.report.payoff import markdown_payoff, print_payoff
 from actsparse.report.reproduction import (
@@ -17,25 +23,33 @@ from actsparse.report.reproduction import (
     print_findings,
     reproductions_in,
 )
+from actsparse.report.scoreboard import boards, markdown_scoreboard, print_board
 from actsparse.report.words import markdown_theory
 
 __all__ = [
     "CLAIMS",
     "Table",
+    "boards",
     "compare",
     "findings_in",
+    "frontiers_in",
     "gather",
     "markdown_findings",
+    "markdown_frontier",
     "markdown_payoff",
     "markdown_reproduction",
+    "markdown_scoreboard",
     "markdown_table",
     "markdown_theory",
     "model_card",
     "plain",
+    "print_board",
     "print_findings",
     "print_payoff",
     "print_table",
     "reproductions_in",
+    "scoreboard",
     "to_json",
     "write_report",
+    "write_scoreboard",
 ]

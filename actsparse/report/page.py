@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import importlib.resources
 import json
-import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,11 +17,13 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from actsparse.records import Entry, RecordError, Run, read_runs, write_whole
+from actsparse.records import RecordError, Run, read_runs, write_whole
 from actsparse.report import plots
 from actsparse.report.benchmarks import Payoff, benchmark_files, payoff_of
 from actsparse.report.compare import Arm, Estimate, Table, compare, to_json
+from actsparse.report.facts import differences, facts
 from actsparse.report.findings import Arms, Findings
+from actsparse.report.frontier_page import Section, sections
 from actsparse.report.measures import theory_of
 from actsparse.report.payoff import PAYOFF, payoff_lead, payoff_tables, payoff_title
 from actsparse.report.plots import Picture
@@ -110,13 +111,15 @@ PICTURES = (
 class Material:
     """What a page is made of: a folder's runs and benchmarks, of which either may be none.
 
-    ``findings`` are the verdicts where the runs are an experiment's.
+    ``findings`` are the verdicts where the runs are an experiment's, ``sections`` those of the
+    frontier and of races.
     """
 
     home: Path  # where the page goes unless told
     runs: list[Run]
     payoff: Payoff | None
     findings: Findings | None = None
+    sections: tuple[Section, ...] = ()
 
 
 def gather(*paths: str | Path) -> Material:
@@ -140,7 +143,8 @@ def gather(*paths: str | Path) -> Material:
             f"--out` wrote, or a record of `actsparse bench`"
         )
     found = findings_in(folders[0], runs) if runs else None
-    return Material(folders[0] if folders else files[0].with_suffix(""), runs, payoff, found)
+    more = tuple(sections(folders[0], runs)) if runs else ()
+    return Material(folders[0] if folders else files[0].with_suffix(""), runs, payoff, found, more)
 
 
 def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
@@ -170,6 +174,9 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
         shown["remarks"] = remarks(shown["table"], rivals=False)
         text = json.dumps(found.findings.to_json(), indent=2, allow_nan=False)
         write_whole(out / "verdicts.json", text.encode() + b"\n")
+    shown["sections"] = [(each, _of_section(each, out)) for each in found.sections]
+    if headings := [each.heading for each in found.sections if each.heading]:
+        shown |= headings[0] | {"tiles": [], "remarks": remarks(shown["table"], rivals=False)}
     for name in ("table", "theory", "payoff"):
         if shown[name] is not None:
             write_whole(out / f"{name}.json", to_json(shown[name]).encode() + b"\n")
@@ -207,6 +214,13 @@ def _of_claims(found: Findings, runs: list[Run], out: Path) -> dict[str, Any]:
     """What the template shows of an experiment's verdicts; its title and lead go first."""
     drawn = [*_drawn(found.experiment.pictures, out, Arms(runs)), *_drawn((EFFECTS,), out, found)]
     return {**heading(found), "rule": RULE, "claim_pictures": drawn}
+
+
+def _of_section(section: Section, out: Path) -> dict[str, Any]:
+    """What the template shows of a part: pictures, and rows of cells of lines."""
+    rows = [(row[0], [cell.replace(" ± ", "\n± ").split("\n") for cell in row[1:]])
+            for row in section.rows]  # fmt: skip
+    return {"pictures": list(_drawn((section.picture,), out, *section.shown)), "rows": rows}
 
 
 def _of_benchmarks(payoff: Payoff, out: Path) -> dict[str, Any]:
@@ -315,71 +329,6 @@ def columns(table: Table) -> list[Column]:
         yes = {True: "yes", False: "no", None: NONE}
         shown.append(Column("beats bigram", lambda arm: yes[arm.beats_bigram], brief=False))
     return [*shown, Column("seeds", lambda arm: str(len(arm.seeds)))]
-
-
-def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]]:
-    """What ran, when, on what: every value the records had, most have one."""
-    sources = payoff.sources if payoff else ()
-    headers = [*(run.header for run in runs), *(source.where for source in sources)]
-
-    def each(read: Callable[[Entry], Any]) -> str:
-        return "; ".join(dict.fromkeys(str(read(header)) for header in headers if read(header)))
-
-    def versions(header: Entry) -> str:
-        return ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-
-    def hardware(header: Entry) -> str:
-        has = header["hardware"]
-        units = {"cores": "cores: {}", "threads": "threads: {}", "memory_gib": "{} GiB"}
-        said = [units.get(k, "{}").format(v) for k, v in has.items() if v is not None]
-        several = header.get("processes", 1) > 1  # benchmarks do not say
-        return ", ".join([*said, *([f"processes: {header['processes']}"] if several else [])])
-
-    def git(header: Entry) -> str:
-        state = header["git"]
-        if not state:
-            return "not from a git checkout"
-        return str(state.get("commit"))[:12] + (", with changes" if state.get("dirty") else "")
-
-    rows = []
-    if runs:
-        started = sorted(str(run.header["time"]["started"]).replace("T", " ") for run in runs)
-        seconds = math.fsum(run.result["time"]["seconds"] for run in runs if run.result)
-        span = started[0] if started[0] == started[-1] else f"{started[0]} to {started[-1]}"
-        rows += [
-            ("runs", f"{len(runs)}, of which {sum(run.finished for run in runs)} finished"),
-            ("started", span),
-            ("time in all", f"{seconds / 60:.1f} min"),
-        ]
-    rows += [
-        ("benchmarks", "; ".join(f"{source.name}: {source.settings}" for source in sources)),
-        ("hardware", each(hardware)),
-        ("versions", each(versions)),
-        ("git", each(git)),
-        ("command", each(lambda header: header.get("command"))),
-    ]
-    return [(name, value) for name, value in rows if value]
-
-
-def differences(table: Table, runs: list[Run]) -> list[tuple[str, str]]:
-    """For each arm the settings in which its config differs from the reference's."""
-    flat = {run.arm: dict(_flat(run.header["config"])) for run in reversed(runs)}
-    base = flat.get(table.reference, {})
-    found = []
-    for arm in table.arms:
-        own = flat[arm.name]
-        keys = [key for key in own | base if own.get(key) != base.get(key) and key != "seed"]
-        if keys and arm.name != table.reference:
-            found.append((arm.name, ", ".join(f"{key} = {own.get(key)}" for key in keys)))
-    return found
-
-
-def _flat(config: Entry, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _inline(png: bytes) -> str:

@@ -44,7 +44,8 @@ class SparsityCallback(TrainerCallback):
     - ``seen``, from `observe`: with a ``record`` read and reset at each log (training) and
       evaluation (inference), without one left to count on.
     - ``record``: gets a ``train`` line at each log and an ``eval`` line at each evaluation.
-      ``quality`` and ``loss`` name the metrics it takes, without Trainer's prefix.
+      ``quality`` and ``loss`` name the metrics it takes, without Trainer's prefix. Seconds are
+      since training began, evaluations included; a resumed run goes on from its checkpoint's.
     - ``active`` measures the model by passes of its own, at the start, every ``active_every`` steps
       and at the end, into ``measured`` lines.
     - ``on_step`` is called with the number of optimizer steps done, after each; ``interrupted`` is
@@ -365,4 +366,5 @@ class SparsityCallback(TrainerCallback):
                 loss=loss,
                 quality=quality,
                 measures=measures,
+                time={"seconds": time.perf_counter() - self._began},
             )

@@ -1,0 +1,211 @@
+"""The frontier: four tasks, and what is compared on each to find the sparsest at equal quality.
+
+`actsparse frontier` does the runs and `actsparse.report.frontier` judges them. Settings of tasks
+and recipes were found on validation data before the seeds here were run; change them here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from actsparse.experiments import EXPERIMENTS, config_of
+from actsparse.experiments.arms import ARMS, arm_named
+from actsparse.train.config import RunConfig
+
+
+@dataclass(frozen=True)
+class FrontierTask:
+    """A task of `EXPERIMENTS` in its ``quick`` form or not, and settings of a run to change.
+
+    ``model`` and ``data`` in ``settings`` change some of the task's own, the rest stay. ``needs``
+    are the options without which it has no data: ``"data"``, ``"tokenizer"``.
+    """
+
+    task: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    quick: bool = False
+    seeds: int = 5
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Race:
+    """Dense arms and one that trains with ``accelerate=True``, to be timed one run at a time.
+
+    ``task`` is one of `TASKS`; ``settings`` change its settings for the race. The blocks must be
+    large enough to run sparse, and validations close enough to tell when a goal was reached.
+    """
+
+    task: str
+    dense: tuple[str, ...]
+    fast: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 5
+
+
+TASKS: dict[str, FrontierTask] = {
+    # four patches: with sixteen, attention alone is as good
+    "digits": FrontierTask("digits", {"eval_every": 500, "model": {"patch_size": 4}}, seeds=10),
+    "text": FrontierTask("text", {"eval_every": 250}),
+    "cifar10": FrontierTask("cifar10", {"eval_every": 500}, needs=("data",)),
+    "web": FrontierTask(
+        "lm_web",
+        {
+            "steps": 1000,
+            "lr": 1e-2,
+            "weight_decay": 0.1,
+            "eval_every": 250,
+            "data": {"tokenizer": "bytes", "length": 64, "rows": 512},
+            "model": {
+                "n_positions": 64,
+                "n_embd": 64,
+                "n_inner": 512,
+                "attn_implementation": "eager",
+            },
+        },
+        quick=True,
+        needs=("data",),
+    ),
+}
+VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what recipes are held to
+CONTROLS = (*VANILLAS, "no-mlp")
+RECIPES = (
+    "best", "paper", "paper-no-1d-decay", "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
+    "top-k",
+)  # fmt: skip
+HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
+RACE = Race(
+    "cifar10",
+    dense=("vanilla-no-1d-decay",),
+    fast="best",
+    settings={
+        "steps": 400,
+        "batch_size": 256,
+        "eval_every": 25,
+        "model": {
+            "hidden_size": 256,
+            "intermediate_size": 2048,
+            "num_attention_heads": 8,
+            "initializer_range": 0.035,
+        },
+    },
+)
+
+
+def frontier(
+    task: str,
+    *,
+    arms: Sequence[str] | None = None,
+    seeds: int | None = None,
+    steps: int | None = None,
+    data: str | None = None,
+    tokenizer: str | None = None,
+) -> list[RunConfig]:
+    """The runs of a frontier task: controls, `HALF` and `RECIPES`, seed by seed.
+
+    Args:
+        task: a name in `TASKS`.
+        arms: of those, the ones to do; None: all.
+        seeds: paired seeds of each, from 0; None: the task's.
+        steps: of every run, to try the machinery (`HALF` takes half); None: the task's.
+        data: where the task's data lie, for a task that reads data of the user's.
+        tokenizer: likewise.
+
+    Raises:
+        ValueError: unknown task or arm, data that it lacks, or that it brings itself.
+
+    >>> runs = frontier("digits", arms=["vanilla-no-1d-decay", "half-steps"], seeds=1)
+    >>> [(run.arm, run.steps, run.no_decay) for run in runs]
+    [('vanilla-no-1d-decay', 1500, ('norm', 'bias')), ('half-steps', 750, ('norm', 'bias'))]
+    """
+    found = _task(task, data, tokenizer)
+    known = dict.fromkeys((*CONTROLS, HALF, *RECIPES))
+    for arm in arms or ():
+        if arm not in known:
+            raise ValueError(f"unknown arm {arm!r} of the frontier; known: {', '.join(known)}")
+    return [
+        _run(found, found.settings, arm, seed, steps, data, tokenizer)
+        for seed in range(seeds or found.seeds)
+        for arm in (known if arms is None else dict.fromkeys(arms))
+    ]
+
+
+def race(
+    *,
+    seeds: int | None = None,
+    steps: int | None = None,
+    data: str | None = None,
+    tokenizer: str | None = None,
+) -> list[RunConfig]:
+    """The runs of `RACE`, in the order in which to do them.
+
+    A seed's runs follow each other, and the order turns by one from seed to seed, so that what
+    slows the machine for a while slows no arm in particular.
+    """
+    found = _task(RACE.task, data, tokenizer)
+    arms = (*RACE.dense, RACE.fast)
+    runs = []
+    for seed in range(seeds or RACE.seeds):
+        at = seed % len(arms)
+        for arm in (*arms[at:], *arms[:at]):
+            settings = _merged(found.settings, RACE.settings)
+            fast = {"accelerate": True} if arm == RACE.fast else {}
+            runs.append(_run(found, settings | fast, arm, seed, steps, data, tokenizer))
+    return runs
+
+
+def lacking(task: str, data: str | None, tokenizer: str | None) -> list[str]:
+    """The options that a frontier task needs and was not given.
+
+    >>> lacking("web", "pages", None), lacking("digits", None, None)
+    (['tokenizer'], [])
+    """
+    given = {"data": data, "tokenizer": tokenizer}
+    return [name for name in TASKS[task].needs if given[name] is None]
+
+
+def _task(name: str, data: str | None, tokenizer: str | None) -> FrontierTask:
+    if name not in TASKS:
+        raise ValueError(f"unknown frontier task {name!r}; known: {', '.join(TASKS)}")
+    if lacks := lacking(name, data, tokenizer):
+        raise ValueError(f"{name} reads data of yours: give --{' and --'.join(lacks)}")
+    for option, place in (("data", data), ("tokenizer", tokenizer)):
+        if place is not None and option not in TASKS[name].needs:
+            raise ValueError(f"{name} takes no --{option}, got {place!r}")
+    return TASKS[name]
+
+
+def _run(
+    of: FrontierTask,
+    settings: dict[str, Any],
+    arm: str,
+    seed: int,
+    steps: int | None,
+    data: str | None,
+    tokenizer: str | None,
+) -> RunConfig:
+    own = EXPERIMENTS[of.task](of.quick)
+    whole = settings.get("steps", own["steps"])
+    settings = {**settings, "steps": whole if steps is None else steps}
+    if steps is not None:  # lines and validations at the same shares of the steps
+        for key in ("log_every", "eval_every"):
+            settings[key] = max(1, settings.get(key, own[key]) * steps // whole)
+    if arm == HALF:
+        settings["steps"] = max(1, settings["steps"] // 2)
+    place = "path" if "path" in own.get("data", {}) else "shards"
+    places = {place: data, "tokenizer": tokenizer}
+    places = {key: value for key, value in places.items() if value is not None}
+    if places:
+        settings = _merged(settings, {"data": places})
+    chosen = ARMS[WHOLE] if arm == HALF else arm_named(arm)
+    return config_of(of.task, arm, chosen, seed, quick=of.quick, **settings)
+
+
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """``more`` over ``settings``; of ``model`` and ``data`` name by name."""
+    inner: dict[str, Any] = {
+        key: {**settings.get(key, {}), **more[key]} for key in ("model", "data") if key in more
+    }
+    return {**settings, **more, **inner}

@@ -1,0 +1,116 @@
+"""The frontier's runs: paired, with their controls, and in the form that was asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from actsparse.experiments import ARMS, EXPERIMENTS
+from actsparse.experiments import frontier as plans
+from actsparse.experiments.frontier import (
+    CONTROLS,
+    HALF,
+    RACE,
+    RECIPES,
+    TASKS,
+    VANILLAS,
+    WHOLE,
+    frontier,
+    lacking,
+    race,
+)
+
+PLACES = {"data": "place", "tokenizer": "vocab"}
+
+
+def given(task: str) -> dict[str, str]:
+    return {name: PLACES[name] for name in TASKS[task].needs}
+
+
+def test_there_are_recipes_to_compare() -> None:
+    assert len(set(RECIPES)) >= 8
+    assert {*CONTROLS, *RECIPES, WHOLE, RACE.fast, *RACE.dense} <= {*ARMS}
+    assert HALF not in ARMS
+    assert all(TASKS[task].task in EXPERIMENTS for task in TASKS)
+    assert all(each.seeds >= 5 for each in (*TASKS.values(), RACE))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_arm_has_every_seed_once_and_controls_are_among_them(task: str) -> None:
+    runs = frontier(task, **given(task))
+    pairs = [(run.arm, run.seed) for run in runs]
+    assert len(set(pairs)) == len(pairs)
+    seeds = {seed for _, seed in pairs}
+    assert seeds == set(range(TASKS[task].seeds))
+    arms = {arm for arm, _ in pairs}
+    assert arms == {*CONTROLS, HALF, *RECIPES}
+    assert len(pairs) == len(arms) * len(seeds)
+    assert {run.task for run in runs} == {TASKS[task].task}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_half_the_steps_is_all_that_the_control_at_the_knee_changes(task: str) -> None:
+    half, whole = frontier(task, arms=[HALF, WHOLE], seeds=1, **given(task))
+    own, other = half.to_json(), whole.to_json()
+    assert {key for key in own if own[key] != other[key]} == {"arm", "steps"}
+    assert half.steps == whole.steps // 2
+
+
+def test_settings_of_a_task_win_over_the_experiments_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"steps": 200, "lr": 0.01, "model": {"hidden_size": 96}}
+    settings |= {"data": {"crop": 2}}
+    monkeypatch.setitem(
+        TASKS, "images", plans.FrontierTask("cifar10", settings, quick=True, needs=("data",))
+    )
+    own = EXPERIMENTS["cifar10"](True)
+    (run,) = frontier("images", arms=["vanilla"], seeds=1, data="place")
+    assert (run.steps, run.lr, run.model["hidden_size"]) == (200, 0.01, 96)
+    assert run.model == own["model"] | {"hidden_size": 96}
+    assert run.data == own["data"] | {"crop": 2, "path": "place"}
+
+
+def test_fewer_steps_keep_lines_at_the_same_shares() -> None:
+    (run,) = frontier("digits", arms=["paper"], seeds=1, steps=150)
+    whole = EXPERIMENTS["digits"](False)
+    assert run.steps == 150
+    assert run.eval_every == whole["eval_every"] * 150 // whole["steps"]
+    assert run.log_every == whole["log_every"] * 150 // whole["steps"]
+    assert frontier("digits", arms=[HALF], seeds=1, steps=1)[0].steps == 1
+
+
+def test_text_of_the_user_goes_where_its_task_reads_it() -> None:
+    (run,) = frontier("web", arms=["vanilla"], seeds=1, **given("web"))
+    assert (run.data["shards"], run.data["tokenizer"]) == ("place", "vocab")
+
+
+def test_a_race_is_dense_arms_and_an_accelerated_one_in_turning_order() -> None:
+    runs = race(seeds=3, **given(RACE.task))
+    assert {run.arm for run in runs if run.accelerate} == {RACE.fast}
+    assert {run.arm for run in runs if not run.accelerate} == {*RACE.dense}
+    assert {*RACE.dense} == {*VANILLAS}  # or the better of them might be missing
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    first = [runs[at].arm for at in range(0, len(runs), len(RACE.dense) + 1)]
+    assert len(set(first)) == 3  # so each arm is once the first
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "message"),
+    [
+        ("magic", {}, "unknown frontier task 'magic'; known: digits, text, cifar10, web"),
+        ("digits", {"arms": ["magic"]}, "unknown arm 'magic' of the frontier; known: vanilla"),
+        ("cifar10", {}, "cifar10 reads data of yours: give --data"),
+        ("web", {}, "give --data and --tokenizer"),
+        ("web", {"data": "x"}, "give --tokenizer"),
+        ("digits", {"data": "x"}, "digits takes no --data, got 'x'"),
+    ],
+    ids=["task", "arm", "data", "data and tokenizer", "tokenizer", "data of its own"],
+)
+def test_mistakes_are_named(task: str, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frontier(task, **words)
+
+
+def test_what_is_lacking() -> None:
+    assert lacking("digits", None, None) == []
+    assert lacking("web", None, None) == ["data", "tokenizer"]
