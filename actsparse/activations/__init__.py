@@ -15,6 +15,7 @@ from __future__ import annotations
 from actsparse.activations.formulas import ACTIVATIONS, ActivationFunction, jsrelu
 from actsparse.activations.names import (
     SShape,
+    known_as,
     named,
     numbers_of,
     s_shape_of,
@@ -31,6 +32,7 @@ __all__ = [
     "derivative_of",
     "identify",
     "jsrelu",
+    "known_as",
     "named",
     "numbers_of",
     "s_shape_of",

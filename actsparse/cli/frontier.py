@@ -55,9 +55,6 @@ def frontier(
             metavar="TASK=PATH",
         ),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="For web: vocab.json beside merges.txt, or a folder.")
-    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of all tasks: records, weights and pages.")
     ] = Path("benchmarks/frontier"),
@@ -79,14 +76,14 @@ def frontier(
 
       actsparse frontier digits text
 
-      actsparse frontier --data cifar10=data/cifar10 --data web=data/web --tokenizer data/vocab.json
+      actsparse frontier --data cifar10=data/cifar10 --data web=data/web.jsonl.xz
 
       actsparse frontier race --data cifar10=data/cifar10
     """
     from rich.console import Console
 
     from actsparse.experiments.frontier import RACE as SETTING
-    from actsparse.experiments.frontier import TASKS, lacking, race
+    from actsparse.experiments.frontier import TASKS, race
     from actsparse.experiments.frontier import frontier as runs_of
 
     asked = list(dict.fromkeys(tasks or ["all"]))
@@ -96,23 +93,19 @@ def frontier(
     if arms is not None and RACE in asked:
         raise ValueError("--arms is not for race, whose arms are set in experiments/frontier.py")
     subjects = {name: SETTING.task if name == RACE else name for name in asked}
-    places = _places(data, [task for task in subjects.values() if "data" in TASKS[task].needs])
+    places = _places(data, [task for task in subjects.values() if TASKS[task].reads_data])
     console = Console(stderr=json)
     plans: dict[str, list[RunConfig]] = {}
     for name, task in subjects.items():
-        given = {
-            "data": places.get(task),
-            "tokenizer": tokenizer if "tokenizer" in TASKS[task].needs else None,
-        }
-        if lacks := lacking(task, **given):
-            wanted = {"data": f"--data {task}=PATH", "tokenizer": "--tokenizer PATH"}
-            said = " and ".join(wanted[each] for each in lacks)
-            console.print(f"{name}: passed over, it needs {said}", highlight=False)
-            continue
-        if name == RACE:
-            plans[name] = race(seeds=seeds, steps=steps, **given)
+        if TASKS[task].reads_data and task not in places:
+            told = f"{name}: passed over, it needs --data {task}=PATH"
+            console.print(told, highlight=False)
+        elif name == RACE:
+            plans[name] = race(seeds=seeds, steps=steps, data=places.get(task))
         else:
-            plans[name] = runs_of(name, arms=names(arms), seeds=seeds, steps=steps, **given)
+            plans[name] = runs_of(
+                name, arms=names(arms), seeds=seeds, steps=steps, data=places.get(task)
+            )
     if not plans:
         raise ValueError("nothing to do: no task that was asked for has its data")
     folders = {name: out / task / (RACE if name == RACE else "") for name, task in subjects.items()}
@@ -222,8 +215,7 @@ def _again(name: str, seeds: int, steps: int | None) -> str:
 
     task = TASKS[name]
     parts = ["actsparse", "frontier", name]
-    parts += ["--data", f"{name}=DATA"] if "data" in task.needs else []
-    parts += ["--tokenizer", "TOKENIZER"] if "tokenizer" in task.needs else []
+    parts += ["--data", f"{name}=DATA"] if task.reads_data else []
     parts += [] if seeds == task.seeds else ["--seeds", str(seeds)]
     return shlex.join([*parts, *([] if steps is None else ["--steps", str(steps)])])
 

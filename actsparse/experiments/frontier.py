@@ -19,15 +19,15 @@ from actsparse.train.config import RunConfig
 class FrontierTask:
     """A task of `EXPERIMENTS` in its ``quick`` form or not, and settings of a run to change.
 
-    ``model`` and ``data`` in ``settings`` change some of the task's own, the rest stay. ``needs``
-    are the options without which it has no data: ``"data"``, ``"tokenizer"``.
+    ``model`` and ``data`` in ``settings`` change some of the task's own, the rest stay.
+    ``reads_data``: of the user's, who says where they lie.
     """
 
     task: str
     settings: dict[str, Any] = field(default_factory=dict)
     quick: bool = False
     seeds: int = 5
-    needs: tuple[str, ...] = ()
+    reads_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ TASKS: dict[str, FrontierTask] = {
     # four patches: with sixteen, attention alone is as good
     "digits": FrontierTask("digits", {"eval_every": 500, "model": {"patch_size": 4}}, seeds=10),
     "text": FrontierTask("text", {"eval_every": 250}),
-    "cifar10": FrontierTask("cifar10", {"eval_every": 500}, needs=("data",)),
+    "cifar10": FrontierTask("cifar10", {"eval_every": 500}, reads_data=True),
     "web": FrontierTask(
         "lm_web",
         {
@@ -66,7 +66,7 @@ TASKS: dict[str, FrontierTask] = {
             },
         },
         quick=True,
-        needs=("data",),
+        reads_data=True,
     ),
 }
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what recipes are held to
@@ -101,7 +101,6 @@ def frontier(
     seeds: int | None = None,
     steps: int | None = None,
     data: str | None = None,
-    tokenizer: str | None = None,
 ) -> list[RunConfig]:
     """The runs of a frontier task: controls, `HALF` and `RECIPES`, seed by seed.
 
@@ -111,7 +110,6 @@ def frontier(
         seeds: paired seeds of each, from 0; None: the task's.
         steps: of every run, to try the machinery (`HALF` takes half); None: the task's.
         data: where the task's data lie, for a task that reads data of the user's.
-        tokenizer: likewise.
 
     Raises:
         ValueError: unknown task or arm, data that it lacks, or that it brings itself.
@@ -120,13 +118,13 @@ def frontier(
     >>> [(run.arm, run.steps, run.no_decay) for run in runs]
     [('vanilla-no-1d-decay', 1500, ('norm', 'bias')), ('half-steps', 750, ('norm', 'bias'))]
     """
-    found = _task(task, data, tokenizer)
+    found = _task(task, data)
     known = dict.fromkeys((*CONTROLS, HALF, *RECIPES))
     for arm in arms or ():
         if arm not in known:
             raise ValueError(f"unknown arm {arm!r} of the frontier; known: {', '.join(known)}")
     return [
-        _run(found, found.settings, arm, seed, steps, data, tokenizer)
+        _run(found, found.settings, arm, seed, steps, data)
         for seed in range(seeds or found.seeds)
         for arm in (known if arms is None else dict.fromkeys(arms))
     ]
@@ -137,14 +135,13 @@ def race(
     seeds: int | None = None,
     steps: int | None = None,
     data: str | None = None,
-    tokenizer: str | None = None,
 ) -> list[RunConfig]:
     """The runs of `RACE`, in the order in which to do them.
 
     A seed's runs follow each other, and the order turns by one from seed to seed, so that what
     slows the machine for a while slows no arm in particular.
     """
-    found = _task(RACE.task, data, tokenizer)
+    found = _task(RACE.task, data)
     arms = (*RACE.dense, RACE.fast)
     runs = []
     for seed in range(seeds or RACE.seeds):
@@ -152,28 +149,17 @@ def race(
         for arm in (*arms[at:], *arms[:at]):
             settings = _merged(found.settings, RACE.settings)
             fast = {"accelerate": True} if arm == RACE.fast else {}
-            runs.append(_run(found, settings | fast, arm, seed, steps, data, tokenizer))
+            runs.append(_run(found, settings | fast, arm, seed, steps, data))
     return runs
 
 
-def lacking(task: str, data: str | None, tokenizer: str | None) -> list[str]:
-    """The options that a frontier task needs and was not given.
-
-    >>> lacking("web", "pages", None), lacking("digits", None, None)
-    (['tokenizer'], [])
-    """
-    given = {"data": data, "tokenizer": tokenizer}
-    return [name for name in TASKS[task].needs if given[name] is None]
-
-
-def _task(name: str, data: str | None, tokenizer: str | None) -> FrontierTask:
+def _task(name: str, data: str | None) -> FrontierTask:
     if name not in TASKS:
         raise ValueError(f"unknown frontier task {name!r}; known: {', '.join(TASKS)}")
-    if lacks := lacking(name, data, tokenizer):
-        raise ValueError(f"{name} reads data of yours: give --{' and --'.join(lacks)}")
-    for option, place in (("data", data), ("tokenizer", tokenizer)):
-        if place is not None and option not in TASKS[name].needs:
-            raise ValueError(f"{name} takes no --{option}, got {place!r}")
+    if TASKS[name].reads_data and data is None:
+        raise ValueError(f"{name} reads data of yours: give --data {name}=PATH")
+    if data is not None and not TASKS[name].reads_data:
+        raise ValueError(f"{name} takes no --data, got {data!r}")
     return TASKS[name]
 
 
@@ -184,7 +170,6 @@ def _run(
     seed: int,
     steps: int | None,
     data: str | None,
-    tokenizer: str | None,
 ) -> RunConfig:
     own = EXPERIMENTS[of.task](of.quick)
     whole = settings.get("steps", own["steps"])
@@ -195,10 +180,8 @@ def _run(
     if arm == HALF:
         settings["steps"] = max(1, settings["steps"] // 2)
     place = "path" if "path" in own.get("data", {}) else "shards"
-    places = {place: data, "tokenizer": tokenizer}
-    places = {key: value for key, value in places.items() if value is not None}
-    if places:
-        settings = _merged(settings, {"data": places})
+    if data is not None:
+        settings = _merged(settings, {"data": {place: data}})
     chosen = ARMS[WHOLE] if arm == HALF else arm_named(arm)
     return config_of(of.task, arm, chosen, seed, quick=of.quick, **settings)
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
-from actsparse.activations import numbers_of
-from actsparse.activations.names import known_as
+from actsparse.activations import known_as, numbers_of
 
 FUSED = ("relu", "jsrelu", "squared_relu")  # in the order of cpu/kernels.h
 

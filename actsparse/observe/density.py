@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actsparse.activations import ACTIVATIONS
+from actsparse.activations import known_as
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
 from actsparse.observe.counts import Counts
@@ -99,7 +99,7 @@ class Density(Counts):
 
 def _same_zeros(site: Site) -> bool:
     """Whether a ≠ 0 and φ′(z) ≠ 0 are one mask; a gate's product has zeros of its own."""
-    phi = ACTIVATIONS.get(site.function) if site.function else None
+    phi = known_as(site.function) if site.function else None
     return phi is not None and phi.same_zeros and not site.block.gated
 
 

@@ -56,7 +56,7 @@ class SparsityCallback(TrainerCallback):
       needs the whole hidden layer, so its blocks run dense while it watches: in evaluations that
       Trainer schedules, and of the training steps in every ``logging_steps``-th and the last. The
       measures of a ``train`` line are of these alone (a unit is sooner dead), and say how many
-      ``steps`` that were. A penalty reads the hidden layer at every step: its blocks stay dense.
+      ``steps`` that were.
 
     Measures of gradients are of per-sample losses: where Trainer gives the model the step's number
     of items, the sum over a sample's positions, else the mean; the ``train`` line says which as

@@ -39,7 +39,7 @@ def test_it_trains_and_judges_and_passes_over_what_has_no_data(
 ) -> None:
     out, said, told = ran
     assert "cifar10: passed over, it needs --data cifar10=PATH" in told
-    assert "web: passed over, it needs --data web=PATH and --tokenizer PATH" in told
+    assert "web: passed over, it needs --data web=PATH" in told
     (task,) = json.loads(said).values()
     assert (task["task"], task["counts"], task["best"] in plans.VANILLAS) == (
         "digits", "undecided", True,
