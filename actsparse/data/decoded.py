@@ -12,7 +12,7 @@ from actsparse.data.images import ImageRows, image_splits
 from actsparse.data.splits import Splits, TensorRows
 
 PLAIN: dict[str, Any] = {"crop": 0, "flip": False, "randaugment": None}
-ORDER = {"steps": 1, "batch": 1, "seed": 0, "repeats": 1}
+ORDER: dict[str, Any] = {"steps": 1, "batch": 1, "seed": 0, "repeats": 1}
 
 
 def decoded_image_splits(path: str | Path, **settings: Any) -> Splits[TensorRows]:

@@ -93,8 +93,8 @@ def _paper_finetune() -> Recipe:
 
 def _best() -> Recipe:
     """The sparsest at equal quality of all that `actsparse frontier` compared: docs/frontier.md."""
-    penalty = ActivationPenalty("hoyer", weight=1.0, ramp=0.2, release=0.2)
-    return Recipe("best", (SwapActivation("relu"), penalty))
+    penalty = ActivationPenalty("hoyer", weight=1.5, ramp=0.5)
+    return Recipe("best", (SwapActivation("jsrelu"), penalty))
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
