@@ -47,7 +47,7 @@ class Race:
 
 TASKS: dict[str, FrontierTask] = {
     # four patches: with sixteen, attention alone is as good
-    "digits": FrontierTask("digits", {"eval_every": 500, "model": {"patch_size": 4}}, seeds=10),
+    "digits": FrontierTask("digits", {"eval_every": 500, "model": {"patch_size": 4}}),
     "text": FrontierTask("text", {"eval_every": 250}),
     "cifar10": FrontierTask("cifar10", {"eval_every": 500}, reads_data=True),
     "web": FrontierTask(
