@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from actsparse.cli.slim import slim
+
 bench = typer.Typer(
     help="Time actsparse on this machine.",
     no_args_is_help=True,
@@ -293,6 +295,9 @@ def run(
         where = [row["task"], row["arm"], str(row["seed"]), f"{row['density']:.4f}"]
         table.add_row(*where, *times, row["why"])
     _console().print(table)
+
+
+bench.command()(slim)
 
 
 def _print_model(result: dict[str, Any]) -> None:

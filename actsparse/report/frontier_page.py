@@ -26,6 +26,7 @@ from actsparse.report.scoreboard import (
     summary,
     table_line,
 )
+from actsparse.report.slim import SLIM_RULE, TITLE, markdown_slim, read_slim
 
 RACE = "race"  # a folder of a task's: runs timed one at a time
 ABOUT = (
@@ -61,6 +62,7 @@ def scoreboard(folder: str | Path) -> dict[str, Any]:
             **plain(judged),
             "summary": summary(judged),
             "races": [plain(race) for race in races(read_runs(place / RACE))],
+            "slim": plain(read_slim(place)),
         }
         for place, judged in boards(folder).items()
     }
@@ -78,7 +80,8 @@ def write_scoreboard(folder: str | Path) -> Path:
 def markdown_frontier(folder: str | Path, link: str = "") -> str:
     """The page of all tasks in ``folder``; ``link`` is what leads to it from the page."""
     found = boards(folder)
-    lines = [ABOUT, "", markdown_scoreboard(folder), RULE]
+    slims = {place: slim for place in found if (slim := read_slim(place)) is not None}
+    lines = [ABOUT, "", markdown_scoreboard(folder), RULE, *(["", SLIM_RULE] if slims else [])]
     for place, judged in found.items():
         way = link if place == Path(folder) else f"{link}{place.name}/"
         lines += ["", f"## {judged.task}"]
@@ -88,6 +91,8 @@ def markdown_frontier(folder: str | Path, link: str = "") -> str:
             lines += ["", text, "", f"![{each.title}]({way}plots/{each.name}.png)", ""]
             lines += map(table_line, (each.heads, ["---"] * len(each.heads), *each.rows))
             lines += ["", each.note]
+        if place in slims:
+            lines += ["", f"### {TITLE}", "", markdown_slim(slims[place], judged)]
     return "\n".join(lines) + "\n"
 
 
