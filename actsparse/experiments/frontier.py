@@ -53,10 +53,11 @@ TASKS: dict[str, FrontierTask] = {
     "web": FrontierTask(
         "lm_web",
         {
-            "steps": 1000,
-            "lr": 1e-2,
+            "steps": 1500,
+            "batch_size": 16,
+            "lr": 5e-3,
             "weight_decay": 0.1,
-            "eval_every": 250,
+            "eval_every": 500,
             "data": {"tokenizer": "bytes", "length": 64, "rows": 512},
             "model": {
                 "n_positions": 64,
@@ -73,7 +74,6 @@ VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what reci
 CONTROLS = (*VANILLAS, "no-mlp")
 RECIPES = (
     "best", "paper", "paper-no-1d-decay", "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
-    "top-k",
 )  # fmt: skip
 HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
 RACE = Race(
@@ -81,9 +81,9 @@ RACE = Race(
     dense=("vanilla-no-1d-decay",),
     fast="best",
     settings={
-        "steps": 400,
+        "steps": 300,
         "batch_size": 256,
-        "eval_every": 25,
+        "eval_every": 20,
         "model": {
             "hidden_size": 256,
             "intermediate_size": 2048,

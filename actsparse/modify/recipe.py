@@ -93,7 +93,7 @@ def _paper_finetune() -> Recipe:
 
 def _best() -> Recipe:
     """The sparsest at equal quality of all that `actsparse frontier` compared: docs/frontier.md."""
-    penalty = ActivationPenalty("hoyer", weight=1.5, ramp=0.5)
+    penalty = ActivationPenalty("l1", weight=1.0, ramp=0.5)
     return Recipe("best", (SwapActivation("jsrelu"), penalty))
 
 
