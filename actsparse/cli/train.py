@@ -38,7 +38,7 @@ def train(
     arm: Annotated[
         str | None,
         typer.Option(
-            help="See `actsparse compare --arms help`.", show_default="paper, or paper-finetune"
+            help="See `actsparse compare --arms help`.", show_default="best, or paper-finetune"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the start and the order of the data.", min=0)] = 0,
@@ -94,7 +94,7 @@ def train(
     from actsparse.train.processes import launched
 
     out = out or Path("runs") / task
-    arm = arm or ("paper-finetune" if task.endswith("_finetune") else "paper")
+    arm = arm or ("paper-finetune" if task.endswith("_finetune") else "best")
     overrides = given_of(
         steps=steps,
         lr=lr,

@@ -61,7 +61,7 @@ ARMS = {
         Recipe("paper-hoyer-finetune", _FINETUNE.modifications + _HOYER_STRONG.modifications)
     ),
 }
-_DEFAULT = ("vanilla", "paper", "vanilla-no-1d-decay", "hoyer-no-1d-decay", "no-mlp")
+_DEFAULT = ("vanilla", "paper", "vanilla-no-1d-decay", "best", "no-mlp")
 _FINETUNING = ("vanilla", "paper-finetune", "relu-finetune", "hoyer-finetune")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ class Handle:
         self.blocks = blocks
         self.step = 0
         self.steps: int | None = None
+        self._warned = False  # once is enough
         self._attached: list[tuple[Modification, Attached]] = []
         self._left_alone: list[tuple[str, str, str]] = []  # modification, block, reason
         self._hooks: list[Any] = []
@@ -115,6 +117,13 @@ class Handle:
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return
+        if not self._warned and any(attached.unclaimed for _, attached in self._attached):
+            self._warned = True
+            warnings.warn(
+                f"recipe {self.recipe.name!r} has a penalty that this step's loss lacked: "
+                f"loss = loss + handle.penalty(), before backward",
+                stacklevel=3,
+            )
         self.step += 1
         progress = Progress(self.step, self.steps)
         for _, change in sorted(self._attached, key=lambda pair: pair[0].order):

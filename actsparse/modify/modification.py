@@ -49,6 +49,11 @@ class Attached:
         """The last forward pass's share of the loss, or None."""
         return None
 
+    @property
+    def unclaimed(self) -> bool:
+        """Whether the last training pass has a share of the loss that nobody asked for."""
+        return False
+
     def remove(self) -> None:
         """Detach; the block computes as before."""
         self.site.release()

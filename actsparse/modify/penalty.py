@@ -169,6 +169,11 @@ class _Penalised(Attached):
             )
         return self.weight * total
 
+    @property
+    @override
+    def unclaimed(self) -> bool:
+        return bool(self.values) and not self.without_grad
+
     @override
     def remove(self) -> None:
         self.site.release(self.collect)

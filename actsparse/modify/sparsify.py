@@ -19,7 +19,7 @@ from actsparse.modify.zeroth_bias import CHILD
 
 def sparsify(
     model: nn.Module,
-    recipe: RecipeLike = "paper",
+    recipe: RecipeLike = "best",
     *,
     inputs: Any = None,
     blocks: Blocks | Sequence[MLPBlock] | None = None,
@@ -29,9 +29,12 @@ def sparsify(
 
     Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
     or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
-    missing). ``inputs`` is anything the model runs on (a
-    tensor, a tuple, or a dict for ``model(**inputs)``), by which its MLP blocks are found;
-    ``blocks`` gives them instead. ``optimizer`` is attached (:meth:`Handle.attach`) if given.
+    missing). ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
+    ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead.
+    ``optimizer`` is attached (:meth:`Handle.attach`) if given. The default recipe, ``best``, is for
+    training from scratch. It has a penalty, ``loss = loss + handle.penalty()`` (the Trainer's
+    callback adds it), whose ramp needs ``handle.attach(optimizer, steps=...)``, and it wants weight
+    decay that spares norms and biases (:func:`decay_groups`).
     With peft, wrap first (:func:`actsparse.modify.adapters.lora_config`) and sparsify then: zeroth
     biases are among what the ``PeftModel`` saves.
 

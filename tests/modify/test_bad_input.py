@@ -264,7 +264,7 @@ def test_some_of_the_blocks_and_a_handles_blocks_are_welcome() -> None:
 def test_an_unknown_recipe_lists_those_that_exist() -> None:
     model, inputs = built()
     for name in ("papers", "Paper", ""):
-        message = f"unknown recipe {name!r}; known: vanilla, paper, paper-finetune"
+        message = f"unknown recipe {name!r}; known: vanilla, best, paper, paper-finetune"
         refused(model, ValueError, message, lambda r=name: sparsify(model, r, inputs=inputs))
 
 

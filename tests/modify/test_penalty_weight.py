@@ -93,3 +93,46 @@ def test_ramp_and_release_must_have_room() -> None:
             handle.attach(optimizer, steps=10)
         handle.attach(optimizer, steps=12)
         handle.remove()
+
+
+def test_a_penalty_that_no_loss_has_is_told_once() -> None:
+    model, x = block(), stream()
+    handle = sparsify(model, ActivationPenalty("l1"), inputs=x)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.attach(optimizer)
+
+    def step(*, penalised: bool, passes: int = 1) -> None:
+        for _ in range(passes):
+            loss = model(x).square().mean()
+            (loss + handle.penalty() if penalised else loss).backward()
+        optimizer.step()
+
+    step(penalised=True)
+    step(penalised=True, passes=2)  # accumulation
+    with torch.no_grad():
+        model(x)  # a pass that trains nothing
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"loss = loss \+ handle\.penalty\(\), before backward"):
+        step(penalised=False)
+    step(penalised=False)  # warnings are errors here
+
+
+def test_best_is_the_default_and_trains() -> None:
+    """JSReLU, L1 and a ramp that needs the number of steps."""
+    model, x = block(), stream()
+    handle = sparsify(model, inputs=x)
+    assert [type(each).__name__ for each in handle.recipe.modifications] == [
+        "SwapActivation", "ActivationPenalty",
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.raises(ValueError, match="needs the number of steps"):
+        handle.attach(optimizer)
+    handle.attach(optimizer, steps=40)
+    before = model[2](model[1](model[0](x))).abs().mean()
+    for _ in range(40):
+        optimizer.zero_grad()
+        handle.penalty()  # nothing is pending
+        model(x)
+        handle.penalty().backward() if handle.step else None
+        optimizer.step()
+    assert model[2](model[1](model[0](x))).abs().mean() < before / 2
