@@ -77,7 +77,7 @@ def test_an_arm_survives_its_way_through_json(name: str) -> None:
 
 def test_the_default_arms_are_the_five_that_the_question_needs() -> None:
     assert default_arms("digits") == (
-        "vanilla", "paper", "vanilla-no-1d-decay", "hoyer-no-1d-decay", "no-mlp",
+        "vanilla", "paper", "vanilla-no-1d-decay", "best", "no-mlp",
     )  # fmt: skip
     assert {*default_arms("digits"), *default_arms("lm_finetune")} <= set(ARMS)
 
