@@ -53,11 +53,11 @@ TASKS: dict[str, FrontierTask] = {
     "web": FrontierTask(
         "lm_web",
         {
-            "steps": 1200,
+            "steps": 900,
             "batch_size": 16,
             "lr": 5e-3,
             "weight_decay": 0.1,
-            "eval_every": 400,
+            "eval_every": 300,
             "data": {"tokenizer": "bytes", "length": 64, "rows": 512},
             "model": {
                 "n_positions": 64,
