@@ -33,7 +33,7 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS64 = torch.finfo(torch.float64).eps
 
 NAMES = [
-    "relu(threshold=0.5)", "relu(shift=1)", "relu(shift=-0.75)", "relu(shift=0.5, threshold=1.25)",
+    "relu(threshold=0.5)", "relu(shift=1)", "relu(shift=0.75)", "relu(shift=0.5, threshold=1.25)",
     "relu(shift=1, threshold=0.25)", "squared_relu(threshold=0.5)", "jsrelu(threshold=0.5)",
     "jsrelu(jump=0)", "jsrelu(jump=0.25)", "jsrelu(cap=3)", "jsrelu(jump=0, cap=1)",
     "jsrelu(jump=2.5, cap=3, threshold=0.125)", "jsrelu(jump=0.5, cap=2, threshold=4)",
@@ -198,11 +198,10 @@ def test_relu_keeps_its_output_for_backward_and_not_its_input() -> None:
 # --- names -------------------------------------------------------------------------------------
 
 positive = st.floats(0, 1e300)
-number = st.floats(allow_nan=False, allow_infinity=False)
 of_each = st.one_of(
     st.tuples(
         st.just("relu"),
-        st.fixed_dictionaries({}, optional={"shift": number, "threshold": positive}),
+        st.fixed_dictionaries({}, optional={"shift": positive, "threshold": positive}),
     ),
     st.tuples(st.just("squared_relu"), st.fixed_dictionaries({}, optional={"threshold": positive})),
     st.tuples(
@@ -240,7 +239,7 @@ def test_a_name_gives_back_the_function_and_its_numbers(given: tuple[str, Number
 def test_names_are_written_in_one_way() -> None:
     assert with_numbers("relu", threshold=0) is with_numbers("relu") is ACTIVATIONS["relu"]
     assert with_numbers("jsrelu", cap=math.inf, jump=1) is ACTIVATIONS["jsrelu"]
-    assert with_numbers("relu", threshold=2, shift=-1.5).name == "relu(shift=-1.5, threshold=2)"
+    assert with_numbers("relu", threshold=2, shift=1.5).name == "relu(shift=1.5, threshold=2)"
     assert (
         with_numbers("jsrelu", threshold=1e-7, cap=4, jump=0).name
         == "jsrelu(jump=0, cap=4, threshold=1e-07)"
@@ -255,7 +254,7 @@ def test_names_are_written_in_one_way() -> None:
         "relu()", "relu(0.5)", "relu(threshold=0.50)", "relu(threshold=.5)", "relu(threshold=0.5",
         "relu(threshold=0)", "relu(threshold=-0.5)", "relu(threshold=nan)", "relu(threshold=inf)",
         "relu(threshold=1_6)", "relu(threshold=0.5,shift=1)", "relu(threshold=0.5, shift=1)",
-        "relu(threshold=0.5, threshold=0.5)", "relu(jump=2)", "relu(shift=inf)",
+        "relu(threshold=0.5, threshold=0.5)", "relu(jump=2)", "relu(shift=inf)", "relu(shift=-1)",
         "relu(threshold=0.5))", " relu(threshold=0.5)", "relu (threshold=0.5)", "jsrelu(jump=1)",
         "jsrelu(cap=1)", "jsrelu(jump=2, cap=2)", "jsrelu(jump=-1)", "jsrelu(cap=inf)",
         "squared_relu(shift=1)", "gelu(threshold=0.5)", "silu(shift=1)", "relu(threshold=0.5)=1",
@@ -271,6 +270,7 @@ def test_a_name_of_another_form_is_unknown(name: str) -> None:
     ("base", "numbers", "message"),
     [
         ("relu", {"threshold": -1}, r"relu\(threshold=-1\): .*threshold at least 0"),
+        ("relu", {"shift": -1}, r"relu\(shift=-1\): .*shift and threshold at least 0"),
         ("relu", {"cap": 2}, r"relu\(cap=2\): expected of shift, threshold"),
         ("jsrelu", {"jump": 3, "cap": 2}, r"jump=3, cap=2\): .*cap above jump"),
         ("jsrelu", {"jump": math.nan}, "jump=nan.*finite"),
@@ -282,6 +282,11 @@ def test_a_name_of_another_form_is_unknown(name: str) -> None:
 def test_numbers_that_make_no_function_are_named(base: str, numbers: Numbers, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         with_numbers(base, **numbers)
+
+
+def test_a_name_with_numbers_out_of_range_is_told_what_they_may_be() -> None:
+    with pytest.raises(ValueError, match=r"shift=-1\)'; relu takes .*shift and .* at least 0"):
+        named("relu(shift=-1)")
 
 
 def test_a_threshold_joins_the_numbers_that_are_there_and_the_larger_one_holds() -> None:

@@ -149,7 +149,7 @@ def by_autograd(value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
 
 
 def relu_with(name: str, shift: float = 0.0, threshold: float = 0.0) -> ActivationFunction:
-    """``ReLU(z − shift)`` where z > threshold, else 0."""
+    """``ReLU(z − shift)`` where z > threshold, else 0; both at least 0."""
 
     def value(z: Tensor) -> Tensor:
         if shift == 0:

@@ -33,8 +33,8 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "relu": Family(
-        relu_with, {"shift": 0.0, "threshold": 0.0}, lambda n: n["threshold"] >= 0,
-        "finite numbers, threshold at least 0",
+        relu_with, {"shift": 0.0, "threshold": 0.0}, lambda n: min(n.values()) >= 0,
+        "finite numbers, shift and threshold at least 0",
     ),
     "jsrelu": Family(
         jsrelu_with, {"jump": 1.0, "cap": math.inf, "threshold": 0.0},
@@ -111,8 +111,8 @@ def named(name: str) -> ActivationFunction:
 
     - ``relu(threshold=t)``, ``jsrelu(threshold=t)``, ``squared_relu(threshold=t)``: φ(z) where
       z > t ≥ 0, else 0, a jump at t (FATReLU: Song et al. 2024, ProSparse, arXiv 2402.13516);
-    - ``relu(shift=b)``: ``ReLU(z − b)`` (shifted ReLU: Mirzadeh et al. 2023, arXiv 2310.04564);
-      a threshold beside it is still one of z;
+    - ``relu(shift=b)``: ``ReLU(z − b)``, b ≥ 0 (shifted ReLU: Mirzadeh et al. 2023, arXiv
+      2310.04564); a threshold beside it is still one of z;
     - ``jsrelu(jump=j)``, ``jsrelu(cap=c)``, ``jsrelu(jump=j, cap=c)``: see :func:`jsrelu`;
     - ``s_shape(dx=…, dy=…)``: see :func:`shifted_s_shape`.
 
@@ -127,9 +127,12 @@ def named(name: str) -> ActivationFunction:
     """
     function = known_as(name)
     if function is None:
+        base, form, _ = name.partition("(")
+        family = FAMILIES.get(base) if form else None
+        takes = f"{base} takes {family.expects}; " if family else ""
         known = ", ".join(sorted(ACTIVATIONS))
         raise ValueError(
-            f"unknown activation {name!r}; known: {known}, and with numbers of your own "
+            f"unknown activation {name!r}; {takes}known: {known}, and with numbers of your own "
             f"'relu(threshold=0.5)', 'relu(shift=1)', 'jsrelu(jump=0.5, cap=4, threshold=0.1)', "
             f"'squared_relu(threshold=0.5)', 's_shape(dx=1.6, dy=-1.6)' or "
             f"'s_shape(dx=1.6, dy=0, half_width=2)', each as with_numbers(...).name writes it"

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from actsparse import find_mlp_blocks, handle_of, observe
-from actsparse.activations import ACTIVATIONS
 from actsparse.bench.timing import Ratio, interleaved, ratio
 from actsparse.blocks.block import MLPBlock
 from actsparse.kernels import accelerate
 from actsparse.kernels.accelerate import site_function
 from actsparse.kernels.choose import programs_of
+from actsparse.kernels.forms import is_silent
 
 Infer = Callable[[nn.Module], object]
 WARM = 3  # calls in which each block looks at its density, is timed, and settles
@@ -105,7 +105,7 @@ def bench_speed(model: nn.Module, inputs: Any, infer: Infer, rounds: int = 21) -
 def _alone(block: MLPBlock, x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Each program's seconds on the block's own weights and inputs; empty where none can run."""
     function = site_function(block)
-    if function not in ACTIVATIONS or not ACTIVATIONS[function].silent:
+    if function is None or not is_silent(function):
         return {}
     programs = programs_of(block, function, x, training=False)
     with torch.inference_mode():

@@ -87,7 +87,8 @@ def frontier(
     from actsparse.experiments.frontier import frontier as runs_of
 
     asked = list(dict.fromkeys(tasks or ["all"]))
-    asked = list(TASKS) if asked == ["all"] else asked
+    if "all" in asked:
+        asked = list(dict.fromkeys([*TASKS, *(name for name in asked if name != "all")]))
     if unknown := [name for name in asked if name not in (*TASKS, RACE)]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}, race, all")
     if arms is not None and RACE in asked:

@@ -11,7 +11,7 @@ Task = Annotated[
     str,
     typer.Option(
         help="digits, text (T5 span corruption), lm (causal); digits_finetune, lm_finetune; on "
-        "data of yours vit_cifar10, t5_web, lm_web, and the papers' vit_imagenet, t5_c4, "
+        "data of yours cifar10, vit_cifar10, t5_web, lm_web, and the papers' vit_imagenet, t5_c4, "
         "vit_cifar10_finetune, vit_imagenet_finetune, t5_c4_finetune."
     ),
 ]
@@ -27,7 +27,7 @@ Data = Annotated[
 ]
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="For text: T5's spiece.model, vocab.json beside merges.txt, or a folder."),
+    typer.Option(help="For text: T5's spiece.model, vocab.json by merges.txt, a folder, or bytes."),
 ]
 Start = Annotated[
     str | None,

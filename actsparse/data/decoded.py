@@ -28,7 +28,8 @@ def decoded_image_splits(path: str | Path, **settings: Any) -> Splits[TensorRows
             f"{drawn[0]}={settings[drawn[0]]!r}: decoded images are not augmented, and hold no "
             f"order; leave out {', '.join(drawn)}"
         )
-    return _decoded(Path(path), tuple(sorted((settings | PLAIN).items())))
+    plain = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}  # JSON
+    return _decoded(Path(path), tuple(sorted((plain | PLAIN).items())))
 
 
 @lru_cache(maxsize=1)

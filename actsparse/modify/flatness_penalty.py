@@ -144,6 +144,11 @@ class _Flattened(Attached):
             values.append(torch.where(keep, rows, 0).sum() / keep.sum().clamp(min=1))
         return self.weight * torch.stack(values).mean()
 
+    @property
+    @override
+    def unclaimed(self) -> bool:
+        return any(each.z.requires_grad for each in self.passes)
+
     def _check(self, gradient: Tensor) -> None:
         """Fail here and with advice rather than in somebody's backward."""
         met: set[Any] = set()

@@ -30,7 +30,8 @@ class Handle:
         self.blocks = blocks
         self.step = 0
         self.steps: int | None = None
-        self._warned = False  # once is enough
+        self._warned: set[str] = set()  # once is enough
+        self._asked = False  # whether penalty() was called since the last step
         self._attached: list[tuple[Modification, Attached]] = []
         self._left_alone: list[tuple[str, str, str]] = []  # modification, block, reason
         self._hooks: list[Any] = []
@@ -117,29 +118,46 @@ class Handle:
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return
-        if not self._warned and any(attached.unclaimed for _, attached in self._attached):
-            self._warned = True
-            warnings.warn(
+        unclaimed = [config for config, attached in self._attached if attached.unclaimed]
+        if unclaimed and not self._asked:
+            given = "loss" if any(config.needs_loss for config in unclaimed) else ""
+            self._warn_once(
                 f"recipe {self.recipe.name!r} has a penalty that this step's loss lacked: "
-                f"loss = loss + handle.penalty(), before backward",
-                stacklevel=3,
+                f"loss = loss + handle.penalty({given}), before backward",
+                stacklevel=4,
             )
+        self._asked = False
         self.step += 1
         progress = Progress(self.step, self.steps)
         for _, change in sorted(self._attached, key=lambda pair: pair[0].order):
             change.update(progress)
             change.project(progress)
 
+    def _warn_once(self, message: str, stacklevel: int) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=stacklevel)
+
     def penalty(self, loss: Tensor | None = None) -> Tensor:
         """What the penalties add to the loss of the last forward pass, a 0-dim tensor.
 
         ``loss = loss + handle.penalty(loss)``; zero without penalties or outside training mode.
         Each call takes the values of one forward pass. ``loss``, a mean over the batch's samples,
-        is needed by penalties on its gradients (``FlatnessPenalty``) alone.
+        is needed by penalties on its gradients (``FlatnessPenalty``) alone. Warns, once, where
+        schedules stand still in training since no optimizer is attached.
 
         Raises:
             ValueError: a penalty needs the loss, which is missing, not 0-dim or without a graph.
         """
+        self._asked = True
+        if not self._hooks and any(block.up.module.training for block in self.blocks):
+            moving = [type(config).__name__ for config, _ in self._attached if config.ramps()]
+            if moving:
+                self._warn_once(
+                    f"schedules stand still ({', '.join(dict.fromkeys(moving))}): "
+                    f"handle.attach(optimizer, steps=...)",
+                    stacklevel=3,
+                )
         self._differentiate(loss)
         sums: dict[int, list[Tensor]] = {}
         for modification, attached in self._attached:

@@ -16,6 +16,7 @@ from actsparse.modify.swap_activation import MixedActivation
 
 # layout → the names of a layer's widths, (out, in); weights of Conv1D are [in, out]
 _WIDTHS = {"Linear": ("out_features", "in_features"), "Conv1D": ("nf", "nx")}
+_DENSE = "_actsparse_dense_width"  # kept on up: what tells a pruned block from one made narrow
 
 
 def prune_dead_units(
@@ -23,7 +24,9 @@ def prune_dead_units(
 ) -> Pruned:
     """Cut out of ``model``, in place, the hidden units that were never active in ``seen``.
 
-    A unit h is dead on some data if ``a_th = 0``, exactly, for each of its tokens t. Its row of up
+    A unit h is dead on some data if ``a_th = 0``, exactly, for each of its tokens t. It is dead of
+    the weights and φ as they were when observed: a threshold or swap taken back since may wake it,
+    and that is not checked. Its row of up
     (and gate) and its column of down then change nothing:
 
         ``y_t = Σ_h a_th V_:h + b′ = Σ_{h alive} a_th V_:h + b′``
@@ -119,7 +122,15 @@ def cut(
         piece.apply()
     for each, _ in followers:
         each.d_hidden = each.down.weight.shape[1]
-    return Pruned(rows, cuts, followers)
+    for name, width, _ in rows:
+        if name in shorter:
+            shorter[name].up.module.__dict__.setdefault(_DENSE, width)
+    return Pruned(root, rows, cuts, followers)
+
+
+def pruned_layers(root: nn.Module) -> dict[str, nn.Module]:
+    """By name the up layers of a model whose outputs were pruned."""
+    return {name: part for name, part in root.named_modules() if _DENSE in part.__dict__}
 
 
 def _across(layer: Layer, of_linear: int) -> int:
@@ -187,11 +198,13 @@ class Pruned:
 
     def __init__(
         self,
+        root: nn.Module,
         rows: list[tuple[str, int, int]],
         cuts: list[_Cut],
         followers: list[tuple[MLPBlock, int]],
     ) -> None:
         self.rows = rows
+        self._root = root
         self._cuts = cuts
         self._followers = followers
         self.parameters = sum(each.dense.numel() - each.size.numel() for each in cuts)
@@ -209,8 +222,15 @@ class Pruned:
             piece.check()
         for piece in self._cuts:
             piece.undo()
+        handle = handle_of(self._root)
         for block, width in self._followers:
-            block.d_hidden = width
+            up = block.up.module
+            # and what came after the pruning
+            for each in [block, *_attached(block), *(handle.blocks if handle else ())]:
+                if each.up.module is up:
+                    each.d_hidden = width
+            if up.__dict__.get(_DENSE) == width:
+                del up.__dict__[_DENSE]
         self._cuts, self._followers = [], []
 
     def __str__(self) -> str:

@@ -23,7 +23,7 @@ from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
 from actsparse.blocks.sharding import gathered_state, own_class, sharded
 from actsparse.modify.handle import Handle, handle_of
-from actsparse.modify.prune_units import Pruned, cut
+from actsparse.modify.prune_units import Pruned, cut, pruned_layers
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.sparsify import is_peft_model, sparsify
 from actsparse.modify.thresholds import put_thresholds, thresholds_of
@@ -46,7 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     gathered, and the first process writes them.
 
     Raises:
-        ValueError: the model is not sparsified, or its recipe holds a function.
+        ValueError: the model is not sparsified, its recipe holds a function, or a block that was
+            pruned or has a threshold is none of those sparsified.
         FileExistsError: ``path`` is a file, or a folder with other files in it.
         OSError: the folder cannot be written; what was there before is still there.
     """
@@ -76,9 +77,15 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
 
     Raises:
         ValueError: the model is not sparsified, its recipe holds a function, or nothing is known
-            of the inputs its blocks were found with; thresholds that cannot be kept.
+            of the inputs its blocks were found with; thresholds or widths that cannot be kept.
     """
-    handle = handle_of(root)
+    handle, found = handle_of(root), thresholds_of(root)
+    if handle is None and found is not None:
+        raise ValueError(
+            f"{caller} is for a sparsified model; to keep thresholds too, take them back, "
+            f"thresholds_of(model).remove(), then sparsify(model, 'vanilla', inputs=...) and "
+            f"calibrate_thresholds anew"
+        )
     if handle is None:
         raise ValueError(
             f"{caller} is for a sparsified model; for a plain one use its own way, or, to prune it "
@@ -86,13 +93,19 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
         )
     if handle.blocks.inputs is None:
         raise ValueError(f"{caller} needs blocks as find_mlp_blocks returned them, no plain list")
-    found = thresholds_of(root)
     thresholds = {} if found is None else found.in_force()
     lost = thresholds.keys() - {block.up.module for block in handle.blocks}
     if lost or (thresholds and not whole):
         why = "its blocks are not those that were sparsified" if whole else "use save()"
         raise ValueError(
             f"{caller} would lose the model's thresholds: {why}, or remove() them first"
+        )
+    covered = {part for block in handle.blocks for part in block.up.module.modules()}
+    narrow = [name for name, layer in pruned_layers(root).items() if layer not in covered]
+    if narrow and whole:
+        raise ValueError(
+            f"{caller} would lose the widths of {', '.join(narrow)}, pruned but none of the blocks "
+            f"that were sparsified: sparsify these too, or take the pruning back first"
         )
     sidecar = {
         "format": _FORMAT,

@@ -14,6 +14,7 @@ from actsparse.blocks.find import find_mlp_blocks
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
 from actsparse.modify.recipe import RecipeLike, as_recipe
+from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD
 
 
@@ -24,6 +25,7 @@ def sparsify(
     inputs: Any = None,
     blocks: Blocks | Sequence[MLPBlock] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    steps: int | None = None,
 ) -> Handle:
     """Modify a model in place so that its MLP neurons stay silent more often.
 
@@ -31,10 +33,12 @@ def sparsify(
     or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
     missing). ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
     ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead.
-    ``optimizer`` is attached (:meth:`Handle.attach`) if given. The default recipe, ``best``, is for
-    training from scratch. It has a penalty, ``loss = loss + handle.penalty()`` (the Trainer's
-    callback adds it), whose ramp needs ``handle.attach(optimizer, steps=...)``, and it wants weight
-    decay that spares norms and biases (:func:`decay_groups`).
+    ``optimizer`` is attached (:meth:`Handle.attach`) if given, with ``steps``, the number of its
+    steps in the whole training, which schedules given as fractions need. The default
+    recipe, ``best``, is for training from scratch. It has a penalty, ``loss = loss +
+    handle.penalty()`` (the Trainer's callback adds it), whose ramp needs optimizer and steps, here
+    or by ``handle.attach(optimizer, steps=...)``, and it wants weight decay that spares norms and
+    biases (:func:`decay_groups`).
     With peft, wrap first (:func:`actsparse.modify.adapters.lora_config`) and sparsify then: zeroth
     biases are among what the ``PeftModel`` saves.
 
@@ -43,7 +47,8 @@ def sparsify(
 
     Raises:
         ValueError: unknown recipe; no block; blocks of another model; a modification that fits no
-            block at all; a model that is sparsified already or wrapped in DDP. The model is
+            block at all; a model that is sparsified already, has thresholds or is wrapped in DDP;
+            ``steps`` without ``optimizer``, or missing where a schedule needs it. The model is
             untouched then.
 
     >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -63,6 +68,8 @@ def sparsify(
             f"the model is wrapped in {type(model).__name__}, which would not see new parameters; "
             f"sparsify it before wrapping"
         )
+    if steps is not None and optimizer is None:
+        raise ValueError(f"steps={steps!r} goes with optimizer=, or to handle.attach later")
     root = unwrap(model)
     for name, module in root.named_modules():
         existing = handle_of(module)
@@ -84,7 +91,7 @@ def sparsify(
         if is_peft_model(root):
             _keep_with_adapter(root, blocks)
         if optimizer is not None:
-            handle.attach(optimizer)
+            handle.attach(optimizer, steps)
     except BaseException:
         handle.remove()
         raise
@@ -130,10 +137,15 @@ def _check_blocks(root: nn.Module, blocks: Blocks) -> None:
                 f"peft?); find the blocks of this very model, or give inputs="
             )
         site = block.up.module.__dict__.get("_actsparse_site")
+        if site is not None and site.modified and thresholds_of(root) is not None:
+            raise ValueError(
+                f"block {block.name!r} has a threshold: thresholds_of(model).remove(), sparsify, "
+                f"then calibrate_thresholds anew"
+            )
         if site is not None and site.modified:
             raise ValueError(
                 f"block {block.name!r} is modified already, as part of another model that is "
-                f"sparsified; call that one's handle's remove() first"
+                f"sparsified or has thresholds; call that one's handle's remove() first"
             )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actsparse.activations import ActivationFunction, named
+from actsparse.activations import ActivationFunction, known_as, named
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
@@ -71,8 +71,9 @@ class MixedActivation:
 
     @property
     def function(self) -> str | None:
-        """The name of φ, None while it is a mixture."""
-        return self.new.name if self.done else None
+        """The name of φ; None while it is a mixture, and of a function of your own, whatever it
+        is called."""
+        return self.new.name if self.done and known_as(self.new.name) is self.new else None
 
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """The mixture, any shape."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from actsparse.activations import thresholded
+from actsparse.activations import known_as, thresholded
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.site import site_of
 from actsparse.modify.seen import Seen, seen_blocks
@@ -30,9 +30,10 @@ def calibrate_thresholds(
 ) -> Thresholds:
     """Give the φ of each block a threshold, in place: ``φ_t(z) = φ(z)`` where z > t, else 0.
 
-    One number ε for the whole model says how much may go: t_b is the largest threshold for which
-    ``Σ_{z ≤ t_b} a² ≤ ε · Σ a²`` over all that was seen of block b (gated blocks: z is the gate's,
-    a = φ(z) ⊙ u). There are two ways to choose ε:
+    One number ε for the whole model says how much may go: t_b is the threshold that drops the most
+    with ``Σ_{z ≤ t_b} a² ≤ ε · Σ a²`` over all that was seen of block b (gated blocks: z is the
+    gate's, a = φ(z) ⊙ u), and of those that drop the same the smallest. There are two ways to
+    choose ε:
 
     - ``budget`` and ``evaluate``: the largest ε, by bisection, with which
       ``evaluate() ≤ evaluate() without thresholds + budget``. ``evaluate`` runs the model as it
@@ -58,9 +59,10 @@ def calibrate_thresholds(
 
     Raises:
         ValueError: not one of the two ways; a φ that takes no threshold (GELU and SiLU are never
-            zero: swap and finetune first) or is still being mixed; blocks that were not observed
-            with ``"magnitudes"`` or that no token passed in evaluation mode; a model that has
-            thresholds; a loss that is not finite. The model is as before then.
+            zero: swap and finetune first), is a function of your own or is still being mixed;
+            blocks that were not observed with ``"magnitudes"`` or that no token passed in
+            evaluation mode; a model that has thresholds; a loss that is not finite. The model is
+            as before then.
 
     >>> import torch
     >>> from actsparse import observe
@@ -127,7 +129,7 @@ class Magnitudes(Protocol):
     """What is asked of a block's measure in ``observe``."""
 
     def threshold(self, share: float) -> float:
-        """The largest that drops no more than this share of Σ a²."""
+        """What drops the most, but no more than this share of Σ a²; of equals the smallest."""
 
     def density(self, threshold: float) -> float:
         """The share of tokens × units above it."""
@@ -243,16 +245,22 @@ class _Place:
         if swap is not None and not (isinstance(swap, MixedActivation) and swap.done):
             what = "still being mixed" if isinstance(swap, MixedActivation) else "of all units"
             raise ValueError(f"φ of block {name!r} is {what}: it takes no threshold")
+        if swap is not None and known_as(swap.new.name) is not swap.new:
+            raise ValueError(
+                f"φ of block {name!r} is a function of your own, {swap.new.name!r}: it takes no "
+                f"threshold; leave the block out of blocks="
+            )
         function = block.activation.function if swap is None else swap.new.name
         if function is None:
             raise ValueError(f"φ of block {name!r} is not known by name: it takes no threshold")
         try:
-            self.plain = thresholded(function, 0.0)
+            plain = thresholded(function, 0.0)
         except ValueError as error:
             raise ValueError(
                 f"φ of block {name!r} takes no threshold on z: {error}; swap it for a ReLU and "
                 f"finetune first, or leave the block out of blocks="
             ) from None
+        self.plain = plain if swap is None else swap.new
         # the threshold goes into a swap's own φ, so that recipe and thresholds come and go freely
         self.ours = swap is None
         self.phi = MixedActivation(self.plain, mixed=True) if swap is None else swap
@@ -272,7 +280,8 @@ class _Place:
     def set(self, threshold: float) -> None:
         """Drop a where z ≤ ``threshold``; 0 gives the block's φ back."""
         site = site_of(self.block)
-        self.phi.new, self._threshold = thresholded(self.plain.name, threshold), threshold
+        self.phi.new = thresholded(self.plain.name, threshold) if threshold else self.plain
+        self._threshold = threshold
         if not self.ours:
             site.refresh()
         elif not threshold:

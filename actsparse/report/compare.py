@@ -17,6 +17,7 @@ from actsparse.records import Entry, RecordError, Run
 REFERENCE = "vanilla"
 CONTROL = "no-mlp"  # does the task need its MLPs at all?
 SUBJECT = "paper"  # arms whose names begin so are what is tested, not baselines
+BEST = "best"  # the recipe that ships: no simple baseline
 UNDERTRAINED = 0.01  # relative fall of the validation loss over the last fifth of the steps
 MARGIN = 0.01  # of accuracy (a point), or of the reference's quality: less than that is no loss
 
@@ -314,7 +315,7 @@ def _strongest_baseline(arms: list[Arm], subject: str | None, higher: bool) -> s
     rivals = [
         arm.name
         for arm in arms
-        if arm.name not in (REFERENCE, CONTROL, subject)
+        if arm.name not in (REFERENCE, CONTROL, BEST, subject)
         and not arm.name.startswith(SUBJECT)
         and arm.inference_density is not None
         and keeps_quality(arm)

@@ -148,7 +148,8 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
     best = best_vanilla(arms)
     margin = None if best is None else _margin(first["quality_name"], arms[best])
     speeds = read_speeds(folder)
-    judged = _Judge(arms, best, margin, higher, planned)
+    early = None if best is None else _margin(first["quality_name"], arms[best], _validation)
+    judged = _Judge(arms, best, margin, early, higher, planned)
     lost = Counter(run.arm for run in runs if not run.finished)
     names = dict.fromkeys(run.arm for run in runs)
     rows = [judged.row(arm, lost[arm], speeds.get(arm)) for arm in names]
@@ -171,7 +172,7 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
         at_knee=at_knee,
         needs_mlps=needs_mlps,
         counts=every(at_knee, needs_mlps),
-        chosen=_chosen(arms, rows),
+        chosen=_chosen(arms, rows, best),
         rows=tuple(rows),
     )
 
@@ -264,16 +265,17 @@ class _Judge:
     arms: Arms
     best: str | None
     margin: float | None
+    validation_margin: float | None
     higher: bool
     planned: int
 
     def row(self, arm: str, lost: int, speed: Speed | None) -> Row:
         change, on_validation = (self.over_best(arm, r, difference) for r in (QUALITY, _validation))
-        bar = None if self.margin is None else -self.margin
+        bars = (None if m is None else -m for m in (self.margin, self.validation_margin))
         rival = arm != self.best and self.best is not None
         noise, validation_noise = (
             beyond(self.turn(found), bar, self.planned) if rival else None
-            for found in (change, on_validation)
+            for found, bar in zip((change, on_validation), bars, strict=True)
         )
         inference, training = self.mean(arm, INFERENCE), self.mean(arm, TRAINING)
         fewer = [self.over_best(arm, read, _fewer) for read in (INFERENCE, TRAINING)]
@@ -327,20 +329,23 @@ def _mean(found: Estimate | None) -> float:
     return 0.0 if found is None else found.mean
 
 
-def _margin(quality_name: str, runs: dict[int, Run]) -> float | None:
+def _margin(quality_name: str, runs: dict[int, Run], read: Reader = QUALITY) -> float | None:
     if quality_name == "accuracy":
         return POINTS
-    mean = t_interval(value for value in map(QUALITY, runs.values()) if value is not None)
+    mean = t_interval(value for value in map(read, runs.values()) if value is not None)
     return None if mean is None else LOSS * abs(mean.mean)
 
 
-def _chosen(arms: Arms, rows: Sequence[Row]) -> str | None:
-    """Sparsest on validation rows of the arms that are within noise there."""
+def _chosen(arms: Arms, rows: Sequence[Row], best: str | None) -> str | None:
+    """Sparsest on validation rows of the arms that are within noise there, if sparser than best."""
     densities = {}
     for row in rows:
         ends = [end for run in arms[row.arm].values() if (end := final(run)) is not None]
         seen = [end["measures"]["density"] for end in ends if end["measures"]]
-        if row.validation_within == "yes" and seen:
+        if seen and (row.arm == best or row.validation_within == "yes"):
             densities[row.arm] = sum(seen) / len(seen)
-    densities = {arm: each for arm, each in densities.items() if arm not in (*VANILLAS, HALF)}
+    bar = densities.get(best or "", 0.0)
+    densities = {
+        arm: each for arm, each in densities.items() if arm not in (*VANILLAS, HALF) and each < bar
+    }
     return min(densities, key=lambda arm: densities[arm], default=None)

@@ -180,10 +180,10 @@ def race_row(race: Race) -> list[str]:
 def race_text(race: Race) -> str:
     """What came of it, in one line."""
     word = {"yes": "sooner", "no": "not sooner"}.get(race.sooner, "undecided whether sooner")
-    return (
-        f"{race.task}, {race.fast} accelerated: {word} than dense {race.dense} at the "
-        f"same validation {race.goal}, {factor_text(race.to_goal)} times as fast."
-    )
+    reached = sum(lap.fast is not None for lap in race.laps)
+    said = f"{race.task}, {race.fast} accelerated: {word} than dense {race.dense} at the same "
+    said += f"validation {race.goal}, reached in {reached} of {len(race.laps)} seeds"
+    return said + (f", there {factor_text(race.to_goal)} times as fast." if reached else ".")
 
 
 def race_note(race: Race) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from actsparse.records import RecordError
-from actsparse.report.compare import Estimate
+from actsparse.report.compare import BEST, Estimate
 from actsparse.report.frontier import (
     CONTROL,
     FEWER,
@@ -20,6 +20,7 @@ from actsparse.report.frontier import (
     MANIFEST,
     POINTS,
     SPARSE,
+    WHOLE,
     Board,
     Row,
     board,
@@ -28,7 +29,6 @@ from actsparse.report.frontier import (
 from actsparse.report.speed import factor_text
 from actsparse.report.words import NONE
 
-BEST = "best"  # the recipe that ships; shown first where it was run
 RULE = (
     f"± is half a 95 % t-interval over seeds. Changes and “fewer active” are paired, seed by seed, "
     f"with the best vanilla: of the two, with weight decay on norms and biases and without, the "
@@ -39,9 +39,9 @@ RULE = (
     f"within noise, and the intervals of both densities lie at {SPARSE:g} or below. (b): the "
     f"intervals of both improvements lie at {100 * FEWER:g} % or above, whatever the quality. "
     f"Fewer than 5 seeds, or than planned, decide nothing. A task counts where half the steps cost "
-    f"less than {KNEE * 100 * POINTS:g} points or {KNEE * 100 * LOSS:g} % of the loss, and the "
-    f"control without MLPs is worse by more than noise. Each arm is judged by itself: of many that "
-    f"are just at a bar, one in forty passes by chance."
+    f"{WHOLE} less than {KNEE * 100 * POINTS:g} points or {KNEE * 100 * LOSS:g} % of the loss, and "
+    f"the control without MLPs is worse by more than noise. Each arm is judged by itself: of many "
+    f"that are just at a bar, one in forty passes by chance."
 )
 
 

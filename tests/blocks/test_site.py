@@ -410,6 +410,7 @@ def test_the_encoders_fast_path_does_not_bypass_changes(batch_first: bool, neste
 # --- the finder looks at a model as its user made it -------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*schedules stand still")  # no optimizer is followed
 @pytest.mark.parametrize(
     "name", ["gpt2", "llama", "phi3", "t5-relu", "swiglu", "torch-encoder-relu-pre-batch_first",
              "sequential-relu-in-place"],

@@ -71,7 +71,7 @@ def test_fewer_steps_keep_lines_at_the_same_shares() -> None:
     (run,) = frontier("digits", arms=["paper"], seeds=1, steps=150)
     whole = EXPERIMENTS["digits"](False)
     assert run.steps == 150
-    assert run.eval_every == whole["eval_every"] * 150 // whole["steps"]
+    assert run.eval_every == TASKS["digits"].settings["eval_every"] * 150 // whole["steps"]
     assert run.log_every == whole["log_every"] * 150 // whole["steps"]
     assert frontier("digits", arms=[HALF], seeds=1, steps=1)[0].steps == 1
 

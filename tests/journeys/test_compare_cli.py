@@ -40,7 +40,7 @@ def test_compare_stopped_and_called_again_goes_on_and_repeats_nothing(tmp_path: 
         command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not any(b'"result"' in each for each in records(tmp_path).values()):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
