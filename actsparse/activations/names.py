@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 from actsparse.activations.formulas import (
@@ -93,17 +92,20 @@ def numbers_of(name: str) -> tuple[str, dict[str, float]] | None:
     return (base, numbers) if _written(base, numbers) == name else None
 
 
-@cache  # one function for one name, as in ACTIVATIONS
-def _made(name: str) -> ActivationFunction:
-    base, numbers = numbers_of(name) or (name, {})
-    return FAMILIES[base].make(name, **numbers)
+# One function for one name, as in ACTIVATIONS. No functools.cache: compilers trace past it.
+_MADE: dict[str, ActivationFunction] = {}
 
 
 def known_as(name: str) -> ActivationFunction | None:
     """The function called ``name``; None where nothing of ours is."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
-    return None if numbers_of(name) is None else _made(name)
+    if name not in _MADE:
+        if (found := numbers_of(name)) is None:
+            return None
+        base, numbers = found
+        _MADE[name] = FAMILIES[base].make(name, **numbers)
+    return _MADE[name]
 
 
 def named(name: str) -> ActivationFunction:

@@ -6,7 +6,6 @@ pack, and the lossless screen may prove it of units that are not computed at all
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 from actsparse.activations import known_as, numbers_of
@@ -34,10 +33,15 @@ def form_of(name: str) -> Form | None:
     >>> form_of("relu(shift=1)"), form_of("relu6")
     (Form(act=None, floor=1.0, ones=True), None)
     """
-    return _form(name)
+    if name not in _FORMS:
+        _FORMS[name] = _form(name)
+    return _FORMS[name]
 
 
-@cache
+# No functools.cache: compilers trace past it.
+_FORMS: dict[str, Form | None] = {}
+
+
 def _form(name: str) -> Form | None:
     base, numbers = numbers_of(name) or ("", {})
     if base not in FUSED:
@@ -53,12 +57,7 @@ def is_silent(name: str | None) -> bool:
     >>> is_silent("relu(threshold=0.1)"), is_silent("gelu"), is_silent(None)
     (True, False, False)
     """
-    return name is not None and _silent(name)
-
-
-@cache
-def _silent(name: str) -> bool:
-    known = known_as(name)
+    known = None if name is None else known_as(name)
     return known is not None and known.silent
 
 

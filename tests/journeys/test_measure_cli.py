@@ -335,7 +335,7 @@ def test_a_model_without_mlps_has_nothing_to_measure(tmp_path: Path) -> None:
     from actsparse.experiments import run_config
 
     config = run_config("digits", "vanilla", 0)
-    model = task_of("digits").model(config, {})
+    model = task_of("digits").model(config, {"classes": 10})
     sparsify(model, LeaveOutMLP(), inputs={"pixel_values": torch.zeros(1, 1, 8, 8)})
     save(model, tmp_path / "left-out")
     done = called("measure", tmp_path / "left-out", "--task", "digits")

@@ -27,7 +27,7 @@ TWO_MASKS = [
 ]  # fmt: skip
 NUMBERS = [
     "relu(threshold=0.5)", "jsrelu(threshold=1)", "squared_relu(threshold=1.5)", "relu(shift=1)",
-    "relu(shift=-0.5, threshold=1)", "jsrelu(jump=0.5, cap=2, threshold=0.5)",
+    "relu(shift=0.5, threshold=1)", "jsrelu(jump=0.5, cap=2, threshold=0.5)",
 ]  # fmt: skip
 FUSED = [named(name) for name in (*forms.FUSED, *NUMBERS)]
 Weights = dict[str, Tensor]

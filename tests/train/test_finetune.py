@@ -131,7 +131,7 @@ def test_a_stopped_finetuning_with_adapters_goes_on_exactly(base: Run, tmp_path:
 
 def test_a_plain_checkpoint_of_transformers_is_a_start_too(tmp_path: Path) -> None:
     config = run_config("digits", "vanilla", 0)
-    task_of("digits").model(config, {}).save_pretrained(tmp_path / "hf")
+    task_of("digits").model(config, {"classes": 10}).save_pretrained(tmp_path / "hf")
     settings = {**TINY, "start": str(tmp_path / "hf")}
     done = run(run_config("digits_finetune", "hoyer-finetune", 0, **settings), tmp_path / "out")
     assert done.result is not None
@@ -161,14 +161,18 @@ def test_what_cannot_be_started_from_is_said_before_anything_is_written(
 
 
 def test_a_model_that_does_not_fit_the_data_is_said_so(base: Run, tmp_path: Path) -> None:
-    wide = task_of("digits").model(run_config("digits", "vanilla", 0), {})
+    wide = task_of("digits").model(run_config("digits", "vanilla", 0), {"classes": 10})
     wide.config.num_labels = 12
     wide.classifier = torch.nn.Linear(wide.classifier.in_features, 12)
     wide.save_pretrained(tmp_path / "wide")
     config = run_config("digits_finetune", "vanilla", 0, **TINY, start=str(tmp_path / "wide"))
     with pytest.raises(ValueError, match="tells 12 classes apart, the data have 10"):
         run(config, tmp_path)
-    half = task_of("digits").model(run_config("digits", "vanilla", 0), {}).to(torch.bfloat16)
+    half = (
+        task_of("digits")
+        .model(run_config("digits", "vanilla", 0), {"classes": 10})
+        .to(torch.bfloat16)
+    )
     half.save_pretrained(tmp_path / "half")
     assert {each.dtype for each in model_from(tmp_path / "half").parameters()} == {torch.float32}
 
