@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
-from actsparse.modify.modification import Attached, Modification, Progress
+from actsparse.modify.modification import Attached, Modification, Progress, Weighted
 from actsparse.modify.schedule import Ramp, ramp_note
 
 
@@ -83,11 +83,9 @@ class _Pass:
     samples: int
 
 
-class _Flattened(Attached):
+class _Flattened(Weighted):
     def __init__(self, site: Site, note: str, config: FlatnessPenalty) -> None:
-        super().__init__(site, note)
-        self.config = config
-        self.weight = 0.0
+        super().__init__(site, note, config.weight, config.ramps())
         self.checked = False  # whether its gradients were found to have gradients
         # the passes of one forward (a shared block runs several times), never more
         self.passes: deque[_Pass] = deque(maxlen=site.block.calls)
@@ -108,14 +106,6 @@ class _Flattened(Attached):
         if keep is not None:
             keep = site.tokens.restore(keep.unsqueeze(-1), like=z[..., :1]).reshape(z.shape[:-1])
         self.passes.append(_Pass(z, x, keep, site.tokens.samples(z)[1]))
-
-    @override
-    def update(self, progress: Progress) -> None:
-        before, self.weight = self.weight, self.config.weight
-        for ramp in self.config.ramps():
-            self.weight *= ramp.value(progress.step, progress.steps)
-        if bool(before) != bool(self.weight):
-            self.site.refresh()
 
     @override
     def differentiated(self) -> list[Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
@@ -57,6 +58,22 @@ class Attached:
     def remove(self) -> None:
         """Detach; the block computes as before."""
         self.site.release()
+
+
+class Weighted(Attached):
+    """A penalty at one block: ``weight`` is ``full`` times its schedules; at 0 it reads nothing."""
+
+    def __init__(self, site: Site, note: str, full: float, ramps: list[Ramp]) -> None:
+        super().__init__(site, note)
+        self.full, self.ramps, self.weight = full, ramps, 0.0
+
+    @override
+    def update(self, progress: Progress) -> None:
+        before, self.weight = self.weight, self.full
+        for ramp in self.ramps:
+            self.weight *= ramp.value(progress.step, progress.steps)
+        if bool(before) != bool(self.weight):
+            self.site.refresh()
 
 
 @dataclass(frozen=True)

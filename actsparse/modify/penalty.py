@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
-from actsparse.modify.modification import Attached, Modification, Progress
+from actsparse.modify.modification import Attached, Modification, Progress, Weighted
 from actsparse.modify.schedule import Ramp, Release, ramp_note
 
 
@@ -117,11 +117,10 @@ class ActivationPenalty(Modification):
         return f"{self.kind}, weight {self.weight:g}{ramp_note(self.ramps())}"
 
 
-class _Penalised(Attached):
+class _Penalised(Weighted):
     def __init__(self, site: Site, note: str, config: ActivationPenalty) -> None:
-        super().__init__(site, note)
+        super().__init__(site, note, config.weight, config.ramps())
         self.config = config
-        self.weight = 0.0
         self.without_grad = False  # whether the last pass ran under no_grad
         # the passes of one forward (a shared block runs several times), never more
         self.values: deque[Tensor] = deque(maxlen=site.block.calls)
@@ -148,11 +147,7 @@ class _Penalised(Attached):
     def update(self, progress: Progress) -> None:
         if progress.steps is not None:
             self.config.check_room(progress.steps)
-        before, self.weight = self.weight, self.config.weight
-        for ramp in self.config.ramps():
-            self.weight *= ramp.value(progress.step, progress.steps)
-        if bool(before) != bool(self.weight):
-            self.site.refresh()
+        super().update(progress)
 
     @override
     def penalty(self) -> Tensor | None:
