@@ -20,7 +20,7 @@ class FrontierTask:
     """A task of `EXPERIMENTS` in its ``quick`` form or not, and settings of a run to change.
 
     ``model`` and ``data`` in ``settings`` change some of the task's own, the rest stay.
-    ``reads_data``: of the user's, who says where they lie.
+    ``reads_data``: of the user's, who says where they lie. ``arms``: those of the task, if not all.
     """
 
     task: str
@@ -28,6 +28,7 @@ class FrontierTask:
     quick: bool = False
     seeds: int = 5
     reads_data: bool = False
+    arms: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,13 @@ class Race:
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: int = 5
 
+
+VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what recipes are held to
+CONTROLS = (*VANILLAS, "no-mlp")
+RECIPES = (
+    "best", "paper", "paper-no-1d-decay", "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
+)  # fmt: skip
+HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
 
 TASKS: dict[str, FrontierTask] = {
     # four patches: with sixteen, attention alone is as good
@@ -69,13 +77,13 @@ TASKS: dict[str, FrontierTask] = {
         quick=True,
         reads_data=True,
     ),
+    # to the knee of the curve, where five times as long is affordable
+    "text-long": FrontierTask(
+        "text",
+        {"steps": 5000, "log_every": 250, "eval_every": 1250},
+        arms=(*CONTROLS, "best", HALF, "l1-no-1d-decay"),
+    ),
 }
-VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what recipes are held to
-CONTROLS = (*VANILLAS, "no-mlp")
-RECIPES = (
-    "best", "paper", "paper-no-1d-decay", "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
-)  # fmt: skip
-HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
 RACE = Race(
     "cifar10",
     dense=("vanilla-no-1d-decay",),
@@ -119,10 +127,10 @@ def frontier(
     [('vanilla-no-1d-decay', 1500, ('norm', 'bias')), ('half-steps', 750, ('norm', 'bias'))]
     """
     found = _task(task, data)
-    known = dict.fromkeys((*CONTROLS, HALF, *RECIPES))
+    known = dict.fromkeys(found.arms or (*CONTROLS, HALF, *RECIPES))
     for arm in arms or ():
         if arm not in known:
-            raise ValueError(f"unknown arm {arm!r} of the frontier; known: {', '.join(known)}")
+            raise ValueError(f"unknown arm {arm!r} of {task}; known: {', '.join(known)}")
     return [
         _run(found, found.settings, arm, seed, steps, data)
         for seed in range(seeds or found.seeds)
