@@ -26,8 +26,8 @@ def frontier(
     tasks: Annotated[
         list[str] | None,
         typer.Argument(
-            help="digits, text, text-long, cifar10, web, or all; race: dense against accelerated, "
-            "timed one run at a time.",
+            help="digits, text, cifar10, web, text-long, web-long, or all; race: dense against "
+            "accelerated, timed one run at a time.",
             show_default="all",
         ),
     ] = None,

@@ -7,7 +7,7 @@ and recipes were found on validation data before the seeds here were run; change
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actsparse.experiments import EXPERIMENTS, config_of
@@ -44,6 +44,14 @@ class Race:
     fast: str
     settings: dict[str, Any] = field(default_factory=dict)
     seeds: int = 5
+
+
+def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """``more`` over ``settings``; of ``model`` and ``data`` name by name."""
+    inner: dict[str, Any] = {
+        key: {**settings.get(key, {}), **more[key]} for key in ("model", "data") if key in more
+    }
+    return {**settings, **more, **inner}
 
 
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what recipes are held to
@@ -84,6 +92,15 @@ TASKS: dict[str, FrontierTask] = {
         arms=(*CONTROLS, "best", HALF, "l1-no-1d-decay"),
     ),
 }
+# one block is as good here as two, in two thirds of the time
+TASKS["web-long"] = replace(
+    TASKS["web"],
+    settings=_merged(
+        TASKS["web"].settings,
+        {"steps": 8000, "log_every": 400, "eval_every": 2000, "model": {"n_layer": 1}},
+    ),
+    arms=(*CONTROLS, "best", HALF),
+)
 RACE = Race(
     "cifar10",
     dense=("vanilla-no-1d-decay",),
@@ -192,11 +209,3 @@ def _run(
         settings = _merged(settings, {"data": {place: data}})
     chosen = ARMS[WHOLE] if arm == HALF else arm_named(arm)
     return config_of(of.task, arm, chosen, seed, quick=of.quick, **settings)
-
-
-def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """``more`` over ``settings``; of ``model`` and ``data`` name by name."""
-    inner: dict[str, Any] = {
-        key: {**settings.get(key, {}), **more[key]} for key in ("model", "data") if key in more
-    }
-    return {**settings, **more, **inner}
