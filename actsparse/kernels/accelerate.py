@@ -16,7 +16,7 @@ from actsparse.blocks.site import Site, no_executor, site_of
 from actsparse.kernels import build, ops
 from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
 from actsparse.kernels.forms import is_silent
-from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
+from actsparse.kernels.mlp import FEW, Prepared, prepare, sparse_mlp
 
 Mode = Literal["auto", "sparse", "screened"]
 EVERY = 64  # calls between two looks at the density where looking costs something
@@ -38,14 +38,16 @@ def accelerate(
     (:func:`sparse_mlp`). All three are timed on the block's own weights and tokens at the second
     call of a kind (training or not, about so many tokens), once for blocks of equal size and
     density within 25 %, and again when the density has moved that far. The layers also run while
-    something attached needs all of the hidden layer, such as ``observe``, for any dtype but
-    float32, under autocast, and off the CPU. Numbers differ from the layers' by float32 rounding; a
-    product with an activation that is exactly zero is skipped even where its weight is NaN or
-    infinite; dropout draws other random numbers. A gradient's own gradient (Hessian products) needs
-    the layers: ``remove()`` first. Under ``torch.compile`` a block keeps to what it met when it was
-    compiled: run two calls first. Without gradients prepared copies of weights are used while those
-    do not change; a change of few entries through ``weight.data`` goes unnoticed, one through the
-    weight itself does not.
+    something attached needs all of the hidden layer, such as ``observe``, under autocast, and for
+    any dtype but float32 on the CPU, and float32, bfloat16 and float16 on a GPU. Numbers differ
+    from the layers' by the dtype's rounding; a product with an activation that is exactly zero is
+    skipped even where its weight is NaN or infinite; dropout draws other random numbers. A
+    gradient's own gradient (Hessian products) needs the layers: ``remove()`` first. Under
+    ``torch.compile`` a block keeps to what it met when it was compiled, and in a CUDA graph, of 16
+    tokens at most, to what it met before: run two calls first, or give ``mode``, since trials see
+    what launches cost without a graph. Without gradients prepared copies of weights are used while
+    those do not change; a change of few entries through ``weight.data`` goes unnoticed, on a GPU
+    any such change, one through the weight itself does not.
 
     Args:
         model: any model, modified by ``sparsify`` or not, before or after.
@@ -200,6 +202,7 @@ class SparseRun:
         self._ready: Prepared | None = None
         self._ready_for: tuple[Any, ...] = ()
         self._built = build.level() != "reference"
+        self._capturing = False
 
     def met(self) -> list[Met]:
         """The kinds of calls there were."""
@@ -208,14 +211,14 @@ class SparseRun:
     def takes(self, site: Site, x: Tensor) -> bool:
         """Whether this call runs sparse."""
         self._now = None
+        gpu = ops.on_gpu(x, self.block.up.weight)
         fit = (
-            x.dtype is torch.float32
-            and x.is_cpu
+            (gpu or (x.dtype is torch.float32 and x.is_cpu))
             and is_silent(site.function)
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled(x.device.type)
         )
         tokens, entries = x.numel() // max(x.shape[-1], 1), self.block.up.weight.numel()
-        worthwhile = self._built and (entries >= LEAST or entries * tokens >= MANY)
+        worthwhile = (gpu or self._built) and (entries >= LEAST or entries * tokens >= MANY)
         if not fit or (self.mode == "auto" and not worthwhile):
             return False
         if torch.compiler.is_compiling():  # compiled code keeps to what it met
@@ -223,12 +226,17 @@ class SparseRun:
                 self._program = self.mode
             return self._program != "dense"
         learns, size = self._learns(x), min(tokens, TIMED).bit_length()
-        kind = (learns, size, torch.get_num_threads(), site.wants_norms)
+        kind = (learns, size, torch.get_num_threads(), site.wants_norms, x.device.type, x.dtype)
         now = self._met.get(kind)
         if now is None:
             now = self._met[kind] = Met(learns is not None)
         now.tokens, self._now = tokens, now
-        if site.recomputing and kind in self._promised:
+        self._capturing = gpu and x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._capturing and (learns is not None or tokens > FEW):
+            return False  # the number of entries would stop the host
+        if self._capturing and self.mode == "auto":  # a CUDA graph keeps to what was met before
+            self._program = now.program
+        elif site.recomputing and kind in self._promised:
             self._program = self._promised[kind]  # what was saved in the forward must fit
         else:
             self._decide(now, kind, site, x)
@@ -258,6 +266,7 @@ class SparseRun:
             if now.trial is None:
                 cold = now.tokens <= 16 and not now.training
                 programs = programs_of(block, function, x, now.training, site.wants_norms)
+                self.trials.device = x.device
                 now.trial = self.trials.run(alike, now.density, programs, cold)
         now.program = "dense" if now.trial is None else now.trial.best(now.program)
 
@@ -268,7 +277,7 @@ class SparseRun:
         count = None
         if now is not None:
             calls = now.calls[self._program] = now.calls.get(self._program, 0) + 1
-            if now.training or calls % EVERY == 1:
+            if (now.training or calls % EVERY == 1) and not self._capturing:
                 entries = now.tokens * block.d_hidden
                 count = lambda active: now.count(active, entries)  # noqa: E731
         parts = [part.module for part in block.between if part.module is not None]
@@ -304,7 +313,7 @@ class SparseRun:
     def passed(self, site: Site, d: Tensor) -> None:
         """A call by the layers: count its zeros, now and then."""
         now = self._now
-        if now is None or torch.compiler.is_compiling():
+        if now is None or torch.compiler.is_compiling() or self._capturing:
             return
         if now.density is None or now.calls.get("dense", 0) % EVERY == 0:
             kept = 1.0

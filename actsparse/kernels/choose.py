@@ -15,7 +15,7 @@ from actsparse.activations import named
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.passage import NORMS, token_norm
 from actsparse.kernels.forms import form_of
-from actsparse.kernels.mlp import prepare, sparse_mlp
+from actsparse.kernels.mlp import FEW, prepare, sparse_mlp
 
 NEAR = 1.25  # densities within this factor of each other share a trial
 MARGIN = 1.05  # a program takes over from dense where it is faster by this much, leaves below 1
@@ -58,11 +58,12 @@ class Trials:
     """The trials of a model's blocks, by kind of call and density.
 
     ``others``: bytes of the model's other weights. Between two calls of a block in a model the
-    others pass through the caches; a trial of few tokens clears them likewise.
+    others pass through the caches; a trial of few tokens clears them likewise. ``device``: where.
     """
 
     def __init__(self, others: int) -> None:
         self.others = min(others, CACHE)
+        self.device = torch.device("cpu")
         self.known: dict[Hashable, list[Trial]] = {}
 
     def near(self, kind: Hashable, density: float) -> Trial | None:
@@ -79,7 +80,7 @@ class Trials:
         cold: bool,
     ) -> Trial:
         """Time ``programs`` in turn, and keep what comes out."""
-        between = torch.ones(self.others // 4) if cold else None
+        between = torch.ones(self.others // 4, device=self.device) if cold else None
         for program in programs.values():
             program()
         times: dict[str, list[float]] = {name: [] for name in programs}
@@ -90,7 +91,7 @@ class Trials:
             if done >= least and spent > (1 if _clear(times) else PATIENCE):
                 break
             for name, program in programs.items():
-                times[name].append(_seconds(program, between))
+                times[name].append(_seconds(program, between, self.device))
         trial = Trial(density, {name: median(each) for name, each in times.items()})
         self.known.setdefault(kind, []).append(trial)
         return trial
@@ -113,11 +114,14 @@ def apart(one: float, two: float) -> float:
     return max(one / two, two / one)
 
 
-def _seconds(program: Callable[[], object], between: Tensor | None) -> float:
+def _seconds(program: Callable[[], object], between: Tensor | None, device: torch.device) -> float:
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if between is not None:
         between.sum()  # reads: lines that must be written back would slow what comes next
+    wait()
     start = time.perf_counter()
     program()
+    wait()
     return time.perf_counter() - start
 
 
@@ -164,7 +168,8 @@ def programs_of(
         "dense": dense,
         "sparse": lambda: sparse(False),
     }
-    if form_of(function) is not None:
+    # a GPU screens when it decodes
+    if form_of(function) is not None and (x.is_cpu or (not training and len(x) <= FEW)):
         programs["screened"] = lambda: sparse(True)
     if not training:
         return programs

@@ -19,6 +19,8 @@ from actsparse.kernels import ops
 from actsparse.kernels.forms import Form, form_of
 from actsparse.kernels.row_norms import row_norms
 
+FEW = 16  # tokens, up to which a GPU decodes; triton_decode.MOST
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -26,7 +28,7 @@ class Prepared:
 
     ``rows`` [H, D] is downᵀ, contiguous; ``first`` [H, D] the matrix that is screened (gate in
     gated blocks, else up), contiguous, and ``codes`` what :func:`ops.quantise` says of it: or
-    None and empty.
+    None and empty. On a GPU ``codes`` are those of :func:`triton_decode.quantise`.
     """
 
     rows: Tensor
@@ -44,9 +46,15 @@ def prepare(down: Tensor, up: Tensor | None = None) -> Prepared:
     torch.Size([3, 2])
     """
     rows = _by_rows(down.t())
-    if up is None or not ops.screens(up):
+    if up is None:
         return Prepared(rows)
     first = _by_rows(up)
+    if ops.on_gpu(first):
+        from actsparse.kernels import triton_decode
+
+        return Prepared(rows, first, triton_decode.quantise(first))
+    if not ops.screens(up):
+        return Prepared(rows)
     return Prepared(rows, first, tuple(ops.quantise(first)))
 
 
@@ -70,7 +78,8 @@ def sparse_mlp(
 
     Weights are laid out as ``nn.Linear`` has them, with any strides; transposes of HF's Conv1D
     weights fit too. Differentiable in x and every weight; float32 on the CPU runs the C++ kernels,
-    anything else PyTorch's own operators; autocast does not apply. A product with an exact zero
+    float32, bfloat16 and float16 on a GPU the Triton kernels, anything else PyTorch's own
+    operators; autocast does not apply. A product with an exact zero
     activation is skipped even if its partner is NaN or infinite; a NaN pre-activation counts as
     active. Differentiable once: a gradient's gradient needs the dense block.
 
@@ -82,7 +91,8 @@ def sparse_mlp(
         screen: leave out units that an int8 product proves inactive: off if ``ẑ + b + ‖x‖‖u − û‖
             + ‖x − x̂‖‖û‖ + γ(‖x‖‖u‖ + |b| + t) < t`` (Cauchy–Schwarz; γ covers float32 in any order
             of summation; t: φ's threshold, or 0). Pays at low density. Fused activations only;
-            ignored for others, and where the C++ kernels are missing.
+            ignored for others, where the C++ kernels are missing, and on a GPU with gradients or
+            for more than 16 tokens.
         between: what stands between φ and down, such as dropout: called on the values [nnz] that
             are packed; must be pointwise and keep zeros.
         prepared: from :func:`prepare`, for weights that do not change between calls.
@@ -120,6 +130,11 @@ def sparse_mlp(
             raise
     _check(x, *weights)
     first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
+    plain = between is None and on_active is None and on_norms is None
+    few = x.shape[:-1].numel() <= FEW and form is not None and not _learns(x, *weights)
+    if plain and few and ops.on_gpu(x, *weights):
+        up_of_gated = (None, None) if gate is None else (up, bias)
+        return _decode(x, first, first_bias, down, down_bias, name, up_of_gated, screen, prepared)
     rows = None if prepared is None else prepared.rows
     first, down = _laid(first), _laid(down)
     codes: tuple[Tensor, ...] = ()
@@ -173,6 +188,32 @@ def _infer(
         x.contiguous(), prepared.first, _flat(bias), *prepared.codes, prepared.rows,
         _flat(down_bias), *form[:2],
     )  # fmt: skip
+
+
+def _decode(
+    x: Tensor,
+    first: Tensor,
+    first_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    activation: str,
+    up: tuple[Tensor | None, Tensor | None],
+    screen: bool,
+    prepared: Prepared | None,
+) -> Tensor:
+    """Few tokens on a GPU, no gradients; ``up`` and its bias of gated blocks."""
+    from actsparse.kernels.triton_decode import decode
+
+    if prepared is None or (screen and not prepared.codes):
+        prepared = prepare(down, first if screen else None)
+    codes = list(prepared.codes) if screen else []
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    second = None if up[0] is None else up[0].contiguous()
+    y = decode(
+        tokens, first.contiguous(), _flat(first_bias), prepared.rows, _flat(down_bias), activation,
+        second, _flat(up[1]), codes,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], down.shape[0])
 
 
 def _learns(*tensors: Tensor | None) -> bool:

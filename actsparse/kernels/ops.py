@@ -1,15 +1,16 @@
 """The products of a sparse MLP as PyTorch operators: compiled kernels, fakes and autograd.
 
 Packed entries are three tensors (pointer, index, value) as :mod:`actsparse.kernels.pack` defines
-them. Each operator runs the C++ kernels on float32 CPU tensors where those are built, and
-PyTorch's own operators otherwise, with the same meaning: products with exact zeros are skipped
-(:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or by columns. What is kept
-for backward is the entries.
+them. Each operator runs the C++ kernels on float32 CPU tensors where those are built, the Triton
+kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning: products with
+exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or by
+columns. What is kept for backward is the entries.
 """
 
 from __future__ import annotations
 
 import functools
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from actsparse.activations import named
 from actsparse.kernels import pack as packing
 from actsparse.kernels import reference
 from actsparse.kernels.forms import form_of
+
+GATHERED = 0.007  # density up to which, by docs/kernels.md, GPUs sample a product entry by entry
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -54,6 +57,22 @@ def native(*tensors: Tensor | None) -> bool:
     )
 
 
+def on_gpu(*tensors: Tensor | None) -> bool:
+    """Whether the Triton kernels take these tensors."""
+    return all(t is None or (t.is_cuda and t.dtype in _DTYPES) for t in tensors) and _triton()
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _triton() -> bool:
+    """Whether Triton is installed; PyTorch for CUDA brings it."""
+    return find_spec("triton") is not None
+
+
+_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def screens(up: Tensor) -> bool:
     """Whether the screen takes this matrix: sums of 2¹⁶ products of codes fit 32 bits, not more."""
     return native(up) and up.shape[1] <= 1 << 16
@@ -85,6 +104,12 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
         if form.act is not None:
             return entries
         pointer, index, active, _ = entries
+    elif on_gpu(x, up, bias):
+        from actsparse.kernels import triton_pack
+
+        # in float32 Triton's products are no match for cuBLAS's
+        fused = x.dtype is not torch.float32
+        pointer, index, active = triton_pack.pack(x, up, bias, form.floor, fused)
     else:
         z = torch.nn.functional.linear(x, up, bias)
         keep = ~(z <= form.floor)
@@ -179,6 +204,12 @@ def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor |
 def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     if native(x, up, bias):
         value = _kernels().sample(pointer, index, x, up)
+    elif on_gpu(x, up, bias):
+        from actsparse.kernels import triton_pack, triton_products
+
+        few = len(index) <= GATHERED * x.shape[0] * up.shape[0]
+        way = triton_products.sample if few else triton_pack.sample_dense
+        value = way(pointer, index, x, up)
     else:
         row, column = packing.rows_of(pointer, x.shape[0]), index.long()
         value = (x @ up.t())[row, column]
@@ -291,6 +322,10 @@ def _multiply(
     if native(value, rows, bias):
         out = _kernels().multiply(pointer, index, value, rows, bias, n, turned)
         return out.t() if turned else out
+    if on_gpu(value, rows, bias):
+        from actsparse.kernels import triton_products
+
+        return triton_products.multiply(pointer, index, value, rows, bias, n, turned)
     dense = packing.unpack(pointer, index, value, n, rows.shape[0])
     out = reference.product(dense, rows)
     out = out if bias is None else out + bias
@@ -334,8 +369,10 @@ def row_sums(pointer: Tensor, value: Tensor, n: int) -> Tensor:
     """The sum of each of n rows of packed entries."""
     if native(value):
         return _kernels().row_sums(pointer, value, n)
-    sums = value.new_zeros(n, dtype=torch.float64)
-    return sums.index_add_(0, packing.rows_of(pointer, n), value.double()).to(value.dtype)
+    if n == 0 or len(value) == 0:
+        return value.new_zeros(n)
+    rows = pointer[:: (len(pointer) - 1) // n]  # in one order, unlike index_add on a GPU
+    return torch.segment_reduce(value.double(), "sum", offsets=rows).to(value.dtype)
 
 
 @row_sums.register_fake
@@ -357,7 +394,12 @@ def _(matrix: Tensor) -> Tensor:
 
 
 def fingerprint(weight: Tensor) -> int:
-    """A number that changes when entries of weight [H, D] do: most often, from 64 of them."""
+    """A number that changes when entries of weight [H, D] do: most often, from 64 of them.
+
+    On a GPU reading them would stop the host at every token: 0.
+    """
+    if weight.is_cuda:
+        return 0
     if native(weight):
         return _kernels().fingerprint(weight)
     return hash(tuple(weight.detach().reshape(-1)[:: weight.numel() // 64 + 1].tolist()))

@@ -1,0 +1,40 @@
+"""What all Triton kernels share: which tensors they take, and how their sizes are tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the CPU, to test
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def precision() -> str:
+    """How float32 is multiplied: in full, unless PyTorch was told that TF32 will do."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def tuned(sizes: Sequence[dict[str, int]], key: list[str]) -> Callable[[Any], Any]:
+    """Let Triton time a kernel at these ``sizes`` once for each value of ``key``.
+
+    A size is block sizes by name, with ``warps`` and ``stages``. The interpreter takes the first,
+    cut to 64: it has no clock, and small blocks meet more edges.
+    """
+    if INTERPRETED:
+        small = {name: min(size, 64) for name, size in sizes[0].items()}
+        return triton.autotune([_config(small)], key=key)
+    return triton.autotune([_config(size) for size in sizes], key=key)
+
+
+def _config(size: dict[str, int]) -> Any:
+    blocks = {name: each for name, each in size.items() if name not in ("warps", "stages")}
+    return triton.Config(blocks, num_warps=size.get("warps", 4), num_stages=size.get("stages", 3))
+
+
+def strides(weight: Tensor) -> tuple[int, int]:
+    """Of a matrix, as kernels take them."""
+    return weight.stride(0), weight.stride(1)
