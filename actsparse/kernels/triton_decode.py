@@ -9,7 +9,8 @@ a CUDA graph can hold it all. Sums are of one order from call to call.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from actsparse.kernels.triton_launch import INTERPRETED, tuned
 
 MOST = 16  # tokens
 TILE = 64
-SPLITS = 16  # of the units, in the product with down; summed in order
+SPLITS = (128, 16)  # of the units, in the product with down, for one token and for more
 # Roundings of a sum of D products, in float32 with an accumulator that truncates, as tensor cores'
 # do: at most (D + 2) times this, relative to the sum of their absolute values.
 ROUNDING = 2.0**-22  # float32 is never multiplied in TF32 here: nothing is gained, bytes are it
@@ -60,42 +61,65 @@ def quantise(up: Tensor) -> Codes:
     return Codes(codes, scale, *upper)
 
 
-_ROWS = [
-    {"BK": 256, "warps": 4, "stages": 4},
-    {"BK": 512, "warps": 4, "stages": 3},
-    {"BK": 512, "warps": 8, "stages": 4},
-    {"BK": 1024, "warps": 8, "stages": 2},
-    {"BK": 128, "warps": 2, "stages": 5},
+# One token: a thread adds up lanes of its own, and registers are the limit. More: tensor cores.
+_ONE = [
+    {"BU": 16, "BK": 512, "warps": 4},
+    {"BU": 8, "BK": 512, "warps": 4},
+    {"BU": 8, "BK": 1024, "warps": 8},
+    {"BU": 16, "BK": 1024, "warps": 8},
+    {"BU": 32, "BK": 256, "warps": 4},
 ]
+_MANY = [
+    {"BU": 16, "BK": 128, "warps": 2, "stages": 5},
+    {"BU": 32, "BK": 128, "warps": 4, "stages": 4},
+    {"BU": 64, "BK": 128, "warps": 4, "stages": 3},
+    {"BU": 64, "BK": 64, "warps": 4, "stages": 5},
+]
+_FEW_ONE = [{"BK": size["BK"], "warps": size["warps"]} for size in _ONE[:3]]
+_FEW_MANY = [{"BK": 128, "warps": 2, "stages": 5}, {"BK": 128, "warps": 4, "stages": 3}]
+_DOWN_ONE = [
+    {"BE": 8, "BD": 256, "warps": 4},
+    {"BE": 16, "BD": 256, "warps": 4},
+    {"BE": 8, "BD": 512, "warps": 4},
+    {"BE": 4, "BD": 512, "warps": 2},
+]
+_DOWN_MANY = [
+    {"BE": 16, "BD": 128, "warps": 4},
+    {"BE": 16, "BD": 64, "warps": 2},
+    {"BE": 32, "BD": 64, "warps": 4},
+]
+
+
+def _kinds(one: list[dict[str, int]], many: list[dict[str, int]]) -> Callable[[Any], Any]:
+    """A kernel tuned for one token, and for more."""
+    key = ["d", "tokens"]
+    return lambda kernel: (tuned(one, key)(kernel), tuned(many, key)(kernel))
 
 
 @triton.jit
 def _products(
-    x, up, u, wanted, tokens, d, up_unit,
-    SQUARES: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x, up, u, wanted, tokens, d, SQUARES: tl.constexpr, WIDE: tl.constexpr,
     BT: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """⟨up[u], x[t]⟩ [BU, BT] in float32, of the wanted units; and ‖x[t]‖² [BT] where asked for."""
     t = tl.arange(0, BT)
+    c = tl.arange(0, BK)
+    rows = up + u.to(tl.int64)[:, None] * d + c[None, :]
     total = tl.zeros([BU, BT], dtype=tl.float32)
     lanes = tl.zeros([BU, BK], dtype=tl.float32)
     squares = tl.zeros([BT], dtype=tl.float32)
+    own_squares = tl.zeros([BK], dtype=tl.float32)
     for k in range(0, d, BK):
-        c = k + tl.arange(0, BK)
-        row = tl.load(
-            up + u[:, None] * up_unit + c[None, :],
-            mask=wanted[:, None] & (c < d)[None, :],
-            other=0,
-        )
+        row = tl.load(rows + k, mask=wanted[:, None] & (c < d - k)[None, :], other=0)
         if BT == 1:
-            one = tl.load(x + c, mask=c < d, other=0.0).to(tl.float32)
+            one = tl.load(x + k + c, mask=c < d - k, other=0.0).to(tl.float32)
             lanes += row.to(tl.float32) * one[None, :]
             if SQUARES:
-                squares += tl.sum(one * one, axis=0)
+                own_squares += one * one
         else:
             many = tl.load(
-                x + t[None, :] * d + c[:, None],
-                mask=(t < tokens)[None, :] & (c < d)[:, None],
+                x + t[None, :] * d + (k + c)[:, None],
+                mask=(t < tokens)[None, :] & (c < d - k)[:, None],
                 other=0.0,
             )
             if SQUARES:
@@ -104,87 +128,96 @@ def _products(
                 row, many = row.to(tl.float32), many.to(tl.float32)
             else:
                 row = row.to(many.dtype)  # int8 codes are exact in every dtype
-            total = tl.dot(row, many, total, input_precision=PRECISION)
+            total = tl.dot(row, many, total, input_precision="ieee")
     if BT == 1:
         total = tl.sum(lanes, axis=1)[:, None]
+        squares += tl.sum(own_squares, axis=0)
     return total, squares
 
 
 @triton.jit
-def _list(wanted, u, unit, TILE: tl.constexpr):
-    """The wanted units, rising, into their tile's place; how many there are."""
-    ones = wanted.to(tl.int32)
-    tile = tl.program_id(0)
-    tl.store(unit + tile * TILE + tl.cumsum(ones, axis=0) - 1, u, mask=wanted)
-    return tl.sum(ones, axis=0)
+def _phi(z, floor, ACT: tl.constexpr):
+    """Number ACT of ``forms.FUSED``; z itself where it is none of them."""
+    r = tl.where(z <= floor, 0.0, z)
+    if ACT == 0:
+        z = r
+    if ACT == 1:
+        z = r + 0.5 * r * r
+    if ACT == 2:
+        z = r * r
+    return z
 
 
-@tuned(_ROWS, key=["d", "tokens"])
+@_kinds(_ONE, _MANY)
 @triton.jit
 def _active(
-    x, up, bias, unit, z, count, tokens, h, d, floor,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    x, up, bias, unit, value, count, tokens, h, d, floor,
+    ACT: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    BT: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Units with z = x upᵀ + bias above the floor for any token, and their z for all tokens."""
+    """Units with z = x upᵀ + bias above the floor for any token, and their φ(z) for all tokens."""
     tile = tl.program_id(0)
-    u = tile * TILE + tl.arange(0, TILE)
     t = tl.arange(0, BT)
-    inside = u < h
-    total, _ = _products(
-        x, up, u.to(tl.int64), inside, tokens, d, d, False, WIDE, PRECISION, BT, TILE, BK
-    )
-    if HAS_BIAS:
-        total += tl.load(bias + u, mask=inside, other=0.0).to(tl.float32)[:, None]
-    own = total.to(z.dtype.element_ty)  # as the dense product rounds, before it is compared
-    wide = own.to(tl.float32)
-    active = ((wide > floor) | (wide != wide)) & (t < tokens)[None, :]
-    wanted = inside & (tl.sum(active.to(tl.int32), axis=1) > 0)
-    tl.store(count + tile, _list(wanted, u, unit, TILE))
-    place = tile * TILE + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
-    tl.store(z + place[:, None] * BT + t[None, :], own, mask=wanted[:, None])
+    listed = tile * TILE
+    for part in range(0, TILE, BU):
+        u = tile * TILE + part + tl.arange(0, BU)
+        inside = u < h
+        z, _ = _products(x, up, u, inside, tokens, d, False, WIDE, BT, BU, BK)
+        if HAS_BIAS:
+            z += tl.load(bias + u, mask=inside, other=0.0).to(tl.float32)[:, None]
+        z = z.to(value.dtype.element_ty).to(tl.float32)  # rounded as dense, then compared
+        active = ((z > floor) | (z != z)) & (t < tokens)[None, :]
+        wanted = (inside & (tl.max(active.to(tl.int32), axis=1) > 0)).to(tl.int32)
+        at = listed + tl.cumsum(wanted, axis=0) - 1
+        tl.store(unit + at, u, mask=wanted > 0)
+        out = _phi(z, floor, ACT).to(value.dtype.element_ty)
+        tl.store(value + at[:, None] * BT + t[None, :], out, mask=(wanted > 0)[:, None])
+        listed += tl.sum(wanted, axis=0)
+    tl.store(count + tile, listed - tile * TILE)
 
 
-@tuned(_ROWS, key=["d", "tokens"])
+@_kinds(_ONE, _MANY)
 @triton.jit
 def _candidates(
     x, codes, scale, norm, error, whole, bias, unit, count, tokens, h, d, floor, rounding, eps,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    BT: tl.constexpr, BU: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Units that the int8 codes do not prove to be at the floor or below for every token."""
     tile = tl.program_id(0)
-    u = tile * TILE + tl.arange(0, TILE)
     t = tl.arange(0, BT)
-    inside = u < h
-    about, squares = _products(
-        x, codes, u.to(tl.int64), inside, tokens, d, d, True, WIDE, PRECISION, BT, TILE, BK
-    )
-    of_x = tl.sqrt(squares * (1 + 2 * rounding)) * (1 + 2.0**-20)
-    b = tl.zeros([TILE], dtype=tl.float32)
-    if HAS_BIAS:
-        b = tl.load(bias + u, mask=inside, other=0.0).to(tl.float32)
-    # the screen's own roundings, those of the product it stands for, and of what is summed here
-    slack = tl.load(error + u, mask=inside, other=0.0) + rounding * (
-        tl.load(norm + u, mask=inside, other=0.0) + tl.load(whole + u, mask=inside, other=0.0)
-    )
-    size = tl.abs(b) + tl.abs(floor)
-    bound = about * tl.load(scale + u, mask=inside, other=0.0)[:, None] + b[:, None]
-    bound += of_x[None, :] * slack[:, None] + rounding * size[:, None]
-    silent = bound < floor - eps * tl.abs(floor)  # NaN is not
-    candidate = (silent == 0) & (t < tokens)[None, :]
-    wanted = inside & (tl.sum(candidate.to(tl.int32), axis=1) > 0)
-    tl.store(count + tile, _list(wanted, u, unit, TILE))
+    listed = tile * TILE
+    for part in range(0, TILE, BU):
+        u = tile * TILE + part + tl.arange(0, BU)
+        inside = u < h
+        about, squares = _products(x, codes, u, inside, tokens, d, True, WIDE, BT, BU, BK)
+        of_x = tl.sqrt(squares * (1 + 2 * rounding)) * (1 + 2.0**-20)
+        b = tl.zeros([BU], dtype=tl.float32)
+        if HAS_BIAS:
+            b = tl.load(bias + u, mask=inside, other=0.0).to(tl.float32)
+        # the screen's own roundings, those of the product it stands for, and of what is summed here
+        slack = tl.load(error + u, mask=inside, other=0.0) + rounding * (
+            tl.load(norm + u, mask=inside, other=0.0) + tl.load(whole + u, mask=inside, other=0.0)
+        )
+        size = tl.abs(b) + tl.abs(floor)
+        bound = about * tl.load(scale + u, mask=inside, other=0.0)[:, None] + b[:, None]
+        bound += of_x[None, :] * slack[:, None] + rounding * size[:, None]
+        silent = bound < floor - eps * tl.abs(floor)  # NaN is not
+        candidate = (silent == 0) & (t < tokens)[None, :]
+        wanted = (inside & (tl.max(candidate.to(tl.int32), axis=1) > 0)).to(tl.int32)
+        tl.store(unit + listed + tl.cumsum(wanted, axis=0) - 1, u, mask=wanted > 0)
+        listed += tl.sum(wanted, axis=0)
+    tl.store(count + tile, listed - tile * TILE)
 
 
-@tuned(_ROWS, key=["d", "tokens"])
+@_kinds(_FEW_ONE, _FEW_MANY)
 @triton.jit
 def _listed(
-    x, up, bias, unit, count, factor, out, tokens, d, floor,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x, up, bias, unit, count, factor, out, tokens, d, floor, ACT: tl.constexpr,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     TILE: tl.constexpr, FEW: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """x upᵀ + bias of the units that are listed; ``GATED``: times ``factor``, where that is not 0.
+    """φ(x upᵀ + bias) of the units that are listed; ``GATED``: without φ, times ``factor``.
 
     ``FEW`` places of a tile a program, which ends at once where none of them is taken.
     """
@@ -196,40 +229,32 @@ def _listed(
         there = place < many
         at = tile * TILE + place
         u = tl.load(unit + at, mask=there, other=0)
-        total, _ = _products(
-            x, up, u.to(tl.int64), there, tokens, d, d, False, WIDE, PRECISION, BT, FEW, BK
-        )
+        z, _ = _products(x, up, u, there, tokens, d, False, WIDE, BT, FEW, BK)
         if HAS_BIAS:
-            total += tl.load(bias + u, mask=there, other=0.0).to(tl.float32)[:, None]
-        total = total.to(out.dtype.element_ty).to(tl.float32)  # as the dense product rounds
+            z += tl.load(bias + u, mask=there, other=0.0).to(tl.float32)[:, None]
+        z = z.to(out.dtype.element_ty).to(tl.float32)  # as the dense product rounds
         where = at[:, None] * BT + t[None, :]
         if GATED:
             phi = tl.load(factor + where, mask=there[:, None], other=0.0).to(tl.float32)
-            total = tl.where(phi != 0, phi * total, 0.0)
-        tl.store(out + where, total.to(out.dtype.element_ty), mask=there[:, None])
+            z = tl.where(phi != 0, phi * z, 0.0)
+        else:
+            z = _phi(z, floor, ACT)
+        tl.store(out + where, z.to(out.dtype.element_ty), mask=there[:, None])
 
 
-_DOWN = [
-    {"BE": 16, "BD": 128, "warps": 4, "stages": 4},
-    {"BE": 16, "BD": 256, "warps": 4, "stages": 3},
-    {"BE": 32, "BD": 128, "warps": 4, "stages": 3},
-    {"BE": 16, "BD": 512, "warps": 8, "stages": 3},
-]
-
-
-@tuned(_DOWN, key=["d", "tokens"])
+@_kinds(_DOWN_ONE, _DOWN_MANY)
 @triton.jit
 def _gather(
-    unit, value, count, rows, partial, tokens, tiles, d,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BT: tl.constexpr,
-    SPLITS: tl.constexpr, BE: tl.constexpr, BD: tl.constexpr,
+    unit, value, count, rows, partial, tokens, tiles, splits, d,
+    WIDE: tl.constexpr, TILE: tl.constexpr, BT: tl.constexpr,
+    BE: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """partial[split, t] = Σ over the split's listed units of value[t] · rows[unit]."""
     c = tl.program_id(0) * BD + tl.arange(0, BD)
     split = tl.program_id(1)
     t = tl.arange(0, BT)
     total = tl.zeros([BT, BD], dtype=tl.float32)
-    for tile in range(split, tiles, SPLITS):
+    for tile in range(split, tiles, splits):
         many = tl.load(count + tile)
         for first in range(0, many, BE):
             e = first + tl.arange(0, BE)
@@ -240,43 +265,48 @@ def _gather(
                 mask=(e < many)[None, :] & (t < tokens)[:, None],
                 other=0.0,
             )
-            v_wide = v.to(tl.float32)
-            needed = tl.max((v_wide != 0).to(tl.int32), axis=0) > 0
+            wide_v = v.to(tl.float32)
+            needed = tl.max((wide_v != 0).to(tl.int32), axis=0) > 0
             row = tl.load(
                 rows + k[:, None] * d + c[None, :], mask=needed[:, None] & (c < d)[None, :],
                 other=0.0,
             )  # fmt: skip
+            wide = row.to(tl.float32)
             if BT == 1:
-                each = tl.sum(v_wide, axis=0)[:, None] * row.to(tl.float32)
+                each = tl.sum(wide_v, axis=0)[:, None] * wide
                 total += tl.sum(each, axis=0)[None, :]
             else:  # 0 · NaN is skipped: what is not finite takes no part in the tensor cores'
-                wide = row.to(tl.float32)
                 bad = (wide != wide) | (tl.abs(wide) == float("inf"))
-                row = tl.where(bad, 0.0, wide)
+                clean = tl.where(bad, 0.0, wide)
                 if WIDE:
-                    total = tl.dot(v_wide, row, total, input_precision=PRECISION)
+                    total = tl.dot(wide_v, clean, total, input_precision="ieee")
                 else:
-                    row = row.to(rows.dtype.element_ty)
-                    total = tl.dot(v, row, total, input_precision=PRECISION)
+                    clean = clean.to(rows.dtype.element_ty)
+                    total = tl.dot(v, clean, total, input_precision="ieee")
                 if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
-                    both = (v_wide != 0)[:, :, None] & bad[None, :, :]
-                    product = v_wide[:, :, None] * wide[None, :, :]
-                    total += tl.sum(tl.where(both, product, 0.0), axis=1)
+                    for i in range(BT):
+                        own = tl.sum(tl.where(t[:, None] == i, wide_v, 0.0), axis=0)
+                        both = (own != 0)[:, None] & bad
+                        more = tl.sum(tl.where(both, own[:, None] * wide, 0.0), axis=0)
+                        total += tl.where(t[:, None] == i, more[None, :], 0.0)
     at = (split * BT + t)[:, None].to(tl.int64) * d + c[None, :]
     tl.store(partial + at, total, mask=(c < d)[None, :])
 
 
 @triton.jit
 def _add(
-    partial, bias, y, d, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BT: tl.constexpr,
+    partial, bias, y, d, splits, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
     """y[t] = Σ over splits of partial[split, t], + bias."""
     c = tl.program_id(0) * BD + tl.arange(0, BD)
     t = tl.program_id(1).to(tl.int64)
-    split = tl.arange(0, SPLITS)
-    at = (split * BT + t)[:, None] * d + c[None, :]
-    total = tl.sum(tl.load(partial + at, mask=(c < d)[None, :], other=0.0), axis=0)
+    total = tl.zeros([BD], dtype=tl.float32)
+    for first in range(0, splits, BS):
+        split = first + tl.arange(0, BS)
+        at = (split * BT + t)[:, None] * d + c[None, :]
+        there = (split < splits)[:, None] & (c < d)[None, :]
+        total += tl.sum(tl.load(partial + at, mask=there, other=0.0), axis=0)
     if HAS_BIAS:
         total += tl.load(bias + c, mask=c < d, other=0.0).to(tl.float32)
     tl.store(y + t * d + c, total.to(y.dtype.element_ty), mask=c < d)
@@ -299,51 +329,51 @@ def decode(
     ``activation`` has a :class:`Form`. ``up`` [H, D] makes it gated: then ``first`` is the gate.
     ``codes``, if any: of ``first``; units that they prove silent are not computed.
     """
-    form, phi = form_of(activation), named(activation).value
+    form = form_of(activation)
     assert form is not None
-    floor = form.floor
     (tokens, d), h, out = x.shape, first.shape[0], rows.shape[1]
-    tiles, bt = triton.cdiv(h, TILE), 1 if tokens == 1 else MOST
+    tiles, many = triton.cdiv(h, TILE), int(tokens > 1)
+    bt, few = (MOST, 16) if many else (1, 4)
     y = x.new_empty(tokens, out)
     if y.numel() == 0:
         return y
     unit = torch.empty(tiles * TILE, dtype=torch.int32, device=x.device)
     count = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    z = x.new_empty(tiles * TILE, bt)
-    how = {"WIDE": INTERPRETED, "PRECISION": "ieee", "TILE": TILE, "BT": bt}
-    biased = first_bias is not None
+    value = x.new_empty(tiles * TILE, bt)
+    act, places = -1 if form.act is None else form.act, (tiles, TILE // few)
+    how = {"WIDE": INTERPRETED, "TILE": TILE, "BT": bt}
+    of_first = {"HAS_BIAS": first_bias is not None, **how}
     flat = x if first_bias is None else first_bias
-    few = 16 if bt > 1 else 4
-    places = (tiles, TILE // few)
     if not codes:
-        _active[(tiles,)](
-            x, first, flat, unit, z, count, tokens, h, d, floor, HAS_BIAS=biased, **how
+        _active[many][(tiles,)](
+            x, first, flat, unit, value, count, tokens, h, d, form.floor, ACT=act, **of_first
         )
     else:
-        _candidates[(tiles,)](
-            x, *codes, flat, unit, count, tokens, h, d, floor, (d + 2) * ROUNDING,
-            torch.finfo(x.dtype).eps, HAS_BIAS=biased, **how,
+        _candidates[many][(tiles,)](
+            x, *codes, flat, unit, count, tokens, h, d, form.floor, (d + 2) * ROUNDING,
+            torch.finfo(x.dtype).eps, **of_first,
         )  # fmt: skip
-        _listed[places](
-            x, first, flat, unit, count, z, z, tokens, d, floor, GATED=False, HAS_BIAS=biased,
-            FEW=few, **how,
+        _listed[many][places](
+            x, first, flat, unit, count, value, value, tokens, d, form.floor, ACT=act,
+            GATED=False, FEW=few, **of_first,
         )  # fmt: skip
-    value = phi(z)  # of all places: those that are not taken are not read
+    if form.act is None:
+        value = named(activation).value(value)  # of all places: those not taken are not read
     if up is not None:
-        of_up = value if up_bias is None else up_bias
-        product = torch.empty_like(value)
-        _listed[places](
-            x, up, of_up, unit, count, value, product, tokens, d, floor, GATED=True,
-            HAS_BIAS=up_bias is not None, FEW=few, **how,
+        of_up, product = value if up_bias is None else up_bias, torch.empty_like(value)
+        _listed[many][places](
+            x, up, of_up, unit, count, value, product, tokens, d, form.floor, ACT=act,
+            GATED=True, HAS_BIAS=up_bias is not None, FEW=few, **how,
         )  # fmt: skip
         value = product
-    partial = torch.empty(SPLITS, bt, out, dtype=torch.float32, device=x.device)
-    _gather[lambda size: (triton.cdiv(out, size["BD"]), SPLITS)](
-        unit, value, count, rows, partial, tokens, tiles, out, SPLITS=SPLITS, **how
+    splits = min(tiles, SPLITS[many])
+    partial = torch.empty(splits, bt, out, dtype=torch.float32, device=x.device)
+    _gather[many][lambda size: (triton.cdiv(out, size["BD"]), splits)](
+        unit, value, count, rows, partial, tokens, tiles, splits, out, **how
     )
-    _add[(triton.cdiv(out, 256), tokens)](
-        partial, y if down_bias is None else down_bias, y, out, HAS_BIAS=down_bias is not None,
-        SPLITS=SPLITS, BT=bt, BD=256,
+    _add[(triton.cdiv(out, 32), tokens)](
+        partial, y if down_bias is None else down_bias, y, out, splits,
+        HAS_BIAS=down_bias is not None, BT=bt, BS=SPLITS[many], BD=32,
     )  # fmt: skip
     return y
 

@@ -13,11 +13,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def precision() -> str:
-    """How float32 is multiplied: in full, unless PyTorch was told that TF32 will do."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def tuned(sizes: Sequence[dict[str, int]], key: list[str]) -> Callable[[Any], Any]:
     """Let Triton time a kernel at these ``sizes`` once for each value of ``key``.
 

@@ -8,17 +8,26 @@ kernel moves tiles to their places. The size of the result is the one thing the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from actsparse.kernels import pack as packing
-from actsparse.kernels.triton_launch import INTERPRETED, precision, strides, tuned
+from actsparse.kernels.triton_launch import INTERPRETED, strides, tuned
 
 TILE = 128  # three are a block of the packed entries
 ROOM = 32  # of a tile of 128: above a quarter nobody runs sparse
-_TILES = [
+# 256 rows, or 128 by four warps, leave the epilogue that packs no registers
+_PACKS = [
+    {"BM": 64, "BK": 64, "warps": 8, "stages": 4},
+    {"BM": 128, "BK": 64, "warps": 8, "stages": 4},
+    {"BM": 64, "BK": 64, "warps": 4, "stages": 4},
+    {"BM": 64, "BK": 128, "warps": 8, "stages": 3},
+]
+_PICKS = [
     {"BM": 128, "BK": 64, "warps": 8, "stages": 4},
     {"BM": 128, "BK": 32, "warps": 4, "stages": 4},
     {"BM": 64, "BK": 64, "warps": 4, "stages": 4},
@@ -26,61 +35,72 @@ _TILES = [
 ]
 
 
+def _whole(arguments: dict[str, Any]) -> bool:
+    return arguments["d"] % arguments["BK"] == 0
+
+
 @triton.jit
 def _tile(
-    x, up, bias, r, u, n, h, d, up_unit, up_channel,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    x, up, bias, first, unit, n, h, d, up_unit, up_channel,
+    HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """x[r] upᵀ[:, u] + bias[u] in float32."""
+    """x[first :] upᵀ[:, unit :] + bias[unit :] in float32; what is outside is some number."""
+    r = tl.minimum(tl.arange(0, BM), n - first - 1)
+    u = tl.minimum(tl.arange(0, BN), h - unit - 1)
+    c = tl.arange(0, BK)
+    ones = x + first.to(tl.int64) * d + r[:, None] * d + c[None, :]
+    twos = up + unit.to(tl.int64) * up_unit + u[None, :] * up_unit + c[:, None] * up_channel
     z = tl.zeros([BM, BN], dtype=tl.float32)
     for k in range(0, d, BK):
-        c = k + tl.arange(0, BK)
-        one = tl.load(
-            x + r[:, None] * d + c[None, :], mask=(r < n)[:, None] & (c < d)[None, :], other=0.0
-        )
-        two = tl.load(
-            up + u[None, :] * up_unit + c[:, None] * up_channel,
-            mask=(u < h)[None, :] & (c < d)[:, None],
-            other=0.0,
-        )
+        if WHOLE:
+            one = tl.load(ones)
+            two = tl.load(twos)
+        else:
+            one = tl.load(ones, mask=(c < d - k)[None, :], other=0.0)
+            two = tl.load(twos, mask=(c < d - k)[:, None], other=0.0)
         if WIDE:  # the interpreter multiplies the bits of bfloat16 as if they were integers
             one = one.to(tl.float32)
             two = two.to(tl.float32)
-        z = tl.dot(one, two, z, input_precision=PRECISION)
+        z = tl.dot(one, two, z, input_precision="ieee")
+        ones += BK
+        twos += BK * up_channel
     if HAS_BIAS:
-        z += tl.load(bias + u, mask=u < h, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias + unit + u).to(tl.float32)[None, :]
     return z
 
 
-@tuned(_TILES, key=["n", "h", "d"])
+@tuned(_PACKS, key=["n", "h", "d"])
+@triton.heuristics({"WHOLE": _whole})
 @triton.jit
 def _multiply_and_pack(
     x, up, bias, count, local, kept, spill, n, h, d, tiles, up_unit, up_channel, floor,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, ROOM: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
     TILE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Of each tile: how many are active; which, and their z, or if they are too many all of z."""
-    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    tile = tl.program_id(1)
-    lane = tl.arange(0, TILE)
-    u = tile.to(tl.int64) * TILE + lane
+    first, tile = tl.program_id(0) * BM, tl.program_id(1)
     z = _tile(
-        x, up, bias, r, u, n, h, d, up_unit, up_channel, HAS_BIAS, WIDE, PRECISION, BM, TILE, BK
-    )
+        x, up, bias, first, tile * TILE, n, h, d, up_unit, up_channel, HAS_BIAS, WHOLE, WIDE,
+        BM, TILE, BK,
+    )  # fmt: skip
     z = z.to(kept.dtype.element_ty)  # as the dense product rounds, before it is compared
     wide = z.to(tl.float32)
-    inside = (r < n)[:, None] & (u < h)[None, :]
+    r, lane = tl.arange(0, BM), tl.arange(0, TILE)
+    inside = (r < n - first)[:, None] & (lane < h - tile * TILE)[None, :]
     active = inside & ((wide > floor) | (wide != wide))
-    ones = active.to(tl.int32)
-    active_here = tl.sum(ones, axis=1)
-    tl.store(count + r * tiles + tile, active_here, mask=r < n)
+    place = tl.cumsum(active.to(tl.int32), axis=1) - 1
+    active_here = tl.max(place, axis=1) + 1
+    begin = first.to(tl.int64) * tiles + tile  # in tiles; what is added fits 32 bits
+    tl.store(count + begin + r * tiles, active_here, mask=r < n - first)
     fits = (active_here <= ROOM)[:, None]
-    at = (r * tiles + tile)[:, None] * ROOM + tl.cumsum(ones, axis=1) - 1
-    own = tl.broadcast_to(lane[None, :], [BM, TILE])
-    tl.store(local + at, own.to(tl.uint8), mask=active & fits)
-    tl.store(kept + at, z, mask=active & fits)
-    tl.store(spill + r[:, None] * h + u[None, :], z, mask=inside & (fits == 0))
+    at = (r * (tiles * ROOM))[:, None] + place
+    own = tl.broadcast_to(lane[None, :], [BM, TILE]).to(tl.uint8)
+    tl.store(local + begin * ROOM + at, own, mask=active & fits)
+    tl.store(kept + begin * ROOM + at, z, mask=active & fits)
+    if tl.max(active_here, axis=0) > ROOM:
+        dense = spill + first.to(tl.int64) * h + tile * TILE
+        tl.store(dense + (r * h)[:, None] + lane[None, :], z, mask=inside & (fits == 0))
 
 
 @triton.jit
@@ -113,13 +133,14 @@ def _move(
         z = tl.load(kept + place, mask=there, other=0.0)
         tl.store(value + at[:, None] + e[None, :], z, mask=there)
     if tl.max(many, axis=0) > ROOM:
-        u = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        z = tl.load(spill + r * h + u, mask=(many > ROOM)[:, None] & (u < h), other=float("-inf"))
-        wide = z.to(tl.float32)
+        unit = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        full = (many > ROOM)[:, None] & (unit < h)
+        every = tl.load(spill + r * h + unit, mask=full, other=float("-inf"))
+        wide = every.to(tl.float32)
         active = (wide > floor) | (wide != wide)
-        place = at[:, None] + tl.cumsum(active.to(tl.int32), axis=1) - 1
-        tl.store(index + place, u, mask=active)
-        tl.store(value + place, z, mask=active)
+        to = at[:, None] + tl.cumsum(active.to(tl.int32), axis=1) - 1
+        tl.store(index + to, unit, mask=active)
+        tl.store(value + to, every, mask=active)
 
 
 def pack(
@@ -150,8 +171,8 @@ def pack(
         if spill.numel():
             _multiply_and_pack[lambda size: (triton.cdiv(n, size["BM"]), triton.cdiv(h, TILE))](
                 x, up, x if bias is None else bias, count, local, kept, spill, n, h, d, tiles,
-                *strides(up), floor, HAS_BIAS=bias is not None, WIDE=INTERPRETED,
-                PRECISION=precision(), ROOM=ROOM, TILE=TILE,
+                *strides(up), floor, HAS_BIAS=bias is not None, WIDE=INTERPRETED, ROOM=ROOM,
+                TILE=TILE,
             )  # fmt: skip
     start = torch.zeros(n * tiles + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(count.view(-1), 0, out=start[1:])
@@ -166,25 +187,26 @@ def pack(
     return start[::per_block].contiguous(), index, value
 
 
-@tuned(_TILES, key=["n", "h", "d"])
+@tuned(_PICKS, key=["n", "h", "d"])
+@triton.heuristics({"WHOLE": _whole})
 @triton.jit
 def _multiply_and_pick(
     pointer, index, x, up, out, n, h, d, blocks, up_unit, up_channel,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of x upᵀ on tensor cores, of which the packed entries alone are written."""
-    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    u = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    z = _tile(x, up, x, r, u, n, h, d, up_unit, up_channel, False, WIDE, PRECISION, BM, TILE, BK)
-    segment = r * blocks + tl.program_id(1) * TILE // BLOCK
-    begin = tl.load(pointer + segment, mask=r < n, other=0)
-    end = tl.load(pointer + segment + 1, mask=r < n, other=0)
-    for e in range(tl.max(end - begin, axis=0)):
-        k = tl.load(index + begin + e, mask=begin + e < end, other=-1)
-        mine = k[:, None] == u[None, :]
+    first, unit = tl.program_id(0) * BM, tl.program_id(1) * TILE
+    z = _tile(x, up, x, first, unit, n, h, d, up_unit, up_channel, False, WHOLE, WIDE, BM, TILE, BK)
+    r, lane = tl.arange(0, BM), tl.arange(0, TILE)
+    segment = pointer + first.to(tl.int64) * blocks + r * blocks + unit // BLOCK
+    begin = tl.load(segment, mask=r < n - first, other=0)
+    many = (tl.load(segment + 1, mask=r < n - first, other=0) - begin).to(tl.int32)
+    for e in range(tl.max(many, axis=0)):
+        k = tl.load(index + begin + e, mask=e < many, other=-1) - unit
+        mine = k[:, None] == lane[None, :]
         picked = tl.sum(tl.where(mine, z, 0.0), axis=1)
-        found = tl.sum(mine.to(tl.int32), axis=1) > 0
+        found = (k >= 0) & (k < TILE)
         tl.store(out + begin + e, picked.to(out.dtype.element_ty), mask=found)
 
 
@@ -195,6 +217,6 @@ def sample_dense(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor) -> Tenso
     if out.numel():
         _multiply_and_pick[lambda size: (triton.cdiv(n, size["BM"]), triton.cdiv(h, TILE))](
             pointer, index, x, up, out, n, h, d, packing.blocks(h), *strides(up),
-            WIDE=INTERPRETED, PRECISION=precision(), BLOCK=packing.BLOCK, TILE=TILE,
+            WIDE=INTERPRETED, BLOCK=packing.BLOCK, TILE=TILE,
         )  # fmt: skip
     return out
