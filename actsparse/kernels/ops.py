@@ -204,12 +204,14 @@ def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor |
 def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     if native(x, up, bias):
         value = _kernels().sample(pointer, index, x, up)
-    elif on_gpu(x, up, bias):
-        from actsparse.kernels import triton_pack, triton_products
+    elif on_gpu(x, up, bias) and len(index) <= GATHERED * x.shape[0] * up.shape[0]:
+        from actsparse.kernels import triton_products
 
-        few = len(index) <= GATHERED * x.shape[0] * up.shape[0]
-        way = triton_products.sample if few else triton_pack.sample_dense
-        value = way(pointer, index, x, up)
+        value = triton_products.sample(pointer, index, x, up)
+    elif on_gpu(x, up, bias) and x.dtype is not torch.float32:
+        from actsparse.kernels import triton_pack
+
+        value = triton_pack.sample_dense(pointer, index, x, up)
     else:
         row, column = packing.rows_of(pointer, x.shape[0]), index.long()
         value = (x @ up.t())[row, column]

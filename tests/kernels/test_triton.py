@@ -260,7 +260,8 @@ def test_both_ways_to_sample_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     for h, sampled in ((400, "sample"), (10, "sample_dense")):
         pointer, index = packing.pack(torch.arange(h)[None] == 0)
-        got = ops.sample(pointer, index, torch.ones(1, 3), torch.ones(h, 3), None)
+        x, up = torch.ones(1, 3, dtype=torch.half), torch.ones(h, 3, dtype=torch.half)
+        got = ops.sample(pointer, index, x, up, None)
         assert got.tolist() == [3.0]
         assert taken.pop() == sampled
 
