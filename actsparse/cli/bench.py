@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from actsparse.cli.gpu import gpu
 from actsparse.cli.slim import slim
 
 bench = typer.Typer(
@@ -298,6 +299,7 @@ def run(
 
 
 bench.command()(slim)
+bench.command()(gpu)
 
 
 def _print_model(result: dict[str, Any]) -> None:
