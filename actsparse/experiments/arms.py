@@ -7,6 +7,7 @@ from typing import Any
 
 from actsparse.modify import (
     ActivationPenalty,
+    Modification,
     NormFloor,
     Recipe,
     SwapActivation,
@@ -30,6 +31,13 @@ class Arm:
 _HOYER = Recipe("hoyer", (ActivationPenalty("hoyer", weight=0.5, ramp=0.5),))
 _HOYER_STRONG = Recipe("hoyer", (ActivationPenalty("hoyer", weight=2.0, ramp=0.5),))
 _L1 = Recipe("l1", (ActivationPenalty("l1", weight=1.0, ramp=0.5),))
+
+
+def _best(name: str, *penalties: Modification, phi: str = "jsrelu") -> Recipe:
+    """`best`, but for one thing."""
+    return Recipe(name, (SwapActivation(phi), *penalties))
+
+
 _PAPER = recipe_named("paper")
 _FINETUNE = recipe_named("paper-finetune")
 _THIRD = 1 / 3  # as in the papers' finetuning
@@ -46,6 +54,19 @@ ARMS = {
     "hoyer": Arm(_HOYER),
     "l1-no-1d-decay": Arm(_L1, ONE_DIMENSIONAL),
     "squared-relu": Arm(Recipe("squared-relu", (SwapActivation("squared_relu"),)), ONE_DIMENSIONAL),
+    # what each part of best does, and its neighbours
+    "best-1d-decay": Arm(recipe_named("best")),
+    "best-at-once": Arm(_best("best-at-once", ActivationPenalty("l1")), ONE_DIMENSIONAL),
+    "best-hoyer": Arm(
+        _best("best-hoyer", ActivationPenalty("hoyer", weight=1.0, ramp=0.5)), ONE_DIMENSIONAL
+    ),
+    "best-capped": Arm(
+        _best("best-capped", *_L1.modifications, phi="jsrelu(cap=2)"), ONE_DIMENSIONAL
+    ),
+    "best-jump": Arm(
+        _best("best-jump", *_L1.modifications, phi="jsrelu(jump=0.5)"), ONE_DIMENSIONAL
+    ),
+    "jsrelu-no-1d-decay": Arm(Recipe("jsrelu", (SwapActivation("jsrelu"),)), ONE_DIMENSIONAL),
     "top-k": Arm(Recipe("top-k", (TopK(0.025, ramp=0.3),)), ONE_DIMENSIONAL),
     "zeroth-bias": Arm(Recipe("zeroth-bias", (ZerothBias(),))),
     "norm-floor": Arm(Recipe("norm-floor", (NormFloor(),))),

@@ -59,12 +59,17 @@ CONTROLS = (*VANILLAS, "no-mlp")
 RECIPES = (
     "best", "paper", "paper-no-1d-decay", "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
 )  # fmt: skip
+# of best, one thing at a time, of the papers' recipe, and what else was proposed
+PARTS = (
+    "best-1d-decay", "best-at-once", "best-hoyer", "best-capped", "best-jump",
+    "jsrelu-no-1d-decay", "zeroth-bias", "norm-floor", "jsrelu", "weight-noise", "top-k",
+)  # fmt: skip
 HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
 
 TASKS: dict[str, FrontierTask] = {
     # four patches: with sixteen, attention alone is as good
     "digits": FrontierTask("digits", {"eval_every": 500, "model": {"patch_size": 4}}),
-    "text": FrontierTask("text", {"eval_every": 250}),
+    "text": FrontierTask("text", {"eval_every": 250}, arms=(*CONTROLS, HALF, *RECIPES, *PARTS)),
     "cifar10": FrontierTask("cifar10", {"eval_every": 500}, reads_data=True),
     "web": FrontierTask(
         "lm_web",
