@@ -307,7 +307,8 @@ class SparseRun:
         down = self.block.down.weight
         now = (*_print(first), *_print(down), screen)
         if self._ready is None or now != self._ready_for:
-            self._ready, self._ready_for = prepare(down, first if screen else None), now
+            wanted = first if screen or first.is_cuda else None
+            self._ready, self._ready_for = prepare(down, wanted, screen=screen), now
         return self._ready
 
     def passed(self, site: Site, d: Tensor) -> None:

@@ -37,8 +37,10 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(down: Tensor, up: Tensor | None = None) -> Prepared:
+def prepare(down: Tensor, up: Tensor | None = None, *, screen: bool = True) -> Prepared:
     """Copy down [D, H] by rows and, for the screen, up (or gate) [H, D] in int8.
+
+    Without ``screen`` up too is laid out by rows, which is no copy where it is so, and no more.
 
     The copies are of the weights as they are now: prepare again when a weight has changed.
 
@@ -49,6 +51,8 @@ def prepare(down: Tensor, up: Tensor | None = None) -> Prepared:
     if up is None:
         return Prepared(rows)
     first = _by_rows(up)
+    if not screen:
+        return Prepared(rows, first)
     if ops.on_gpu(first):
         from actsparse.kernels import triton_decode
 
@@ -205,7 +209,8 @@ def _decode(
     from actsparse.kernels.triton_decode import decode
 
     if prepared is None or (screen and not prepared.codes):
-        prepared = prepare(down, first if screen else None)
+        prepared = prepare(down, first, screen=screen)
+    first = first if prepared.first is None else prepared.first
     codes = list(prepared.codes) if screen else []
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     second = None if up[0] is None else up[0].contiguous()

@@ -112,7 +112,8 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
         pointer, index, active = triton_pack.pack(x, up, bias, form.floor, fused)
     else:
         z = torch.nn.functional.linear(x, up, bias)
-        keep = ~(z <= form.floor)
+        wide = z if z.dtype is torch.float64 else z.float()  # or the floor is rounded like z
+        keep = ~(wide <= form.floor)
         (pointer, index), active = packing.pack(keep), z[keep]
     slope = x.new_empty(0) if form.ones else function.derivative(active)
     return pointer, index, function.value(active), slope

@@ -20,7 +20,7 @@ from torch.library import custom_op
 
 from actsparse.activations import named
 from actsparse.kernels.forms import form_of
-from actsparse.kernels.triton_launch import INTERPRETED, tuned
+from actsparse.kernels.triton_launch import INTERPRETED, on_its_device, tuned
 
 MOST = 16  # tokens
 TILE = 64
@@ -92,7 +92,7 @@ _DOWN_MANY = [
 
 def _kinds(one: list[dict[str, int]], many: list[dict[str, int]]) -> Callable[[Any], Any]:
     """A kernel tuned for one token, and for more."""
-    key = ["d", "tokens"]
+    key = ["d"]
     return lambda kernel: (tuned(one, key)(kernel), tuned(many, key)(kernel))
 
 
@@ -313,6 +313,7 @@ def _add(
 
 
 @custom_op("actsparse::decode", mutates_args=())
+@on_its_device
 def decode(
     x: Tensor,
     first: Tensor,

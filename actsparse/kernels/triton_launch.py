@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on the CPU, to test
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def tuned(sizes: Sequence[dict[str, int]], key: list[str]) -> Callable[[Any], Any]:
@@ -28,6 +30,24 @@ def tuned(sizes: Sequence[dict[str, int]], key: list[str]) -> Callable[[Any], An
 def _config(size: dict[str, int]) -> Any:
     blocks = {name: each for name, each in size.items() if name not in ("warps", "stages")}
     return triton.Config(blocks, num_warps=size.get("warps", 4), num_stages=size.get("stages", 3))
+
+
+def about(n: int) -> int:
+    """A number of rows as the autotuner knows it: sizes are timed anew when it doubles."""
+    return n.bit_length()
+
+
+def on_its_device(run: Callable[P, R]) -> Callable[P, R]:
+    """Launch on the device of the first tensor, which need not be the current one."""
+
+    @functools.wraps(run)
+    def there(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with torch.cuda.device_of(first):
+            return run(*args, **kwargs)
+
+    return there
 
 
 def strides(weight: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from actsparse.kernels import pack as packing
-from actsparse.kernels.triton_launch import INTERPRETED, strides, tuned
+from actsparse.kernels.triton_launch import INTERPRETED, about, on_its_device, strides, tuned
 
 TILE = 128  # three are a block of the packed entries
 ROOM = 32  # of a tile of 128: above a quarter nobody runs sparse
@@ -70,16 +70,26 @@ def _tile(
     return z
 
 
-@tuned(_PACKS, key=["n", "h", "d"])
+@triton.jit
+def _order():
+    """Which rows and tile: eight tiles of units at a time, whose weights the caches keep."""
+    tile, row = tl.swizzle2d(
+        tl.program_id(1), tl.program_id(0), tl.num_programs(1), tl.num_programs(0), 8
+    )
+    return row, tile
+
+
+@tuned(_PACKS, key=["about_n", "h", "d"])
 @triton.heuristics({"WHOLE": _whole})
 @triton.jit
 def _multiply_and_pack(
-    x, up, bias, count, local, kept, spill, n, h, d, tiles, up_unit, up_channel, floor,
+    x, up, bias, count, local, kept, spill, n, h, d, about_n, tiles, up_unit, up_channel, floor,
     HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
     TILE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Of each tile: how many are active; which, and their z, or if they are too many all of z."""
-    first, tile = tl.program_id(0) * BM, tl.program_id(1)
+    row, tile = _order()
+    first = row * BM
     z = _tile(
         x, up, bias, first, tile * TILE, n, h, d, up_unit, up_channel, HAS_BIAS, WHOLE, WIDE,
         BM, TILE, BK,
@@ -143,6 +153,7 @@ def _move(
         tl.store(value + to, every, mask=active)
 
 
+@on_its_device
 def pack(
     x: Tensor, up: Tensor, bias: Tensor | None, floor: float, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,9 +181,9 @@ def pack(
         spill = x.new_empty(n, h)
         if spill.numel():
             _multiply_and_pack[lambda size: (triton.cdiv(n, size["BM"]), triton.cdiv(h, TILE))](
-                x, up, x if bias is None else bias, count, local, kept, spill, n, h, d, tiles,
-                *strides(up), floor, HAS_BIAS=bias is not None, WIDE=INTERPRETED, ROOM=ROOM,
-                TILE=TILE,
+                x, up, x if bias is None else bias, count, local, kept, spill, n, h, d,
+                about(n), tiles, *strides(up), floor, HAS_BIAS=bias is not None, WIDE=INTERPRETED,
+                ROOM=ROOM, TILE=TILE,
             )  # fmt: skip
     start = torch.zeros(n * tiles + 1, dtype=torch.int64, device=x.device)
     torch.cumsum(count.view(-1), 0, out=start[1:])
@@ -187,16 +198,17 @@ def pack(
     return start[::per_block].contiguous(), index, value
 
 
-@tuned(_PICKS, key=["n", "h", "d"])
+@tuned(_PICKS, key=["about_n", "h", "d"])
 @triton.heuristics({"WHOLE": _whole})
 @triton.jit
 def _multiply_and_pick(
-    pointer, index, x, up, out, n, h, d, blocks, up_unit, up_channel,
+    pointer, index, x, up, out, n, h, d, about_n, blocks, up_unit, up_channel,
     WHOLE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile of x upᵀ on tensor cores, of which the packed entries alone are written."""
-    first, unit = tl.program_id(0) * BM, tl.program_id(1) * TILE
+    row, tile = _order()
+    first, unit = row * BM, tile * TILE
     z = _tile(x, up, x, first, unit, n, h, d, up_unit, up_channel, False, WHOLE, WIDE, BM, TILE, BK)
     r, lane = tl.arange(0, BM), tl.arange(0, TILE)
     segment = pointer + first.to(tl.int64) * blocks + r * blocks + unit // BLOCK
@@ -210,13 +222,14 @@ def _multiply_and_pick(
         tl.store(out + begin + e, picked.to(out.dtype.element_ty), mask=found)
 
 
+@on_its_device
 def sample_dense(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor) -> Tensor:
     """As :func:`triton_products.sample`, by the whole product: cheaper above a per cent or so."""
     (n, d), h = x.shape, up.shape[0]
     out = x.new_empty(index.shape[0])
     if out.numel():
         _multiply_and_pick[lambda size: (triton.cdiv(n, size["BM"]), triton.cdiv(h, TILE))](
-            pointer, index, x, up, out, n, h, d, packing.blocks(h), *strides(up),
+            pointer, index, x, up, out, n, h, d, about(n), packing.blocks(h), *strides(up),
             WIDE=INTERPRETED, BLOCK=packing.BLOCK, TILE=TILE,
         )  # fmt: skip
     return out

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from actsparse.kernels import pack as packing
-from actsparse.kernels.triton_launch import tuned
+from actsparse.kernels.triton_launch import about, on_its_device, tuned
 
 _GATHERS = [
     {"BM": 16, "BD": 128, "warps": 4},
@@ -27,10 +27,10 @@ _GATHERS = [
 ]
 
 
-@tuned(_GATHERS, key=["n", "m"])
+@tuned(_GATHERS, key=["about_n", "m"])
 @triton.jit
 def _multiply(
-    pointer, index, value, rows, bias, out, n, m, blocks, out_row, out_column,
+    pointer, index, value, rows, bias, out, n, m, about_n, blocks, out_row, out_column,
     HAS_BIAS: tl.constexpr, PART: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out[r, c] = Σ over r's entries of value · rows[index, c], + bias[c]."""
@@ -52,10 +52,11 @@ def _multiply(
         total += part
     if HAS_BIAS:
         total += tl.load(bias + c, mask=c < m, other=0.0).to(tl.float32)[None, :]
-    at = out + r[:, None] * out_row + c[None, :] * out_column
+    at = out + r[:, None] * out_row + c[None, :].to(tl.int64) * out_column
     tl.store(at, total.to(out.dtype.element_ty), mask=(r < n)[:, None] & (c < m)[None, :])
 
 
+@on_its_device
 def multiply(
     pointer: Tensor,
     index: Tensor,
@@ -71,7 +72,7 @@ def multiply(
     rows = rows.contiguous()
     if out.numel():
         _multiply[lambda size: (triton.cdiv(n, size["BM"]), triton.cdiv(m, size["BD"]))](
-            pointer, index, value, rows, rows if bias is None else bias, out, n, m,
+            pointer, index, value, rows, rows if bias is None else bias, out, n, m, about(n),
             packing.blocks(rows.shape[0]), out.stride(0), out.stride(1),
             HAS_BIAS=bias is not None, PART=128,
         )  # fmt: skip
@@ -86,7 +87,7 @@ _SAMPLES = [
 ]
 
 
-@tuned(_SAMPLES, key=["n", "d"])
+@tuned(_SAMPLES, key=["d"])
 @triton.jit
 def _sample(
     pointer, index, x, up, out, n, d, blocks, PROGRAMS: tl.constexpr,
@@ -109,6 +110,7 @@ def _sample(
         tl.store(out + e, total.to(out.dtype.element_ty), mask=e < end)
 
 
+@on_its_device
 def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor) -> Tensor:
     """``⟨x[row k], up[index k]⟩`` for packed entries [nnz]; x contiguous.
 

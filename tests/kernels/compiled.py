@@ -26,8 +26,8 @@ from actsparse.kernels import triton_decode, triton_pack, triton_products
 HOPPER = GPUTarget("cuda", 90, 32)
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 INTEGERS = {
-    "n", "m", "h", "d", "blocks", "out_row", "out_column", "tokens", "tiles", "splits", "up_unit",
-    "up_channel",
+    "n", "m", "h", "d", "about_n", "blocks", "out_row", "out_column", "tokens", "tiles", "splits",
+    "up_unit", "up_channel",
 }  # fmt: skip
 FLOATS = {"floor", "rounding", "eps"}
 POINTERS = {
