@@ -214,7 +214,7 @@ def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor 
 
         value = triton_pack.sample_dense(pointer, index, x, up)
     else:
-        row, column = packing.rows_of(pointer, x.shape[0]), index.long()
+        row, column = packing.rows_of(pointer, x.shape[0], len(index)), index.long()
         value = (x @ up.t())[row, column]
     return value if bias is None else value + bias[index.long()]
 

@@ -36,10 +36,11 @@ def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), column.to(torch.int32)
 
 
-def rows_of(pointer: Tensor, n: int) -> Tensor:
+def rows_of(pointer: Tensor, n: int, nnz: int) -> Tensor:
     """The row of every entry, int64 [nnz]."""
     per_row = pointer[:: max((len(pointer) - 1) // max(n, 1), 1)].diff()
-    return torch.repeat_interleave(torch.arange(n, device=pointer.device), per_row)
+    rows = torch.arange(n, device=pointer.device)
+    return torch.repeat_interleave(rows, per_row, output_size=nnz)  # else a GPU's host waits
 
 
 def unpack(pointer: Tensor, index: Tensor, value: Tensor, n: int, columns: int) -> Tensor:
@@ -50,7 +51,7 @@ def unpack(pointer: Tensor, index: Tensor, value: Tensor, n: int, columns: int) 
     tensor([[0., 5.], [6., 7.]])
     """
     out = value.new_zeros(n, columns)
-    out[rows_of(pointer, n), index.long()] = value
+    out[rows_of(pointer, n, len(index)), index.long()] = value
     return out
 
 
@@ -58,9 +59,8 @@ def by_unit(
     pointer: Tensor, index: Tensor, value: Tensor, n: int, columns: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same entries packed by column: pointer, row (rising) and value of the transpose."""
-    row, column = rows_of(pointer, n), index.long()
-    order = torch.argsort(column * max(n, 1) + row)
-    segment = column * blocks(n) + row // BLOCK
-    counts = torch.bincount(segment, minlength=columns * blocks(n))
-    turned = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return turned, row[order].to(torch.int32), value[order]
+    column, order = index.sort(stable=True)  # rows rise already
+    row = rows_of(pointer, n, len(index))[order]
+    segment = column.long() * blocks(n) + row // BLOCK
+    ends = torch.arange(columns * blocks(n) + 1, device=index.device)
+    return torch.searchsorted(segment, ends), row.to(torch.int32), value[order]

@@ -21,7 +21,7 @@ def row_norms(pointer: Tensor, value: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """``Σ |value|`` and ``√Σ value²`` of each of n rows of packed entries: [n] and [n]."""
     if ops.native(value):
         return torch.ops.actsparse_cpu.row_norms(pointer, value, n)
-    row, wide = packing.rows_of(pointer, n), value.double()
+    row, wide = packing.rows_of(pointer, n, len(value)), value.double()
     one, two = (wide.new_zeros(n).index_add_(0, row, each) for each in (wide.abs(), wide.square()))
     return one.to(value.dtype), two.sqrt().to(value.dtype)
 
@@ -38,7 +38,10 @@ def row_norms_backward(
     """``g₁ sgn(value) + g₂ value / ‖value‖₂``, entry by entry [nnz]; 0 where the value is."""
     if ops.native(value):
         return torch.ops.actsparse_cpu.row_norms_backward(pointer, value, two, grad_one, grad_two)
-    row, share = packing.rows_of(pointer, len(two)), grad_two / torch.where(two > 0, two, 1)
+    row, share = (
+        packing.rows_of(pointer, len(two), len(value)),
+        grad_two / torch.where(two > 0, two, 1),
+    )
     return grad_one[row] * value.sgn() + share[row] * value
 
 
