@@ -57,7 +57,9 @@ def quantise(up: Tensor) -> Codes:
     codes = (wide / divisor).round().clamp(-127, 127).to(torch.int8)
     about = codes.double() * scale.double()[:, None]
     norms = [about.norm(dim=1), (wide - about).norm(dim=1), wide.norm(dim=1)]
-    upper = [torch.where(finite, each * (1 + 2.0**-20), torch.inf).float() for each in norms]
+    upper = [
+        torch.where(finite, each * (1 + 2.0**-20) + 2.0**-149, torch.inf).float() for each in norms
+    ]
     return Codes(codes, scale, *upper)
 
 
@@ -67,6 +69,7 @@ _ONE = [
     {"BU": 8, "BK": 512, "warps": 4},
     {"BU": 8, "BK": 1024, "warps": 8},
     {"BU": 16, "BK": 1024, "warps": 8},
+    {"BU": 32, "BK": 1024, "warps": 16},
     {"BU": 32, "BK": 256, "warps": 4},
 ]
 _MANY = [
@@ -191,18 +194,19 @@ def _candidates(
         u = tile * TILE + part + tl.arange(0, BU)
         inside = u < h
         about, squares = _products(x, codes, u, inside, tokens, d, True, WIDE, BT, BU, BK)
-        of_x = tl.sqrt(squares * (1 + 2 * rounding)) * (1 + 2.0**-20)
+        of_x = tl.sqrt(squares * (1 + 2 * rounding) + d * 2.0**-126) * (1 + 2.0**-20)
         b = tl.zeros([BU], dtype=tl.float32)
         if HAS_BIAS:
             b = tl.load(bias + u, mask=inside, other=0.0).to(tl.float32)
-        # the screen's own roundings, those of the product it stands for, and of what is summed here
+        # the screen's own roundings, those of the product it stands for, and of these sums;
+        # 2⁻¹²⁶ for what underflows, where GPUs may flush denormals, 2⁻¹⁴ for float16's own
         slack = tl.load(error + u, mask=inside, other=0.0) + rounding * (
             tl.load(norm + u, mask=inside, other=0.0) + tl.load(whole + u, mask=inside, other=0.0)
         )
         size = tl.abs(b) + tl.abs(floor)
         bound = about * tl.load(scale + u, mask=inside, other=0.0)[:, None] + b[:, None]
-        bound += of_x[None, :] * slack[:, None] + rounding * size[:, None]
-        silent = bound < floor - eps * tl.abs(floor)  # NaN is not
+        bound += of_x[None, :] * slack[:, None] + rounding * size[:, None] + (d + 8) * 2.0**-126
+        silent = bound < floor - eps * (tl.abs(floor) + 2.0**-14)  # NaN is not
         candidate = (silent == 0) & (t < tokens)[None, :]
         wanted = (inside & (tl.max(candidate.to(tl.int32), axis=1) > 0)).to(tl.int32)
         tl.store(unit + listed + tl.cumsum(wanted, axis=0) - 1, u, mask=wanted > 0)
@@ -277,18 +281,15 @@ def _gather(
                 total += tl.sum(each, axis=0)[None, :]
             else:  # 0 · NaN is skipped: what is not finite takes no part in the tensor cores'
                 bad = (wide != wide) | (tl.abs(wide) == float("inf"))
-                clean = tl.where(bad, 0.0, wide)
-                if WIDE:
-                    total = tl.dot(wide_v, clean, total, input_precision="ieee")
-                else:
-                    clean = clean.to(rows.dtype.element_ty)
-                    total = tl.dot(v, clean, total, input_precision="ieee")
                 if tl.max(tl.max(bad.to(tl.int32), axis=1), axis=0) > 0:
                     for i in range(BT):
                         own = tl.sum(tl.where(t[:, None] == i, wide_v, 0.0), axis=0)
-                        both = (own != 0)[:, None] & bad
-                        more = tl.sum(tl.where(both, own[:, None] * wide, 0.0), axis=0)
-                        total += tl.where(t[:, None] == i, more[None, :], 0.0)
+                        each = tl.where((own != 0)[:, None], own[:, None] * wide, 0.0)
+                        total += tl.where(t[:, None] == i, tl.sum(each, axis=0)[None, :], 0.0)
+                elif WIDE:
+                    total = tl.dot(wide_v, wide, total, input_precision="ieee")
+                else:
+                    total = tl.dot(v, row, total, input_precision="ieee")
     at = (split * BT + t)[:, None].to(tl.int64) * d + c[None, :]
     tl.store(partial + at, total, mask=(c < d)[None, :])
 

@@ -165,16 +165,30 @@ def test_no_tile_is_too_full(
 
 
 def test_tiles_of_each_kind_were_met() -> None:
-    """Of the test above: tiles that fit their room exactly, by one too few and one too many."""
-    room = triton_pack.ROOM
-    for full in (0, room - 1, room, room + 1, triton_pack.TILE):
-        up = torch.full((3 * triton_pack.TILE, 1), -1.0)
-        up[triton_pack.TILE :][:full] = torch.arange(1.0, full + 1)[:, None]
+    """Of the test above: tiles that fit their room exactly, by one too few and one too many.
+
+    All other units are at the floor.
+    """
+    room, tile = triton_pack.ROOM, triton_pack.TILE
+    for full in (0, room - 1, room, room + 1, tile):
+        up, bias = torch.full((3 * tile, 1), -1.0), torch.full((3 * tile,), 1.25)
+        bias[tile:][:full] = torch.arange(2.0, full + 2)
         for fused in (False, True):
-            pointer, index, value = triton_pack.pack(torch.ones(2, 1), up, None, 0.0, fused)
+            pointer, index, value = triton_pack.pack(torch.ones(2, 1), up, bias, 0.25, fused)
             assert pointer.tolist() == [0, full, 2 * full]
             assert value.tolist() == [*range(1, full + 1)] * 2
-            assert index.tolist() == [triton_pack.TILE + k for k in range(full)] * 2
+            assert index.tolist() == [tile + k for k in range(full)] * 2
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_float16_rounds_to_above_the_floor_is_active(fused: bool) -> None:
+    """z is 0.05 steps of float16 below the floor, but nearest to a number above, as in dense."""
+    step = 2.0**-13
+    x, bias = torch.tensor([[1064 * step]]).half(), torch.tensor([0.55 * step, -step]).half()
+    floor = (1065 - 0.4) * step
+    _, index, value = triton_pack.pack(x, torch.ones(2, 1).half(), bias, floor, fused)
+    assert index.tolist() == [0]
+    assert value.tolist() == [1065 * step]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -226,6 +240,15 @@ def test_products_round_as_their_dtype_does(
         check(sampled(pointer, index, x, rows.t().contiguous().t()), x, rows.t(), 0, keep)
 
 
+def test_units_of_every_tile_and_block_are_sampled() -> None:
+    h, x = 2 * packing.BLOCK + 5, torch.tensor([[1.0], [2.0]])
+    up, keep = torch.arange(float(h))[:, None], torch.zeros(2, h, dtype=torch.bool)
+    keep[0, [0, 127, 128, 383, 384, 767, 768, h - 1]], keep[1, ::100] = True, True
+    pointer, index = packing.pack(keep)
+    for sampled in (triton_products.sample, triton_pack.sample_dense):
+        assert torch.equal(sampled(pointer, index, x, up), (x @ up.t())[keep])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [False, True])
 def test_rms_error_is_at_most_four_times_dense(dtype: torch.dtype, gated: bool) -> None:
@@ -249,6 +272,15 @@ def test_rms_error_is_at_most_four_times_dense(dtype: torch.dtype, gated: bool) 
         assert mine.dtype == dtype
         error, other = ((t.double() - true).square().mean().sqrt() for t in (mine, theirs))
         assert error <= 4 * other + torch.finfo(dtype).eps * true.abs().mean()
+
+
+@pytest.mark.parametrize("partner", [float("nan"), float("inf")], ids=str)
+def test_a_packed_value_that_is_zero_skips_its_partner(partner: float) -> None:
+    """As dropout, or a gate's up of 0, leaves them."""
+    pointer, index = packing.pack(torch.ones(2, 2) != 0)
+    value, rows = torch.tensor([0.0, 1.0, 2.0, -0.0]), torch.tensor([[partner], [3.0]])
+    y = triton_products.multiply(pointer, index, value, rows, None, 2)
+    assert y[:, 0].tolist() == pytest.approx([3.0, partner], nan_ok=True)
 
 
 def test_both_ways_to_sample_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
