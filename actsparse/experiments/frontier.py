@@ -59,10 +59,9 @@ CONTROLS = (*VANILLAS, "no-mlp")
 RECIPES = (
     "best", "paper", "paper-no-1d-decay", "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
 )  # fmt: skip
-# of best, one thing at a time, of the papers' recipe, and what else was proposed
+# best without one of its parts, or with another in its place; l1-no-1d-decay is it without JSReLU
 PARTS = (
-    "best-1d-decay", "best-at-once", "best-hoyer", "best-capped", "best-jump",
-    "jsrelu-no-1d-decay", "zeroth-bias", "norm-floor", "jsrelu", "weight-noise", "top-k",
+    "best-1d-decay", "best-at-once", "best-hoyer", "best-capped", "best-jump", "jsrelu-no-1d-decay",
 )  # fmt: skip
 HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
 

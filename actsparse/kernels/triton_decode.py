@@ -302,12 +302,10 @@ def _add(
     """y[t] = Σ over splits of partial[split, t], + bias."""
     c = tl.program_id(0) * BD + tl.arange(0, BD)
     t = tl.program_id(1).to(tl.int64)
-    total = tl.zeros([BD], dtype=tl.float32)
-    for first in range(0, splits, BS):
-        split = first + tl.arange(0, BS)
-        at = (split * BT + t)[:, None] * d + c[None, :]
-        there = (split < splits)[:, None] & (c < d)[None, :]
-        total += tl.sum(tl.load(partial + at, mask=there, other=0.0), axis=0)
+    split = tl.arange(0, BS)
+    at = (split * BT + t)[:, None] * d + c[None, :]
+    there = (split < splits)[:, None] & (c < d)[None, :]
+    total = tl.sum(tl.load(partial + at, mask=there, other=0.0), axis=0)
     if HAS_BIAS:
         total += tl.load(bias + c, mask=c < d, other=0.0).to(tl.float32)
     tl.store(y + t * d + c, total.to(y.dtype.element_ty), mask=c < d)
