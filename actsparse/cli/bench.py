@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from actsparse.cli.gpu import gpu
+from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
 from actsparse.cli.slim import slim
 
 bench = typer.Typer(
@@ -52,7 +52,7 @@ def step(
         result: dict[str, Any] = bench_training_step(
             rounds, batch, compiled, lambda done: bar.update(task, completed=done)
         )
-    if _record(result, out, json):
+    if keep_record(result, out, json):
         return
     table = Table("training step", "ratio", "95 % interval", title="ViT-S, ratios of medians")
     for row in result["ratios"]:
@@ -85,7 +85,7 @@ def measures(
         torch.set_num_threads(threads)
     log = Console(stderr=True)
     result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
-    if _record(result, out, json):
+    if keep_record(result, out, json):
         return
     table = Table("observed", "time", "95 % interval", "peak memory", title="÷ the plain step")
     plain = result["memory"]["plain"]["peak_mib"]
@@ -146,15 +146,15 @@ def mlp(
         training,
         pattern,  # type: ignore[arg-type]
         compiled,
-        _told,
+        tell,
     )
-    if _record(result, out, json):
+    if keep_record(result, out, json):
         return
     names = ["tokens", "density", "forward", "training", "kept for backward", "error"]
     table = Table(*names, title=f"dense ÷ sparse, screened; d = {d}, H = {h}, {activation}")
     for row in result["rows"]:
         times = [
-            "\n".join(f"{each['to']} {_interval(each)}" for each in row[kind]["ratios"])
+            "\n".join(f"{each['to']} {ratio_text(each)}" for each in row[kind]["ratios"])
             if kind in row
             else ""
             for kind in ("forward", "training")
@@ -163,11 +163,11 @@ def mlp(
         kept = f"{memory['sparse'] / memory['dense']:.3f}" if memory else ""
         error = f"{row['error']['sparse'] / row['error']['dense']:.1f} × dense's"
         table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *times, kept, error)
-    _console().print(table)
+    wide_console().print(table)
     for kind, found in result["break_even"].items():
         for tokens_, density in found.items():
             at = "beyond the densities timed" if density is None else f"at density {density:.2g}"
-            _console().print(f"break-even, {kind}, T = {tokens_}: {at}", highlight=False)
+            wide_console().print(f"break-even, {kind}, T = {tokens_}: {at}", highlight=False)
 
 
 @bench.command()
@@ -200,16 +200,16 @@ def auto(
         _numbers("--densities", densities, float),
         _numbers("--tokens", tokens, int),
         rounds,
-        _told,
+        tell,
     )
-    if _record(result, out, json):
+    if keep_record(result, out, json):
         return
     title = f"dense ÷ accelerated, d = {d}, H = {h}"
     table = Table("tokens", "density", "chosen", "gain", title=title)
     for row in result["rows"]:
-        cells = [row["program"], _interval(row["ratio"])]
+        cells = [row["program"], ratio_text(row["ratio"])]
         table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
-    _console().print(table)
+    wide_console().print(table)
 
 
 @bench.command()
@@ -249,12 +249,12 @@ def model(
         torch.set_num_threads(threads)
     if run is not None:
         trained, where = trained_of(run)
-        result = {**bench_trained(**trained, rounds=rounds, progress=_told), **where}
+        result = {**bench_trained(**trained, rounds=rounds, progress=tell), **where}
     else:
         assert name is not None
         wanted = _numbers("--densities", densities, float)
-        result = bench_model(name, wanted, rounds, memory=memory, progress=_told)
-    if not _record(result, out, json):
+        result = bench_model(name, wanted, rounds, memory=memory, progress=tell)
+    if not keep_record(result, out, json):
         _print_trained(result) if run is not None else _print_model(result)
 
 
@@ -283,19 +283,19 @@ def run(
     from actsparse.cli.trained import speed_of
 
     torch.set_num_threads(threads)
-    rows = [row for folder in runs if (row := speed_of(folder, rounds, _told)) is not None]
+    rows = [row for folder in runs if (row := speed_of(folder, rounds, tell)) is not None]
     if not rows:
         raise ValueError("none of these runs can be timed, see above")
     result = {"benchmark": "speed", "threads": threads, "rounds": rounds, "runs": rows}
-    if _record(result, out, json):
+    if keep_record(result, out, json):
         return
     names = ["task", "arm", "seed", "density", "MLPs alone", "model", "blocks"]
     table = Table(*names, title=f"dense ÷ accelerated, inference, threads: {threads}")
     for row in rows:
-        times = [_interval(row["mlps"]), _interval(row["model"])]
+        times = [ratio_text(row["mlps"]), ratio_text(row["model"])]
         where = [row["task"], row["arm"], str(row["seed"]), f"{row['density']:.4f}"]
         table.add_row(*where, *times, row["why"])
-    _console().print(table)
+    wide_console().print(table)
 
 
 bench.command()(slim)
@@ -314,7 +314,7 @@ def _print_model(result: dict[str, Any]) -> None:
         table.add_row(
             f"{row['density']:.3f} ({min(shares):.3f}…{max(shares):.3f})",
             f"{row['seconds']['dense']:.3g} s",
-            _interval(row["ratios"][0]),
+            ratio_text(row["ratios"][0]),
             f"{row['ratios'][1]['value']:.2f}",
             f"{row['mlp_ratio']:.2f}",
             f"{row['amdahl']:.2f}",
@@ -322,7 +322,7 @@ def _print_model(result: dict[str, Any]) -> None:
             f"{row['error']['logits']:.1e}",
             f"{peaks[0] / peaks[1]:.2f}" if peaks else "",
         )
-    _console().print(table)
+    wide_console().print(table)
 
 
 def _print_trained(result: dict[str, Any]) -> None:
@@ -334,12 +334,12 @@ def _print_trained(result: dict[str, Any]) -> None:
     for phase in ("inference", "training"):
         row = result[phase]
         seconds = f"{row['seconds']['dense']:.3g} s"
-        ratios = [_interval(each) for each in row["ratios"]]
+        ratios = [ratio_text(each) for each in row["ratios"]]
         table.add_row(phase, f"{row['density']:.3f}", seconds, *ratios)
-    _console().print(table)
+    wide_console().print(table)
     quality = {name: each["quality"] for name, each in result["score"].items()}
     told = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
-    _console().print(f"{result['quality_name']}: {told}", highlight=False)
+    wide_console().print(f"{result['quality_name']}: {told}", highlight=False)
 
 
 def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
@@ -347,38 +347,3 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(each) for each in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} {text!r}: expected numbers with commas between") from None
-
-
-def _told(what: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(what, highlight=False)
-
-
-def _console() -> Any:
-    """Wide enough for a table where it goes to a file."""
-    from sys import stdout
-
-    from rich.console import Console
-
-    return Console(width=None if stdout.isatty() else 120)
-
-
-def _interval(ratio: dict[str, Any]) -> str:
-    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-
-
-def _record(result: dict[str, Any], out: Path | None, json: bool) -> bool:
-    """Keep a benchmark's result with where it ran; True where JSON was printed, and no table is."""
-    import torch
-
-    from actsparse.records import environment, write_whole
-
-    record = {**environment(threads=torch.get_num_threads()), **result}
-    text = jsonlib.dumps(record, indent=1) + "\n"
-    if out is not None:
-        write_whole(out, text.encode())
-        typer.echo(f"record: {out}", err=True)
-    if json:
-        typer.echo(text, nl=False)
-    return json

@@ -37,7 +37,7 @@ def gpu(
 
     from actsparse.bench.gpu import bench_gpu
     from actsparse.bench.gpu_mlp import place_at
-    from actsparse.cli.bench import _record, _told
+    from actsparse.cli.result import keep_record, tell
     from actsparse.records import environment, write_whole
 
     place_at("cuda", "float32")  # no GPU: says so
@@ -49,14 +49,14 @@ def gpu(
             write_whole(out, (jsonlib.dumps({**where, **result}, indent=1) + "\n").encode())
 
     result = bench_gpu(
-        d, h, dtype, tokens, minutes, sections.split(","), compiled, progress=_told, keep=keep
+        d, h, dtype, tokens, minutes, sections.split(","), compiled, progress=tell, keep=keep
     )
-    if not _record({**where, **result}, out, json):
+    if not keep_record({**where, **result}, out, json):
         _print(result)
     for what in result["passed_over"]:
-        _told(f"passed over, no time left: {what}")
+        tell(f"passed over, no time left: {what}")
     for what, why in result["failed"].items():
-        _told(f"failed: {what}: {why}")
+        tell(f"failed: {what}: {why}")
     if result["failed"]:
         raise typer.Exit(1)
 
@@ -64,13 +64,13 @@ def gpu(
 def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from actsparse.cli.bench import _console, _interval
+    from actsparse.cli.result import ratio_text, wide_console
 
-    sizes, console = result["sizes"], _console()
+    sizes, console = result["sizes"], wide_console()
     shape = f"d = {sizes['d']}, H = {sizes['h']}, {sizes['dtype']}"
 
     def ratios(timed: dict[str, Any]) -> str:
-        return "\n".join(f"{r['of']} ÷ {r['to']} {_interval(r)}" for r in timed["ratios"])
+        return "\n".join(f"{r['of']} ÷ {r['to']} {ratio_text(r)}" for r in timed["ratios"])
 
     def lines(found: dict[str, Any], form: str) -> str:
         told = ((name, "–" if each is None else format(each, form)) for name, each in found.items())

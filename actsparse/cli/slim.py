@@ -35,14 +35,14 @@ def slim(
     """
     import torch
 
-    from actsparse.cli.bench import _record, _told
+    from actsparse.cli.result import keep_record, tell
 
     torch.set_num_threads(threads)
-    rows = [row for folder in runs if (row := _slim(folder, budget, rounds, _told)) is not None]
+    rows = [row for folder in runs if (row := _slim(folder, budget, rounds, tell)) is not None]
     if not rows:
         raise ValueError("none of these runs can be made slim, see above")
     result = {"benchmark": "slim", "threads": threads, "rounds": rounds, "budget": budget}
-    if not _record({**result, "runs": rows}, out, json):
+    if not keep_record({**result, "runs": rows}, out, json):
         _print(rows, threads)
 
 
@@ -135,13 +135,13 @@ def _ran(handle: Any) -> str:
 def _print(rows: list[dict[str, Any]], threads: int) -> None:
     from rich.table import Table
 
-    from actsparse.cli.bench import _console, _interval
+    from actsparse.cli.result import ratio_text, wide_console
 
     names = ["task", "arm", "seed", "form", "quality", "density", "units", "MLP parameters"]
     title = f"as trained ÷ each form, inference, threads: {threads}"
     table = Table(*names, "bytes", "dense layers", "accelerated", title=title)
     for row in rows:
-        ratios = {each["to"]: _interval(each) for each in row["speed"]["ratios"]}
+        ratios = {each["to"]: ratio_text(each) for each in row["speed"]["ratios"]}
         for form, found in row["forms"].items():
             table.add_row(
                 *(row["task"], row["arm"], str(row["seed"]), form),
@@ -153,7 +153,7 @@ def _print(rows: list[dict[str, Any]], threads: int) -> None:
                 ratios.get(form, ""),
                 ratios.get(f"{form}, accelerated", ""),
             )
-    console = _console()
+    console = wide_console()
     console.print(table)
     for row in rows:
         if (found := row["prune"]) is not None:
