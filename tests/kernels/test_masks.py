@@ -354,7 +354,7 @@ def test_every_operator_passes_opcheck() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("actsparse::")
     }
-    assert registered == set(calls)
+    assert registered - {"decode"} == set(calls)  # a GPU's, see test_triton_decode.py
     static = ("test_schema", "test_faketensor", "test_autograd_registration")
     for name, arguments in calls.items():
         # torch's fourth check adds floats to its first output, which is whole numbers here;
