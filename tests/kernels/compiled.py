@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from actsparse.kernels import triton_decode, triton_pack, triton_products
 
 HOPPER = GPUTarget("cuda", 90, 32)
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = {
     "n", "m", "h", "d", "about_n", "blocks", "out_row", "out_column", "tokens", "tiles", "splits",
     "up_unit", "up_channel",
@@ -91,13 +91,12 @@ def compiled(kernel: Any, constants: dict[str, Any], dtype: str, config: Any) ->
         "num_warps": config.num_warps, "num_stages": config.num_stages
     }  # fmt: skip
     made = triton.compile(source, target=HOPPER, options=options)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(made.asm["ptx"])
-        ptx.flush()
-        command = [PTXAS, "-v", "--gpu-name", "sm_90a", ptx.name, "-o", "/dev/null"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", told)
-    spilled = re.search(r"(\d+) bytes spill stores", told)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(made.asm["cubin"])
+        cubin.flush()
+        command = [CUOBJDUMP, "--dump-resource-usage", cubin.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spilled = (re.search(rf"{what}:(\d+)", told) for what in ("REG", "STACK"))
     assert registers is not None
     assert spilled is not None
     return {
