@@ -19,7 +19,7 @@ from actsparse.kernels import ops
 from actsparse.kernels.forms import Form, form_of
 from actsparse.kernels.row_norms import row_norms
 
-FEW = 16  # tokens, up to which a GPU decodes; triton_decode.MOST
+FEW = 16  # tokens, up to which a GPU decodes
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,16 @@ def prepare(down: Tensor, up: Tensor | None = None, *, screen: bool = True) -> P
     rows = _by_rows(down.t())
     if up is None:
         return Prepared(rows)
+    gpu = ops.on_gpu(up)
+    if screen and not gpu and not ops.screens(up):
+        return Prepared(rows)
     first = _by_rows(up)
     if not screen:
         return Prepared(rows, first)
-    if ops.on_gpu(first):
+    if gpu:
         from actsparse.kernels import triton_decode
 
         return Prepared(rows, first, triton_decode.quantise(first))
-    if not ops.screens(up):
-        return Prepared(rows)
     return Prepared(rows, first, tuple(ops.quantise(first)))
 
 

@@ -20,9 +20,9 @@ from torch.library import custom_op
 
 from actsparse.activations import named
 from actsparse.kernels.forms import form_of
+from actsparse.kernels.mlp import FEW as MOST
 from actsparse.kernels.triton_launch import INTERPRETED, on_its_device, tuned
 
-MOST = 16  # tokens
 TILE = 64
 SPLITS = (128, 16)  # of the units, in the product with down, for one token and for more
 # Roundings of a sum of D products, in float32 with an accumulator that truncates, as tensor cores'
@@ -150,6 +150,15 @@ def _phi(z, floor, ACT: tl.constexpr):
     return z
 
 
+@triton.jit
+def _list(wanted, u, unit, listed):
+    """Put the wanted of units u behind those listed so far; their places, and the next free one."""
+    ones = wanted.to(tl.int32)
+    at = listed + tl.cumsum(ones, axis=0) - 1
+    tl.store(unit + at, u, mask=wanted)
+    return at, listed + tl.sum(ones, axis=0)
+
+
 @_kinds(_ONE, _MANY)
 @triton.jit
 def _active(
@@ -169,12 +178,11 @@ def _active(
             z += tl.load(bias + u, mask=inside, other=0.0).to(tl.float32)[:, None]
         z = z.to(value.dtype.element_ty).to(tl.float32)  # rounded as dense, then compared
         active = ((z > floor) | (z != z)) & (t < tokens)[None, :]
-        wanted = (inside & (tl.max(active.to(tl.int32), axis=1) > 0)).to(tl.int32)
-        at = listed + tl.cumsum(wanted, axis=0) - 1
-        tl.store(unit + at, u, mask=wanted > 0)
+        wanted = inside & (tl.max(active.to(tl.int32), axis=1) > 0)
+        at, after = _list(wanted, u, unit, listed)
         out = _phi(z, floor, ACT).to(value.dtype.element_ty)
-        tl.store(value + at[:, None] * BT + t[None, :], out, mask=(wanted > 0)[:, None])
-        listed += tl.sum(wanted, axis=0)
+        tl.store(value + at[:, None] * BT + t[None, :], out, mask=wanted[:, None])
+        listed = after
     tl.store(count + tile, listed - tile * TILE)
 
 
@@ -207,9 +215,8 @@ def _candidates(
         bound += of_x[None, :] * slack[:, None] + rounding * size[:, None] + (d + 8) * 2.0**-126
         silent = bound < floor - eps * (tl.abs(floor) + 2.0**-14)  # NaN is not
         candidate = (silent == 0) & (t < tokens)[None, :]
-        wanted = (inside & (tl.max(candidate.to(tl.int32), axis=1) > 0)).to(tl.int32)
-        tl.store(unit + listed + tl.cumsum(wanted, axis=0) - 1, u, mask=wanted > 0)
-        listed += tl.sum(wanted, axis=0)
+        wanted = inside & (tl.max(candidate.to(tl.int32), axis=1) > 0)
+        _, listed = _list(wanted, u, unit, listed)
     tl.store(count + tile, listed - tile * TILE)
 
 
