@@ -150,15 +150,6 @@ def _phi(z, floor, ACT: tl.constexpr):
     return z
 
 
-@triton.jit
-def _list(wanted, u, unit, listed):
-    """Put the wanted of units u behind those listed so far; their places, and the next free one."""
-    ones = wanted.to(tl.int32)
-    at = listed + tl.cumsum(ones, axis=0) - 1
-    tl.store(unit + at, u, mask=wanted)
-    return at, listed + tl.sum(ones, axis=0)
-
-
 @_kinds(_ONE, _MANY)
 @triton.jit
 def _active(
@@ -178,11 +169,12 @@ def _active(
             z += tl.load(bias + u, mask=inside, other=0.0).to(tl.float32)[:, None]
         z = z.to(value.dtype.element_ty).to(tl.float32)  # rounded as dense, then compared
         active = ((z > floor) | (z != z)) & (t < tokens)[None, :]
-        wanted = inside & (tl.max(active.to(tl.int32), axis=1) > 0)
-        at, after = _list(wanted, u, unit, listed)
+        wanted = (inside & (tl.max(active.to(tl.int32), axis=1) > 0)).to(tl.int32)
+        at = listed + tl.cumsum(wanted, axis=0) - 1
+        tl.store(unit + at, u, mask=wanted > 0)
         out = _phi(z, floor, ACT).to(value.dtype.element_ty)
-        tl.store(value + at[:, None] * BT + t[None, :], out, mask=wanted[:, None])
-        listed = after
+        tl.store(value + at[:, None] * BT + t[None, :], out, mask=(wanted > 0)[:, None])
+        listed += tl.sum(wanted, axis=0)
     tl.store(count + tile, listed - tile * TILE)
 
 
@@ -215,8 +207,9 @@ def _candidates(
         bound += of_x[None, :] * slack[:, None] + rounding * size[:, None] + (d + 8) * 2.0**-126
         silent = bound < floor - eps * (tl.abs(floor) + 2.0**-14)  # NaN is not
         candidate = (silent == 0) & (t < tokens)[None, :]
-        wanted = inside & (tl.max(candidate.to(tl.int32), axis=1) > 0)
-        _, listed = _list(wanted, u, unit, listed)
+        wanted = (inside & (tl.max(candidate.to(tl.int32), axis=1) > 0)).to(tl.int32)
+        tl.store(unit + listed + tl.cumsum(wanted, axis=0) - 1, u, mask=wanted > 0)
+        listed += tl.sum(wanted, axis=0)
     tl.store(count + tile, listed - tile * TILE)
 
 
