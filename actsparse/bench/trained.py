@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from actsparse import find_mlp_blocks, handle_of, observe
 from actsparse.bench.timing import Ratio, interleaved, ratio
 from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.site import function_of
 from actsparse.kernels import accelerate
-from actsparse.kernels.accelerate import site_function
 from actsparse.kernels.choose import programs_of
 from actsparse.kernels.forms import is_silent
 
@@ -104,7 +104,7 @@ def bench_speed(model: nn.Module, inputs: Any, infer: Infer, rounds: int = 21) -
 
 def _alone(block: MLPBlock, x: Tensor, rounds: int) -> dict[str, list[float]]:
     """Each program's seconds on the block's own weights and inputs; empty where none can run."""
-    function = site_function(block)
+    function = function_of(block)
     if function is None or not is_silent(function):
         return {}
     programs = programs_of(block, function, x, training=False)

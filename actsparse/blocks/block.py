@@ -126,8 +126,10 @@ class MLPBlock:
 
     ``name`` is the path of the smallest module that holds both up and down. ``norm_position`` is
     ``"pre"`` (the residual adds the norm's input), ``"post"`` (the residual adds the norm's
-    output, as in BERT) or ``"none"``; ``norm_feeds`` names what else the norm's output goes to.
-    ``d_model`` and ``d_hidden`` are D and H.
+    output, as in BERT) or ``"none"``; ``norm_feeds`` names what else the norm's output goes to, and
+    ``hidden_feeds`` what else reads the layer between up and down. ``path`` are the modules that
+    call up, outermost first, of which the first ``around`` call down too. ``same_input``: gate and
+    up get the very same tensor. ``d_model`` and ``d_hidden`` are D and H.
     """
 
     name: str
@@ -144,6 +146,9 @@ class MLPBlock:
     calls: int = 1
     input_shape: tuple[int, ...] = ()
     path: tuple[nn.Module, ...] = field(default=(), repr=False)
+    around: int = 0
+    hidden_feeds: tuple[str, ...] = ()
+    same_input: bool = True
 
     @property
     def gated(self) -> bool:

@@ -1,55 +1,77 @@
-"""How a block's activation is exchanged, whether it is a module or a call inside a forward.
+"""How a module's forward is exchanged on the instance: an activation's, or a layer's.
 
-These act on the instance only, are shared by the sites that meet at one module, and are undone by
-``remove``.
+Exchanges are shared by the sites that meet at one module and are undone by ``remove``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    from actsparse.blocks.site import Site
+from actsparse.blocks.block import MLPBlock
 
 
-class Replacement:
-    """An activation module's own ``forward``, exchanged on the instance while sites ask for it."""
+class User(Protocol):
+    """Who exchanges an activation: the wiring of a site."""
+
+    block: MLPBlock
+
+    def takes_phi(self) -> bool:
+        """Whether the next activation call is this block's."""
+
+    def compute_phi(self, z: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+        """φ(z) as replaced, or the model's own."""
+
+
+class Exchange:
+    """A module's ``forward``, exchanged on the instance until :meth:`restore`."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.own = module.__dict__.get("forward")  # an override someone else has set
         self.original = module.forward
-        self.sites: list[Site] = []
 
-    @classmethod
-    def at(cls, module: nn.Module, site: Site) -> _Release:
-        """Exchange the module's forward for ``site``, beside other sites that did so."""
-        held = getattr(module.__dict__.get("forward"), "__self__", None)
-        replacement = held if isinstance(held, cls) else cls(module)
-        replacement.sites.append(site)
-        module.forward = replacement.run
-        return _Release(replacement, site)
-
-    def run(self, z: Tensor) -> Tensor:
-        """The forward in force: the φ of the site whose turn it is, else the module's own."""
-        for site in self.sites:
-            if site.takes_phi():
-                return site.compute_phi(z, self.original)
-        return self.original(z)
-
-    def remove(self, site: Site) -> None:
-        """Leave; the last site to leave puts the module's own forward back."""
-        self.sites.remove(site)
-        if self.sites:
+    def restore(self) -> None:
+        """Put back the forward that the module had, unless someone has wrapped this one."""
+        if getattr(self.module.__dict__.get("forward"), "__self__", None) is not self:
             return
         if self.own is None:
-            del self.module.__dict__["forward"]
+            self.module.__dict__.pop("forward", None)
         else:
             self.module.forward = self.own
+
+
+class Replacement(Exchange):
+    """An activation module's forward, exchanged while sites ask for it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.users: list[User] = []
+
+    @classmethod
+    def at(cls, module: nn.Module, user: User) -> _Release:
+        """Exchange the module's forward for ``user``, beside others that did so."""
+        held = getattr(module.__dict__.get("forward"), "__self__", None)
+        replacement = held if isinstance(held, cls) else cls(module)
+        replacement.users.append(user)
+        module.forward = replacement.run
+        return _Release(replacement, user)
+
+    def run(self, z: Tensor) -> Tensor:
+        """The forward in force: the φ of the block whose turn it is, else the module's own."""
+        for user in self.users:
+            if user.takes_phi():
+                return user.compute_phi(z, self.original)
+        return self.original(z)
+
+    def remove(self, user: User) -> None:
+        """Leave; the last one to leave puts the module's own forward back."""
+        self.users.remove(user)
+        if not self.users:
+            self.restore()
 
 
 class Interception(Replacement):
@@ -57,64 +79,44 @@ class Interception(Replacement):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, its activation calls caught."""
-        with _CatchActivation(self.sites):
+        with _CatchActivation(self.users):
             return self.original(*args, **kwargs)
 
 
 class _CatchActivation(TorchFunctionMode):
-    def __init__(self, sites: list[Site]) -> None:
+    def __init__(self, users: list[User]) -> None:
         super().__init__()
-        self.sites = sites
-        self.site: Site | None = None
+        self.users = users
+        self.user: User | None = None
         self.step = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.site is not None:  # the later operations of an activation already computed
-            steps = self.site.block.activation.steps
+        if self.user is not None:  # the later operations of an activation already computed
+            steps = self.user.block.activation.steps
             if func == steps[self.step]:
                 self.step += 1
                 if self.step == len(steps):
-                    self.site = None
+                    self.user = None
                 return args[0]
-        for site in self.sites:
-            steps = site.block.activation.steps
-            if site.takes_phi() and func == steps[0]:
-                call = site.block.activation.call
+        for user in self.users:
+            steps = user.block.activation.steps
+            if user.takes_phi() and func == steps[0]:
+                call = user.block.activation.call
                 assert call is not None
-                self.site, self.step = (site, 1) if len(steps) > 1 else (None, 0)
-                return site.compute_phi(args[0], call)
+                self.user, self.step = (user, 1) if len(steps) > 1 else (None, 0)
+                return user.compute_phi(args[0], call)
         return func(*args, **kwargs)
 
 
-OnNorms = Callable[[dict[str, Tensor]], None]
-
-
-class Executor(Protocol):
-    """Computes a block's y from x in one go, with the same numbers as its layers."""
-
-    def takes(self, site: Any, x: Tensor) -> bool:
-        """Whether it runs this call; else the block's own layers do."""
-
-    def __call__(self, site: Any, x: Tensor, on_norms: OnNorms | None) -> Tensor:
-        """y [..., D_out] of x [..., D].
-
-        ``on_norms``, if any, is to be called with ``l1`` and ``l2`` as the stages of these names.
-        """
-
-    def passed(self, site: Any, d: Tensor) -> None:
-        """The layers ran instead, and down's input was d [..., H]."""
-
-
-class Detour:
-    """A layer's forward, exchanged on the instance, while an executor may run in its place."""
+class Detour(Exchange):
+    """A layer's forward, exchanged while an executor may run in its place."""
 
     def __init__(self, module: nn.Module, run: Callable[[Callable[..., Any], Tensor], Any]) -> None:
-        self.module, self.run = module, run
-        self.own = module.__dict__.get("forward")  # an override someone else has set
-        self.original = module.forward
+        super().__init__(module)
+        self.run = run
         module.forward = self.forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -125,18 +127,15 @@ class Detour:
 
     def remove(self) -> None:
         """Put the module's own forward back."""
-        if self.own is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.forward = self.own
+        self.restore()
 
 
 class _Release:
-    def __init__(self, replacement: Replacement, site: Site) -> None:
-        self.replacement, self.site = replacement, site
+    def __init__(self, replacement: Replacement, user: User) -> None:
+        self.replacement, self.user = replacement, user
 
     def remove(self) -> None:
-        self.replacement.remove(self.site)
+        self.replacement.remove(self.user)
 
 
 class NoNestedTensors:

@@ -206,6 +206,9 @@ class _Finder:
                 norm_feeds=feeds,
                 input_shape=up[0].inputs[0].shape,
                 path=tuple(self.trace.modules[part] for part in up[0].path[:-1]),
+                around=len(_common(up[0].path[:-1], down.path[:-1])),
+                hidden_feeds=_other_readers(cone, down),
+                same_input=gate is None or gate[0].inputs[0] is up[0].inputs[0],
             ),
             residual,
         )
@@ -351,6 +354,15 @@ class _Finder:
                 else:
                     feeds[user.path[-1] if user.path else user.name] = None
         return position, tuple(feeds), sum_node is not None
+
+
+def _other_readers(cone: _Cone, down: Node) -> tuple[str, ...]:
+    """What reads a block's hidden layer beside down, by name."""
+    inside = {id(node) for node in cone.nodes}
+    readers = (u for n in (*cone.layers, *cone.nodes) for u in n.users)
+    # a window of a fused layer's output that is a stranger's to the cone is read by a stranger
+    others = (u for u in readers if u is not down and id(u) not in inside)
+    return tuple(dict.fromkeys(".".join((*u.path[-1:], u.name)).strip(".") for u in others))
 
 
 def _layer(node: Node, window: Any) -> Layer:

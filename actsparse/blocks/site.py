@@ -1,7 +1,8 @@
 """The one seam: a site attaches to a block and exposes its stages x → z → a → y.
 
-Modifications set transforms of x, z, y and of φ; observers set taps. A site hooks only what is
-asked of it, and nothing is wrapped or renamed: when the last one is gone, the model is as it was.
+Modifications set transforms of x, z, y and of φ; observers set taps. The site keeps these requests,
+its wiring (:mod:`actsparse.blocks.hooks`) serves them. Nothing is wrapped or renamed: when the last
+request is gone, the model is as it was.
 
 Stages, as tensors in the model's own layout:
 
@@ -18,43 +19,49 @@ Gradients can be read at ``z``, ``u``, ``y`` and at ``f``, φ's output φ(z).
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actsparse.activations import derivative_of
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.exchange import (
-    Detour,
-    Executor,
-    Interception,
-    NoNestedTensors,
-    Replacement,
-)
-from actsparse.blocks.passage import (
+from actsparse.blocks.hooks import Wiring
+from actsparse.blocks.stages import (
+    KNOWN_AT,
     NORMS,
+    STAGES,
+    Executor,
     GradientTap,
     InputTransform,
     OutputTransform,
-    Passage,
     Phi,
     Stages,
     Tap,
 )
-from actsparse.blocks.tokens import tokens_of
+from actsparse.blocks.tokens import Tokens
 
-_STAGES = ("x", "z", "u", "a", *NORMS, "d", "y")
-_KNOWN_AT = {"z": "x", "u": "x", "f": "xz", "y": "d"}  # place → stages
+_HIDDEN = frozenset("zuad")
+_PLACE = "_actsparse_site"  # on the up module
+
+
+def site_at(block: MLPBlock) -> Site | None:
+    """The site attached to a block, None if nothing is."""
+    return block.up.module.__dict__.get(_PLACE)
 
 
 def site_of(block: MLPBlock) -> Site:
     """The site of a block: the one attached already, else a new one."""
-    site = block.up.module.__dict__.get("_actsparse_site")
+    site = site_at(block)
     if site is None:
-        site = block.up.module._actsparse_site = Site(block)  # type: ignore[assignment]
+        site = block.up.module.__dict__[_PLACE] = Site(block)
     return site
+
+
+def function_of(block: MLPBlock) -> str | None:
+    """The name of the φ in force at a block; None while it is mixed, or unknown."""
+    site = site_at(block)
+    return block.activation.function if site is None else site.function
 
 
 def no_executor(block: MLPBlock) -> str | None:
@@ -63,13 +70,64 @@ def no_executor(block: MLPBlock) -> str | None:
         return "its activation is computed by operations that form no chain of calls"
     if any(part.module is None or part.kind == "norm" for part in block.between):
         return "more than a dropout module stands between φ and down"
-    return None
+    return None if block.same_input else "gate and up do not get the same tensor"
 
 
-class Site(Passage):
-    """What is attached to one block. Plain data and bound methods, so that models deep-copy."""
+class Site:
+    """What is asked of one block. Plain data and bound methods, so that models deep-copy."""
 
-    # -- what others ask for --------------------------------------------------------------------
+    def __init__(self, block: MLPBlock) -> None:
+        self.block = block
+        self.inputs: list[InputTransform] = []
+        self.layers: list[OutputTransform] = []
+        self.outputs: list[OutputTransform] = []
+        self.phi: Phi | None = None
+        self.executor: Executor | None = None
+        self.readers: dict[str, list[tuple[GradientTap, frozenset[str]]]] = {}
+        self.wanted: frozenset[str] = frozenset()  # the stages that hooks keep
+        self.in_place = False  # whether φ overwrites a z that is kept
+        self._taps: list[tuple[Tap, Stages]] = []
+        self._in_training: list[Tap] = []  # those that are called in training mode alone
+        self._gradient_taps: list[tuple[GradientTap, str, Stages]] = []
+        # in training? → taps with their stages, and all stages together
+        self._served: dict[bool, list[tuple[Tap, frozenset[str]]]] = {True: [], False: []}
+        self._asked = {True: frozenset[str](), False: frozenset[str]()}
+        self._wiring = Wiring(self)
+
+    # -- how it stands --------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> Tokens:
+        """Positions and padding of the running call."""
+        if self._wiring.tokens is None:
+            raise RuntimeError(f"site {self.block.name!r} is not attached")
+        return self._wiring.tokens
+
+    @property
+    def served(self) -> list[tuple[Tap, frozenset[str]]]:
+        """The taps to call in the block's present mode, each with its stages."""
+        return self._served[self.block.up.module.training]
+
+    @property
+    def asked(self) -> frozenset[str]:
+        """The stages that are read in the block's present mode."""
+        return self._asked[self.block.up.module.training]
+
+    @property
+    def wants_norms(self) -> bool:
+        """Whether a tap reads norms of a in the block's present mode."""
+        return not self.asked.isdisjoint(NORMS)
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether something attached changes or reads what lies between x and y."""
+        inside = self.layers or self.outputs or self.readers
+        return bool(inside or not self.asked.isdisjoint(_HIDDEN))
+
+    @property
+    def used(self) -> bool:
+        """Whether anything is attached."""
+        return bool(self.modified or self._taps or self._gradient_taps or self.executor)
 
     @property
     def recomputing(self) -> bool:
@@ -81,32 +139,32 @@ class Site(Passage):
     @property
     def function(self) -> str | None:
         """The name of the φ in force, None if it has none."""
-        return self.block.activation.function if self._phi is None else self._phi.function
+        return self.block.activation.function if self.phi is None else self.phi.function
 
     @property
     def modified(self) -> bool:
         """Whether something attached changes what the block computes (taps only read)."""
-        return bool(self._inputs or self._layers or self._outputs or self._phi)
+        return bool(self.inputs or self.layers or self.outputs or self.phi)
 
     def derivative(self, z: Tensor) -> Tensor:
         """φ′(z) of the φ in force, any shape."""
         own = derivative_of(self.block.activation.call, self.block.activation.function)
-        return own(z) if self._phi is None else self._phi.derivative(z, own)
+        return own(z) if self.phi is None else self.phi.derivative(z, own)
 
     def transform_input(self, transform: InputTransform) -> None:
         """Replace x by ``transform(site, x)``, at up's and gate's input only."""
-        self._inputs.append(transform)
-        self._rewire()
+        self.inputs.append(transform)
+        self.refresh()
 
     def transform_layers(self, transform: OutputTransform) -> None:
         """Replace the outputs of up and gate by ``transform(site, output, x, layer)``."""
-        self._layers.append(transform)
-        self._rewire()
+        self.layers.append(transform)
+        self.refresh()
 
     def transform_output(self, transform: OutputTransform) -> None:
         """Replace y by ``transform(site, y, down's input, layer)``."""
-        self._outputs.append(transform)
-        self._rewire()
+        self.outputs.append(transform)
+        self.refresh()
 
     def replace_activation(self, phi: Phi) -> None:
         """Compute a (or the gate's factor) as ``phi(z, own)``.
@@ -115,7 +173,7 @@ class Site(Passage):
             ValueError: another replacement is set, or no hook can reach the activation.
         """
         activation = self.block.activation
-        if self._phi is not None:
+        if self.phi is not None:
             raise ValueError(f"block {self.block.name!r} has its activation replaced already")
         if activation.module is None and not activation.steps:
             raise ValueError(
@@ -123,25 +181,25 @@ class Site(Passage):
                 f"{type(activation.owner).__name__}.forward by operations that cannot be "
                 f"exchanged one for one; call an activation module there"
             )
-        self._phi = phi
-        self._rewire()
+        self.phi = phi
+        self.refresh()
 
     def execute(self, executor: Executor) -> None:
         """Let ``executor`` compute y from x, wherever nothing attached needs what lies between;
         norms of a it knows as well.
 
-        The layers are still called, for their hooks, and pass on an empty tensor.
+        The layers are still called, and pass on a tensor of NaN that has no memory.
 
         Raises:
             ValueError: another executor is set, or the block cannot be run so.
         """
         block = self.block
-        if self._executor is not None:
+        if self.executor is not None:
             raise ValueError(f"block {block.name!r} has an executor already")
         if (reason := no_executor(block)) is not None:
             raise ValueError(f"block {block.name!r} cannot have an executor: {reason}")
-        self._executor = executor
-        self._rewire()
+        self.executor = executor
+        self.refresh()
 
     def tap(self, tap: Tap, stages: Stages, in_training: bool = False) -> None:
         """Call ``tap(site, {stage: tensor})`` once in each pass through the block.
@@ -157,7 +215,7 @@ class Site(Passage):
         self._taps.append((tap, stages))
         if in_training:
             self._in_training.append(tap)
-        self._rewire()
+        self.refresh()
 
     def tap_gradient(self, tap: GradientTap, place: str, stages: Stages = ()) -> None:
         """Read the gradient at ``place``: z, u, f or y.
@@ -169,112 +227,50 @@ class Site(Passage):
         Raises:
             ValueError: unknown place or stages.
         """
-        if place not in _KNOWN_AT:
-            raise ValueError(f"unknown place {place!r}; known: {', '.join(_KNOWN_AT)}")
-        late = self._stages(stages) - set(_KNOWN_AT[place])
+        if place not in KNOWN_AT:
+            raise ValueError(f"unknown place {place!r}; known: {', '.join(KNOWN_AT)}")
+        late = self._stages(stages) - set(KNOWN_AT[place])
         if late:
             raise ValueError(f"stages {sorted(late)} are not known yet at {place!r}")
         self._gradient_taps.append((tap, place, stages))
-        self._rewire()
+        self.refresh()
 
     def _stages(self, stages: Stages) -> frozenset[str]:
         names = set(stages(self) if callable(stages) else stages)
-        if unknown := sorted(names - set(_STAGES)):
-            raise ValueError(f"unknown stages {unknown}; known: {', '.join(_STAGES)}")
+        if unknown := sorted(names - set(STAGES)):
+            raise ValueError(f"unknown stages {unknown}; known: {', '.join(STAGES)}")
         return frozenset(names if self.block.gated else names - {"u"})
 
     def refresh(self) -> None:
         """Ask taps anew which stages they need; call it where the φ in force has changed."""
-        self._rewire()
+        served = [(tap, self._stages(stages)) for tap, stages in self._taps]
+        self.readers = {}
+        for read, place, wants in self._gradient_taps:
+            if place != "u" or self.block.gated:
+                self.readers.setdefault(place, []).append((read, self._stages(wants)))
+        late = [stages for at in self.readers.values() for _, stages in at]
+        for training in (True, False):
+            taps = [each for each in served if training or each[0] not in self._in_training]
+            self._served[training] = taps
+            self._asked[training] = frozenset().union(*(stages for _, stages in taps), *late)
+        wanted = self._asked[True]
+        self.wanted = wanted | {"a"} if wanted & NORMS.keys() else wanted
+        inside = self.phi or self.wanted & {"z", "u", "a"} or self.readers.keys() & {"z", "u", "f"}
+        self.in_place = bool(inside) and self.block.activation.in_place
+        self._wiring.fit()
+        if not self.used:
+            self.block.up.module.__dict__.pop(_PLACE, None)
 
     def release(self, *what: Any) -> None:
         """Take back transforms, replacements and taps; the rest stays attached."""
-        self._inputs = [item for item in self._inputs if item not in what]
-        self._layers = [item for item in self._layers if item not in what]
-        self._outputs = [item for item in self._outputs if item not in what]
+        self.inputs = [item for item in self.inputs if item not in what]
+        self.layers = [item for item in self.layers if item not in what]
+        self.outputs = [item for item in self.outputs if item not in what]
         self._taps = [item for item in self._taps if item[0] not in what]
         self._in_training = [tap for tap in self._in_training if tap not in what]
         self._gradient_taps = [item for item in self._gradient_taps if item[0] not in what]
-        if self._phi in what:
-            self._phi = None
-        if self._executor in what:
-            self._executor = None
-        self._rewire()
-
-    # -- attaching ------------------------------------------------------------------------------
-
-    def _rewire(self) -> None:
-        self._detach()
-        self._served = [(tap, self._stages(stages)) for tap, stages in self._taps]
-        self._readers = {}
-        for read, place, wants in self._gradient_taps:
-            if place != "u" or self.block.gated:
-                self._readers.setdefault(place, []).append((read, self._stages(wants)))
-        readers = [reader for at in self._readers.values() for reader in at]
-        for training in (True, False):
-            calls = [at for tap, at in self._served if training or tap not in self._in_training]
-            self._asked[training] = frozenset().union(*calls, *(at for _, at in readers))
-        self._wanted = self._asked[True]
-        if self._wanted & NORMS.keys():
-            self._wanted |= {"a"}
-        if not (self.modified or self._taps or self._gradient_taps or self._executor):
-            self.block.up.module.__dict__.pop("_actsparse_site", None)
-        else:
-            self._attach()
-        if "torch._dynamo" in sys.modules:  # compiled code does not notice new hooks by itself
-            torch._dynamo.reset()
-
-    def _attach(self) -> None:
-        block, add = self.block, self._hooks.append
-        if self.modified or self._taps or self._gradient_taps:
-            self._tokens = tokens_of(block.path)
-            self._tokens.attach(block.calls)
-        if self._inputs or "x" in self._wanted:
-            for layer in self._entries():
-                add(layer.module.register_forward_pre_hook(self._on_input))
-        inside = bool(
-            self._phi or self._wanted & {"z", "u", "a"} or self._readers.keys() & {"z", "u", "f"}
-        )
-        self._in_place = inside and block.activation.in_place
-        if inside or self._layers:
-            for layer in self._entries():
-                add(layer.module.register_forward_hook(self._on_layer))
-        activation = block.activation
-        if activation.module is not None:
-            if self._phi is not None or self._executor is not None:
-                add(Replacement.at(activation.module, self))
-            elif "a" in self._wanted or "f" in self._readers:
-                add(activation.module.register_forward_hook(self._on_activation))
-        elif (
-            self._phi
-            or self._executor
-            or (
-                activation.steps
-                and ("f" in self._readers or ("a" in self._wanted and block.between))
-            )
-        ):
-            assert activation.owner is not None
-            add(Interception.at(activation.owner, self))
-        late = [stages for _, stages in self._served if "y" in stages]
-        if inside or len(late) < len(self._served):  # an executor alone needs no hook here
-            add(block.down.module.register_forward_pre_hook(self._on_down_input))
-        if self._outputs or late or "y" in self._readers:
-            add(block.down.module.register_forward_hook(self._on_down))
-        if self._executor is not None:
-            for layer in self._entries():
-                add(Detour(layer.module, self._enter))
-            for part in block.between:
-                assert part.module is not None
-                add(Detour(part.module, self._pass))
-            add(Detour(block.down.module, self._leave))
-        for module in block.path:
-            if isinstance(module, nn.TransformerEncoder):
-                add(NoNestedTensors(module))  # its eval fast path would pass all hooks by
-
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        if self._tokens is not None:
-            self._tokens.detach()
-            self._tokens = None
+        if self.phi in what:
+            self.phi = None
+        if self.executor in what:
+            self.executor = None
+        self.refresh()

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from actsparse.blocks.block import Norm
 from actsparse.blocks.inputs import run_forward
 from actsparse.blocks.norm import inspect_norm
-from actsparse.blocks.passage import sites_asleep
+from actsparse.blocks.running import sites_asleep
 
 Window = tuple[int, int, int]  # start, step, size along the last axis
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actsparse.activations import named
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.passage import NORMS, token_norm
+from actsparse.blocks.stages import NORMS, token_norm
 from actsparse.kernels.forms import form_of
 from actsparse.kernels.mlp import FEW, prepare, sparse_mlp
 
@@ -58,12 +58,11 @@ class Trials:
     """The trials of a model's blocks, by kind of call and density.
 
     ``others``: bytes of the model's other weights. Between two calls of a block in a model the
-    others pass through the caches; a trial of few tokens clears them likewise. ``device``: where.
+    others pass through the caches; a trial of few tokens clears them likewise.
     """
 
     def __init__(self, others: int) -> None:
         self.others = min(others, CACHE)
-        self.device = torch.device("cpu")
         self.known: dict[Hashable, list[Trial]] = {}
 
     def near(self, kind: Hashable, density: float) -> Trial | None:
@@ -78,9 +77,10 @@ class Trials:
         density: float,
         programs: Mapping[str, Callable[[], object]],
         cold: bool,
+        device: torch.device,
     ) -> Trial:
-        """Time ``programs`` in turn, and keep what comes out."""
-        between = torch.ones(self.others // 4, device=self.device) if cold else None
+        """Time ``programs`` in turn on ``device``, and keep what comes out."""
+        between = torch.ones(self.others // 4, device=device) if cold else None
         for program in programs.values():
             program()
         times: dict[str, list[float]] = {name: [] for name in programs}
@@ -91,7 +91,7 @@ class Trials:
             if done >= least and spent > (1 if _clear(times) else PATIENCE):
                 break
             for name, program in programs.items():
-                times[name].append(_seconds(program, between, self.device))
+                times[name].append(_seconds(program, between, device))
         trial = Trial(density, {name: median(each) for name, each in times.items()})
         self.known.setdefault(kind, []).append(trial)
         return trial
@@ -153,7 +153,8 @@ def programs_of(
         return [y, *(token_norm(a, order) for order in NORMS.values() if norms)]
 
     first = up if gate is None else gate
-    prepared = None if training else prepare(down, first)
+    copied = not (training or down.is_inference() or first.is_inference())
+    prepared = prepare(down, first) if copied else None
 
     def sparse(screen: bool) -> list[Tensor]:
         read: dict[str, Tensor] = {}

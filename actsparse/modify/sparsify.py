@@ -11,6 +11,7 @@ from torch import nn
 
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.site import site_at
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
 from actsparse.modify.recipe import RecipeLike, as_recipe
@@ -136,7 +137,7 @@ def _check_blocks(root: nn.Module, blocks: Blocks) -> None:
                 f"another model or in a part of this one, or its layers were exchanged since (by "
                 f"peft?); find the blocks of this very model, or give inputs="
             )
-        site = block.up.module.__dict__.get("_actsparse_site")
+        site = site_at(block)
         if site is not None and site.modified and thresholds_of(root) is not None:
             raise ValueError(
                 f"block {block.name!r} has a threshold: thresholds_of(model).remove(), sparsify, "

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, default_dat
 from transformers.trainer_utils import EvalLoopOutput
 
 from actsparse.blocks.block import unwrap
-from actsparse.blocks.passage import sites_asleep
+from actsparse.blocks.running import sites_asleep
 from actsparse.data import Stream
 from actsparse.records import RecordError
 from actsparse.train.callback import SparsityCallback

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks import find_mlp_blocks
-from actsparse.blocks.exchange import OnNorms
-from actsparse.blocks.passage import NORMS, token_norm
 from actsparse.blocks.site import Site, site_of
+from actsparse.blocks.stages import NORMS, OnNorms, token_norm
 from tests.zoo import BY_ID, call
 
 FAMILIES = [
@@ -48,13 +47,15 @@ def test_the_layers_give_the_norms_of_a(name: str, training: bool) -> None:
 
 
 class Twice:
-    """An executor: y = 2·down(a), and norms of its own, so that one sees whose they are."""
+    """An executor and its plan: y = 2·down(a), and norms that show whose they are."""
 
     def __init__(self) -> None:
         self.asked: list[bool] = []
 
-    def takes(self, site: Site, x: Tensor) -> bool:
-        return True
+    runs = True
+
+    def plan(self, site: Site, x: Tensor) -> Twice:
+        return self
 
     def __call__(self, site: Site, x: Tensor, on_norms: OnNorms | None) -> Tensor:
         self.asked.append(on_norms is not None)
@@ -64,7 +65,7 @@ class Twice:
             on_norms({"l1": 3 * token_norm(a, 1), "l2": 5 * token_norm(a, 2)})
         return 2 * (a @ block.down.weight.t())
 
-    def passed(self, site: Site, d: Tensor) -> None:
+    def passed(self, d: Tensor) -> None:
         raise AssertionError("the layers ran")
 
 
@@ -129,7 +130,11 @@ def test_who_wants_more_of_the_hidden_layer_has_the_layers(wanted: str) -> None:
     plain = copy.deepcopy(model).eval()(x)
 
     class Idle(Twice):
-        def passed(self, site: Site, d: Tensor) -> None:
+        def plan(self, site: Site, x: Tensor) -> Twice:
+            self.runs = not site.needs_layers
+            return self
+
+        def passed(self, d: Tensor) -> None:
             self.asked.append(False)
 
     executor, norms, more = Idle(), Seen(), Seen()

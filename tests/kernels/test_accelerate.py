@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from actsparse import SwapActivation, ZerothBias, find_mlp_blocks, observe, sparsify
 from actsparse.kernels import accelerate, build
-from actsparse.kernels.accelerate import EVERY, MANY, Accelerated
+from actsparse.kernels.accelerate import Accelerated
 from actsparse.kernels.choose import Trial, Trials
+from actsparse.kernels.plan import EVERY, MANY
 from tests.zoo import BY_ID, call
 
 RECIPE = [ZerothBias(finetune=True), SwapActivation("jsrelu")]
@@ -143,7 +144,7 @@ def silent(share: float) -> Block:
 
 @pytest.fixture
 def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["actsparse.kernels.accelerate"], "LEAST", 0)
+    monkeypatch.setattr(sys.modules["actsparse.kernels.plan"], "LEAST", 0)
     if build.level() == "reference":
         pytest.skip("no compiled kernels here, and auto keeps to the layers")
 
@@ -153,8 +154,11 @@ def test_small_blocks_keep_to_their_layers() -> None:
     handle = accelerate(model, inputs=x)
     for _ in range(3):
         model(x)
-    assert str(handle) == "up: no calls yet"
-    assert handle.table() == []
+    (row,) = handle.table()
+    assert row["program"] == "dense"
+    assert row["reason"] == "too small: 4096 weights in up, 2 tokens"
+    assert row["calls"] == {"dense": 3}
+    assert str(handle) == f"up: training, T = 2: its layers, {row['reason']} (3 dense)"
 
 
 @pytest.mark.skipif(build.level() == "reference", reason="no compiled kernels here")
@@ -164,7 +168,8 @@ def test_small_blocks_are_timed_in_calls_of_many_tokens() -> None:
     with torch.no_grad():
         for tokens in (x[1:], x, x):
             model(tokens)
-    (row,) = handle.table()
+    small, row = handle.table()
+    assert small["reason"] == f"too small: 4096 weights in up, {len(x) - 1} tokens"
     assert row["tokens"] == len(x)
     assert row["ratio"] is not None
     assert sum(row["calls"].values()) == 2
@@ -178,8 +183,10 @@ class Timed:
         monkeypatch.setattr(Trials, "run", self.run_in(Trials.run))
 
     def run_in(self, real: Any) -> Any:
-        def run(trials: Trials, kind: Any, density: float, programs: Any, cold: bool) -> Trial:
-            real(trials, kind, density, programs, cold)  # the programs can run
+        def run(
+            trials: Trials, kind: Any, density: float, programs: Any, cold: bool, device: Any
+        ) -> Trial:
+            real(trials, kind, density, programs, cold, device)  # the programs can run
             self.at.append(density)
             seconds = {"dense": 1.0, "sparse": 0.4 + 2.5 * density, "screened": 0.1 + 7 * density}
             trials.known[kind][-1] = trial = Trial(density, seconds)
@@ -265,7 +272,9 @@ def test_checkpointing_recomputes_what_the_forward_ran(
     model, x = silent(0.1), torch.randn(4, 32, 16, requires_grad=True)
     times = iter([0.1, 9.0] * 50)  # each look at the clock decides the other way
 
-    def run(trials: Trials, kind: Any, density: float, programs: Any, cold: bool) -> Trial:
+    def run(
+        trials: Trials, kind: Any, density: float, programs: Any, cold: bool, device: Any
+    ) -> Trial:
         return Trial(density, {"dense": 1.0, "sparse": next(times)})
 
     monkeypatch.setattr(Trials, "run", run)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.blocks.passage import token_norm
+from actsparse.blocks.stages import token_norm
 from actsparse.kernels import forms, row_norms, sparse_mlp
 from actsparse.kernels import pack as packing
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse import ActivationPenalty, sparsify
-from actsparse.blocks.passage import NORMS, token_norm
+from actsparse.blocks.stages import NORMS, token_norm
 from actsparse.modify.penalty import PENALTIES
 from tests.zoo import BY_ID, call
 

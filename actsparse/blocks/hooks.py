@@ -1,0 +1,314 @@
+"""The wiring of a site: hooks on the block's modules, and what they do while the block runs.
+
+All hooks that a reader may ever need are put on at once and ask the site anew in each pass. So
+something that is attached later works in compiled code too, whose guards see what hooks read but
+not that there are new ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.exchange import Detour, Interception, NoNestedTensors, Replacement
+from actsparse.blocks.reading import read_gradient
+from actsparse.blocks.running import Passes, asleep, unreadable
+from actsparse.blocks.stages import NORMS, token_norm
+from actsparse.blocks.tokens import Tokens, tokens_of
+
+if TYPE_CHECKING:
+    from actsparse.blocks.site import Site
+
+
+class Wiring:
+    """The hooks of one site. Bound methods and plain data, so that models deep-copy."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.block: MLPBlock = site.block
+        self.passes = Passes()
+        self.tokens: Tokens | None = None
+        self._hooks: list[Any] = []
+        self._shape: tuple[bool, ...] = ()
+
+    # -- attaching ------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Attach what the site's requests need; all goes when there are none."""
+        site, activation = self.site, self.block.activation
+        exchanged = site.phi is not None or site.executor is not None
+        caught = activation.module is None and bool(
+            exchanged
+            or (
+                activation.steps
+                and ("f" in site.readers or ("a" in site.wanted and self.block.between))
+            )
+        )
+        shape = (site.used, exchanged, caught, site.executor is not None)
+        if shape == self._shape:
+            return
+        self.detach()
+        self._shape = shape
+        if site.used:
+            self._attach(*shape[1:])
+        if "torch._dynamo" in sys.modules:  # compiled code does not notice new hooks by itself
+            torch._dynamo.reset()
+
+    def _attach(self, exchanged: bool, caught: bool, executed: bool) -> None:
+        block, add = self.block, self._hooks.append
+        activation, down = block.activation, block.down.module
+        self.tokens = tokens_of(block.path)
+        self.tokens.attach(block.calls)
+        if block.around:
+            around = block.path[block.around - 1]
+            add(around.register_forward_pre_hook(self._on_call))
+            add(around.register_forward_hook(self._on_return, always_call=True))
+        for layer in self.entries():
+            add(layer.module.register_forward_pre_hook(self._on_input))
+            add(layer.module.register_forward_hook(self._on_layer))
+        if activation.module is not None:
+            if exchanged:
+                add(Replacement.at(activation.module, self))
+            else:
+                add(activation.module.register_forward_hook(self._on_activation))
+        elif caught:
+            assert activation.owner is not None
+            add(Interception.at(activation.owner, self))
+        add(down.register_forward_pre_hook(self._on_down_input))
+        add(down.register_forward_hook(self._on_down))
+        if executed:
+            for layer in self.entries():
+                add(Detour(layer.module, self._enter))
+            for part in block.between:
+                assert part.module is not None
+                add(Detour(part.module, self._pass))
+            add(Detour(down, self._leave))
+        for module in block.path:
+            if isinstance(module, nn.TransformerEncoder):
+                add(NoNestedTensors(module))  # its eval fast path would pass all hooks by
+
+    def detach(self) -> None:
+        """Take all hooks off again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._shape = ()
+        if self.tokens is not None:
+            self.tokens.detach()
+            self.tokens = None
+
+    def entries(self) -> list[Layer]:
+        """The layers that x enters, each module once."""
+        block = self.block
+        if block.gate is None or block.gate.module is block.up.module:
+            return [Layer(block.up.name, block.up.module, block.up.layout)]
+        return [block.gate, block.up]
+
+    # -- the layers' hooks ----------------------------------------------------------------------
+
+    # Tensors without names: the compiler looks at what has one, and warns of its gradient.
+    def _on_call(self, *_: Any) -> None:
+        self.passes.enter()
+
+    def _on_return(self, *_: Any) -> None:
+        self.passes.leave()
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if asleep():
+            return None
+        name = self.block.name
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                f"block {name!r} runs in a replica of nn.DataParallel, which shares hooks with the "
+                f"model but not its weights; use DistributedDataParallel, or one device"
+            )
+        if not args:
+            raise TypeError(f"{name}: up must be called with its input as an argument")
+        x, *rest = args
+        now = self.passes.now
+        if now.x is None or module in now.entered:
+            now = self.passes.begin()
+        if now.x is not x:  # gate and up get the same x: transform it once
+            now.x = now.changed = x
+            for transform in self.site.inputs:
+                now.changed = transform(self.site, now.changed)
+            if "x" in self.site.wanted:
+                now.kept["x"] = now.changed
+        now.entered.append(module)
+        return (now.changed, *rest)
+
+    def _on_layer(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if asleep():
+            return output
+        site, block, now = self.site, self.block, self.passes.now
+        if site.layers:
+            for layer in self.entries():
+                if layer.module is module:
+                    for transform in site.layers:
+                        output = transform(site, output, args[0], layer)
+        source = block.pre_activation
+        if source.module is module:
+            now.expects_phi = True
+            output = self._read("z", output, source)
+        if block.gate is not None and block.up.module is module:
+            output = self._read("u", output, block.up)
+            if site.wanted & {"u", "a"}:
+                now.kept["u"] = block.up.select(output)
+        if source.module is module and site.in_place and not now.detours:
+            now.kept["z"] = source.select(output)
+            return output.clone()
+        if source.module is module and "z" in site.wanted:
+            now.kept["z"] = source.select(output)
+        return output
+
+    def takes_phi(self) -> bool:
+        """Whether the next activation call is this block's; asked by exchanged activations."""
+        return self.passes.now.expects_phi and not asleep()
+
+    def compute_phi(self, z: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+        """φ(z) as replaced, or the model's own."""
+        now, phi = self.passes.now, self.site.phi
+        now.expects_phi = False
+        if now.detours:
+            return z
+        if phi is None:
+            a = original(z)
+        elif self.site.in_place:  # a mixture needs z a second time
+            a = phi(z, lambda z: original(z.clone()))
+        else:
+            a = phi(z, original)
+        return self._take_activation(a, z)
+
+    def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if self.takes_phi():  # else called elsewhere
+            self.passes.now.expects_phi = False
+            return self._take_activation(output, args[0])
+        return output
+
+    def _take_activation(self, f: Tensor, z: Tensor) -> Tensor:
+        site, now = self.site, self.passes.now
+        if "z" in site.wanted and not site.in_place:
+            now.kept["z"] = z  # a bias may have joined up's output
+        between = self.block.between
+        # what follows may work in place: a dropout that says so or is a function, or `a *= u`
+        overwritten = self.block.gated or any(
+            part.module is None or getattr(part.module, "inplace", False) for part in between
+        )
+        f = self._read("f", f)
+        if "a" in site.wanted and (between or not self.block.gated):
+            now.kept["a"] = f.clone() if overwritten else f
+        return f
+
+    def _on_down_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if asleep():
+            return
+        now = self.passes.now
+        if now.expects_phi and (self.site.phi is not None or now.detours):
+            raise RuntimeError(
+                f"block {self.block.name!r} ran without calling its activation "
+                f"{self.block.activation.name!r}, so that what was attached had no effect; was the "
+                f"activation exchanged since, or were the layers called one by one?"
+            )
+        now.expects_phi = False
+        if now.detours:  # the executor knows more
+            return
+        kept = {"a": args[0], **now.kept, "d": args[0]}
+        asked = self.site.asked
+        norms = [name for name in NORMS if name in asked]
+        if self.block.gated and ("a" in asked or norms):
+            kept["a"] = kept["a"] * kept["u"] if self.block.between else args[0]
+        for norm in norms:
+            kept[norm] = token_norm(kept["a"], NORMS[norm])
+        now.kept = {}  # checkpointing breaks off its second pass inside down
+        self._hand_on(kept)
+
+    def _on_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if asleep():
+            return output
+        for transform in self.site.outputs:
+            output = transform(self.site, output, args[0], self.block.down)
+        kept = {**self.passes.now.kept, "d": args[0]}
+        output = self._read("y", output, self.block.down, d=args[0])
+        self.passes.begin()
+        self._serve({**kept, "y": output})
+        return output
+
+    def _hand_on(self, kept: dict[str, Tensor]) -> None:
+        """Serve what is known before y, and keep it for those who want y too."""
+        if any("y" in stages for _, stages in self.site.served):
+            self.passes.now.kept.update(kept)
+        self._serve(kept)
+
+    def _serve(self, kept: dict[str, Tensor]) -> None:
+        """Call the taps that want y where it is known, the others before down runs."""
+        for tap, stages in self.site.served:
+            if ("y" in stages) == ("y" in kept):
+                if stages and (why := unreadable()) is not None:
+                    raise RuntimeError(
+                        f"block {self.block.name!r} is observed or has a penalty, and its stages "
+                        f"cannot be read {why}; close or remove that first"
+                    )
+                tap(self.site, {stage: kept[stage] for stage in stages})
+
+    # -- an executor in the layers' place -------------------------------------------------------
+
+    def _enter(self, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Of up and gate: a tensor of NaN, without memory, if the executor takes this call."""
+        now, executor = self.passes.now, self.site.executor
+        if asleep() or executor is None:
+            return original(x)
+        if now.plan is None:
+            now.plan = executor.plan(self.site, x)
+        if not now.detours:
+            return original(x)
+        if now.changed is not x:
+            raise RuntimeError(
+                f"block {self.block.name!r}: hooks give its layers another input than the block "
+                f"got, so that it cannot run sparse; accelerate it after they are attached"
+            )
+        # NaN, so that whoever computes with it all the same cannot take it for a result
+        ghost = x.new_full((1,), float("nan"))
+        return ghost.expand(*x.shape[:-1], self.block.up.width)
+
+    def _pass(self, original: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
+        return a if self.passes.now.detours else original(a)
+
+    def _leave(self, original: Callable[[Tensor], Tensor], d: Tensor) -> Tensor:
+        now = self.passes.now
+        if now.plan is None or asleep():
+            return original(d)
+        plan, now.plan = now.plan, None  # dropouts run themselves again
+        if not plan.runs:
+            plan.passed(d)
+            return original(d)
+        assert now.changed is not None
+        kept, now.kept = now.kept, {}  # checkpointing may break off its second pass here
+        y = plan(self.site, now.changed, kept.update if self.site.wants_norms else None)
+        self._hand_on(kept)
+        return y
+
+    def _read(
+        self, place: str, output: Tensor, layer: Layer | None = None, **known: Tensor
+    ) -> Tensor:
+        """``output``, with what is to be read of its gradient."""
+        readers = self.site.readers
+        if place not in readers or not torch.is_grad_enabled():
+            return output
+        rows, known = None if layer is None else layer.rows, {**self.passes.now.kept, **known}
+        for tap, stages in readers[place]:
+            stage = output if rows is None else output[..., rows]
+            reading = tap(self.site, stage, {name: known[name] for name in stages})
+            if reading is not None:
+                output = read_gradient(output, reading, rows)
+        return output
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook, or a forward on an instance, is one of this library's."""
+    owner = getattr(hook, "__self__", None)
+    return isinstance(owner, Wiring | Tokens | Replacement | Detour)

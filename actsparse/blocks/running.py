@@ -1,0 +1,99 @@
+"""What one pass through a block keeps: in one thread, and gone when the pass ends."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actsparse.blocks.stages import Plan
+
+
+class Running:
+    """One pass through a block, from the input of up to the output of down."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None  # as it came; None where no pass runs
+        self.changed: Tensor | None = None  # as the transforms left it
+        self.entered: list[nn.Module] = []  # gate and up, as they are called
+        self.kept: dict[str, Tensor] = {}
+        self.plan: Plan | None = None
+        self.expects_phi = False  # whether the next activation call is this block's
+
+    @property
+    def detours(self) -> bool:
+        """Whether an executor runs this pass in the layers' place."""
+        return self.plan is not None and self.plan.runs
+
+
+class Passes(threading.local):
+    """The running pass of one block, for each thread apart.
+
+    Each call of the module around the block has a frame of its own. So a call inside another one
+    does not meet what that one keeps, and what an aborted call kept goes with its frame. The
+    lowest frame serves layers that are called outside of that module.
+    """
+
+    def __init__(self) -> None:
+        self.frames = [Running()]
+
+    @property
+    def now(self) -> Running:
+        """The running pass of this thread."""
+        return self.frames[-1]
+
+    def begin(self) -> Running:
+        """A pass begins in the present frame, or has ended: what was kept there is forgotten."""
+        self.frames[-1] = Running()
+        return self.frames[-1]
+
+    def enter(self) -> None:
+        """The module around the block is called."""
+        self.frames.append(Running())
+
+    def leave(self) -> None:
+        """That call has ended, or an error ended it."""
+        if len(self.frames) > 1:  # hooks may have come in the middle of a call
+            self.frames.pop()
+
+    # Copies and pickles of a model begin with no pass running.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Passes:
+        return Passes()
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        return Passes, ()
+
+
+class _Sleep(threading.local):
+    depth = 0
+
+
+_sleep = _Sleep()
+
+
+@contextlib.contextmanager
+def sites_asleep() -> Iterator[None]:
+    """Inside, models that this thread runs behave as if nothing were attached; no tap is called."""
+    _sleep.depth += 1
+    try:
+        yield
+    finally:
+        _sleep.depth -= 1
+
+
+def asleep() -> bool:
+    """Whether this thread is inside :func:`sites_asleep`."""
+    return _sleep.depth > 0
+
+
+def unreadable() -> str | None:
+    """Why stages of a pass cannot be read now, or None: their values do not exist yet."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "inside torch.func transforms (vmap, grad, jvp)"
+    return "while torch.jit traces" if torch.jit.is_tracing() else None

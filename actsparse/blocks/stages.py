@@ -1,0 +1,72 @@
+"""The stages of a block, and what others may ask of them: the words that sites and users share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from actsparse.blocks.block import Layer
+from actsparse.blocks.reading import Reading
+
+# the first argument is the Site
+InputTransform = Callable[[Any, Tensor], Tensor]
+OutputTransform = Callable[[Any, Tensor, Tensor, Layer], Tensor]  # site, output, input, layer
+Tap = Callable[[Any, dict[str, Tensor]], None]
+Stages = Sequence[str] | Callable[[Any], Sequence[str]]
+GradientTap = Callable[[Any, Tensor, dict[str, Tensor]], Reading | None]
+OnNorms = Callable[[dict[str, Tensor]], None]
+
+NORMS = {"l1": 1, "l2": 2}  # stages that are norms of a's rows
+STAGES = ("x", "z", "u", "a", *NORMS, "d", "y")
+KNOWN_AT = {"z": "x", "u": "x", "f": "xz", "y": "d"}  # place of a gradient → stages known there
+
+
+class Phi(Protocol):
+    """What replaces a block's activation; ``own`` is the model's own φ, or its derivative."""
+
+    @property
+    def function(self) -> str | None:
+        """Its name in actsparse.activations, None while it has none."""
+
+    def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor], /) -> Tensor:
+        """φ(z), any shape."""
+
+    def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor], /) -> Tensor:
+        """φ′(z), any shape."""
+
+
+class Plan(Protocol):
+    """How an executor runs one call of a block."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether the executor computes y; else the block's own layers do."""
+
+    def __call__(self, site: Any, x: Tensor, on_norms: OnNorms | None) -> Tensor:
+        """y [..., D_out] of x [..., D].
+
+        ``on_norms``, if any, is to be called with ``l1`` and ``l2`` as the stages of these names.
+        """
+
+    def passed(self, d: Tensor) -> None:
+        """The layers ran, and down's input was d [..., H]."""
+
+
+class Executor(Protocol):
+    """Computes a block's y from x in one go, with the same numbers as its layers."""
+
+    def plan(self, site: Any, x: Tensor) -> Plan:
+        """How this call is to run: asked before up, by any thread."""
+
+
+def token_norm(a: Tensor, order: int) -> Tensor:
+    """The norm of each token's a over its units, in float32 at least: [..., H] → [..., 1].
+
+    >>> token_norm(torch.tensor([[3.0, -4.0]]), 2)
+    tensor([[5.]])
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)  # a sum of squares overflows float16
+    return torch.linalg.vector_norm(a, order, dim=-1, keepdim=True, dtype=dtype)

@@ -1,0 +1,164 @@
+"""Which blocks the kernels can stand in for without a change of any number, and why not the others.
+
+Layers in whose place the kernels run are skipped: so nothing may hang on them that only they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from actsparse.activations import identify
+from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.hooks import is_own
+from actsparse.blocks.site import function_of, no_executor, site_at
+from actsparse.kernels.forms import is_silent
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
+)  # fmt: skip
+_LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
+_DROPOUTS = (nn.Dropout, nn.Identity)  # others do more than keep or drop a value
+_PLAIN = (nn.Parameter, Tensor)
+
+
+class Fit:
+    """Whether the kernels may run one block, asked anew before each call.
+
+    Looking is cheap: :meth:`reason` looks closely only where something differs from the last time.
+    """
+
+    def __init__(self, block: MLPBlock) -> None:
+        self.block = block
+        self.skipped = dict(_skipped(block))
+        self.links = list(_links(block, self.skipped))
+        inside = set(block.path[block.around - 1].modules()) if block.around else set()
+        callers = {parent for parent, _, _ in self.links if parent in inside}
+        self.callers = {module: _forward(module) for module in callers}
+        self._seen: tuple[Any, ...] = ()
+        self._reason: str | None = None
+
+    def reason(self) -> str | None:
+        """Why the block keeps to its own layers, or None."""
+        seen = self._look()
+        if seen != self._seen:
+            self._seen, self._reason = seen, self.refusal() or self._guest()
+        return self._reason
+
+    def _look(self) -> tuple[Any, ...]:
+        """All that the reasons depend on, as values to compare."""
+        seen: list[Any] = [parent._modules.get(name) is m for parent, name, m in self.links]
+        for module in self.skipped.values():
+            own = module.__dict__
+            seen += [type(module), own.get("forward")]
+            seen += [tuple(own[hooks]) for hooks in _HOOKS if own[hooks]]  # numbered for good
+            for tensor in own["_parameters"].values():
+                seen += [type(tensor), tensor is not None and tensor.is_meta]
+        seen += [_forward(module) for module in self.callers]
+        if self.block.activation.module is not None:  # its numbers are a part of φ
+            values = vars(self.block.activation.module).values()
+            seen += [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        return (*seen, function_of(self.block))
+
+    def refusal(self) -> str | None:
+        """Why the kernels can do nothing for the block as it is made, or None."""
+        block = self.block
+        for layer in (block.up, block.gate, block.down):
+            if layer is not None and (reason := _unfit_layer(layer)) is not None:
+                return reason
+        if (reason := no_executor(block)) is not None:
+            return reason
+        for part in block.between:
+            if type(part.module) not in _DROPOUTS:
+                return f"{part.name} is a {type(part.module).__name__}, no nn.Dropout"
+        site, activation = site_at(block), block.activation.module
+        if activation is not None and (site is None or site.phi is None):
+            if type(activation).__module__.split(".")[0] not in ("torch", "transformers"):
+                return (
+                    f"{block.activation.name} is a {type(activation).__name__}, which may do more "
+                    f"than its φ; SwapActivation gives the block a φ by name"
+                )
+            if (now := identify(activation)) != block.activation.function:
+                return f"{block.activation.name} was {block.activation.function}, but is {now} now"
+        function = function_of(block)
+        if function is None and (site is None or site.phi is None):
+            return "its activation is none that is known by name"
+        if function is not None and not is_silent(function):
+            return f"{function} is never exactly zero"
+        return None
+
+    def _guest(self) -> str | None:
+        """Who else hangs on what would be skipped, or None."""
+        for parent, name, module in self.links:
+            if parent._modules.get(name) is not module:
+                return f"{name} was exchanged since the block was found"
+        for module, forward in self.callers.items():
+            if _forward(module) != forward:
+                return f"the forward of {type(module).__name__} was exchanged since"
+        for name, module in self.skipped.items():
+            for hooks in _HOOKS:
+                if not all(is_own(hook) for hook in getattr(module, hooks).values()):
+                    return f"{name} has a hook, which would miss its tensors"
+            forward = module.__dict__.get("forward")
+            if forward is not None and not is_own(forward):
+                return f"{name} has a forward of its own on the instance"
+        if self.block.hidden_feeds:
+            return f"its hidden layer also feeds {', '.join(self.block.hidden_feeds)}"
+        return None
+
+
+def _forward(module: nn.Module) -> Any:
+    """What a call of the module runs, by strangers: its class, and a forward on the instance."""
+    forward = module.__dict__.get("forward")
+    while is_own(forward):
+        forward = forward.__self__.own
+    return type(module), forward
+
+
+def _skipped(block: MLPBlock) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that do not run where a kernel does, by name."""
+    for layer in (block.up, block.gate, block.down):
+        if layer is not None:
+            yield layer.name, layer.module
+    if block.activation.module is not None:
+        yield block.activation.name, block.activation.module
+    for part in block.between:
+        if part.module is not None:
+            yield part.name, part.module
+
+
+def _links(block: MLPBlock, skipped: Iterable[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and child, from the model down to each module that is skipped."""
+    met = set()
+    for path in skipped if block.path else ():
+        parent = block.path[0]
+        for name in path.split("."):
+            child = parent._modules.get(name)
+            if child is None:
+                break
+            if (id(parent), name) not in met:
+                met.add((id(parent), name))
+                yield parent, name, child
+            parent = child
+
+
+def _unfit_layer(layer: Layer) -> str | None:
+    kind = type(layer.module)
+    conv = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+    if kind not in _LINEAR and not conv:
+        return f"{layer.name} is a {kind.__name__} of {kind.__module__}, no plain linear layer"
+    for name in ("weight", "bias"):
+        tensor = getattr(layer.module, name, None)
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN:
+            return f"{layer.name}.{name} is a {type(tensor).__name__}, no plain tensor"
+        if tensor.is_meta:
+            return f"{layer.name}.{name} is on the meta device: offloaded, or never made"
+        if tensor.layout is not torch.strided:
+            return f"{layer.name}.{name} is laid out as {tensor.layout}"
+    return None

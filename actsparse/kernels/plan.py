@@ -1,0 +1,288 @@
+"""How each call of a block runs: its own layers, sparse products, or those behind the screen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.site import Site
+from actsparse.blocks.stages import OnNorms
+from actsparse.kernels import build, ops
+from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
+from actsparse.kernels.fit import Fit
+from actsparse.kernels.mlp import FEW, Prepared, prepare, sparse_mlp
+
+Mode = Literal["auto", "sparse", "screened"]
+EVERY = 64  # calls between two looks at the density where looking costs something
+LEAST = 2**18  # entries of a weight; smaller blocks gain less than a call of few tokens costs
+MANY = 2**24  # entries · tokens of a call that is worth a trial whatever the block's size
+
+_counting = threading.Lock()  # what threads count together
+_timing = threading.Lock()  # one trial at a time, or they would time each other
+
+
+@dataclass
+class Met:
+    """What a block knows of one kind of call, and runs then."""
+
+    training: bool
+    tokens: int = 0
+    program: str = "dense"
+    density: float | None = None  # of the last calls
+    decided_at: float | None = None  # the density when ``program`` was chosen
+    trial: Trial | None = None
+    reason: str | None = None  # why the layers run, where that was not the outcome of a trial
+    calls: dict[str, int] = field(default_factory=dict)
+
+    def count(self, active: int, entries: int) -> None:
+        """Take the density of a call into account."""
+        now = active / max(entries, 1)
+        with _counting:
+            self.density = now if self.density is None else 0.75 * self.density + 0.25 * now
+
+    def call(self, program: str) -> int:
+        """Count a call; how many ran so before it."""
+        with _counting:
+            before = self.calls.get(program, 0)
+            self.calls[program] = before + 1
+        return before
+
+    @property
+    def decided(self) -> bool:
+        """Whether the density is about what it was when the program was chosen."""
+        density, then = self.density, self.decided_at
+        if density is None or then is None:
+            return False
+        return min(density, then) > CEILING or apart(density, then) <= NEAR
+
+    def row(self) -> dict[str, Any]:
+        """As :meth:`Accelerated.table` says."""
+        ratio = None if self.trial is None else self.trial.ratio(self.program)
+        known = {"training": self.training, "tokens": self.tokens, "program": self.program}
+        known |= {"reason": self.reason, "density": self.density, "ratio": ratio}
+        return {**known, "calls": dict(self.calls)}
+
+    def __str__(self) -> str:
+        density = "unknown" if self.density is None else f"{self.density:.3f}"
+        what = "training" if self.training else "forward"
+        gain = "" if self.trial is None else f", {self.trial.ratio(self.program):.2f} × dense"
+        calls = ", ".join(f"{count} {name}" for name, count in self.calls.items())
+        if self.reason is not None:
+            return f"{what}, T = {self.tokens}: its layers, {self.reason} ({calls})"
+        return f"{what}, T = {self.tokens}: {self.program} at density {density}{gain} ({calls})"
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """How one call runs; nothing of it is kept anywhere else, so that calls may overlap."""
+
+    of: SparseRun
+    program: str
+    met: Met | None = None  # None: in compiled code, which counts nothing
+    looks: bool = True  # whether the host may wait for a number
+
+    @property
+    def runs(self) -> bool:
+        """Whether the kernels run."""
+        return self.program != "dense"
+
+    def __call__(self, site: Site, x: Tensor, on_norms: OnNorms | None) -> Tensor:
+        """y of the block, by the sparse kernels."""
+        block, met = self.of.block, self.met
+        screen = self.program == "screened"
+        count: Callable[[int], None] | None = None
+        prepared = None
+        if met is not None:
+            before = met.call(self.program)
+            if (met.training or before % EVERY == 0) and self.looks:
+                entries = x.shape[:-1].numel() * block.d_hidden
+                count = lambda active: met.count(active, entries)  # noqa: E731
+            if not met.training:
+                prepared = self.of.prepared(screen)
+        dropouts = [part.module for part in block.between if part.module is not None]
+        active = [module for module in dropouts if module.training]
+        assert site.function is not None
+        return sparse_mlp(
+            x,
+            block.up.weight,
+            block.up.bias,
+            block.down.weight,
+            block.down.bias,
+            activation=site.function,
+            gate=None if block.gate is None else block.gate.weight,
+            gate_bias=None if block.gate is None else block.gate.bias,
+            screen=screen,
+            between=nn.Sequential(*active) if active else None,
+            prepared=prepared,
+            on_active=count,
+            on_norms=on_norms,
+        )
+
+    def passed(self, d: Tensor) -> None:
+        """The layers ran: count their zeros, now and then, where that may decide anything."""
+        met = self.met
+        if met is None:
+            return
+        before = met.call("dense")
+        if met.reason is not None or not self.looks:
+            return
+        if met.density is None or before % EVERY == 0:
+            kept = 1.0
+            for part in self.of.block.between:
+                if isinstance(part.module, nn.Dropout) and part.module.training:
+                    kept *= 1 - part.module.p
+            active = int(torch.count_nonzero(d))
+            met.count(round(active / kept) if kept else d.numel(), d.numel())
+
+
+class SparseRun:
+    """The executor of one block: it makes a plan for each call."""
+
+    def __init__(self, block: MLPBlock, mode: Mode, trials: Trials) -> None:
+        self.block, self.mode, self.trials = block, mode, trials
+        self.fit = Fit(block)
+        self._met: dict[Hashable, Met] = {}
+        self._last = "dense"  # the program of the last call, which compiled code keeps to
+        self._promised: dict[Hashable, str] = {}
+        self._ready: tuple[tuple[Any, ...], Prepared] | None = None
+
+    def met(self) -> list[Met]:
+        """The kinds of calls there were."""
+        return list(self._met.values())
+
+    def plan(self, site: Site, x: Tensor) -> CallPlan:
+        """How this call is to run."""
+        tokens = x.shape[:-1].numel()
+        if torch.compiler.is_compiling():  # compiled code keeps to what it met
+            fixed = self._last if self.mode == "auto" else self.mode
+            keeps = self._fixed_reason() or _unfit_call(site, x, self.block.up.weight)
+            return CallPlan(self, "dense" if keeps else fixed)
+        learns, size = self._learns(x), min(tokens, TIMED).bit_length()
+        keeps = self.fit.reason() or _unfit_call(site, x, self.block.up.weight)
+        keeps = keeps or self._too_small(x, tokens)
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing and (learns is not None or tokens > FEW):
+            keeps = keeps or "a CUDA graph cannot wait for the number of entries"
+        kind = (
+            learns, size, torch.get_num_threads(), site.wants_norms, x.device.type, x.dtype, keeps,
+        )  # fmt: skip
+        met = self._met.setdefault(kind, Met(learns is not None, reason=keeps))
+        met.tokens = tokens
+        if keeps:
+            return CallPlan(self, "dense", met, looks=not capturing)
+        if site.recomputing and kind in self._promised:
+            program = self._promised[kind]  # what was saved in the forward must fit
+        else:
+            if not capturing or self.mode != "auto":  # a graph keeps to what was met before
+                self._decide(met, kind, site, x)
+            program = self._promised[kind] = self._last = met.program
+        return CallPlan(self, program, met, looks=not capturing)
+
+    def _fixed_reason(self) -> str | None:
+        return self.fit.reason()
+
+    # a compiler takes the answer for granted: hooks and types are what it guards, or cannot see
+    _fixed_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _too_small(self, x: Tensor, tokens: int) -> str | None:
+        """Why ``auto`` tries nothing on this call, or None."""
+        if self.mode != "auto":
+            return None
+        entries = self.block.up.weight.numel()
+        if not (x.is_cuda or build.level() != "reference"):
+            return "the kernels are not compiled here"
+        if entries < LEAST and entries * tokens < MANY:
+            return f"too small: {entries} weights in up, {tokens} tokens"
+        return None
+
+    def _learns(self, x: Tensor) -> tuple[bool, ...] | None:
+        if not torch.is_grad_enabled():
+            return None
+        block = self.block
+        learns = (x.requires_grad, block.up.weight.requires_grad, block.down.weight.requires_grad)
+        return learns if any(learns) else None
+
+    def _decide(self, met: Met, kind: Hashable, site: Site, x: Tensor) -> None:
+        if self.mode != "auto":
+            met.program = self.mode
+            return
+        density, function, block = met.density, site.function, self.block
+        if density is None or met.decided or not _timing.acquire(blocking=False):
+            return  # another thread is at it: until then as before
+        try:
+            assert function is not None
+            trial = None
+            if density <= CEILING:
+                alike = (kind, block.up.weight.shape, block.down.weight.shape, block.gated)
+                alike = (*alike, function)
+                trial = self.trials.near(alike, density)
+                if trial is None:
+                    cold = met.tokens <= 16 and not met.training
+                    programs = programs_of(block, function, x, met.training, site.wants_norms)
+                    trial = self.trials.run(alike, density, programs, cold, x.device)
+            met.program = "dense" if trial is None else trial.best(met.program)
+            met.trial, met.decided_at = trial, density
+        finally:
+            _timing.release()
+
+    def prepared(self, screen: bool) -> Prepared | None:
+        """Copies of the weights for calls without gradients, made anew when a weight changes.
+
+        None where changes leave no trace.
+        """
+        first, down = self.block.pre_activation.weight, self.block.down.weight
+        if first.is_inference() or down.is_inference():
+            return None
+        now = (*_version(first), *_version(down), screen)
+        ready = self._ready
+        if ready is None or now != ready[0]:
+            wanted = first if screen or first.is_cuda else None
+            ready = self._ready = now, prepare(down, wanted, screen=screen)
+        return ready[1]
+
+    def __str__(self) -> str:
+        said = "; ".join(map(str, self._met.values()))
+        if said:
+            return said
+        reason = self.fit.reason()
+        return "no calls yet" if reason is None else f"its layers, {reason}"
+
+
+def _unfit_call(site: Site, x: Tensor, weight: Tensor) -> str | None:
+    """Why this call is for the layers, or None."""
+    if site.needs_layers:
+        return "what is attached reads or changes the hidden layer"
+    if site.function is None:
+        return "its φ is being mixed, or has no name"
+    if not (x.is_cuda or x.is_cpu):
+        return f"on {x.device.type} there are no kernels"
+    if x.dtype not in (ops.TRITON if x.is_cuda else (torch.float32,)):
+        return f"{str(x.dtype).removeprefix('torch.')} on {x.device.type} has no kernels"
+    if x.dtype is not weight.dtype or x.device != weight.device:
+        return (
+            f"the input is {x.dtype} on {x.device}, the weights {weight.dtype} on {weight.device}"
+        )
+    if x.is_cuda and not ops.on_gpu(x, weight):
+        return "Triton is missing"
+    if torch.is_autocast_enabled(x.device.type):
+        return "under autocast"
+    if torch.compiler.is_compiling():
+        return None
+    if type(x) not in (Tensor, nn.Parameter):
+        return f"its input is a {type(x).__name__}, no plain tensor"
+    if torch._C._are_functorch_transforms_active():
+        return "inside torch.func transforms (vmap, grad, jvp)"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "under forward-mode differentiation"
+    return "while torch.jit traces" if torch.jit.is_tracing() else None
+
+
+def _version(weight: Tensor) -> tuple[int, ...]:
+    """What tells that a weight has changed; ``weight.data`` can change without a new version."""
+    return weight._version, weight.data_ptr(), ops.fingerprint(weight)
