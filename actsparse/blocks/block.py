@@ -129,7 +129,8 @@ class MLPBlock:
     output, as in BERT) or ``"none"``; ``norm_feeds`` names what else the norm's output goes to, and
     ``hidden_feeds`` what else reads the layer between up and down. ``path`` are the modules that
     call up, outermost first, of which the first ``around`` call down too. ``same_input``: gate and
-    up get the very same tensor. ``d_model`` and ``d_hidden`` are D and H.
+    up get the very same tensor. ``standing`` notices modules that are exchanged. ``d_model`` and
+    ``d_hidden`` are D and H.
     """
 
     name: str
@@ -149,6 +150,7 @@ class MLPBlock:
     around: int = 0
     hidden_feeds: tuple[str, ...] = ()
     same_input: bool = True
+    standing: Any = field(default=None, repr=False)
 
     @property
     def gated(self) -> bool:

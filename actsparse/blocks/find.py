@@ -41,6 +41,7 @@ from actsparse.blocks.flow import (
     upstream,
 )
 from actsparse.blocks.inputs import describe_inputs
+from actsparse.blocks.standing import Standing
 from actsparse.blocks.trace import FrozenCall, Node, Trace, is_linear, trace, undisturbed
 
 
@@ -128,6 +129,8 @@ class _Finder:
         for item in found.values():  # found in one call, refused in another
             for layer in (item.block.up, item.block.gate, item.block.down):
                 self.refused.pop(layer.name if layer else "", None)
+        for item in found.values():
+            item.block.standing = Standing(item.block)
         refused = [Refused(name, reason) for name, reason in self.refused.items()]
         if not found:
             raise NoMLPFound(self._nothing(refused), refused)
@@ -207,7 +210,7 @@ class _Finder:
                 input_shape=up[0].inputs[0].shape,
                 path=tuple(self.trace.modules[part] for part in up[0].path[:-1]),
                 around=len(_common(up[0].path[:-1], down.path[:-1])),
-                hidden_feeds=_other_readers(cone, down),
+                hidden_feeds=_other_readers(cone, down, activation),
                 same_input=gate is None or gate[0].inputs[0] is up[0].inputs[0],
             ),
             residual,
@@ -356,12 +359,16 @@ class _Finder:
         return position, tuple(feeds), sum_node is not None
 
 
-def _other_readers(cone: _Cone, down: Node) -> tuple[str, ...]:
-    """What reads a block's hidden layer beside down, by name."""
+def _other_readers(cone: _Cone, down: Node, activation: Activation) -> tuple[str, ...]:
+    """What reads a block's hidden layer beside down and the activation itself, by name.
+
+    Of a fused layer all rows count: the ghost of an executor stands for the whole of its output.
+    """
     inside = {id(node) for node in cone.nodes}
     readers = (u for n in (*cone.layers, *cone.nodes) for u in n.users)
-    # a window of a fused layer's output that is a stranger's to the cone is read by a stranger
     others = (u for u in readers if u is not down and id(u) not in inside)
+    if activation.module is not None:
+        others = (u for u in others if activation.name not in u.path)
     return tuple(dict.fromkeys(".".join((*u.path[-1:], u.name)).strip(".") for u in others))
 
 

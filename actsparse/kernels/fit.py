@@ -5,7 +5,6 @@ Layers in whose place the kernels run are skipped: so nothing may hang on them t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from actsparse.activations import identify
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.hooks import is_own
 from actsparse.blocks.site import function_of, no_executor, site_at
+from actsparse.blocks.standing import Standing, forward_of
 from actsparse.kernels.forms import is_silent
 
 _HOOKS = (
@@ -34,11 +34,7 @@ class Fit:
 
     def __init__(self, block: MLPBlock) -> None:
         self.block = block
-        self.skipped = dict(_skipped(block))
-        self.links = list(_links(block, self.skipped))
-        inside = set(block.path[block.around - 1].modules()) if block.around else set()
-        callers = {parent for parent, _, _ in self.links if parent in inside}
-        self.callers = {module: _forward(module) for module in callers}
+        self.standing = block.standing or Standing(block)
         self._seen: tuple[Any, ...] = ()
         self._reason: str | None = None
 
@@ -51,18 +47,17 @@ class Fit:
 
     def _look(self) -> tuple[Any, ...]:
         """All that the reasons depend on, as values to compare."""
-        seen: list[Any] = [parent._modules.get(name) is m for parent, name, m in self.links]
-        for module in self.skipped.values():
+        seen: list[Any] = [*self.standing.look(), function_of(self.block)]
+        for module in self.standing.parts.values():
             own = module.__dict__
-            seen += [type(module), own.get("forward")]
+            seen += [forward_of(module)]
             seen += [tuple(own[hooks]) for hooks in _HOOKS if own[hooks]]  # numbered for good
             for tensor in own["_parameters"].values():
                 seen += [type(tensor), tensor is not None and tensor.is_meta]
-        seen += [_forward(module) for module in self.callers]
         if self.block.activation.module is not None:  # its numbers are a part of φ
             values = vars(self.block.activation.module).values()
             seen += [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        return (*seen, function_of(self.block))
+        return tuple(seen)
 
     def refusal(self) -> str | None:
         """Why the kernels can do nothing for the block as it is made, or None."""
@@ -93,57 +88,17 @@ class Fit:
 
     def _guest(self) -> str | None:
         """Who else hangs on what would be skipped, or None."""
-        for parent, name, module in self.links:
-            if parent._modules.get(name) is not module:
-                return f"{name} was exchanged since the block was found"
-        for module, forward in self.callers.items():
-            if _forward(module) != forward:
-                return f"the forward of {type(module).__name__} was exchanged since"
-        for name, module in self.skipped.items():
+        if (reason := self.standing.changed()) is not None:
+            return reason
+        for name, module in self.standing.parts.items():
             for hooks in _HOOKS:
                 if not all(is_own(hook) for hook in getattr(module, hooks).values()):
                     return f"{name} has a hook, which would miss its tensors"
-            forward = module.__dict__.get("forward")
-            if forward is not None and not is_own(forward):
+            if forward_of(module)[1] is not None:
                 return f"{name} has a forward of its own on the instance"
         if self.block.hidden_feeds:
             return f"its hidden layer also feeds {', '.join(self.block.hidden_feeds)}"
         return None
-
-
-def _forward(module: nn.Module) -> Any:
-    """What a call of the module runs, by strangers: its class, and a forward on the instance."""
-    forward = module.__dict__.get("forward")
-    while is_own(forward):
-        forward = forward.__self__.own
-    return type(module), forward
-
-
-def _skipped(block: MLPBlock) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that do not run where a kernel does, by name."""
-    for layer in (block.up, block.gate, block.down):
-        if layer is not None:
-            yield layer.name, layer.module
-    if block.activation.module is not None:
-        yield block.activation.name, block.activation.module
-    for part in block.between:
-        if part.module is not None:
-            yield part.name, part.module
-
-
-def _links(block: MLPBlock, skipped: Iterable[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, name and child, from the model down to each module that is skipped."""
-    met = set()
-    for path in skipped if block.path else ():
-        parent = block.path[0]
-        for name in path.split("."):
-            child = parent._modules.get(name)
-            if child is None:
-                break
-            if (id(parent), name) not in met:
-                met.add((id(parent), name))
-                yield parent, name, child
-            parent = child
 
 
 def _unfit_layer(layer: Layer) -> str | None:

@@ -247,11 +247,11 @@ class SparseRun:
         return ready[1]
 
     def __str__(self) -> str:
-        said = "; ".join(map(str, self._met.values()))
-        if said:
-            return said
+        said = [*map(str, self._met.values())] or ["no calls yet"]
         reason = self.fit.reason()
-        return "no calls yet" if reason is None else f"its layers, {reason}"
+        if reason is not None and not any(reason in each for each in said):
+            said.append(f"now its layers, {reason}")
+        return "; ".join(said)
 
 
 def _unfit_call(site: Site, x: Tensor, weight: Tensor) -> str | None:

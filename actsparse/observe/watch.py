@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -70,6 +72,9 @@ MEASURES: dict[str, Any] = {  # name → class of Measure
 }
 
 
+_counting = threading.Lock()
+
+
 class Watch:
     """What is tapped at one block: for each phase, a measure of each kind."""
 
@@ -119,7 +124,8 @@ class Watch:
         """Take in one forward."""
         if site.recomputing:
             return
-        with torch.no_grad():
+        # threads that run one model count together; compiled code counts where its graph ends
+        with torch.no_grad(), nullcontext() if torch.compiler.is_compiling() else _counting:
             keep = self.keep(site, next(iter(stages.values())))
             for measure in self.now().values():
                 measure.update(site, stages, keep)

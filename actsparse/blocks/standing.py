@@ -1,0 +1,77 @@
+"""How the modules of a block stood when it was found, and whether they still do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.hooks import is_own
+
+
+class Standing:
+    """The modules of one block, by name, as they were; looking at them is cheap.
+
+    ``parts`` are what a program in their place would skip: layers, activation, dropouts.
+    """
+
+    def __init__(self, block: MLPBlock) -> None:
+        self.parts = dict(_parts(block))
+        self._links = list(_links(block, self.parts))
+        inside = set(block.path[block.around - 1].modules()) if block.around else set()
+        callers = {parent for parent, _, _ in self._links if parent in inside}
+        self._forwards = {module: forward_of(module) for module in callers}
+
+    def look(self) -> tuple[Any, ...]:
+        """What :meth:`changed` depends on, as values to compare."""
+        there = [parent._modules.get(name) is module for parent, name, module in self._links]
+        return (*there, *map(forward_of, self._forwards))
+
+    def changed(self) -> str | None:
+        """What was exchanged since, in words, or None."""
+        for parent, name, module in self._links:
+            if parent._modules.get(name) is not module:
+                return f"{name} was exchanged since the block was found"
+        for module, forward in self._forwards.items():
+            if forward_of(module) != forward:
+                return f"the forward of {type(module).__name__} was exchanged since"
+        return None
+
+
+def forward_of(module: nn.Module) -> tuple[type[nn.Module], Any]:
+    """What a call of the module runs, but for us: its class, and a forward on the instance."""
+    forward = module.__dict__.get("forward")
+    while is_own(forward):
+        forward = forward.__self__.own
+    return type(module), forward
+
+
+def _parts(block: MLPBlock) -> Iterator[tuple[str, nn.Module]]:
+    for layer in (block.up, block.gate, block.down):
+        if layer is not None:
+            yield layer.name, layer.module
+    if block.activation.module is not None:
+        yield block.activation.name, block.activation.module
+    for part in block.between:
+        if part.module is not None:
+            yield part.name, part.module
+
+
+def _links(
+    block: MLPBlock, parts: Mapping[str, nn.Module]
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, name and child, from the model down to each part."""
+    met = set()
+    for path, part in parts.items() if block.path else ():
+        parent, (*way, last) = block.path[0], path.split(".")
+        for name in way:
+            child = parent._modules.get(name)
+            if child is None:
+                break
+            if (id(parent), name) not in met:
+                met.add((id(parent), name))
+                yield parent, name, child
+            parent = child
+        yield parent, last, part
