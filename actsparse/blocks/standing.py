@@ -24,10 +24,15 @@ class Standing:
         callers = {parent for parent, _, _ in self._links if parent in inside}
         self._forwards = {module: forward_of(module) for module in callers}
 
-    def look(self) -> tuple[Any, ...]:
-        """What :meth:`changed` depends on, as values to compare."""
-        there = [parent._modules.get(name) is module for parent, name, module in self._links]
-        return (*there, *map(forward_of, self._forwards))
+    def look(self) -> list[Any]:
+        """What :meth:`changed` depends on, as values to compare: equal ones mean no change."""
+        seen: list[Any] = []
+        for parent, name, module in self._links:
+            if parent._modules.get(name) is not module:
+                seen.append(name)
+        for module in self._forwards:
+            seen += (module.__class__, module.__dict__.get("forward"))
+        return seen
 
     def changed(self) -> str | None:
         """What was exchanged since, in words, or None."""

@@ -35,7 +35,7 @@ class Fit:
     def __init__(self, block: MLPBlock) -> None:
         self.block = block
         self.standing = block.standing or Standing(block)
-        self._seen: tuple[Any, ...] = ()
+        self._seen: list[Any] | None = None
         self._reason: str | None = None
 
     def reason(self) -> str | None:
@@ -45,19 +45,23 @@ class Fit:
             self._seen, self._reason = seen, self.refusal() or self._guest()
         return self._reason
 
-    def _look(self) -> tuple[Any, ...]:
+    def _look(self) -> list[Any]:
         """All that the reasons depend on, as values to compare."""
-        seen: list[Any] = [*self.standing.look(), function_of(self.block)]
+        seen = [function_of(self.block), *self.standing.look()]
         for module in self.standing.parts.values():
             own = module.__dict__
-            seen += [forward_of(module)]
-            seen += [tuple(own[hooks]) for hooks in _HOOKS if own[hooks]]  # numbered for good
+            seen += (module.__class__, own.get("forward"))
+            for hooks in _HOOKS:
+                if own[hooks]:
+                    seen += own[hooks]  # their numbers, which are given once
             for tensor in own["_parameters"].values():
-                seen += [type(tensor), tensor is not None and tensor.is_meta]
+                if tensor is not None:
+                    seen += (tensor.__class__, tensor.is_meta)
         if self.block.activation.module is not None:  # its numbers are a part of φ
-            values = vars(self.block.activation.module).values()
-            seen += [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-        return tuple(seen)
+            for value in self.block.activation.module.__dict__.values():
+                if value.__class__ is float or value.__class__ is int:
+                    seen.append(value)
+        return seen
 
     def refusal(self) -> str | None:
         """Why the kernels can do nothing for the block as it is made, or None."""

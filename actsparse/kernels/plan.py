@@ -158,14 +158,14 @@ class SparseRun:
 
     def plan(self, site: Site, x: Tensor) -> CallPlan:
         """How this call is to run."""
-        tokens = x.shape[:-1].numel()
+        tokens, up = x.shape[:-1].numel(), self.block.up.weight
         if torch.compiler.is_compiling():  # compiled code keeps to what it met
             fixed = self._last if self.mode == "auto" else self.mode
-            keeps = self._fixed_reason() or _unfit_call(site, x, self.block.up.weight)
+            keeps = self._fixed_reason() or _unfit_call(site, x, up)
             return CallPlan(self, "dense" if keeps else fixed)
-        learns, size = self._learns(x), min(tokens, TIMED).bit_length()
-        keeps = self.fit.reason() or _unfit_call(site, x, self.block.up.weight)
-        keeps = keeps or self._too_small(x, tokens)
+        learns, size = self._learns(x, up), min(tokens, TIMED).bit_length()
+        keeps = self.fit.reason() or _unfit_call(site, x, up)
+        keeps = keeps or self._too_small(x, tokens, up.numel())
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing and (learns is not None or tokens > FEW):
             keeps = keeps or "a CUDA graph cannot wait for the number of entries"
@@ -190,22 +190,20 @@ class SparseRun:
     # a compiler takes the answer for granted: hooks and types are what it guards, or cannot see
     _fixed_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def _too_small(self, x: Tensor, tokens: int) -> str | None:
+    def _too_small(self, x: Tensor, tokens: int, entries: int) -> str | None:
         """Why ``auto`` tries nothing on this call, or None."""
         if self.mode != "auto":
             return None
-        entries = self.block.up.weight.numel()
         if not (x.is_cuda or build.level() != "reference"):
             return "the kernels are not compiled here"
         if entries < LEAST and entries * tokens < MANY:
             return f"too small: {entries} weights in up, {tokens} tokens"
         return None
 
-    def _learns(self, x: Tensor) -> tuple[bool, ...] | None:
+    def _learns(self, x: Tensor, up: Tensor) -> tuple[bool, ...] | None:
         if not torch.is_grad_enabled():
             return None
-        block = self.block
-        learns = (x.requires_grad, block.up.weight.requires_grad, block.down.weight.requires_grad)
+        learns = (x.requires_grad, up.requires_grad, self.block.down.weight.requires_grad)
         return learns if any(learns) else None
 
     def _decide(self, met: Met, kind: Hashable, site: Site, x: Tensor) -> None:
