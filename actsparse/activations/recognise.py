@@ -22,7 +22,8 @@ def identify(function: Callable[[Tensor], Tensor]) -> str | None:
     """
     grid = torch.linspace(-7.0, 7.0, 113, dtype=torch.float64)
     # near zero for small thresholds and shifts, far out for caps
-    special = torch.tensor([2e-6, 1e-4, 2e-3, 0.02, 16.0, 100.0], dtype=torch.float64)
+    far = [16.0, 100.0, 7e4, 1e9]  # beyond half precision's range, where some cap
+    special = torch.tensor([2e-6, 1e-4, 2e-3, 0.02, *far], dtype=torch.float64)
     grid = torch.cat([grid, special, -special])
     tolerance = 1e-6
     try:
@@ -40,7 +41,9 @@ def identify(function: Callable[[Tensor], Tensor]) -> str | None:
     if not isinstance(values, Tensor) or values.shape != grid.shape:
         return None
     for candidate in ACTIVATIONS.values():
-        if torch.allclose(values.double(), candidate.value(grid.double()), rtol=0, atol=tolerance):
+        if torch.allclose(
+            values.double(), candidate.value(grid.double()), rtol=1e-12, atol=tolerance
+        ):
             return candidate.name
     return None
 

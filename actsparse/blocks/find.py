@@ -367,7 +367,7 @@ def _other_readers(cone: _Cone, down: Node, activation: Activation) -> tuple[str
     inside = {id(node) for node in cone.nodes}
     readers = (u for n in (*cone.layers, *cone.nodes) for u in n.users)
     others = (u for u in readers if u is not down and id(u) not in inside)
-    if activation.module is not None:
+    if type(activation.module).__module__.split(".")[0] in ("torch", "transformers"):
         others = (u for u in others if activation.name not in u.path)
     return tuple(dict.fromkeys(".".join((*u.path[-1:], u.name)).strip(".") for u in others))
 

@@ -5,6 +5,7 @@ Layers in whose place the kernels run are skipped: so nothing may hang on them t
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -76,13 +77,14 @@ class Fit:
                 return f"{part.name} is a {type(part.module).__name__}, no nn.Dropout"
         site, activation = site_at(block), block.activation.module
         if activation is not None and (site is None or site.phi is None):
-            if type(activation).__module__.split(".")[0] not in ("torch", "transformers"):
-                return (
-                    f"{block.activation.name} is a {type(activation).__name__}, which may do more "
-                    f"than its φ; SwapActivation gives the block a φ by name"
-                )
-            if (now := identify(activation)) != block.activation.function:
-                return f"{block.activation.name} was {block.activation.function}, but is {now} now"
+            for training in (False, True):
+                probe = copy.copy(activation)
+                probe.training = training
+                if is_own(probe.__dict__.get("forward")):
+                    del probe.__dict__["forward"]
+                if (now := identify(probe)) != block.activation.function:
+                    mode = "in training" if training else "now"
+                    return f"{block.activation.name} was {block.activation.function}, {mode} {now}"
         function = function_of(block)
         if function is None and (site is None or site.phi is None):
             return "its activation is none that is known by name"

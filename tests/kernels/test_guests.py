@@ -216,17 +216,40 @@ class Apart(nn.Module):
 
 
 class Clipped(nn.Module):
-    """A stranger's activation: ReLU where the finder looks, something else beyond."""
+    """ReLU for what the finder tries, something else for others."""
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.relu(z) if self.training or z.abs().max() < 1e9 else z
+        return torch.relu(z) if z.abs().max() < 1e12 else z
+
+
+class Capped(nn.Module):
+    """ReLU as far as half precision reaches."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.relu(z).clamp(max=65504)
+
+
+class Leaky(nn.Module):
+    """ReLU in evaluation alone."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return nn.functional.leaky_relu(z, 0.1) if self.training else torch.relu(z)
+
+
+class Squared(nn.Module):
+    """Anybody's squared ReLU."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.relu(z).square()
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a hidden layer that others read": (Capturing, "also feeds"),
     "a fused layer that others read": (Parallel, "also feeds"),
     "gate and up on two tensors": (Apart, "same tensor"),
-    "a stranger's activation": (lambda: Block(Clipped()), "Clipped"),
+    "an activation that looks at all it gets": (lambda: Block(Clipped()), "also feeds"),
+    "an activation with a far cap": (lambda: Block(Capped()), "known by name"),
+    "an activation of evaluation alone": (lambda: Block(Leaky()), "in training"),
     "alpha dropout": (lambda: Block(drop=nn.AlphaDropout(0.5)), "AlphaDropout"),
 }
 
@@ -251,17 +274,19 @@ def test_numbers_of_an_activation_that_change_are_noticed() -> None:
     before = model(X)
     model[1].negative_slope = 0.1
     got = model(X)
-    assert "was relu" in str(handle)
+    assert "1 was relu, now None" in str(handle)
     handle.remove()
     assert close(got, model(X))
     assert not close(got, before)
 
 
-def test_a_swapped_activation_may_be_a_strangers() -> None:
-    model = Block(Clipped()).eval()
-    sparsify(model, [SwapActivation("relu")], inputs=X)
+@pytest.mark.parametrize("swap", [None, "relu"])
+def test_a_strangers_activation_is_known_by_its_values(swap: str | None) -> None:
+    model = Block(Squared()).eval()
+    if swap:
+        sparsify(model, [SwapActivation(swap)], inputs=X)
     want = model.eval()(X)
-    handle = accelerate(model, mode="sparse")
+    handle = accelerate(model, inputs=X, mode="sparse")
     assert close(model(X), want)
     assert handle.table()[0]["program"] == "sparse"
 

@@ -33,7 +33,7 @@ def test_it_takes_no_threshold_and_is_left_as_it_is() -> None:
     with pytest.raises(ValueError, match="φ of block '0' is a function of your own, 'relu'"):
         calibrate_thresholds(model, seen, share=0.1)
     assert thresholds_of(model) is None
-    assert [site_of(block)._phi.new for block in handle.blocks] == [MINE, MINE]
+    assert [site_of(block).phi.new for block in handle.blocks] == [MINE, MINE]
     assert torch.equal(model(X), y)
 
 
@@ -46,7 +46,7 @@ def test_one_of_ours_comes_back_as_it_was() -> None:
     thresholds = calibrate_thresholds(model, seen, share=0.1)
     assert not torch.equal(model(X), y)
     thresholds.remove()
-    assert site_of(handle.blocks[0])._phi.new is named("jsrelu")
+    assert site_of(handle.blocks[0]).phi.new is named("jsrelu")
     assert torch.equal(model(X), y)
 
 

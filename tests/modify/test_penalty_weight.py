@@ -72,7 +72,7 @@ def test_a_penalty_that_weighs_nothing_asks_for_nothing() -> None:
     site, read = site_of(handle.blocks[0]), []
     for _ in range(4):
         model(x)
-        read.append((bool(site._wanted), handle.penalty().requires_grad))
+        read.append((bool(site.wanted), handle.penalty().requires_grad))
         optimizer.step()
     assert read == [(False, False), (True, True), (True, True), (False, False)]
     handle.load_state_dict({"step": 1, "steps": 3})
