@@ -181,16 +181,45 @@ class MLPBlock:
 
 @dataclass(frozen=True)
 class Refused:
-    """Something that looks like an MLP block but that actsparse does not handle, and why."""
+    """Something that looks like an MLP block but that actsparse does not handle, and why.
+
+    ``reached`` is False where it did not run on the inputs that blocks were found with.
+    """
 
     name: str
     reason: str
+    reached: bool = True
+
+
+def told(refused: Iterable[Refused]) -> list[str]:
+    """A line for each reason, names that differ in numbers alone taken together.
+
+    >>> told(Refused(f"experts.{i}", "it did not run") for i in range(8))
+    ['experts.0 … experts.7 (8): it did not run']
+    """
+    alike: dict[tuple[str, str], list[str]] = {}
+    for item in refused:
+        alike.setdefault((without_numbers(item.name), item.reason), []).append(item.name)
+    return [
+        f"{names[0]}{f' … {names[-1]} ({len(names)})' * (len(names) > 1)}: {reason}"
+        for (_, reason), names in alike.items()
+    ]
+
+
+def without_numbers(name: str) -> str:
+    """A module's name without the numbers of layers and experts.
+
+    >>> without_numbers("layers.3.mlp.fc1")
+    'layers.*.mlp.fc1'
+    """
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 class Blocks(list[MLPBlock]):
     """The MLP blocks of a model in order of execution.
 
-    ``refused`` lists those left out, ``inputs`` describes what the model ran on to find them.
+    ``refused`` lists those left out: what cannot be handled, and what did not run on the inputs.
+    ``inputs`` describes what the model ran on to find them.
     """
 
     def __init__(
@@ -212,7 +241,7 @@ class Blocks(list[MLPBlock]):
                 f"{block.up}{gate} → {block.activation.name} ({block.activation.function}) → "
                 f"{block.down}, {block.d_model} → {block.d_hidden}"
             )
-        lines += [f"  refused {item.name}: {item.reason}" for item in self.refused]
+        lines += [f"  refused {line}" for line in told(self.refused)]
         return "\n".join(lines)
 
     def __getitem__(self, index: Any) -> Any:

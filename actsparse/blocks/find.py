@@ -23,6 +23,7 @@ from actsparse.blocks.block import (
     NoMLPFound,
     Refused,
     base_layer,
+    told,
     unwrap,
 )
 from actsparse.blocks.flow import (
@@ -42,6 +43,7 @@ from actsparse.blocks.flow import (
 )
 from actsparse.blocks.inputs import describe_inputs
 from actsparse.blocks.trace import FrozenCall, Node, Trace, is_linear, trace, undisturbed
+from actsparse.blocks.unreached import unreached
 
 
 def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
@@ -129,6 +131,7 @@ class _Finder:
             for layer in (item.block.up, item.block.gate, item.block.down):
                 self.refused.pop(layer.name if layer else "", None)
         refused = [Refused(name, reason) for name, reason in self.refused.items()]
+        refused += unreached(self.trace, (item.block for item in found.values()))
         if not found:
             raise NoMLPFound(self._nothing(refused), refused)
         return Blocks((item.block for item in found.values()), refused, self.inputs)
@@ -139,7 +142,7 @@ class _Finder:
             "no MLP block found: expected a linear layer (d_model → d_hidden), a pointwise "
             "nonlinearity and a linear layer back to d_model."
         ]
-        lines += [f"  refused {item.name}: {item.reason}" for item in refused[:8]]
+        lines += [f"  refused {line}" for line in told(refused)[:8]]
         lines += [f"  seen: {text}" for text in self.seen[:8]]
         if not linears:
             lines.append("  the forward pass called no linear layer at all")

@@ -63,11 +63,14 @@ class FrozenCall:
 
 @dataclass
 class Trace:
-    """The nodes of a pass in order of execution, and how often each module was called."""
+    """The nodes of a pass in order of execution, the modules, and the names of those that ran.
+
+    A module has run where it was called, or where an operation outside took one of its parameters.
+    """
 
     nodes: list[Node]
-    calls: dict[str, int]
     modules: dict[str, nn.Module]
+    ran: set[str]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -86,7 +89,7 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
     recorder = _Recorder(model)
     with sites_asleep(), torch.no_grad(), recorder.hooked(), recorder:
         run_forward(model, inputs)
-    return Trace(recorder.nodes, recorder.calls, recorder.modules)
+    return Trace(recorder.nodes, recorder.modules, recorder.ran)
 
 
 class _Recorder(TorchFunctionMode):
@@ -95,13 +98,17 @@ class _Recorder(TorchFunctionMode):
         self.modules = dict(model.named_modules())
         self.names = {id(module): name for name, module in self.modules.items()}
         self.nodes: list[Node] = []
-        self.calls: dict[str, int] = {}
+        self.ran: set[str] = set()
         self.stack: list[str] = []
         self.opaque = 0
         self.norms = {id(m): inspect_norm(name, m) for name, m in self.modules.items()}
         self.made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for name, parameter in model.named_parameters():
-            self.made_by[parameter] = Node("parameter", name, shape=tuple(parameter.shape))
+        self.holders: dict[str, list[str]] = {}  # parameter → modules; tied ones have several
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            node = self.made_by.setdefault(
+                parameter, Node("parameter", name, shape=tuple(parameter.shape))
+            )
+            self.holders.setdefault(node.name, []).append(name.rpartition(".")[0])
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -117,7 +124,7 @@ class _Recorder(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         name = self.names[id(module)]
-        self.calls[name] = self.calls.get(name, 0) + 1
+        self.ran.add(name)
         self.stack.append(name)
         if self.opaque or is_linear(module) or self.norms[id(module)] is not None:
             self.opaque += 1
@@ -161,6 +168,9 @@ class _Recorder(TorchFunctionMode):
         if self.opaque:
             return func(*args, **kwargs)
         inputs = [(t, self._node(t)) for t in _tensors((args, kwargs))]
+        for _, node in inputs:
+            if node.kind == "parameter":
+                self.ran.update(self.holders[node.name])
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         outputs = [result] if isinstance(result, Tensor) else result

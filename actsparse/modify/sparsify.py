@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
-from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.chosen import found_with
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
 from actsparse.modify.recipe import RecipeLike, as_recipe
@@ -32,7 +32,8 @@ def sparsify(
     Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
     or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
     missing). ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
-    ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead.
+    ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead. Blocks
+    that ``inputs`` do not reach (experts, another tower) stay as they are, with a warning.
     ``optimizer`` is attached (:meth:`Handle.attach`) if given, with ``steps``, the number of its
     steps in the whole training, which schedules given as fractions need. The default
     recipe, ``best``, is for training from scratch. It has a penalty, ``loss = loss +
@@ -81,7 +82,7 @@ def sparsify(
     if blocks is None:
         if inputs is None:
             raise ValueError("sparsify needs inputs=, on which the model runs, or blocks=")
-        blocks = find_mlp_blocks(root, inputs)
+        blocks = found_with(root, inputs, "sparsify")
     blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
     _check_blocks(root, blocks)
     handle = Handle(root, recipe, blocks)

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from actsparse.blocks.block import MLPBlock, base_layer, unwrap
-from actsparse.blocks.chosen import blocks_of
-from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.chosen import blocks_of, found_with
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.curvature_product import LossSurface
@@ -277,7 +276,7 @@ def _blocks(
     if inputs is not None or blocks is not None or handle is not None:
         return blocks_of(model, inputs, blocks, "measure")
     try:
-        return list(find_mlp_blocks(model, first))
+        return list(found_with(model, first, "measure", stacklevel=4))
     except TypeError as error:
         raise ValueError(
             f"a batch is not what {type(model).__name__} runs on ({error}); give measure inputs= "
