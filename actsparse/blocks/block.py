@@ -37,29 +37,45 @@ class Layer:
     layout: Literal["Linear", "Conv1D"] = "Linear"
     rows: slice | None = None
 
-    def _base(self) -> nn.Module:
-        return base_layer(self.module)
+    def _read(self, name: str) -> Tensor:
+        base = base_layer(self.module)
+        tensor = getattr(base, name, None)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"layer {self.name!r} holds no {name} that can be read: {type(base).__name__}, "
+                f"quantised?"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"layer {self.name!r}: {on_meta(base)}")
+        return tensor
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], whatever the layout; a view of the model's parameter."""
-        weight = self._base().weight
-        assert isinstance(weight, Tensor)
+        """[out, in], whatever the layout; a view of the model's parameter.
+
+        Raises:
+            ValueError: there is none to read, as in quantised layers, or it is on 'meta'.
+        """
+        weight = self._read("weight")
         weight = weight.T if self.layout == "Conv1D" else weight
         return weight if self.rows is None else weight[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
-        """[out] or None; a view of the model's parameter."""
-        bias = getattr(self._base(), "bias", None)
-        return bias if bias is None or self.rows is None else bias[self.rows]
+        """[out] or None; a view of the model's parameter.
+
+        Raises:
+            ValueError: as for ``weight``.
+        """
+        if getattr(base_layer(self.module), "bias", None) is None:
+            return None
+        bias = self._read("bias")
+        return bias if self.rows is None else bias[self.rows]
 
     @property
     def width(self) -> int:
         """How many outputs the module has, those of other layers in it included."""
-        weight = self._base().weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[1 if self.layout == "Conv1D" else 0]
+        return widths(self.module)[1]
 
     def select(self, output: Tensor) -> Tensor:
         """This layer's part [..., out] of the module's output [..., out of the module]."""
@@ -248,6 +264,30 @@ class Blocks(list[MLPBlock]):
         """One block, or for a slice the chosen ones as :class:`Blocks`."""
         chosen = super().__getitem__(index)
         return Blocks(chosen, self.refused, self.inputs) if isinstance(index, slice) else chosen
+
+
+def on_meta(module: nn.Module) -> str | None:
+    """Why the values of a module's parameters cannot be read or changed now, or None.
+
+    >>> on_meta(nn.Linear(2, 2)), on_meta(nn.Linear(2, 2, device="meta")) is None
+    (None, False)
+    """
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return None
+    return (
+        "its weights are on 'meta', without values: not loaded yet, or offloaded (cpu_offload, "
+        "device_map='auto'), so that they are there in its own forward alone"
+    )
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """How many features enter and leave a linear layer.
+
+    >>> widths(nn.Linear(2, 3))
+    (2, 3)
+    """
+    names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")
+    return getattr(module, names[0]), getattr(module, names[1])
 
 
 def base_layer(module: nn.Module) -> nn.Module:

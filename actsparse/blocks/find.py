@@ -8,10 +8,13 @@ table of architectures: names and classes play no part.
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from actsparse.activations import identify, works_in_place
 from actsparse.blocks.block import (
@@ -23,6 +26,7 @@ from actsparse.blocks.block import (
     NoMLPFound,
     Refused,
     base_layer,
+    on_meta,
     told,
     unwrap,
 )
@@ -34,6 +38,7 @@ from actsparse.blocks.flow import (
     MULTIPLIES,
     SCALES,
     back,
+    chain,
     consumers,
     origins,
     residual_sum,
@@ -42,7 +47,7 @@ from actsparse.blocks.flow import (
     upstream,
 )
 from actsparse.blocks.inputs import describe_inputs
-from actsparse.blocks.trace import FrozenCall, Node, Trace, is_linear, trace, undisturbed
+from actsparse.blocks.trace import Node, Trace, is_linear, trace, undisturbed
 from actsparse.blocks.unreached import unreached
 
 
@@ -50,23 +55,45 @@ def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
     """The MLP blocks of ``model``, found by watching one forward pass on ``inputs``.
 
     The pass has no side effects: modes, random state, buffers, gradients and hooks stay as they
-    were. ``inputs`` is a tensor, a tuple of arguments or a dict for ``model(**inputs)``. Blocks
-    that actsparse cannot handle (batched experts, ...) are in the result's ``refused``, each with
-    a reason.
+    were (:func:`actsparse.blocks.trace.undisturbed` says what that leaves out). Another thread may
+    evaluate the model meanwhile; it must not train it or attach anything to it.
+
+    ``inputs`` is a tensor, a tuple of arguments or a dict for ``model(**inputs)``. What actsparse
+    cannot handle (batched experts, ...) and what looks like a block, but did not run on
+    ``inputs``, is in the result's ``refused``, each with a reason.
 
     Raises:
         NoMLPFound: no block, or only refused ones; lists what was seen and what is missing.
         TypeError: ``inputs`` is none of the three kinds.
+        ValueError: layers that are not initialised yet (lazy) or hold no values (on 'meta', where
+            the pass needs them), or a TorchScript model.
 
-    >>> import torch
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> (block,) = find_mlp_blocks(mlp, torch.randn(2, 8))
     >>> block.up.name, block.activation.function, block.down.name, block.d_hidden
     ('0', 'relu', '2', 32)
     """
     model = unwrap(model)
-    with undisturbed(model):  # naming an activation runs it, too
-        return _Finder(trace(model, inputs), describe_inputs(inputs)).blocks()
+    _check(model)
+    with _ONE_AT_A_TIME, undisturbed(model):  # naming an activation runs it, too
+        try:
+            traced = trace(model, inputs)
+        except RuntimeError as error:
+            if (reason := on_meta(model)) is None:
+                raise
+            raise ValueError(f"{type(model).__name__} does not run: {reason}") from error
+        return _Finder(traced, describe_inputs(inputs)).blocks()
+
+
+def _check(model: nn.Module) -> None:
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} is not initialised yet: run the model once, then find")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is TorchScript, which takes no hooks; give the eager model")
+
+
+_ONE_AT_A_TIME = threading.RLock()  # two would take each other's modes for the model's own
 
 
 @dataclass(eq=False)
@@ -290,7 +317,7 @@ class _Finder:
         if not any(_inside(owner_name, name) for name in held):
             in_place = works_in_place(module)
             return Activation(owner_name, identify(module), module, module, in_place=in_place)
-        call = _chain(nodes)
+        call = chain(nodes)
         steps = tuple(call.steps) if call else ()
         function = identify(call) if call else None
         label = f"{nodes[-1].name}()"
@@ -364,28 +391,6 @@ def _layer(node: Node, window: Any) -> Layer:
         start, step, size = window
         rows = slice(start, start + size) if step == 1 else slice(start, start + step * size, step)
     return Layer(node.name, node.module, layout, rows)  # type: ignore[arg-type]
-
-
-class _Chain:
-    """Functions of one tensor applied one after the other, like ``relu(z).square()``."""
-
-    def __init__(self, calls: list[FrozenCall]) -> None:
-        self.calls = calls
-
-    @property
-    def steps(self) -> list[Any]:
-        return [call.function for call in self.calls]
-
-    def __call__(self, z: Tensor) -> Tensor:
-        for call in self.calls:
-            z = call(z)
-        return z
-
-
-def _chain(nodes: list[Node]) -> _Chain | None:
-    calls = [n.call for n in nodes if n.call is not None]
-    linked = all(b.inputs == [a] for a, b in itertools.pairwise(nodes))
-    return _Chain(calls) if linked and len(calls) == len(nodes) else None
 
 
 def _common(*paths: tuple[str, ...]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ layers and norms count as one node each, whatever happens inside them (LoRA, qua
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,12 +85,21 @@ def is_linear(module: nn.Module) -> bool:
 def trace(model: nn.Module, inputs: Any) -> Trace:
     """Run ``model`` once on ``inputs`` without gradients and record its graph.
 
-    Call it inside :func:`undisturbed`, so that nothing of the model changes.
+    Call it inside :func:`undisturbed`, so that nothing of the model changes. What other threads run
+    meanwhile is not recorded.
     """
     recorder = _Recorder(model)
-    with sites_asleep(), torch.no_grad(), recorder.hooked(), recorder:
+    with sites_asleep(), torch.no_grad(), _uncompiled(model), recorder.hooked(), recorder:
         run_forward(model, inputs)
     return Trace(recorder.nodes, recorder.modules, recorder.ran)
+
+
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Compiled parts run as written: compilers would compile the recorder, too, and keep that."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 class _Recorder(TorchFunctionMode):
@@ -101,6 +111,7 @@ class _Recorder(TorchFunctionMode):
         self.ran: set[str] = set()
         self.stack: list[str] = []
         self.opaque = 0
+        self.thread = threading.get_ident()
         self.norms = {id(m): inspect_norm(name, m) for name, m in self.modules.items()}
         self.made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.holders: dict[str, list[str]] = {}  # parameter → modules; tied ones have several
@@ -115,6 +126,8 @@ class _Recorder(TorchFunctionMode):
         handles = []
         try:
             for module in self.modules.values():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
             yield
@@ -123,6 +136,8 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
         name = self.names[id(module)]
         self.ran.add(name)
         self.stack.append(name)
@@ -130,6 +145,8 @@ class _Recorder(TorchFunctionMode):
             self.opaque += 1
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
         self.stack.pop()
         if self.opaque:
             self.opaque -= 1
@@ -170,7 +187,7 @@ class _Recorder(TorchFunctionMode):
         inputs = [(t, self._node(t)) for t in _tensors((args, kwargs))]
         for _, node in inputs:
             if node.kind == "parameter":
-                self.ran.update(self.holders[node.name])
+                self.ran.update(self.holders.get(node.name, ()))
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         outputs = [result] if isinstance(result, Tensor) else result
@@ -213,8 +230,17 @@ class _Recorder(TorchFunctionMode):
     def _node(self, tensor: Tensor) -> Node:
         node = self.made_by.get(tensor)
         if node is None:
-            node = self.made_by[tensor] = Node("source", "input", shape=tuple(tensor.shape))
+            kind, name = "source", "input"
+            if isinstance(tensor, nn.Parameter):  # put in its place for this call: offloading
+                kind, name = "parameter", self._name_of(tensor)
+            node = self.made_by[tensor] = Node(kind, name, shape=tuple(tensor.shape))
         return node
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        owner = self.stack[-1] if self.stack else ""
+        held = self.modules[owner]._parameters.items()
+        name = next((name for name, value in held if value is parameter), "parameter")
+        return f"{owner}.{name}" if owner else name
 
     def _add(self, node: Node, output: Tensor) -> None:
         for source in node.inputs:
@@ -255,14 +281,16 @@ def _tensors(value: Any) -> list[Tensor]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; mode, buffers and random state as before afterwards."""
+    """Eval mode inside; modes, buffers, attributes and random state as before afterwards.
+
+    Attributes that a forward adds stay, and so does what it writes into lists and the like. Another
+    thread may evaluate the model meanwhile, not train it: it would find it in eval mode. What other
+    threads draw from torch's global generators meanwhile is drawn again afterwards.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module, _ in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    eager = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]
+    held = [(module, dict(vars(module)), dict(module._buffers)) for module in eager]
+    values = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -272,8 +300,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-            with torch.no_grad():
-                for module, name, buffer, saved in buffers:
-                    module._buffers[name] = buffer  # a forward may have put another in its place
-                    if not torch.equal(buffer, saved):
-                        buffer.copy_(saved)
+            for module, attributes, buffers in held:
+                module._buffers.update(buffers)  # a forward may have put others in their place
+                _restore(module, attributes)
+            for buffer, value in values:
+                if buffer.shape != value.shape:  # observers of quantisation grow in place
+                    buffer.data = value
+                elif not torch.equal(buffer, value):
+                    with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
+                        buffer.copy_(value)
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Set back what a forward has set anew, so that it fits the buffers (a cache's length)."""
+    if type(module).__name__ == "FullyShardedDataParallel":  # sets itself up in its first pass
+        return
+    now = vars(module)
+    for name, value in attributes.items():
+        ours = name == "forward" or name.startswith("_actsparse")  # another thread may attach
+        if not ours and name in now and now[name] is not value:
+            now[name] = value

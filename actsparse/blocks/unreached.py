@@ -11,11 +11,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from actsparse.blocks.block import MLPBlock, Refused, without_numbers
+from actsparse.blocks.block import MLPBlock, Refused, widths, without_numbers
 from actsparse.blocks.trace import Trace, is_linear
 
 _IDLE = "its layers did not run on these inputs; give inputs that reach it"
-_SCRIPT = "it is TorchScript, inside which no hook fires; find the blocks of the eager model"
+_SCRIPT = "TorchScript, which takes no hooks; find the blocks of the eager module"
 
 
 def unreached(trace: Trace, blocks: Iterable[MLPBlock]) -> list[Refused]:
@@ -26,32 +26,35 @@ def unreached(trace: Trace, blocks: Iterable[MLPBlock]) -> list[Refused]:
     D to H ≠ D features and back. Poolers, heads and adapters that are switched off are not.
     """
     ran = {part for name in trace.ran for part in _parts(name)}
+    closed = [n for n, m in trace.modules.items() if isinstance(m, torch.jit.ScriptModule)]
     parts: dict[str, list[str]] = {}  # scope → linear layers in it
     tops: dict[str, str] = {}  # linear layer → the largest module around it that did not run
     for name, module in trace.modules.items():
         *above, _ = _parts(name)
-        if not is_linear(module) or name in ran or any(is_linear(trace.modules[a]) for a in above):
+        inside = name in closed or any(is_linear(trace.modules[part]) for part in above)
+        if not is_linear(module) or name in ran or inside:
             continue
-        tops[name] = next(part for part in _parts(name) if part not in ran or _script(trace, part))
+        tops[name] = next(part for part in _parts(name) if part not in ran)
         scope = tops[name] if tops[name] != name else _owner(trace, above)
         parts.setdefault(scope, []).append(name)
     found = {
-        (without_numbers(layer.name), _sizes(layer.module))
+        (without_numbers(layer.name), widths(layer.module))
         for block in blocks
         for layer in (block.up, block.gate, block.down)
         if layer is not None
     }
     listed: dict[str, None] = {}
     for names in parts.values():
-        sizes = [_sizes(trace.modules[name]) for name in names]
+        sizes = [widths(trace.modules[name]) for name in names]
         pairs = {(up, down) for up in sizes for down in sizes if _lead_back(up, down)}
         for name, size in zip(names, sizes, strict=True):
             place = (without_numbers(name), size)
             if place in found or any(size in pair for pair in pairs):
                 listed[tops[name]] = None
+    outermost = (name for name in closed if set(_parts(name)[:-1]).isdisjoint(closed))
     return [
-        Refused(name, _SCRIPT if _script(trace, name) else _IDLE, reached=_script(trace, name))
-        for name in listed
+        *(Refused(name, _SCRIPT) for name in outermost),
+        *(Refused(name, _IDLE, reached=False) for name in listed),
     ]
 
 
@@ -61,20 +64,10 @@ def _parts(name: str) -> list[str]:
     return [".".join(steps[: i + 1]) for i in range(len(steps))]
 
 
-def _script(trace: Trace, name: str) -> bool:
-    return isinstance(trace.modules[name], torch.jit.ScriptModule)
-
-
 def _owner(trace: Trace, above: list[str]) -> str:
     """The nearest module around that is more than a list, whose forward calls the layer."""
     lists = (nn.ModuleList, nn.ModuleDict)
     return next((a for a in reversed(above) if not isinstance(trace.modules[a], lists)), "")
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    """The features that enter and leave a linear layer."""
-    names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")
-    return getattr(module, names[0]), getattr(module, names[1])
 
 
 def _lead_back(up: tuple[int, int], down: tuple[int, int]) -> bool:

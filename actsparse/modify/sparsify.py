@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsparse.blocks.block import Blocks, MLPBlock, unwrap
+from actsparse.blocks.block import Blocks, MLPBlock, on_meta, unwrap
 from actsparse.blocks.chosen import found_with
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
@@ -48,9 +48,9 @@ def sparsify(
 
     Raises:
         ValueError: unknown recipe; no block; blocks of another model; a modification that fits no
-            block at all; a model that is sparsified already, has thresholds or is wrapped in DDP;
-            ``steps`` without ``optimizer``, or missing where a schedule needs it. The model is
-            untouched then.
+            block at all; a model that is sparsified already, has thresholds, is wrapped in DDP or
+            has weights on 'meta' (offloaded, or not loaded); ``steps`` without ``optimizer``, or
+            missing where a schedule needs it. The model is untouched then.
 
     >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> handle = sparsify(mlp, "paper", inputs=torch.randn(2, 5, 8))
@@ -137,6 +137,9 @@ def _check_blocks(root: nn.Module, blocks: Blocks) -> None:
                 f"another model or in a part of this one, or its layers were exchanged since (by "
                 f"peft?); find the blocks of this very model, or give inputs="
             )
+        for part in (block.norm, block.gate, block.up, block.down):
+            if part is not None and (reason := on_meta(part.module)) is not None:
+                raise ValueError(f"block {block.name!r}, {part.name!r}: {reason}")
         site = block.up.module.__dict__.get("_actsparse_site")
         if site is not None and site.modified and thresholds_of(root) is not None:
             raise ValueError(
