@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actsparse.blocks.block import Norm
-from actsparse.blocks.inputs import run_forward
+from actsparse.blocks.inputs import copied, run_forward, tensors_in
 from actsparse.blocks.norm import inspect_norm
 from actsparse.blocks.passage import sites_asleep
 
@@ -90,7 +90,7 @@ def trace(model: nn.Module, inputs: Any) -> Trace:
     """
     recorder = _Recorder(model)
     with sites_asleep(), torch.no_grad(), _uncompiled(model), recorder.hooked(), recorder:
-        run_forward(model, inputs)
+        run_forward(model, copied(inputs))
     return Trace(recorder.nodes, recorder.modules, recorder.ran)
 
 
@@ -152,7 +152,7 @@ class _Recorder(TorchFunctionMode):
             self.opaque -= 1
             if self.opaque:
                 return
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         norm, linear = self.norms[id(module)], is_linear(module)
         if not (norm or linear):
             # operations that no function mode sees (custom autograd functions, scripts): take the
@@ -184,7 +184,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.opaque:
             return func(*args, **kwargs)
-        inputs = [(t, self._node(t)) for t in _tensors((args, kwargs))]
+        inputs = [(t, self._node(t)) for t in tensors_in((args, kwargs))]
         for _, node in inputs:
             if node.kind == "parameter":
                 self.ran.update(self.holders.get(node.name, ()))
@@ -267,16 +267,6 @@ def _window(source: Tensor, output: Tensor) -> Window | None:
     start = (output.storage_offset() - source.storage_offset()) // stride
     step = output.stride(-1) // stride if output.shape[-1] > 1 else 1
     return (start, step, output.shape[-1])
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, spectral_norm
+from transformers import DynamicCache
 
 from actsparse import NoMLPFound, find_mlp_blocks, observe
 from tests.zoo import BY_ID
@@ -155,6 +157,31 @@ def test_a_model_made_of_inference_tensors_is_found_and_left_alone(inside: bool)
         (block,) = find_mlp_blocks(model, X)
     assert block.norm is not None
     assert not inside or int(model.calls) == 0
+
+
+class Writing(Plain):
+    """Writes into what it is called with."""
+
+    def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+        x += 1
+        cache.append(x)
+        return super().forward(x)
+
+
+def test_inputs_stay_as_they_were() -> None:
+    x, cache = X.clone().requires_grad_() * 1, [X.clone()]  # x has a graph
+    assert len(find_mlp_blocks(Writing(), {"x": x, "cache": cache})) == 1
+    assert torch.equal(x, X)
+    assert len(cache) == 1
+
+
+def test_a_key_value_cache_among_the_inputs_does_not_grow() -> None:
+    model, inputs = BY_ID["llama"].build()
+    known = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in known else "past_key_values"
+    cache = DynamicCache(config=model.config)
+    find_mlp_blocks(model.eval(), {**inputs, name: cache, "use_cache": True})
+    assert cache.get_seq_length() == 0
 
 
 # --- parts of other kinds ------------------------------------------------------------------------
