@@ -129,7 +129,9 @@ class _Recorder(TorchFunctionMode):
                 if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                     continue
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+                handles.append(
+                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+                )
             yield
         finally:
             for handle in handles:
@@ -145,7 +147,7 @@ class _Recorder(TorchFunctionMode):
             self.opaque += 1
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread or self.stack[-1:] != [self.names[id(module)]]:
             return
         self.stack.pop()
         if self.opaque:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 
@@ -182,6 +183,25 @@ def test_a_key_value_cache_among_the_inputs_does_not_grow() -> None:
     cache = DynamicCache(config=model.config)
     find_mlp_blocks(model.eval(), {**inputs, name: cache, "use_cache": True})
     assert cache.get_seq_length() == 0
+
+
+class Trying(Plain):
+    """Falls back to its own layers where another way fails, as models do with fast kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast = nn.Sequential(nn.Linear(8, 32), nn.Linear(8, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with contextlib.suppress(RuntimeError):
+            return self.fast(x)
+        return super().forward(x)
+
+
+def test_an_error_that_the_model_catches_loses_no_block() -> None:
+    found = find_mlp_blocks(nn.Sequential(Trying(), Plain()), X)
+    rows = [(b.name, b.up.name, b.activation.name, b.norm.name) for b in found]
+    assert rows == [(n, f"{n}.up", f"{n}.act", f"{n}.norm") for n in "01"]
 
 
 # --- parts of other kinds ------------------------------------------------------------------------
