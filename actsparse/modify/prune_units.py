@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Layer, MLPBlock, on_meta, unwrap
 from actsparse.blocks.sharding import sharded
 from actsparse.modify.handle import handle_of
-from actsparse.modify.seen import Seen, phi_of, seen_blocks, site_at
+from actsparse.modify.seen import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
 from actsparse.modify.zeroth_bias import CHILD
 
@@ -243,7 +243,7 @@ class Pruned:
 
 def _attached(block: MLPBlock) -> list[MLPBlock]:
     """The objects by which what is attached knows a block."""
-    site = site_at(block)
+    site = block.up.module.__dict__.get("_actsparse_site")
     if site is None:
         return []
     executor = getattr(site._executor, "block", None)
@@ -269,7 +269,7 @@ def _unfit(
         return "the model is sharded (FSDP); prune before sharding"
     if any(part.kind == "norm" for part in block.between):
         return "a norm over its hidden units stands before down, which counts dead ones too"
-    phi = phi_of(block)
+    phi = getattr(block.up.module.__dict__.get("_actsparse_site"), "_phi", None)
     if phi is not None and not isinstance(phi, MixedActivation):
         return "a unit's activation depends on the others (TopK), and on how many there are"
     layers = [layer for layer in (block.up, block.gate, block.down) if layer is not None]

@@ -1,5 +1,4 @@
-"""What changes after training need to know: of ``observe``, which ``modify`` does not import, and
-of what is attached to a block."""
+"""What changes after training take from ``observe``, which ``modify`` does not import."""
 
 from __future__ import annotations
 
@@ -9,8 +8,6 @@ from typing import Any, Literal, Protocol
 from torch import nn
 
 from actsparse.blocks.block import MLPBlock, unwrap
-from actsparse.blocks.passage import Phi
-from actsparse.blocks.site import Site
 
 
 class Seen(Protocol):
@@ -53,14 +50,3 @@ def seen_blocks(
                 f"observe this very model (copies have blocks of their own)"
             )
     return {names[block.up.module]: block for block in chosen}
-
-
-def site_at(block: MLPBlock) -> Site | None:
-    """What is attached to a block; None: nothing."""
-    return block.up.module.__dict__.get("_actsparse_site")
-
-
-def phi_of(block: MLPBlock) -> Phi | None:
-    """What replaces a block's activation; None: its own is in force."""
-    site = site_at(block)
-    return None if site is None else site._phi

@@ -12,7 +12,7 @@ from torch import nn
 from actsparse.activations import known_as, thresholded
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.site import site_of
-from actsparse.modify.seen import Seen, phi_of, seen_blocks
+from actsparse.modify.seen import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
 
 _ATTRIBUTE = "_actsparse_thresholds"
@@ -257,7 +257,8 @@ class _Place:
 
     def __init__(self, name: str, block: MLPBlock) -> None:
         self.block = block
-        swap = phi_of(block)
+        site = block.up.module.__dict__.get("_actsparse_site")
+        swap = None if site is None else site._phi
         if swap is not None and not (isinstance(swap, MixedActivation) and swap.done):
             what = "still being mixed" if isinstance(swap, MixedActivation) else "of all units"
             raise ValueError(f"φ of block {name!r} is {what}: it takes no threshold")
@@ -285,7 +286,8 @@ class _Place:
     @property
     def threshold(self) -> float:
         """What is in force; 0 also where a swap that held it was taken back."""
-        return self._threshold if phi_of(self.block) is self.phi else 0.0
+        site = self.block.up.module.__dict__.get("_actsparse_site")
+        return self._threshold if site is not None and site._phi is self.phi else 0.0
 
     @property
     def function(self) -> str:
@@ -301,7 +303,7 @@ class _Place:
             site.refresh()
         elif not threshold:
             site.release(self.phi)
-        elif phi_of(self.block) is not self.phi:
+        elif site._phi is not self.phi:
             site.replace_activation(self.phi)
         else:
             site.refresh()
