@@ -7,14 +7,11 @@ table of architectures: names and classes play no part.
 
 from __future__ import annotations
 
-import itertools
 import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from actsparse.activations import identify, works_in_place
 from actsparse.blocks.block import (
@@ -47,7 +44,7 @@ from actsparse.blocks.flow import (
     upstream,
 )
 from actsparse.blocks.inputs import describe_inputs
-from actsparse.blocks.trace import Node, Trace, is_linear, trace, undisturbed
+from actsparse.blocks.trace import Node, Trace, check_traceable, is_linear, trace, undisturbed
 from actsparse.blocks.unreached import unreached
 
 
@@ -68,13 +65,14 @@ def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
         ValueError: layers that are not initialised yet (lazy) or hold no values (on 'meta', where
             the pass needs them), or a TorchScript model.
 
+    >>> import torch
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> (block,) = find_mlp_blocks(mlp, torch.randn(2, 8))
     >>> block.up.name, block.activation.function, block.down.name, block.d_hidden
     ('0', 'relu', '2', 32)
     """
     model = unwrap(model)
-    _check(model)
+    check_traceable(model)
     with _ONE_AT_A_TIME, undisturbed(model):  # naming an activation runs it, too
         try:
             traced = trace(model, inputs)
@@ -83,14 +81,6 @@ def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
                 raise
             raise ValueError(f"{type(model).__name__} does not run: {reason}") from error
         return _Finder(traced, describe_inputs(inputs)).blocks()
-
-
-def _check(model: nn.Module) -> None:
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor):
-            raise ValueError(f"{name!r} is not initialised yet: run the model once, then find")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError("the model is TorchScript, which takes no hooks; give the eager model")
 
 
 _ONE_AT_A_TIME = threading.RLock()  # two would take each other's modes for the model's own

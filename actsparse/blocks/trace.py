@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -80,6 +81,19 @@ def is_linear(module: nn.Module) -> bool:
         return True
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return all(isinstance(size, int) for size in sizes)
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Refuse what cannot be recorded, before anything is touched.
+
+    Raises:
+        ValueError: a parameter that is not initialised yet (lazy), or a TorchScript model.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} is not initialised yet: run the model once, then find")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is TorchScript, which takes no hooks; give the eager model")
 
 
 def trace(model: nn.Module, inputs: Any) -> Trace:
