@@ -37,29 +37,45 @@ class Layer:
     layout: Literal["Linear", "Conv1D"] = "Linear"
     rows: slice | None = None
 
-    def _base(self) -> nn.Module:
-        return base_layer(self.module)
+    def _read(self, name: str) -> Tensor:
+        base = base_layer(self.module)
+        tensor = getattr(base, name, None)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"layer {self.name!r} holds no {name} that can be read: {type(base).__name__}, "
+                f"quantised?"
+            )
+        if tensor.is_meta:
+            raise ValueError(f"layer {self.name!r}: {on_meta(base)}")
+        return tensor
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], whatever the layout; a view of the model's parameter."""
-        weight = self._base().weight
-        assert isinstance(weight, Tensor)
+        """[out, in], whatever the layout; a view of the model's parameter.
+
+        Raises:
+            ValueError: there is none to read, as in quantised layers, or it is on 'meta'.
+        """
+        weight = self._read("weight")
         weight = weight.T if self.layout == "Conv1D" else weight
         return weight if self.rows is None else weight[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
-        """[out] or None; a view of the model's parameter."""
-        bias = getattr(self._base(), "bias", None)
-        return bias if bias is None or self.rows is None else bias[self.rows]
+        """[out] or None; a view of the model's parameter.
+
+        Raises:
+            ValueError: as for ``weight``.
+        """
+        if getattr(base_layer(self.module), "bias", None) is None:
+            return None
+        bias = self._read("bias")
+        return bias if self.rows is None else bias[self.rows]
 
     @property
     def width(self) -> int:
         """How many outputs the module has, those of other layers in it included."""
-        weight = self._base().weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[1 if self.layout == "Conv1D" else 0]
+        return widths(self.module)[1]
 
     def select(self, output: Tensor) -> Tensor:
         """This layer's part [..., out] of the module's output [..., out of the module]."""
@@ -188,16 +204,45 @@ class MLPBlock:
 
 @dataclass(frozen=True)
 class Refused:
-    """Something that looks like an MLP block but that actsparse does not handle, and why."""
+    """Something that looks like an MLP block but that actsparse does not handle, and why.
+
+    ``reached`` is False where it did not run on the inputs that blocks were found with.
+    """
 
     name: str
     reason: str
+    reached: bool = True
+
+
+def told(refused: Iterable[Refused]) -> list[str]:
+    """A line for each reason, names that differ in numbers alone taken together.
+
+    >>> told(Refused(f"experts.{i}", "it did not run") for i in range(8))
+    ['experts.0 … experts.7 (8): it did not run']
+    """
+    alike: dict[tuple[str, str], list[str]] = {}
+    for item in refused:
+        alike.setdefault((without_numbers(item.name), item.reason), []).append(item.name)
+    return [
+        f"{names[0]}{f' … {names[-1]} ({len(names)})' * (len(names) > 1)}: {reason}"
+        for (_, reason), names in alike.items()
+    ]
+
+
+def without_numbers(name: str) -> str:
+    """A module's name without the numbers of layers and experts.
+
+    >>> without_numbers("layers.3.mlp.fc1")
+    'layers.*.mlp.fc1'
+    """
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
 class Blocks(list[MLPBlock]):
     """The MLP blocks of a model in order of execution.
 
-    ``refused`` lists those left out, ``inputs`` describes what the model ran on to find them.
+    ``refused`` lists those left out: what cannot be handled, and what did not run on the inputs.
+    ``inputs`` describes what the model ran on to find them.
     """
 
     def __init__(
@@ -219,13 +264,37 @@ class Blocks(list[MLPBlock]):
                 f"{block.up}{gate} → {block.activation.name} ({block.activation.function}) → "
                 f"{block.down}, {block.d_model} → {block.d_hidden}"
             )
-        lines += [f"  refused {item.name}: {item.reason}" for item in self.refused]
+        lines += [f"  refused {line}" for line in told(self.refused)]
         return "\n".join(lines)
 
     def __getitem__(self, index: Any) -> Any:
         """One block, or for a slice the chosen ones as :class:`Blocks`."""
         chosen = super().__getitem__(index)
         return Blocks(chosen, self.refused, self.inputs) if isinstance(index, slice) else chosen
+
+
+def on_meta(module: nn.Module) -> str | None:
+    """Why the values of a module's parameters cannot be read or changed now, or None.
+
+    >>> on_meta(nn.Linear(2, 2)), on_meta(nn.Linear(2, 2, device="meta")) is None
+    (None, False)
+    """
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return None
+    return (
+        "its weights are on 'meta', without values: not loaded yet, or offloaded (cpu_offload, "
+        "device_map='auto'), so that they are there in its own forward alone"
+    )
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """How many features enter and leave a linear layer.
+
+    >>> widths(nn.Linear(2, 3))
+    (2, 3)
+    """
+    names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")
+    return getattr(module, names[0]), getattr(module, names[1])
 
 
 def base_layer(module: nn.Module) -> nn.Module:

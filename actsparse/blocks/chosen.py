@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from actsparse.blocks.block import MLPBlock, unwrap
+from actsparse.blocks.block import Blocks, MLPBlock, told, unwrap
 from actsparse.blocks.find import find_mlp_blocks
+
+
+def found_with(model: nn.Module, inputs: Any, caller: str, stacklevel: int = 3) -> Blocks:
+    """The blocks that ``inputs`` show, with a warning where parts of the model did not run.
+
+    ``caller``, whom the warning speaks of, leaves those parts as they are.
+    """
+    found = find_mlp_blocks(model, inputs)
+    idle = [item for item in found.refused if not item.reached]
+    if idle:
+        warnings.warn(
+            f"{caller} takes {len(found)} MLP blocks and leaves out what looks like others: "
+            f"{'; '.join(told(idle))}",
+            stacklevel=stacklevel,
+        )
+    return found
 
 
 def blocks_of(
@@ -24,7 +41,7 @@ def blocks_of(
     if inputs is not None and blocks is not None:
         raise ValueError(f"give {caller} inputs= or blocks=, not both")
     if inputs is not None:
-        return list(find_mlp_blocks(model, inputs))
+        return list(found_with(model, inputs, caller, stacklevel=4))
     if blocks is None:
         handle = unwrap(model).__dict__.get("_actsparse_handle")
         if handle is None:

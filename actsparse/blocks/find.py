@@ -7,11 +7,11 @@ table of architectures: names and classes play no part.
 
 from __future__ import annotations
 
-import itertools
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from actsparse.activations import identify, works_in_place
 from actsparse.blocks.block import (
@@ -23,6 +23,8 @@ from actsparse.blocks.block import (
     NoMLPFound,
     Refused,
     base_layer,
+    on_meta,
+    told,
     unwrap,
 )
 from actsparse.blocks.flow import (
@@ -33,8 +35,10 @@ from actsparse.blocks.flow import (
     MULTIPLIES,
     SCALES,
     back,
+    chain,
     consumers,
     origins,
+    other_readers,
     residual_sum,
     root,
     root_width,
@@ -42,20 +46,26 @@ from actsparse.blocks.flow import (
 )
 from actsparse.blocks.inputs import describe_inputs
 from actsparse.blocks.standing import Standing
-from actsparse.blocks.trace import FrozenCall, Node, Trace, is_linear, trace, undisturbed
+from actsparse.blocks.trace import Node, Trace, check_traceable, is_linear, trace, undisturbed
+from actsparse.blocks.unreached import unreached
 
 
 def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
     """The MLP blocks of ``model``, found by watching one forward pass on ``inputs``.
 
     The pass has no side effects: modes, random state, buffers, gradients and hooks stay as they
-    were. ``inputs`` is a tensor, a tuple of arguments or a dict for ``model(**inputs)``. Blocks
-    that actsparse cannot handle (batched experts, ...) are in the result's ``refused``, each with
-    a reason.
+    were (:func:`actsparse.blocks.trace.undisturbed` says what that leaves out). Another thread may
+    evaluate the model meanwhile; it must not train it or attach anything to it.
+
+    ``inputs`` is a tensor, a tuple of arguments or a dict for ``model(**inputs)``. What actsparse
+    cannot handle (batched experts, ...) and what looks like a block, but did not run on
+    ``inputs``, is in the result's ``refused``, each with a reason.
 
     Raises:
         NoMLPFound: no block, or only refused ones; lists what was seen and what is missing.
         TypeError: ``inputs`` is none of the three kinds.
+        ValueError: layers that are not initialised yet (lazy) or hold no values (on 'meta', where
+            the pass needs them), or a TorchScript model.
 
     >>> import torch
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -64,8 +74,18 @@ def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
     ('0', 'relu', '2', 32)
     """
     model = unwrap(model)
-    with undisturbed(model):  # naming an activation runs it, too
-        return _Finder(trace(model, inputs), describe_inputs(inputs)).blocks()
+    check_traceable(model)
+    with _ONE_AT_A_TIME, undisturbed(model):  # naming an activation runs it, too
+        try:
+            traced = trace(model, inputs)
+        except RuntimeError as error:
+            if (reason := on_meta(model)) is None:
+                raise
+            raise ValueError(f"{type(model).__name__} does not run: {reason}") from error
+        return _Finder(traced, describe_inputs(inputs)).blocks()
+
+
+_ONE_AT_A_TIME = threading.RLock()  # two would take each other's modes for the model's own
 
 
 @dataclass(eq=False)
@@ -132,6 +152,7 @@ class _Finder:
         for item in found.values():
             item.block.standing = Standing(item.block)
         refused = [Refused(name, reason) for name, reason in self.refused.items()]
+        refused += unreached(self.trace, (item.block for item in found.values()))
         if not found:
             raise NoMLPFound(self._nothing(refused), refused)
         return Blocks((item.block for item in found.values()), refused, self.inputs)
@@ -142,7 +163,7 @@ class _Finder:
             "no MLP block found: expected a linear layer (d_model → d_hidden), a pointwise "
             "nonlinearity and a linear layer back to d_model."
         ]
-        lines += [f"  refused {item.name}: {item.reason}" for item in refused[:8]]
+        lines += [f"  refused {line}" for line in told(refused)[:8]]
         lines += [f"  seen: {text}" for text in self.seen[:8]]
         if not linears:
             lines.append("  the forward pass called no linear layer at all")
@@ -210,7 +231,7 @@ class _Finder:
                 input_shape=up[0].inputs[0].shape,
                 path=tuple(self.trace.modules[part] for part in up[0].path[:-1]),
                 around=len(_common(up[0].path[:-1], down.path[:-1])),
-                hidden_feeds=_other_readers(cone, down, activation),
+                hidden_feeds=other_readers([*cone.layers, *cone.nodes], down, activation),
                 same_input=gate is None or gate[0].inputs[0] is up[0].inputs[0],
             ),
             residual,
@@ -293,7 +314,7 @@ class _Finder:
         if not any(_inside(owner_name, name) for name in held):
             in_place = works_in_place(module)
             return Activation(owner_name, identify(module), module, module, in_place=in_place)
-        call = _chain(nodes)
+        call = chain(nodes)
         steps = tuple(call.steps) if call else ()
         function = identify(call) if call else None
         label = f"{nodes[-1].name}()"
@@ -359,19 +380,6 @@ class _Finder:
         return position, tuple(feeds), sum_node is not None
 
 
-def _other_readers(cone: _Cone, down: Node, activation: Activation) -> tuple[str, ...]:
-    """What reads a block's hidden layer beside down and the activation itself, by name.
-
-    Of a fused layer all rows count: the ghost of an executor stands for the whole of its output.
-    """
-    inside = {id(node) for node in cone.nodes}
-    readers = (u for n in (*cone.layers, *cone.nodes) for u in n.users)
-    others = (u for u in readers if u is not down and id(u) not in inside)
-    if type(activation.module).__module__.split(".")[0] in ("torch", "transformers"):
-        others = (u for u in others if activation.name not in u.path)
-    return tuple(dict.fromkeys(".".join((*u.path[-1:], u.name)).strip(".") for u in others))
-
-
 def _layer(node: Node, window: Any) -> Layer:
     assert node.module is not None
     layout = "Conv1D" if type(base_layer(node.module)).__name__ == "Conv1D" else "Linear"
@@ -380,28 +388,6 @@ def _layer(node: Node, window: Any) -> Layer:
         start, step, size = window
         rows = slice(start, start + size) if step == 1 else slice(start, start + step * size, step)
     return Layer(node.name, node.module, layout, rows)  # type: ignore[arg-type]
-
-
-class _Chain:
-    """Functions of one tensor applied one after the other, like ``relu(z).square()``."""
-
-    def __init__(self, calls: list[FrozenCall]) -> None:
-        self.calls = calls
-
-    @property
-    def steps(self) -> list[Any]:
-        return [call.function for call in self.calls]
-
-    def __call__(self, z: Tensor) -> Tensor:
-        for call in self.calls:
-            z = call(z)
-        return z
-
-
-def _chain(nodes: list[Node]) -> _Chain | None:
-    calls = [n.call for n in nodes if n.call is not None]
-    linked = all(b.inputs == [a] for a, b in itertools.pairwise(nodes))
-    return _Chain(calls) if linked and len(calls) == len(nodes) else None
 
 
 def _common(*paths: tuple[str, ...]) -> tuple[str, ...]:

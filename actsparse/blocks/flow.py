@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
-from actsparse.blocks.trace import Node, Window
+from torch import Tensor
+
+from actsparse.blocks.block import Activation
+from actsparse.blocks.trace import FrozenCall, Node, Window
 
 # Operations that move or cast values without computing: looked through everywhere.
 MOVES = {
@@ -132,3 +136,41 @@ def made_of(node: Node, source: Node) -> bool:
             return False
         node = before
     return True
+
+
+class Chain:
+    """Functions of one tensor applied one after the other, like ``relu(z).square()``."""
+
+    def __init__(self, calls: list[FrozenCall]) -> None:
+        self.calls = calls
+
+    @property
+    def steps(self) -> list[Any]:
+        """The functions, in order."""
+        return [call.function for call in self.calls]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The last one's value."""
+        for call in self.calls:
+            z = call(z)
+        return z
+
+
+def chain(nodes: list[Node]) -> Chain | None:
+    """The calls of operations that follow one another, as one function; None where they do not."""
+    calls = [n.call for n in nodes if n.call is not None]
+    linked = all(b.inputs == [a] for a, b in itertools.pairwise(nodes))
+    return Chain(calls) if linked and len(calls) == len(nodes) else None
+
+
+def other_readers(hidden: list[Node], down: Node, activation: Activation) -> tuple[str, ...]:
+    """What reads ``hidden``, all between up and down, beside down and the activation, by name.
+
+    Of a fused layer all rows count: the ghost of an executor stands for the whole of its output.
+    """
+    inside = {id(node) for node in hidden}
+    readers = (u for n in hidden for u in n.users)
+    others = (u for u in readers if u is not down and id(u) not in inside)
+    if type(activation.module).__module__.split(".")[0] in ("torch", "transformers"):
+        others = (u for u in others if activation.name not in u.path)
+    return tuple(dict.fromkeys(".".join((*u.path[-1:], u.name)).strip(".") for u in others))

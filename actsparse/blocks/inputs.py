@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -24,6 +25,39 @@ def run_forward(model: nn.Module, inputs: Any) -> Any:
         f"inputs must be a tensor, a tuple of arguments or a dict of keyword arguments for "
         f"the model's forward, got {type(inputs).__name__}"
     )
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors that dicts, tuples and lists hold, in order.
+
+    >>> tensors_in({"x": torch.ones(1), "more": [(torch.zeros(1), 2)]})
+    [tensor([1.]), tensor([0.])]
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple | list):
+        return []
+    return [tensor for item in value for tensor in tensors_in(item)]
+
+
+def copied(inputs: Any) -> Any:
+    """A copy of ``inputs``, for a forward that writes into them, as into a key–value cache.
+
+    What cannot be copied stays what it is.
+
+    >>> x = torch.ones(2)
+    >>> copied({"x": x, "more": [x]})["more"][0].mul_(2), x
+    (tensor([2., 2.]), tensor([1., 1.]))
+    """
+    inputs = dict(inputs) if hasattr(inputs, "keys") else inputs
+    # a tensor's own deep copy takes all of its storage along, and refuses one that has a graph
+    clones = {id(tensor): tensor.detach().clone() for tensor in tensors_in(inputs)}
+    try:
+        return copy.deepcopy(inputs, clones)
+    except Exception:  # whatever a stranger's object says to that
+        return inputs
 
 
 def describe_inputs(inputs: Any) -> Any:

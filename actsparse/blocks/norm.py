@@ -27,27 +27,32 @@ def inspect_norm(name: str, module: nn.Module) -> Norm | None:
     """
     if any(True for _ in module.children()) or next(module.buffers(), None) is not None:
         return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return None
     parameters = dict(module.named_parameters(recurse=False))
     width = _width(module, parameters)
     if width is None or width < 2:
         return None
     reference = next(iter(parameters.values()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    probe = (8 * torch.randn(4, width, generator=generator)).to(reference.device, reference.dtype)
+    device = torch.device("cpu") if reference.is_meta else reference.device
+    probe = (8 * torch.randn(4, width, generator=generator)).to(device, reference.dtype)
     # the probe uses ones, not the layer's values, so that a zeroed scale hides nothing
     # (in new tensors, since a sharded parameter's like would be sharded too)
     values = {
-        key: torch.ones(value.shape, dtype=value.dtype, device=value.device)
+        key: torch.ones(value.shape, dtype=value.dtype, device=device)
         for key, value in parameters.items()
     }
 
     clone = copy.copy(module)  # its forward is called, so that nobody's hooks fire
     clone.training = False
+    # a forward set on the instance is bound to the module, or wraps the class's (accelerate)
+    own = getattr(vars(module).get("forward"), "__func__", type(module).forward)
 
     def run(changes: dict[str, Tensor], x: Tensor) -> Tensor:
         held: dict[str, Any] = {**module._parameters, **values, **changes}
         clone._parameters = held
-        return clone.forward(x).float()
+        return own(clone, x).float()
 
     try:
         with torch.no_grad():

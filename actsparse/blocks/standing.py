@@ -47,7 +47,7 @@ class Standing:
 
 def forward_of(module: nn.Module) -> tuple[type[nn.Module], Any]:
     """What a call of the module runs, but for us: its class, and a forward on the instance."""
-    forward = module.__dict__.get("forward")
+    forward: Any = module.__dict__.get("forward")
     while is_own(forward):
         forward = forward.__self__.own
     return type(module), forward

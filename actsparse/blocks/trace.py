@@ -7,17 +7,19 @@ layers and norms count as one node each, whatever happens inside them (LoRA, qua
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actsparse.blocks.block import Norm
-from actsparse.blocks.inputs import run_forward
+from actsparse.blocks.inputs import copied, run_forward, tensors_in
 from actsparse.blocks.norm import inspect_norm
 from actsparse.blocks.running import sites_asleep
 
@@ -63,11 +65,14 @@ class FrozenCall:
 
 @dataclass
 class Trace:
-    """The nodes of a pass in order of execution, and how often each module was called."""
+    """The nodes of a pass in order of execution, the modules, and the names of those that ran.
+
+    A module has run where it was called, or where an operation outside took one of its parameters.
+    """
 
     nodes: list[Node]
-    calls: dict[str, int]
     modules: dict[str, nn.Module]
+    ran: set[str]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -78,15 +83,37 @@ def is_linear(module: nn.Module) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
+def check_traceable(model: nn.Module) -> None:
+    """Refuse what cannot be recorded, before anything is touched.
+
+    Raises:
+        ValueError: a parameter that is not initialised yet (lazy), or a TorchScript model.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"{name!r} is not initialised yet: run the model once, then find")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("the model is TorchScript, which takes no hooks; give the eager model")
+
+
 def trace(model: nn.Module, inputs: Any) -> Trace:
     """Run ``model`` once on ``inputs`` without gradients and record its graph.
 
-    Call it inside :func:`undisturbed`, so that nothing of the model changes.
+    Call it inside :func:`undisturbed`, so that nothing of the model changes. What other threads run
+    meanwhile is not recorded.
     """
     recorder = _Recorder(model)
-    with sites_asleep(), torch.no_grad(), recorder.hooked(), recorder:
-        run_forward(model, inputs)
-    return Trace(recorder.nodes, recorder.calls, recorder.modules)
+    with sites_asleep(), torch.no_grad(), _uncompiled(model), recorder.hooked(), recorder:
+        run_forward(model, copied(inputs))
+    return Trace(recorder.nodes, recorder.modules, recorder.ran)
+
+
+def _uncompiled(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Compiled parts run as written: compilers would compile the recorder, too, and keep that."""
+    for module in model.modules():
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
 
 
 class _Recorder(TorchFunctionMode):
@@ -95,40 +122,53 @@ class _Recorder(TorchFunctionMode):
         self.modules = dict(model.named_modules())
         self.names = {id(module): name for name, module in self.modules.items()}
         self.nodes: list[Node] = []
-        self.calls: dict[str, int] = {}
+        self.ran: set[str] = set()
         self.stack: list[str] = []
         self.opaque = 0
+        self.thread = threading.get_ident()
         self.norms = {id(m): inspect_norm(name, m) for name, m in self.modules.items()}
         self.made_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        for name, parameter in model.named_parameters():
-            self.made_by[parameter] = Node("parameter", name, shape=tuple(parameter.shape))
+        self.holders: dict[str, list[str]] = {}  # parameter → modules; tied ones have several
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            node = self.made_by.setdefault(
+                parameter, Node("parameter", name, shape=tuple(parameter.shape))
+            )
+            self.holders.setdefault(node.name, []).append(name.rpartition(".")[0])
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
         handles = []
         try:
             for module in self.modules.values():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
                 handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+                handles.append(
+                    module.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+                )
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
         name = self.names[id(module)]
-        self.calls[name] = self.calls.get(name, 0) + 1
+        self.ran.add(name)
         self.stack.append(name)
         if self.opaque or is_linear(module) or self.norms[id(module)] is not None:
             self.opaque += 1
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if threading.get_ident() != self.thread or self.stack[-1:] != [self.names[id(module)]]:
+            return
         self.stack.pop()
         if self.opaque:
             self.opaque -= 1
             if self.opaque:
                 return
-        tensors = _tensors((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         norm, linear = self.norms[id(module)], is_linear(module)
         if not (norm or linear):
             # operations that no function mode sees (custom autograd functions, scripts): take the
@@ -160,7 +200,10 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.opaque:
             return func(*args, **kwargs)
-        inputs = [(t, self._node(t)) for t in _tensors((args, kwargs))]
+        inputs = [(t, self._node(t)) for t in tensors_in((args, kwargs))]
+        for _, node in inputs:
+            if node.kind == "parameter":
+                self.ran.update(self.holders.get(node.name, ()))
         result = func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         outputs = [result] if isinstance(result, Tensor) else result
@@ -203,8 +246,17 @@ class _Recorder(TorchFunctionMode):
     def _node(self, tensor: Tensor) -> Node:
         node = self.made_by.get(tensor)
         if node is None:
-            node = self.made_by[tensor] = Node("source", "input", shape=tuple(tensor.shape))
+            kind, name = "source", "input"
+            if isinstance(tensor, nn.Parameter):  # put in its place for this call: offloading
+                kind, name = "parameter", self._name_of(tensor)
+            node = self.made_by[tensor] = Node(kind, name, shape=tuple(tensor.shape))
         return node
+
+    def _name_of(self, parameter: nn.Parameter) -> str:
+        owner = self.stack[-1] if self.stack else ""
+        held = self.modules[owner]._parameters.items()
+        name = next((name for name, value in held if value is parameter), "parameter")
+        return f"{owner}.{name}" if owner else name
 
     def _add(self, node: Node, output: Tensor) -> None:
         for source in node.inputs:
@@ -233,26 +285,18 @@ def _window(source: Tensor, output: Tensor) -> Window | None:
     return (start, step, output.shape[-1])
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple | list):
-        return []
-    return [tensor for item in value for tensor in _tensors(item)]
-
-
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; mode, buffers and random state as before afterwards."""
+    """Eval mode inside; modes, buffers, attributes and random state as before afterwards.
+
+    Attributes that a forward adds stay, and so does what it writes into lists and the like. Another
+    thread may evaluate the model meanwhile, not train it: it would find it in eval mode. What other
+    threads draw from torch's global generators meanwhile is drawn again afterwards.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module, _ in modes
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    eager = [m for m, _ in modes if not isinstance(m, torch.jit.ScriptModule)]
+    held = [(module, dict(vars(module)), dict(module._buffers)) for module in eager]
+    values = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -262,8 +306,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-            with torch.no_grad():
-                for module, name, buffer, saved in buffers:
-                    module._buffers[name] = buffer  # a forward may have put another in its place
-                    if not torch.equal(buffer, saved):
-                        buffer.copy_(saved)
+            for module, attributes, buffers in held:
+                module._buffers.update(buffers)  # a forward may have put others in their place
+                _restore(module, attributes)
+            for buffer, value in values:
+                if buffer.shape != value.shape:  # observers of quantisation grow in place
+                    buffer.data = value
+                elif not torch.equal(buffer, value):
+                    with torch.no_grad(), torch.inference_mode(buffer.is_inference()):
+                        buffer.copy_(value)
+
+
+def _restore(module: nn.Module, attributes: dict[str, Any]) -> None:
+    """Set back what a forward has set anew, so that it fits the buffers (a cache's length)."""
+    if type(module).__name__ == "FullyShardedDataParallel":  # sets itself up in its first pass
+        return
+    now = vars(module)
+    for name, value in attributes.items():
+        ours = name == "forward" or name.startswith("_actsparse")  # another thread may attach
+        if not ours and name in now and now[name] is not value:
+            now[name] = value

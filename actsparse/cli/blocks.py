@@ -37,6 +37,7 @@ def blocks(
     from rich.text import Text
 
     from actsparse.blocks import find_mlp_blocks
+    from actsparse.blocks.block import told
     from actsparse.cli.models import model_named
 
     found = find_mlp_blocks(*model_named(model))
@@ -57,5 +58,5 @@ def blocks(
         width = f"{row['d_model']} → {row['d_hidden']}"
         table.add_row(*map(Text, (row["name"], *shown, width)))
     console.print(table)
-    for each in found.refused:
-        console.print(Text(f"refused: {each.name}: {each.reason}"), soft_wrap=True)
+    for line in told(found.refused):
+        console.print(Text(f"refused: {line}"), soft_wrap=True)

@@ -38,7 +38,7 @@ def slim(model: nn.Module, run: Run, *, timed: Timed, budget: float = BUDGET) ->
     Dead are units that were never active on the validation split
     (:func:`actsparse.prune_dead_units`). Thresholds drop as much as the validation loss bears
     within ``budget``, a share of it (:func:`actsparse.calibrate_thresholds`); "both" are those of
-    the same share of Σ a² after pruning, which changes nothing on these data.
+    the same share of a token's Σ a² after pruning, which changes nothing on these data.
 
     Args:
         model: as ``load`` gives it; it is as before in the end.
@@ -53,8 +53,8 @@ def slim(model: nn.Module, run: Run, *, timed: Timed, budget: float = BUDGET) ->
         ``units``, ``parameters`` (of the ``model``, of its ``mlps``), ``bytes`` of the saved
         folder. ``prune``: how many ``units`` there were, how many were ``cut``, and `rounding`.
         ``thresholds``: ``budget`` and ``loss_before`` and ``loss_after`` on validation rows (nats),
-        the ``share`` of Σ a² that may go, and ``blocks``. ``refused``: a form that cannot be, and
-        why. ``rows``: how many of each split, and ``timed``. ``speed``.
+        the ``share`` of a token's Σ a² that may go, and ``blocks``. ``refused``: a form that cannot
+        be, and why. ``rows``: how many of each split, and ``timed``. ``speed``.
 
     Raises:
         ValueError: the run is not finished, its data have changed, or its config is of another

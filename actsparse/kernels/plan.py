@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.site import Site
 from actsparse.blocks.stages import OnNorms
 from actsparse.kernels import build, ops
@@ -158,14 +158,14 @@ class SparseRun:
 
     def plan(self, site: Site, x: Tensor) -> CallPlan:
         """How this call is to run."""
-        tokens, up = x.shape[:-1].numel(), self.block.up.weight
-        if torch.compiler.is_compiling():  # compiled code keeps to what it met
+        tokens, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
+        keeps = self._fixed_reason() if compiling else self.fit.reason()
+        keeps = keeps or _unfit_call(site, x, self.block.up)
+        if compiling:  # compiled code keeps to what it met
             fixed = self._last if self.mode == "auto" else self.mode
-            keeps = self._fixed_reason() or _unfit_call(site, x, up)
             return CallPlan(self, "dense" if keeps else fixed)
-        learns, size = self._learns(x, up), min(tokens, TIMED).bit_length()
-        keeps = self.fit.reason() or _unfit_call(site, x, up)
-        keeps = keeps or self._too_small(x, tokens, up.numel())
+        keeps = keeps or self._too_small(x, tokens)
+        learns, size = self._learns(x), min(tokens, TIMED).bit_length()
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing and (learns is not None or tokens > FEW):
             keeps = keeps or "a CUDA graph cannot wait for the number of entries"
@@ -190,20 +190,25 @@ class SparseRun:
     # a compiler takes the answer for granted: hooks and types are what it guards, or cannot see
     _fixed_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def _too_small(self, x: Tensor, tokens: int, entries: int) -> str | None:
+    def _too_small(self, x: Tensor, tokens: int) -> str | None:
         """Why ``auto`` tries nothing on this call, or None."""
         if self.mode != "auto":
             return None
+        entries = self.block.up.weight.numel()
         if not (x.is_cuda or build.level() != "reference"):
             return "the kernels are not compiled here"
         if entries < LEAST and entries * tokens < MANY:
             return f"too small: {entries} weights in up, {tokens} tokens"
         return None
 
-    def _learns(self, x: Tensor, up: Tensor) -> tuple[bool, ...] | None:
+    def _learns(self, x: Tensor) -> tuple[bool, ...] | None:
+        """Whether x, up and down learn, None if none of them does."""
         if not torch.is_grad_enabled():
             return None
-        learns = (x.requires_grad, up.requires_grad, self.block.down.weight.requires_grad)
+        weights = [
+            each.module._parameters.get("weight") for each in (self.block.up, self.block.down)
+        ]
+        learns = tuple(t is not None and t.requires_grad for t in (x, *weights))
         return learns if any(learns) else None
 
     def _decide(self, met: Met, kind: Hashable, site: Site, x: Tensor) -> None:
@@ -217,8 +222,8 @@ class SparseRun:
             assert function is not None
             trial = None
             if density <= CEILING:
-                alike = (kind, block.up.weight.shape, block.down.weight.shape, block.gated)
-                alike = (*alike, function)
+                shapes = (block.up.weight.shape, block.down.weight.shape, block.gated)
+                alike = (kind, shapes, function)
                 trial = self.trials.near(alike, density)
                 if trial is None:
                     cold = met.tokens <= 16 and not met.training
@@ -252,7 +257,7 @@ class SparseRun:
         return "; ".join(said)
 
 
-def _unfit_call(site: Site, x: Tensor, weight: Tensor) -> str | None:
+def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
     """Why this call is for the layers, or None."""
     if site.needs_layers:
         return "what is attached reads or changes the hidden layer"
@@ -262,6 +267,7 @@ def _unfit_call(site: Site, x: Tensor, weight: Tensor) -> str | None:
         return f"on {x.device.type} there are no kernels"
     if x.dtype not in (ops.TRITON if x.is_cuda else (torch.float32,)):
         return f"{str(x.dtype).removeprefix('torch.')} on {x.device.type} has no kernels"
+    weight = up.weight
     if x.dtype is not weight.dtype or x.device != weight.device:
         return (
             f"the input is {x.dtype} on {x.device}, the weights {weight.dtype} on {weight.device}"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actsparse.blocks.block import MLPBlock, unwrap
-from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.chosen import found_with
 from actsparse.blocks.trace import is_linear
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import (
@@ -87,7 +87,7 @@ def lora_config(
     all_linear = targets == ["all-linear"]
     aimed = list(layers) if all_linear else _named("LoRA target", targets, modules, layers)
     _named("module to keep", keep, modules, layers)
-    blocks = find_mlp_blocks(model, inputs)
+    blocks = found_with(model, inputs, "lora_config")
     norms = [block.norm.name for block in blocks if block.norm is not None]
     return peft.LoraConfig(
         r=r,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.block import Blocks
+from actsparse.blocks.block import Blocks, told
 from actsparse.blocks.sharding import sharded
 from actsparse.modify.modification import Attached, Modification, Progress
 from actsparse.modify.recipe import Recipe
@@ -279,8 +279,7 @@ class Handle:
             for (modification, text), blocks in alike.items():
                 where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
                 lines.append(f"  {modification:<18} {where}: {label}{text}")
-        for refused in self.blocks.refused:
-            lines.append(f"  refused {refused.name}: {refused.reason}")
+        lines += [f"  refused {line}" for line in told(self.blocks.refused)]
         return "\n".join(lines)
 
 

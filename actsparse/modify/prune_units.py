@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.block import Layer, MLPBlock, unwrap
+from actsparse.blocks.block import Layer, MLPBlock, on_meta, unwrap
 from actsparse.blocks.sharding import sharded
 from actsparse.blocks.site import site_at
 from actsparse.modify.handle import handle_of
 from actsparse.modify.seen import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
+from actsparse.modify.zeroth_bias import CHILD
 
 # layout → the names of a layer's widths, (out, in); weights of Conv1D are [in, out]
 _WIDTHS = {"Linear": ("out_features", "in_features"), "Conv1D": ("nf", "nx")}
@@ -293,12 +294,14 @@ def _unfit(
 
 def _unfit_layer(layer: Layer) -> str | None:
     module = layer.module
+    if (reason := on_meta(module)) is not None:
+        return f"cannot be cut: {reason}"
     if hasattr(module, "base_layer"):
         return "has adapters (peft); merge them first, or prune before wrapping"
     weight = module._parameters.get("weight")
     if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return f"has no plain weight ({type(module).__name__}: quantised or parametrised?)"
-    extra = (module._parameters.keys() | module._buffers.keys()) - {"weight", "bias"}
+    extra = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias", CHILD}
     if extra or not weight.is_floating_point():
         what = f"holds {', '.join(sorted(extra))}" if extra else f"has a weight of {weight.dtype}"
         return f"{what} ({type(module).__name__}: quantised?)"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsparse.blocks.block import Blocks, MLPBlock, unwrap
-from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.block import Blocks, MLPBlock, on_meta, unwrap
+from actsparse.blocks.chosen import found_with
 from actsparse.blocks.site import site_at
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
@@ -33,7 +33,8 @@ def sparsify(
     Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
     or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
     missing). ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
-    ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead.
+    ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead. Blocks
+    that ``inputs`` do not reach (experts, another tower) stay as they are, with a warning.
     ``optimizer`` is attached (:meth:`Handle.attach`) if given, with ``steps``, the number of its
     steps in the whole training, which schedules given as fractions need. The default
     recipe, ``best``, is for training from scratch. It has a penalty, ``loss = loss +
@@ -48,9 +49,9 @@ def sparsify(
 
     Raises:
         ValueError: unknown recipe; no block; blocks of another model; a modification that fits no
-            block at all; a model that is sparsified already, has thresholds or is wrapped in DDP;
-            ``steps`` without ``optimizer``, or missing where a schedule needs it. The model is
-            untouched then.
+            block at all; a model that is sparsified already, has thresholds, is wrapped in DDP or
+            has weights on 'meta' (offloaded, or not loaded); ``steps`` without ``optimizer``, or
+            missing where a schedule needs it. The model is untouched then.
 
     >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> handle = sparsify(mlp, "paper", inputs=torch.randn(2, 5, 8))
@@ -82,7 +83,7 @@ def sparsify(
     if blocks is None:
         if inputs is None:
             raise ValueError("sparsify needs inputs=, on which the model runs, or blocks=")
-        blocks = find_mlp_blocks(root, inputs)
+        blocks = found_with(root, inputs, "sparsify")
     blocks = blocks if isinstance(blocks, Blocks) else Blocks(blocks)
     _check_blocks(root, blocks)
     handle = Handle(root, recipe, blocks)
@@ -137,6 +138,9 @@ def _check_blocks(root: nn.Module, blocks: Blocks) -> None:
                 f"another model or in a part of this one, or its layers were exchanged since (by "
                 f"peft?); find the blocks of this very model, or give inputs="
             )
+        for part in (block.norm, block.gate, block.up, block.down):
+            if part is not None and (reason := on_meta(part.module)) is not None:
+                raise ValueError(f"block {block.name!r}, {part.name!r}: {reason}")
         site = site_at(block)
         if site is not None and site.modified and thresholds_of(root) is not None:
             raise ValueError(

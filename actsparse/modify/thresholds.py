@@ -31,9 +31,10 @@ def calibrate_thresholds(
     """Give the φ of each block a threshold, in place: ``φ_t(z) = φ(z)`` where z > t, else 0.
 
     One number ε for the whole model says how much may go: t_b is the threshold that drops the most
-    with ``Σ_{z ≤ t_b} a² ≤ ε · Σ a²`` over all that was seen of block b (gated blocks: z is the
-    gate's, a = φ(z) ⊙ u), and of those that drop the same the smallest. There are two ways to
-    choose ε:
+    with ``mean_t (Σ_{h: z ≤ t_b} a_th² / Σ_h a_th²) ≤ ε`` over all tokens t that were seen of block
+    b (gated blocks: z is the gate's, a = φ(z) ⊙ u), and of those that drop the same the smallest.
+    Each token counts the same: with shares of Σ a² over all tokens, one token a thousand times as
+    large as the others would silence them. There are two ways to choose ε:
 
     - ``budget`` and ``evaluate``: the largest ε, by bisection, with which
       ``evaluate() ≤ evaluate() without thresholds + budget``. ``evaluate`` runs the model as it
@@ -52,7 +53,7 @@ def calibrate_thresholds(
     Thresholds by the distribution of what was seen: CATS (Lee et al. 2024, arXiv 2404.08763) and
     TEAL (Liu et al. 2024, arXiv 2408.14690), at one density for all blocks or by greedy search;
     ReLU with a threshold: FATReLU in ProSparse (Song et al. 2024, arXiv 2402.13516). One share of
-    Σ a² for all blocks is ours.
+    each token's Σ a² for all blocks is ours.
 
     Returns:
         The handle: print it for threshold and density of each block, ``remove()`` undoes it.
@@ -60,9 +61,9 @@ def calibrate_thresholds(
     Raises:
         ValueError: not one of the two ways; a φ that takes no threshold (GELU and SiLU are never
             zero: swap and finetune first), is a function of your own or is still being mixed;
-            blocks that were not observed with ``"magnitudes"`` or that no token passed in
-            evaluation mode; a model that has thresholds; a loss that is not finite. The model is
-            as before then.
+            blocks that were not observed with ``"magnitudes"``, that no token passed in evaluation
+            mode or that were seen with another φ, not 0 at z ≤ 0, or NaN; a model that has
+            thresholds; a loss that is not finite. The model is as before then.
 
     >>> import torch
     >>> from actsparse import observe
@@ -79,7 +80,9 @@ def calibrate_thresholds(
     True
     """
     if (share is None) == (budget is None) or (budget is None) != (evaluate is None):
-        raise ValueError("give budget and evaluate=, or share= (how much of Σ a² may go) alone")
+        raise ValueError(
+            "give budget and evaluate=, or share= (how much of a token's Σ a² may go) alone"
+        )
     for name, value, most in (("budget", budget, math.inf), ("share", share, 1.0)):
         if value is not None and not (0 <= value <= most and math.isfinite(value)):
             right = "a finite number ≥ 0" if name == "budget" else "a number from 0 to 1"
@@ -89,6 +92,7 @@ def calibrate_thresholds(
     parts = {n: copy.deepcopy(seen.part(n, "inference", "magnitudes")) for n in chosen}
     handle = Thresholds(model, chosen, parts)
     try:
+        handle.check()
         if budget is not None and evaluate is not None:
             handle.search(budget, evaluate)
         else:
@@ -128,8 +132,12 @@ def put_thresholds(model: nn.Module, blocks: Blocks, thresholds: Sequence[float]
 class Magnitudes(Protocol):
     """What is asked of a block's measure in ``observe``."""
 
+    @property
+    def score(self) -> str:
+        """What its thresholds are of: ``"z"``, as ours are, or another score."""
+
     def threshold(self, share: float) -> float:
-        """What drops the most, but no more than this share of Σ a²; of equals the smallest."""
+        """What drops the most, but no more than this share of a token's Σ a², as a mean."""
 
     def density(self, threshold: float) -> float:
         """The share of tokens × units above it."""
@@ -159,13 +167,22 @@ class Thresholds:
         self._places = {name: _Place(name, block) for name, block in blocks.items()}
         self._root.__dict__[_ATTRIBUTE] = self
 
+    def check(self) -> None:
+        """Refuse what was seen by another rule than ours: φ(z) where z > t, else 0."""
+        for name, part in self._seen.items():
+            if part.score != "z":
+                raise ValueError(
+                    f"activations of block {name!r} were seen that are not 0 at z ≤ 0 (of another "
+                    f"φ than {self._places[name].function} now, or NaN): observe it again"
+                )
+
     def set(self, thresholds: Mapping[str, float]) -> None:
         """Put these in force, by block."""
         for name, threshold in thresholds.items():
             self._places[name].set(threshold)
 
     def put(self, share: float) -> None:
-        """Put in force what drops at most this share of each block's Σ a²."""
+        """Put in force what drops at most this share of a token's Σ a², as each block's mean."""
         self.share = share
         self.set({name: part.threshold(share) for name, part in self._seen.items()})
 
@@ -222,7 +239,7 @@ class Thresholds:
     def __str__(self) -> str:
         head = f"thresholds in {len(self.in_force())} of {len(self._places)} MLP blocks"
         if self.share is not None:
-            head += f", which drop at most {self.share:.3g} of Σ a²"
+            head += f", which drop at most {self.share:.3g} of a token's Σ a² (mean)"
         if self.loss_before is not None and self.loss_after is not None:
             head += f": loss {self.loss_before:.6g} → {self.loss_after:.6g}"
         lines = [head]

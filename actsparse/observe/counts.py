@@ -22,14 +22,20 @@ class Counts:
 
     def __init__(self, block: MLPBlock) -> None:
         self.units = block.d_hidden
-        device = next((p.device for p in block.down.module.parameters()), None)
+        device = next((p.device for p in block.down.module.parameters() if not p.is_meta), None)
         with torch.inference_mode(False):  # else no later step outside it could add to them
             for name, by_unit in self.counters.items():
                 shape = (self.units,) if by_unit else ()
                 setattr(self, name, torch.zeros(shape, dtype=torch.int64, device=device))
 
     def follow(self, device: torch.device) -> None:
-        """Be on ``device``, where the model may have moved."""
+        """Be on ``device``, where the model may have moved.
+
+        Raises:
+            ValueError: ``device`` is 'meta', where there is nothing to count.
+        """
+        if device.type == "meta":
+            raise ValueError("activations are on 'meta', without values: there is nothing to count")
         if self.tokens.device != device:
             for name in self.counters:
                 setattr(self, name, getattr(self, name).to(device))

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsparse.blocks.block import MLPBlock, base_layer, unwrap
-from actsparse.blocks.chosen import blocks_of
-from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.block import MLPBlock, base_layer, on_meta, unwrap
+from actsparse.blocks.chosen import blocks_of, found_with
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.curvature_product import LossSurface
@@ -140,8 +139,8 @@ def measure(
 
     Raises:
         ValueError: unknown measures, options, labels or reduction; a loss that is wrong or not
-            enough; batches that can be read only once; no MLP block; inputs that cannot be
-            attacked, such as token ids.
+            enough; batches that can be read only once; no MLP block; weights on 'meta'; inputs that
+            cannot be attacked, such as token ids.
         ArithmeticError: a curvature, or a gradient of an attack, is not finite.
 
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -159,6 +158,8 @@ def measure(
         raise ValueError(f'labels must be "data" or "model", got {labels!r}')
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum" over positions, got {reduction!r}')
+    if (reason := on_meta(model)) is not None:
+        raise ValueError(f"measure needs the model's weights: {reason}")
     # says what is wrong with the batches before one is taken
     LossSurface(model, loss_fn, batches, dict(model.named_parameters()), reduction)
     with undisturbed(model):  # a loader draws its order
@@ -277,7 +278,7 @@ def _blocks(
     if inputs is not None or blocks is not None or handle is not None:
         return blocks_of(model, inputs, blocks, "measure")
     try:
-        return list(find_mlp_blocks(model, first))
+        return list(found_with(model, first, "measure", stacklevel=4))
     except TypeError as error:
         raise ValueError(
             f"a batch is not what {type(model).__name__} runs on ({error}); give measure inputs= "

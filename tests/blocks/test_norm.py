@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -228,3 +230,30 @@ def test_the_parameter_is_looked_up_anew_since_sharding_replaces_it() -> None:
     norm = inspect_norm("n", module)
     module.weight = nn.Parameter(torch.full((N,), 3.0))
     assert norm.parameter("scale") is module.weight
+
+
+def patched(module: nn.Module, how: str) -> nn.Module:
+    """With a forward on the instance, as kernel libraries and offloading put there."""
+    forward = type(module).forward
+    if how == "bound":
+        module.forward = MethodType(lambda self, x: forward(self, x), module)
+    else:
+        module.forward = partial(lambda own, x: forward(own, x), module)
+    return module
+
+
+@pytest.mark.parametrize("how", ["bound", "wrapped"])
+@pytest.mark.parametrize("name", ["LayerNorm", "LLaMA", "Gemma", "bias first"])
+def test_a_forward_on_the_instance_hides_nothing(name: str, how: str) -> None:
+    build, scale, bias, offset = NORMS[name]
+    norm = inspect_norm("here", patched(build(), how))
+    assert norm is not None
+    assert (norm.scale, norm.bias, norm.offset) == (scale, bias, offset)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "T5", "Gemma", "annotated"])
+def test_parameters_without_values_are_told_apart(name: str) -> None:
+    build, scale, bias, offset = NORMS[name]
+    norm = inspect_norm("here", build().to("meta"))
+    assert norm is not None
+    assert (norm.scale, norm.bias, norm.offset) == (scale, bias, offset)

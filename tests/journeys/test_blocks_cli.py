@@ -61,6 +61,14 @@ def test_a_factory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "    mlp = torch.nn.Sequential(\n"
         "        torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))\n"
         "    return mlp, torch.zeros(2, 4)\n"
+        "class Either(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.ways = torch.nn.ModuleList(build()[0] for _ in range(3))\n"
+        "    def forward(self, x):\n"
+        "        return x + self.ways[0](x)\n"
+        "def either():\n"
+        "    return Either(), torch.zeros(2, 4)\n"
         "def bare():\n"
         "    return build()[0]\n"
         "def wrong():\n"
@@ -69,6 +77,8 @@ def test_a_factory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     (found,) = rows("mine_for_blocks:build")
     assert (found["d_model"], found["d_hidden"]) == (4, 8)
+    told = CliRunner().invoke(app, ["blocks", "mine_for_blocks:either"]).stdout
+    assert "refused: ways.1 … ways.2 (2): its layers did not run on these inputs" in told
     for name, said in {
         "mine_for_blocks:bare": "a factory that returns (model, inputs)",
         "mine_for_blocks:wrong": "returned int; expected a torch.nn.Module or (model, inputs)",

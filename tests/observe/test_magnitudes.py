@@ -44,6 +44,17 @@ def pairs(brute: Recorder, name: str) -> tuple[Tensor, Tensor]:
     return z.double(), a.detach().double()
 
 
+def shares(a: Tensor) -> Tensor:
+    """Of each a its share of its token's Σ a², [tokens, H]; 0 where the token has none."""
+    return (a.square() / a.square().sum(-1, keepdim=True)).nan_to_num(0.0)
+
+
+def lost(a: Tensor, gone: Tensor) -> float:
+    """The share of Σ a² that goes, its mean over tokens that have some."""
+    some = (a != 0).any(-1)
+    return float((shares(a) * gone).sum(-1)[some].mean())
+
+
 # --- bins ----------------------------------------------------------------------------------------
 
 
@@ -75,11 +86,11 @@ def test_a_right_end_belongs_to_its_bin_and_the_next_number_does_not(dtype: torc
     assert torch.equal(bins_of(torch.nextafter(exact, torch.full_like(exact, math.inf))), own + 1)
 
 
-def test_what_lies_beyond_is_in_the_first_and_the_last_bin() -> None:
+def test_what_lies_beyond_is_in_the_first_bin_and_behind_the_last_end() -> None:
     low = [-math.inf, -1.0, -0.0, 0.0, math.nan]
     z = torch.tensor([*low, 5e-324, LOW, HIGH, 1e300, math.inf], dtype=torch.float64)
     last = len(ends()) - 1
-    assert bins_of(z).tolist() == [0, 0, 0, 0, 0, 1, 1, last, last, last]
+    assert bins_of(z).tolist() == [0, 0, 0, 0, 0, 1, 1, last, last + 1, last + 1]
 
 
 # --- the histogram -------------------------------------------------------------------------------
@@ -95,15 +106,16 @@ def test_the_histogram_is_that_of_brute_force(
     parts, brute = parts_of(model_of(function, function, gated=gated).to(dtype), x)
     for name, part in zip(brute.blocks, parts, strict=True):
         z, a = pairs(brute, name)
-        index = torch.bucketize(z, ends()).clamp(max=len(ends()) - 1)  # ends[i − 1] < z ≤ ends[i]
         assert int(part.tokens) == 15
-        for i in range(len(ends())):
-            there = a[index == i]
-            assert int(part.active[i]) == int((there != 0).sum())
-            energy = sum(value**2 for value in there.tolist())
-            # sums of at most 15 (H + 1) positive numbers
-            assert float(part.energy[i]) == pytest.approx(energy, rel=200 * EPS, abs=0)
-        assert int(part.active.sum()) > 15
+        for by, score in enumerate((z, a.abs())):
+            index = torch.bucketize(score, ends())  # ends[i − 1] < score ≤ ends[i]
+            for i in range(len(ends())):
+                there = index == i
+                assert int(part.active[by, i]) == int((a[there] != 0).sum())
+                energy = sum(shares(a)[there].tolist())
+                # sums of at most 15 (H + 1) positive numbers
+                assert float(part.energy[by, i]) == pytest.approx(energy, rel=400 * EPS, abs=0)
+            assert int(part.active[by].sum()) > 15
 
 
 def test_long_batches_and_masks_count_row_by_row() -> None:
@@ -115,9 +127,10 @@ def test_long_batches_and_masks_count_row_by_row() -> None:
     ((part,), brute) = parts_of(model, x, mask=mask)
     a = pairs(brute, next(iter(brute.blocks)))[1][mask.flatten()]
     assert int(part.tokens) == int(mask.sum())
-    assert int(part.active.sum()) == int((a != 0).sum())
-    # a sum of some 5000 positive numbers
-    assert float(part.energy.sum()) == pytest.approx(float(a.square().sum()), rel=5000 * EPS)
+    for active, energy in zip(part.active, part.energy, strict=True):
+        assert int(active.sum()) == int((a != 0).sum())
+        # a sum of some 5000 positive numbers
+        assert float(energy.sum()) == pytest.approx(int((a != 0).any(-1).sum()), rel=5000 * EPS)
 
 
 def test_a_function_with_a_threshold_counts_what_it_lets_pass() -> None:
@@ -127,26 +140,70 @@ def test_a_function_with_a_threshold_counts_what_it_lets_pass() -> None:
     ((part,), brute) = parts_of(model)
     z, _ = pairs(brute, next(iter(brute.blocks)))
     a = named(name).value(z)
-    assert int(part.active.sum()) == int((a != 0).sum()) < int((z > 0).sum())
-    assert int(part.active[bins_of(torch.tensor(0.25))]) == 0
+    assert part.score == "z"
+    assert int(part.active[0].sum()) == int((a != 0).sum()) < int((z > 0).sum())
+    assert int(part.active[0, bins_of(torch.tensor(0.25))]) == 0
 
 
 # --- thresholds ----------------------------------------------------------------------------------
 
 
+def score_of(part: Magnitudes, z: Tensor, a: Tensor) -> Tensor:
+    return z if part.score == "z" else a.abs()
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("function", ["jsrelu", "gelu", "silu"])
 @pytest.mark.parametrize("share", [0.0, 1e-4, 0.01, 0.3, 1.0])
-def test_a_threshold_drops_the_share_that_brute_force_says(share: float, gated: bool) -> None:
-    ((part,), brute) = parts_of(model_of("jsrelu", gated=gated))
+def test_threshold_dropped_and_density_are_of_one_rule(
+    share: float, function: str, gated: bool
+) -> None:
+    ((part,), brute) = parts_of(model_of(function, gated=gated))
     z, a = pairs(brute, next(iter(brute.blocks)))
+    assert part.score == ("z" if function == "jsrelu" else "abs(a)")
     t = part.threshold(share)
-    below = z <= t
-    dropped = float(a[below].square().sum() / a.square().sum())
-    # both are ratios of sums of 15 H positive numbers
-    assert part.dropped(t) == pytest.approx(dropped, rel=400 * EPS, abs=0)
-    assert dropped <= share * (1 + 400 * EPS)
+    below = score_of(part, z, a) <= t
+    # ratios of sums of 15 H positive numbers
+    assert part.dropped(t) == pytest.approx(lost(a, below), rel=400 * EPS, abs=0)
+    assert lost(a, below) <= share * (1 + 400 * EPS)
     assert part.density(t) == int((a[~below] != 0).sum()) / a.numel()
+    assert part.density(-math.inf) == int((a != 0).sum()) / a.numel()
     assert (t == 0) == (share == 0)
+
+
+@given(t=st.floats(0, 4))
+def test_between_ends_more_is_said_to_be_dropped_than_is(t: float) -> None:
+    for part, z, a in SEEN:
+        below = score_of(part, z, a) <= t
+        assert part.dropped(t) >= lost(a, below) * (1 - 400 * EPS)
+        assert part.density(t) <= int((a[~below] != 0).sum()) / a.numel()
+
+
+def seen_of(function: str) -> tuple[Magnitudes, Tensor, Tensor]:
+    ((part,), brute) = parts_of(model_of(function))
+    return (part, *pairs(brute, next(iter(brute.blocks))))
+
+
+SEEN = [seen_of("relu"), seen_of("gelu")]
+
+
+@pytest.mark.parametrize("function", ["relu", "silu"])
+@given(sizes=st.lists(st.sampled_from([1e-3, 1.0, 1e3]), min_size=5, max_size=5))
+def test_a_token_counts_the_same_whatever_the_scale_of_its_activations(
+    function: str, sizes: list[float]
+) -> None:
+    part = Magnitudes(BLOCK)
+    scale = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    z = torch.randn(5, BLOCK.d_hidden, generator=torch.Generator().manual_seed(2)).double() * scale
+    a = named(function).value(z)
+    part.update(None, {"a": a, "z": z}, None)
+    for share in (0.01, 0.1, 0.5):
+        t = part.threshold(share)
+        # a mean over 5 tokens of sums of H positive numbers
+        assert lost(a, score_of(part, z, a) <= t) <= share * (1 + 400 * EPS)
+
+
+BLOCK = find_mlp_blocks(model_of("relu"), X)[0]
 
 
 @given(
@@ -156,9 +213,9 @@ def test_a_threshold_drops_the_share_that_brute_force_says(share: float, gated: 
 def test_a_threshold_is_the_largest_that_may_be_and_the_smallest_that_does_as_much(
     found: dict[int, float], share: float
 ) -> None:
-    part = Magnitudes(find_mlp_blocks(model_of("relu"), X)[0])
+    part = Magnitudes(BLOCK)
     for index, energy in found.items():
-        part.energy[index] = energy
+        part.energy[0, index] = energy
     t, full = part.threshold(share), sorted(found)
     kept = [index for index in full if ends()[index] > t]
     gone = [index for index in full if ends()[index] <= t]
@@ -171,22 +228,21 @@ def test_a_threshold_is_the_largest_that_may_be_and_the_smallest_that_does_as_mu
     assert t == (float(ends()[gone[-1]]) if gone else 0.0)
 
 
+def test_what_lies_above_the_last_end_is_never_dropped() -> None:
+    part = Magnitudes(BLOCK)
+    a = torch.full((1, BLOCK.d_hidden), 2 * HIGH)
+    part.update(None, {"a": a, "z": a}, None)
+    assert part.dropped(part.threshold(1.0)) == 0.0
+    assert part.density(part.threshold(1.0)) == part.density(HIGH) == 1.0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nothing_may_go_where_activations_are_not_finite(bad: float) -> None:
-    part = Magnitudes(find_mlp_blocks(model_of("relu"), X)[0])
-    part.energy[5], part.energy[900] = 1.0, bad
+    part = Magnitudes(BLOCK)
+    a = torch.rand(3, BLOCK.d_hidden)
+    a[1, 2] = bad
+    part.update(None, {"a": a, "z": a}, None)
     assert part.threshold(0.5) == 0.0
-
-
-def test_energy_at_z_below_0_goes_first() -> None:
-    """GELU is not 0 there, so that what a threshold drops is more than the bins above 0 hold."""
-    ((part,), brute) = parts_of(model_of("gelu"))
-    z, a = pairs(brute, next(iter(brute.blocks)))
-    silent = float(a[z <= 0].square().sum() / a.square().sum())
-    assert silent > 0
-    assert part.threshold(silent / 2) == 0.0
-    assert part.dropped(0.0) == pytest.approx(silent, rel=400 * EPS)
-    assert part.density(-math.inf) == float((a != 0).double().mean())
 
 
 # --- as a measure --------------------------------------------------------------------------------
@@ -208,7 +264,8 @@ def test_a_summary_weighs_blocks_by_units_and_tokens() -> None:
     pooled = sum(row["density_above"] * row["units"] for row in rows)
     # three products and two sums
     assert summary["density_above"] == pytest.approx(pooled / summary["units"], rel=10 * EPS)
-    assert summary["threshold"] is None
+    assert (summary["threshold"], summary["score"]) == (None, None)
+    assert {row["score"] for row in rows} == {"z"}
     assert f"{rows[0]['threshold']:.3g}" in str(seen)
     assert seen.summary("train")["blocks"][0]["tokens"] == 5
 
