@@ -312,7 +312,8 @@ def test_accelerated_its_blocks_run_by_their_layers() -> None:
         assert all("hidden layer" in row["reason"] for row in fast.table())
         handle.remove()
         model.train()(x)
-        assert [row["calls"] for row in fast.table()] == [{"sparse": 1}] * 2
+        ran = [row["calls"] for row in fast.table() if row["reason"] is None]
+        assert ran == [{"sparse": 1}] * 2
 
 
 def test_with_the_papers_recipe_and_in_a_copy() -> None:

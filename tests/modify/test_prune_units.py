@@ -296,7 +296,7 @@ def test_accelerated_blocks_run_on_at_their_new_width(first: str) -> None:
         for _ in range(3):
             torch.testing.assert_close(model(X), y, rtol=bound, atol=bound)
     assert [run.block.d_hidden for run in fast.runs.values()] == [H - 5, H - 5]
-    assert sum(row["calls"]["sparse"] for row in fast.table()) >= 2 * 3
+    assert sum(row["calls"].get("sparse", 0) for row in fast.table()) >= 2 * 3
     handle.remove()
     torch.testing.assert_close(model(X), y, rtol=bound, atol=bound)
     fast.remove()
