@@ -45,7 +45,7 @@ def bench_speed(model: nn.Module, inputs: Any, infer: Infer, rounds: int = 21) -
     >>> x = torch.randn(4, 8)
     >>> found = bench_speed(mlp, x, lambda model: model(x), rounds=3)
     >>> found["mlps"]["value"], found["why"]
-    (1.0, '1 of 1 blocks dense: too small to be tried')
+    (1.0, '1 of 1 blocks dense: too small: 256 weights in up, 4 tokens')
     """
     handle = handle_of(model)
     blocks = list(find_mlp_blocks(model, inputs) if handle is None else handle.blocks)
@@ -57,15 +57,16 @@ def bench_speed(model: nn.Module, inputs: Any, infer: Infer, rounds: int = 21) -
     densities = {row["block"]: row["density"] for row in summary["blocks"]}
     given = _inputs(model, blocks, infer)
     fast = copy.deepcopy(model)
-    reason, met = "", dict[str, str]()
+    ran = dict[str, str]()
     try:
         run = accelerate(fast, inputs=inputs)
     except ValueError as error:  # no block can be run sparse
-        reason = str(error)
+        why = str(error)
     else:
         for _ in range(WARM):
             _infer(infer, fast)
-        met = {row["block"]: row["program"] for row in run.table()}
+        ran = run.ran()
+        why = in_words(ran)
     whole = interleaved(
         {"dense": partial(_infer, infer, model), "accelerated": partial(_infer, infer, fast)},
         rounds,
@@ -73,14 +74,14 @@ def bench_speed(model: nn.Module, inputs: Any, infer: Infer, rounds: int = 21) -
     rows, turns = [], {"dense": [0.0] * rounds, "chosen": [0.0] * rounds}
     for block in blocks:
         name = block.name or block.up.name
-        program = met.get(name, "dense")
+        program, _, kept = ran.get(name, "dense").partition(": ")
         row: dict[str, Any] = {
             "block": name,
             "d_model": block.d_model,
             "d_hidden": block.d_hidden,
             "density": densities[name],
             "program": program,
-            "tried": name in met,
+            "tried": name in ran and not kept.startswith("too small"),
         }
         times = _alone(block, given[name], rounds)
         if times:
@@ -98,7 +99,7 @@ def bench_speed(model: nn.Module, inputs: Any, infer: Infer, rounds: int = 21) -
         "seconds": {name: statistics.median(values) for name, values in whole.items()},
         "mlps": asdict(mlps),
         "blocks": rows,
-        "why": reason or _why(rows),
+        "why": why,
     }
 
 
@@ -137,11 +138,7 @@ def _infer(infer: Infer, model: nn.Module) -> None:
         infer(model)
 
 
-def _why(rows: list[dict[str, Any]]) -> str:
-    """How many blocks ran by which program, and why those that stayed dense did."""
-    reasons = {True: ": sparse was not clearly faster", False: ": too small to be tried"}
-    ran = Counter(
-        row["program"] + (reasons[row["tried"]] if row["program"] == "dense" else "")
-        for row in rows
-    )
-    return ", ".join(f"{count} of {len(rows)} blocks {how}" for how, count in ran.items())
+def in_words(ran: dict[str, str]) -> str:
+    """How many blocks ran in which way, of what :meth:`Accelerated.ran` says."""
+    counted = Counter(ran.values()).items()
+    return ", ".join(f"{count} of {len(ran)} blocks {how}" for how, count in counted)

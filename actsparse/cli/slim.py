@@ -87,7 +87,7 @@ def _times(models: dict[str, Any], infer: Callable[[Any], object], rounds: int) 
 
     from actsparse import accelerate
     from actsparse.bench.timing import interleaved, ratio
-    from actsparse.bench.trained import WARM
+    from actsparse.bench.trained import WARM, in_words
 
     programs: dict[str, Callable[[], object]] = {
         name: partial(infer, model)
@@ -107,7 +107,7 @@ def _times(models: dict[str, Any], infer: Callable[[Any], object], rounds: int) 
                 continue
             for _ in range(WARM):
                 infer(fast)
-            ran[name] = _ran(handle)
+            ran[name] = in_words(handle.ran())
             programs[f"{name}, accelerated"] = partial(infer, fast)
         times = interleaved(programs, rounds)
     return {
@@ -115,21 +115,6 @@ def _times(models: dict[str, Any], infer: Callable[[Any], object], rounds: int) 
         "ratios": [asdict(ratio(times, "trained", name)) for name in programs if name != "trained"],
         "ran": ran,
     }
-
-
-def _ran(handle: Any) -> str:
-    """How many blocks ran by which program, in the words of ``actsparse bench run``."""
-    from collections import Counter
-
-    met = {row["block"]: row["program"] for row in handle.table()}
-    how = {name: f"dense: {why}" for name, why in handle.left.items()}
-    for name in handle.runs:
-        program = met.get(name)
-        why = "sparse was not clearly faster" if program else "too small to be tried"
-        how[name] = f"dense: {why}" if program in (None, "dense") else program
-    return ", ".join(
-        f"{count} of {len(how)} blocks {what}" for what, count in Counter(how.values()).items()
-    )
 
 
 def _print(rows: list[dict[str, Any]], threads: int) -> None:

@@ -99,6 +99,14 @@ class Accelerated:
             {"block": name, **met.row()} for name, run in self.runs.items() for met in run.met()
         ]
 
+    def ran(self) -> dict[str, str]:
+        """By block, how its last call ran: a program, or ``dense`` and why."""
+        how = {name: f"dense: {why}" for name, why in self.left.items()}
+        for row in self.table():
+            why = row["reason"] or "sparse was not clearly faster"
+            how[row["block"]] = f"dense: {why}" if row["program"] == "dense" else row["program"]
+        return how
+
     def remove(self) -> None:
         """Give the blocks their own layers back; twice is fine."""
         for run in self.runs.values():

@@ -59,10 +59,10 @@ def native(*tensors: Tensor | None) -> bool:
 
 def on_gpu(*tensors: Tensor | None) -> bool:
     """Whether the Triton kernels take these tensors."""
-    return all(t is None or (t.is_cuda and t.dtype in TRITON) for t in tensors) and _triton()
+    return all(t is None or (t.is_cuda and t.dtype in _DTYPES) for t in tensors) and _triton()
 
 
-TRITON = (torch.float32, torch.bfloat16, torch.float16)  # what its kernels take
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _triton() -> bool:

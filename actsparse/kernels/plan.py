@@ -195,7 +195,7 @@ class SparseRun:
         if self.mode != "auto":
             return None
         entries = self.block.up.weight.numel()
-        if not (x.is_cuda or build.level() != "reference"):
+        if not (ops.on_gpu(x) or build.level() != "reference"):
             return "the kernels are not compiled here"
         if entries < LEAST and entries * tokens < MANY:
             return f"too small: {entries} weights in up, {tokens} tokens"
@@ -263,17 +263,11 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
         return "what is attached reads or changes the hidden layer"
     if site.function is None:
         return "its φ is being mixed, or has no name"
-    if not (x.is_cuda or x.is_cpu):
-        return f"on {x.device.type} there are no kernels"
-    if x.dtype not in (ops.TRITON if x.is_cuda else (torch.float32,)):
-        return f"{str(x.dtype).removeprefix('torch.')} on {x.device.type} has no kernels"
     weight = up.weight
+    if not (ops.on_gpu(x, weight) or (x.is_cpu and x.dtype is torch.float32)):
+        return f"{str(x.dtype).removeprefix('torch.')} on {x.device.type} has no kernels here"
     if x.dtype is not weight.dtype or x.device != weight.device:
-        return (
-            f"the input is {x.dtype} on {x.device}, the weights {weight.dtype} on {weight.device}"
-        )
-    if x.is_cuda and not ops.on_gpu(x, weight):
-        return "Triton is missing"
+        return f"its input is {x.dtype} on {x.device}, up {weight.dtype} on {weight.device}"
     if torch.is_autocast_enabled(x.device.type):
         return "under autocast"
     if torch.compiler.is_compiling():

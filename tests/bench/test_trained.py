@@ -30,7 +30,7 @@ def test_a_small_block_is_left_dense_and_says_why() -> None:
     before = copy.deepcopy(mlp.state_dict())
     found = timed(mlp, x)
     assert found["mlps"] == {"of": "dense", "to": "chosen", "value": 1.0, "low": 1.0, "high": 1.0}
-    assert found["why"] == "1 of 1 blocks dense: too small to be tried"
+    assert found["why"] == "1 of 1 blocks dense: too small: 256 weights in up, 4 tokens"
     (block,) = found["blocks"]
     assert (block["program"], block["tried"], block["tokens"]) == ("dense", False, 4)
     assert (block["d_model"], block["d_hidden"]) == (8, 32)
@@ -45,7 +45,7 @@ def test_a_small_block_is_left_dense_and_says_why() -> None:
 def test_a_chosen_program_is_what_the_mlps_are_timed_by(monkeypatch: pytest.MonkeyPatch) -> None:
     from actsparse.kernels.choose import Trial
 
-    module = sys.modules["actsparse.kernels.accelerate"]
+    module = sys.modules["actsparse.kernels.plan"]
     monkeypatch.setattr(module, "LEAST", 0)
     monkeypatch.setattr(Trial, "best", lambda self, now: "sparse")
     found = timed(model(16, 64, -2.0), torch.randn(8, 16))
@@ -73,4 +73,4 @@ def test_the_function_in_force_of_a_sparsified_model_is_timed() -> None:
     found = timed(mlp, x)
     assert 0 < found["density"] < 1
     assert found["blocks"][0]["ratios"]
-    assert found["why"] == "1 of 1 blocks dense: too small to be tried"
+    assert found["why"] == "1 of 1 blocks dense: too small: 256 weights in up, 4 tokens"

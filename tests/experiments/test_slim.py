@@ -271,9 +271,8 @@ def test_the_command_writes_a_row_for_each_run_that_can_be(
         "pruned", "trained, accelerated", "both, accelerated",
     ]  # fmt: skip
     assert all(each["of"] == "trained" and each["value"] > 0 for each in speed["ratios"])
-    assert speed["ran"] == dict.fromkeys(
-        ("trained", "both"), "2 of 2 blocks dense: too small to be tried"
-    )
+    assert speed["ran"].keys() == {"trained", "both"}
+    assert all(ran.startswith("2 of 2 blocks dense: too small: ") for ran in speed["ran"].values())
 
 
 def test_the_command_says_what_would_be_right(runs: dict[str, Run]) -> None:

@@ -26,7 +26,7 @@ def test_programs_run_in_turn_and_the_slow_one_is_told() -> None:
 
     trials = Trials(0)
     programs = {"dense": slow, "sparse": lambda: order.append("fast")}
-    trial = trials.run("kind", 0.1, programs, cold=False)
+    trial = trials.run("kind", 0.1, programs, cold=False, device=torch.device("cpu"))
     assert order[:6] == ["slow", "fast"] * 3
     assert ROUNDS[0] <= len(order) // 2 - 1 <= ROUNDS[1]
     assert trial.seconds["dense"] > 0.01 > trial.seconds["sparse"]
@@ -41,7 +41,7 @@ def test_a_long_program_is_timed_few_times() -> None:
         calls.append(1)
         time.sleep(0.1)
 
-    Trials(0).run("kind", 0.1, {"dense": long}, cold=False)
+    Trials(0).run("kind", 0.1, {"dense": long}, cold=False, device=torch.device("cpu"))
     assert len(calls) == 1 + ROUNDS[0]
 
 
