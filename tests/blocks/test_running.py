@@ -20,16 +20,17 @@ class Halt(Exception):
     """Breaks a pass off."""
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.act = nn.Linear(8, 32), nn.Linear(8, 32), nn.ReLU()
+        self.down = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.gate(x)) * self.up(x))
+
+
 def gated() -> nn.Module:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate, self.up, self.act = nn.Linear(8, 32), nn.Linear(8, 32), nn.ReLU()
-            self.down = nn.Linear(32, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.down(self.act(self.gate(x)) * self.up(x))
-
     return nn.Sequential(Gated(), Gated()).eval()
 
 
@@ -180,10 +181,20 @@ def test_copies_and_pickles_run_alone(make: Callable[[], nn.Module], attach: Att
     assert not torch.equal(twin(x), want)
 
 
-def test_a_pickle_of_a_modified_model_computes_the_same() -> None:
-    model, x = plain(nn.GELU), torch.randn(3, 8)
-    swapped(model, x)
+def acts(model: nn.Module) -> nn.Module:
+    return next(m for m in model.modules() if isinstance(m, nn.ReLU | nn.GELU))
+
+
+@ways
+def test_a_pickle_of_a_whole_model_computes_the_same(
+    make: Callable[[], nn.Module], attach: Attach
+) -> None:
+    model, x = make(), torch.randn(3, 8)
+    attach(model, x)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+    holder = nn.ModuleList([acts(model), model])  # the activation comes first
+    again = pickle.loads(pickle.dumps(holder))[1]
+    assert torch.equal(again(x), model(x))
 
 
 def test_replicas_of_data_parallel_are_refused_by_name() -> None:
