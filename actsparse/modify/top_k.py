@@ -93,8 +93,9 @@ class LargestActivations:
         self.block, self.last = block, last
         self.to = None if to is None else named(to)
         self.done = False  # whether count has come down to ``last``
-        # a tensor, so that compiled code does not recompile at every step
-        self.count = torch.tensor(block.d_hidden)
+        with torch.inference_mode(False):
+            # a tensor, so that compiled code does not recompile at every step
+            self.count = torch.tensor(block.d_hidden)
 
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., H]; NaN counts as large."""
