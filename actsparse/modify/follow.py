@@ -22,6 +22,7 @@ class Following:
         self._stepped = stepped
         self._done: set[int] = set()  # who has stepped in this step of the training
         self._joined: list[tuple[Optimizer, dict[str, Any], nn.Parameter]] = []
+        self._begun: set[int] = set()
         self.running = False  # a step, which may call the model several times
         self._hooks = [
             hook
@@ -32,7 +33,8 @@ class Following:
             )
         ]
 
-    def _before(self, *hook: Any) -> None:
+    def _before(self, optimizer: Optimizer, *hook: Any) -> None:
+        self._begun.add(id(optimizer))
         self.running = True
 
     def _after(self, optimizer: Optimizer, *hook: Any) -> None:
@@ -41,8 +43,11 @@ class Following:
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return
-        new = not self._done or id(optimizer) in self._done
-        self._done = {id(optimizer)} if new else self._done | {id(optimizer)}
+        own = id(optimizer)
+        begun = own in self._begun  # else its class's step has called super().step(), hooks and all
+        self._begun.discard(own)
+        new = begun and (not self._done or own in self._done)
+        self._done = {own} if new else self._done | {own}
         self._stepped(new)
 
     def join(self, parameter: nn.Parameter, name: str, beside: Iterable[nn.Parameter]) -> None:
