@@ -127,7 +127,7 @@ class MLPBlock:
     ``name`` is the path of the smallest module that holds both up and down. ``norm_position`` is
     ``"pre"`` (the residual adds the norm's input), ``"post"`` (the residual adds the norm's
     output, as in BERT) or ``"none"``; ``norm_feeds`` names what else the norm's output goes to.
-    ``d_model`` and ``d_hidden`` are D and H.
+    ``d_model`` and ``d_hidden`` are D and H. ``inputs`` describes what it was found with.
     """
 
     name: str
@@ -144,6 +144,7 @@ class MLPBlock:
     calls: int = 1
     input_shape: tuple[int, ...] = ()
     path: tuple[nn.Module, ...] = field(default=(), repr=False)
+    inputs: Any = field(default=None, repr=False)
 
     @property
     def gated(self) -> bool:
@@ -201,7 +202,9 @@ class Blocks(list[MLPBlock]):
     ) -> None:
         super().__init__(blocks)
         self.refused = list(refused)
-        self.inputs = inputs
+        for block in self if inputs is not None else ():
+            block.inputs = inputs
+        self.inputs = next((block.inputs for block in self), inputs)
 
     def __str__(self) -> str:
         lines = [f"{len(self)} MLP block{'s' * (len(self) != 1)}"]

@@ -144,13 +144,18 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"save_adapter() keeps one adapter called 'default', this model has "
             f"{', '.join(map(repr, root.peft_config))}; save() keeps them all"
         )
-    changes = {name: tensor.detach().contiguous() for name, tensor in _changed(root, handle)}
     sidecar = describe_changes(root, "save_adapter()")
     with whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
         root.save_pretrained(str(folder))
-        save_file(changes, str(folder / CHANGES))
-        write_sidecar(folder, sidecar)
+        write_changes(root, handle, folder, sidecar)
     return Path(path)
+
+
+def write_changes(model: nn.Module, handle: Handle, folder: Path, sidecar: dict[str, Any]) -> None:
+    """Write beside peft's files what :func:`load_adapter` needs more."""
+    changes = {name: tensor.detach().contiguous() for name, tensor in _changed(model, handle)}
+    save_file(changes, str(folder / CHANGES))
+    write_sidecar(folder, sidecar)
 
 
 def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:

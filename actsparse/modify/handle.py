@@ -15,6 +15,7 @@ from actsparse.blocks.sharding import sharded
 from actsparse.modify.clock import Clock
 from actsparse.modify.follow import Following, optimizers_in
 from actsparse.modify.modification import Attached, Modification, Progress
+from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.zeroth_bias import CHILD
 
@@ -59,6 +60,11 @@ class Handle:
     def steps(self) -> int | None:
         """Optimizer steps of the whole training, where known."""
         return self._clock.steps
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether the model computes something else in evaluation than without the recipe."""
+        return any(modification.changes_function for modification, _ in self._attached)
 
     def add(self, modification: Modification, attached: Attached) -> None:
         """Take over something that ``sparsify`` attached."""
@@ -334,6 +340,7 @@ class Handle:
         self._attached.clear()
         if self.model.__dict__.get(_ATTRIBUTE) is self:
             del self.model.__dict__[_ATTRIBUTE]
+            note_changes(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         # copies follow no optimizer

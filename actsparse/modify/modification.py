@@ -93,11 +93,13 @@ class Modification:
     """Base of the configs.
 
     ``order``: projections of lower order run first. ``needs_loss``: its penalty is of the loss's
-    gradients, ``handle.penalty(loss)``.
+    gradients, ``handle.penalty(loss)``. ``changes_function``: in evaluation the block computes
+    something else with it, whatever its parameters.
     """
 
     order: ClassVar[int] = 0
     needs_loss: ClassVar[bool] = False
+    changes_function: ClassVar[bool] = False
 
     def ramps(self) -> list[Ramp]:
         """The schedules this modification follows."""

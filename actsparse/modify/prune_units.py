@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Layer, MLPBlock, unwrap
 from actsparse.blocks.sharding import sharded
 from actsparse.modify.handle import handle_of
+from actsparse.modify.note import note_changes
 from actsparse.modify.seen import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
 
@@ -125,6 +126,7 @@ def cut(
     for name, width, _ in rows:
         if name in shorter:
             shorter[name].up.module.__dict__.setdefault(_DENSE, width)
+    note_changes(root)
     return Pruned(root, rows, cuts, followers)
 
 
@@ -232,6 +234,7 @@ class Pruned:
             if up.__dict__.get(_DENSE) == width:
                 del up.__dict__[_DENSE]
         self._cuts, self._followers = [], []
+        note_changes(self._root)
 
     def __str__(self) -> str:
         before, after = sum(row[1] for row in self.rows), sum(row[2] for row in self.rows)

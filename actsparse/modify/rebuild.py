@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actsparse.blocks.sharding import own_class
+from actsparse.modify.note import without_note
 from actsparse.modify.sparsify import is_peft_model
 
 
@@ -21,7 +22,7 @@ def how_to_build(root: nn.Module, model: nn.Module) -> dict[str, Any] | None:
         return None
     return {
         "class": cls.__name__,
-        "config": json.loads(config.to_json_string(use_diff=False)),
+        "config": without_note(json.loads(config.to_json_string(use_diff=False))),
         "attention": getattr(config, "_attn_implementation", None),  # not in the config's file
         "dtypes": {
             name: str(tensor.dtype).removeprefix("torch.")

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import nn
 
 from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.sharding import gathered_state, sharded
+from actsparse.modify.clock import BUFFER
 from actsparse.modify.handle import Handle
 from actsparse.modify.prune_units import Pruned, cut
-from actsparse.modify.rebuild import adapter_configs, build, cast, how_to_build, in_base, wrap
+from actsparse.modify.rebuild import build, cast, in_base, wrap
 from actsparse.modify.sidecar import (
     SIDECAR,
-    WEIGHTS,
     by_block,
-    describe_changes,
+    describe,
     read_sidecar,
     recipe_of,
     same_blocks,
@@ -34,10 +30,18 @@ from actsparse.modify.sidecar import (
 )
 from actsparse.modify.sparsify import is_peft_model, sparsify
 from actsparse.modify.thresholds import put_thresholds
+from actsparse.modify.weights import (
+    WEIGHTS,
+    by_module_names,
+    load_weights,
+    read_weights,
+    weight_files,
+    write_weights,
+)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write a sparsified model to the folder ``path``: whole, or not at all.
+    """Write a sparsified model, or one with thresholds, to the folder ``path``: whole or not.
 
     ``model.safetensors`` holds every parameter and buffer, zeroth biases among them;
     ``actsparse.json`` the recipe, where its schedules stand, how many hidden units each block has
@@ -50,26 +54,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     gathered, and the first process writes them.
 
     Raises:
-        ValueError: the model is not sparsified, its recipe holds a function, or a block that was
+        ValueError: the model is not changed, its recipe holds a function, or a block that was
             pruned or has a threshold is none of those sparsified.
         FileExistsError: ``path`` is a file, or a folder with other files in it.
         OSError: the folder cannot be written; what was there before is still there.
     """
     root = unwrap(model)
-    base = root.get_base_model() if is_peft_model(root) else root  # type: ignore[operator]
-    sidecar = {
-        **describe_changes(root, "save()", whole=True),
-        "model": how_to_build(root, base),
-        "adapters": None if base is root else adapter_configs(root),
-    }
-    whole: Any = root
+    sidecar = describe(root, "save()")
     if sharded(root.modules()):
         state = gathered_state(root)
         if torch.distributed.get_rank():
             return Path(path)
-        whole = SimpleNamespace(state_dict=lambda: state)  # all that is asked of a model
+    else:
+        state = root.state_dict()
     with whole_folder(path, {SIDECAR, WEIGHTS}) as folder:
-        _write(whole, folder / WEIGHTS)
+        write_weights(state, folder / WEIGHTS)
         write_sidecar(folder, sidecar)
     return Path(path)
 
@@ -113,20 +112,11 @@ def _check_free(target: Path, files: set[str]) -> None:
         )
 
 
-def _write(model: nn.Module, file: Path) -> None:
-    try:
-        save_model(model, str(file))
-    except SafetensorError as error:  # a full disk too comes as one
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None:
-            raise
-        code = int(found[1])
-        raise OSError(code, os.strerror(code), str(file)) from error
-
-
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Read what :func:`save` wrote: build the plain model, sparsify it, load the weights.
 
+    What ``save_pretrained`` wrote of a model whose function actsparse had changed, and checkpoints
+    of a Trainer with ``SparsityCallback``, are read as well.
     ``model`` is the plain model, in any state; it may be left out for classes of ``transformers``
     (the model then comes in eval mode, with the dtypes it was saved with). A model that was saved
     with peft's adapters comes back as a ``PeftModel`` around it, one that was pruned with its
@@ -141,7 +131,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """
     path = Path(path)
     sidecar = read_sidecar(path, WEIGHTS)
-    recipe = recipe_of(path, sidecar)
+    recipe, weights = recipe_of(path, sidecar), read_weights(weight_files(path))
     adapters = sidecar.get("adapters")
     spec = sidecar["model"] if model is None else None
     if model is None:
@@ -156,10 +146,15 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
                 cast(model, spec["dtypes"])
                 model.eval()
             kept = same_blocks(str(path), sidecar["blocks"], sidecar["inputs"], model)
-        _read_weights(model, path / WEIGHTS, strict=False)  # so that sparsify meets saved norms
+        root, source = unwrap(model), str(path)
+        early = by_module_names(root, weights, source)
+        load_weights(root, early, source, strict=False)  # so that sparsify meets saved norms
         handle = sparsify(model, recipe, blocks=kept)
         with removed_on_failure(handle):
-            _read_weights(model, path / WEIGHTS, strict=True)
+            handle.load_state_dict(sidecar["state"])
+            own = {name: value for name, value in root.state_dict().items() if name == BUFFER}
+            late = {**own, **by_module_names(root, weights, source)}  # older files have no buffer
+            load_weights(root, late, source, strict=True)
             handle.load_state_dict(sidecar["state"])
             thresholds = by_block(path, sidecar, "thresholds", int | float, [0] * len(kept))
             put_thresholds(model, kept, thresholds)
@@ -187,10 +182,3 @@ def removed_on_failure(handle: Handle | Pruned) -> Iterator[None]:
     except BaseException:
         handle.remove()
         raise
-
-
-def _read_weights(model: nn.Module, file: Path, strict: bool) -> None:
-    try:
-        load_model(unwrap(model), str(file), strict=strict)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{file} does not fit the model: {error}") from error

@@ -8,16 +8,53 @@ from typing import Any
 
 from torch import nn
 
-from actsparse.blocks.block import Blocks
+from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
 from actsparse.modify.handle import handle_of
+from actsparse.modify.note import noted
 from actsparse.modify.prune_units import pruned_layers
+from actsparse.modify.rebuild import adapter_configs, how_to_build
 from actsparse.modify.recipe import Recipe
+from actsparse.modify.sparsify import is_peft_model
 from actsparse.modify.thresholds import thresholds_of
+from actsparse.modify.weights import WEIGHTS, weight_files
 
-SIDECAR, WEIGHTS = "actsparse.json", "model.safetensors"
+SIDECAR = "actsparse.json"
 _FORMAT = 1
+
+
+def describe(model: nn.Module, caller: str) -> dict[str, Any]:
+    """All that a sidecar says: :func:`describe_changes`, and how to build the plain model.
+
+    Raises:
+        ValueError: as :func:`describe_changes`.
+    """
+    root = unwrap(model)
+    base = root.get_base_model() if is_peft_model(root) else root  # type: ignore[operator]
+    return {
+        **describe_changes(root, caller, whole=True),
+        "model": how_to_build(root, base),
+        "adapters": None if base is root else adapter_configs(root),
+    }
+
+
+def describe_noted(model: nn.Module) -> dict[str, Any]:
+    """What a config's note says of the model around it; the config itself says the rest."""
+    try:
+        said = describe(model, "save_pretrained()")
+    except ValueError as error:
+        return {"unknown": str(error)}
+    if said["model"] is not None:
+        del said["model"]["config"]
+    return said
+
+
+def changed(root: nn.Module) -> bool:
+    """Whether a model computes something else in evaluation than its class does."""
+    handle, found = handle_of(root), thresholds_of(root)
+    by_recipe = handle is not None and handle.changes_function
+    return bool(by_recipe or (found is not None and found.in_force()) or pruned_layers(root))
 
 
 def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[str, Any]:
@@ -30,27 +67,28 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
             of the inputs its blocks were found with; thresholds or widths that cannot be kept.
     """
     handle, found = handle_of(root), thresholds_of(root)
-    if handle is None and found is not None:
+    if handle is not None:
+        blocks, recipe, state = handle.blocks, handle.recipe, handle.state_dict()
+    elif found is not None:
+        blocks, recipe, state = found.blocks, Recipe("vanilla"), {"step": 0, "steps": None}
+    else:
         raise ValueError(
-            f"{caller} is for a sparsified model; to keep thresholds too, take them back, "
-            f"thresholds_of(model).remove(), then sparsify(model, 'vanilla', inputs=...) and "
-            f"calibrate_thresholds anew"
+            f"{caller} is for a sparsified model, or one with thresholds; for a plain one use its "
+            f"own way, or, to prune it, sparsify(model, 'vanilla', inputs=...) first"
         )
-    if handle is None:
-        raise ValueError(
-            f"{caller} is for a sparsified model; for a plain one use its own way, or, to prune it "
-            f"or give it thresholds, sparsify(model, 'vanilla', inputs=...) first"
-        )
-    if handle.blocks.inputs is None:
+    modules = dict(root.named_modules(remove_duplicate=False))
+    if any(modules.get(block.up.name) is not block.up.module for block in blocks):
+        raise ValueError(f"{caller} is for the model whose blocks were found, not for another")
+    if blocks.inputs is None:
         raise ValueError(f"{caller} needs blocks as find_mlp_blocks returned them, no plain list")
     thresholds = {} if found is None else found.in_force()
-    lost = thresholds.keys() - {block.up.module for block in handle.blocks}
+    lost = thresholds.keys() - {block.up.module for block in blocks}
     if lost or (thresholds and not whole):
         why = "its blocks are not those that were sparsified" if whole else "use save()"
         raise ValueError(
             f"{caller} would lose the model's thresholds: {why}, or remove() them first"
         )
-    covered = {part for block in handle.blocks for part in block.up.module.modules()}
+    covered = {part for block in blocks for part in block.up.module.modules()}
     narrow = [name for name, layer in pruned_layers(root).items() if layer not in covered]
     if narrow and whole:
         raise ValueError(
@@ -59,15 +97,15 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
         )
     sidecar = {
         "format": _FORMAT,
-        "recipe": handle.recipe.to_json(),
-        "state": handle.state_dict(),
-        "blocks": [block.up.name for block in handle.blocks],
-        "inputs": handle.blocks.inputs,
+        "recipe": recipe.to_json(),
+        "state": state,
+        "blocks": [block.up.name for block in blocks],
+        "inputs": blocks.inputs,
         "model": None,
     }
     if whole:
-        each = [thresholds.get(block.up.module, 0.0) for block in handle.blocks]
-        sidecar |= {"widths": [block.d_hidden for block in handle.blocks], "thresholds": each}
+        each = [thresholds.get(block.up.module, 0.0) for block in blocks]
+        sidecar |= {"widths": [block.d_hidden for block in blocks], "thresholds": each}
     return sidecar
 
 
@@ -91,22 +129,28 @@ def recipe_of(path: Path, sidecar: dict[str, Any]) -> Recipe:
 def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
     """``actsparse.json`` as plain values, of a folder that holds files called ``others`` as well.
 
+    Where there is none, a note in ``config.json`` says the same, as ``save_pretrained`` leaves it.
+
     Raises:
         FileNotFoundError: one of them is missing.
         ValueError: the sidecar is torn, foreign or of another version.
     """
-    for name in (SIDECAR, *others):
-        if not (folder / name).is_file():
+    note = None if (folder / SIDECAR).is_file() else noted(folder)
+    for name in (*([SIDECAR] if note is None else []), *others):
+        there = weight_files(folder) if name == WEIGHTS else (folder / name).is_file()
+        if not there:
             adapter = name == WEIGHTS and (folder / "adapter_config.json").is_file()
             what = "adapters alone, for load_adapter" if adapter else "not a folder of save()"
             raise FileNotFoundError(f"{folder / name} is missing: {what}")
-    file = folder / SIDECAR
+    file = folder / (SIDECAR if note is None else "config.json")
     try:
-        sidecar = json.loads(file.read_text(encoding="utf-8"))
+        sidecar = json.loads(file.read_text(encoding="utf-8")) if note is None else _whole(*note)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not whole JSON: {error}") from error
     needed = {"recipe": dict, "state": dict, "blocks": list, "model": dict | None}
     keys = {"format", "inputs", *needed}
+    if isinstance(sidecar, dict) and "unknown" in sidecar:
+        raise ValueError(f"{file} cannot say how its model was changed: {sidecar['unknown']}")
     if not isinstance(sidecar, dict) or not keys <= set(sidecar):
         raise ValueError(f"{file} is not a sidecar of actsparse: expected keys {sorted(keys)}")
     if sidecar["format"] != _FORMAT:
@@ -115,6 +159,13 @@ def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
         if not isinstance(sidecar[key], kind):
             raise ValueError(f"{file} is not as save() writes it: {key!r} is {sidecar[key]!r}")
     return sidecar
+
+
+def _whole(said: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A note made up to a sidecar by the config that it stood in."""
+    if isinstance(said.get("model"), dict):
+        said["model"] = {**said["model"], "config": config}
+    return said
 
 
 def same_blocks(source: str, names: list[str], inputs: Any, model: nn.Module) -> Blocks:

@@ -13,6 +13,7 @@ from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
+from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import RecipeLike, as_recipe
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD
@@ -96,6 +97,7 @@ def sparsify(
         handle.remove()
         raise
     keep_handle(root, handle)
+    note_changes(root)
     return handle
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class SwapActivation(Modification):
     (int) or that fraction of all steps (float); arXiv 2309.03004, finetuning for sparsity. ``to``
     may also be an :class:`actsparse.activations.ActivationFunction`.
     """
+
+    changes_function: ClassVar[bool] = True
 
     to: str | ActivationFunction = "jsrelu"
     mix: int | float | None = None

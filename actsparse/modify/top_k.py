@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class TopK(Modification):
     >>> mlp[1](mlp[0](x)).count_nonzero(-1)  # ⌈0.05 · 40⌉
     tensor([2, 2, 2])
     """
+
+    changes_function: ClassVar[bool] = True
 
     k: float = 0.05
     to: str | None = None
