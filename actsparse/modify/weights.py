@@ -74,7 +74,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
         try:
             state |= load_file(file)
         except SafetensorError as error:
-            raise ValueError(f"{file} is not whole: {error}") from error
+            raise ValueError(f"{file} does not fit: it is not whole: {error}") from error
     return state
 
 
