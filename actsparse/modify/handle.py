@@ -62,6 +62,11 @@ class Handle:
         return self._clock.steps
 
     @property
+    def has_schedules(self) -> bool:
+        """Whether the recipe moves with training."""
+        return any(modification.ramps() for modification, _ in self._attached)
+
+    @property
     def changes_function(self) -> bool:
         """Whether the model computes something else in evaluation than without the recipe."""
         return any(modification.changes_function for modification, _ in self._attached)
