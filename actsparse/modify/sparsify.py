@@ -32,7 +32,8 @@ def sparsify(
 
     Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
     or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
-    missing). ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
+    missing). A recipe with schedules adds a buffer, ``actsparse_progress``, which says where they
+    stand. ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
     ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead.
     ``optimizer`` is attached (:meth:`Handle.attach`) if given, with ``steps``, the number of its
     steps in the whole training, which schedules given as fractions need. The default
