@@ -8,8 +8,10 @@ The order is peft first, ``sparsify`` then, so that what a recipe attaches sees 
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,14 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def write_changes(model: nn.Module, handle: Handle, folder: Path, sidecar: dict[str, Any]) -> None:
-    """Write beside peft's files what :func:`load_adapter` needs more."""
+    """Write beside peft's files what :func:`load_adapter` needs more.
+
+    Where the function is changed, peft's config gets a key that peft warns of by its name.
+    """
+    if handle.changes_function:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config["actsparse"] = "changed by actsparse: use actsparse.load_adapter(base, folder)"
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     changes = {name: tensor.detach().contiguous() for name, tensor in _changed(model, handle)}
     save_file(changes, str(folder / CHANGES))
     write_sidecar(folder, sidecar)
@@ -179,7 +188,9 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     except SafetensorError as error:
         raise ValueError(f"{path / CHANGES} is not whole: {error}") from error
     try:
-        model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['actsparse'\]")
+            model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
     except Exception as error:
         name = type(base).__name__
         raise ValueError(f"{path}: its adapter does not fit {name}: {error}") from error
