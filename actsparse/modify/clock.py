@@ -66,6 +66,8 @@ class Clock:
             return
         buffer, origin = self._model._buffers[BUFFER], self._origin()
         assert buffer is not None
+        if not _readable(buffer):
+            return
         read = self._read
         if read is None or read[0] is not buffer or read[1] != _version(buffer):
             self._follow(buffer, origin)
@@ -126,6 +128,8 @@ class Clock:
         values = torch.tensor([self.step, steps, _digest(self.step, steps)])
         if buffer.is_inference() and not torch.is_inference_mode_enabled():
             buffer = self._model._buffers[BUFFER] = torch.zeros_like(values, device=buffer.device)
+        if not _readable(buffer):
+            return
         buffer.copy_(values)
         self._read = buffer, _version(buffer)
 
@@ -172,6 +176,12 @@ _unique = itertools.count(1)
 
 def _nothing() -> None:
     return None
+
+
+def _readable(buffer: Tensor) -> bool:
+    """Whether it has values now: not on meta, in a fake mode or under vmap."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(buffer)
+    return type(buffer) is Tensor and not buffer.is_meta and not wrapped
 
 
 def _version(tensor: Tensor) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from actsparse.blocks.block import MLPBlock
+
 
 class Following:
     """Optimizers of one training. ``stepped(new)`` is called after each step that one of them
@@ -62,11 +64,12 @@ class Following:
         if "param_names" in group:
             group["param_names"].append(name)
 
-    def leave(self) -> None:
-        """Stop following; what joined the optimizers stays."""
+    def leave(self) -> bool:
+        """Stop following; whether anything that joined the optimizers stays."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        return bool(self._joined)
 
     def remove(self) -> None:
         """Stop following, and take back what joined."""
@@ -78,6 +81,30 @@ class Following:
                     del group[key][places[0]]
             optimizer.state.pop(parameter, None)
         self._joined.clear()
+
+
+class Changes:
+    """Counts training passes before which the trained weights of blocks had changed."""
+
+    def __init__(self, blocks: Iterable[MLPBlock]) -> None:
+        self._blocks = list(blocks)
+        self._seen: int | None = None
+        self._count = 0
+
+    def count(self) -> int:
+        """How many there were by now, this pass included, since the last that were explained."""
+        before, self._seen = self._seen, self._written()
+        self._count += before is not None and self._seen != before
+        return self._count
+
+    def explained(self) -> None:
+        """A step made the last ones."""
+        self._count, self._seen = 0, self._written()
+
+    def _written(self) -> int:
+        parts = [part for b in self._blocks for part in (b.up, b.down, b.norm) if part]
+        trained = (p for part in parts for p in part.module.parameters() if p.requires_grad)
+        return sum(0 if p.is_inference() else p._version for p in trained)
 
 
 def optimizers_in(optimizer: Optimizer, parameters: set[int]) -> list[Optimizer]:

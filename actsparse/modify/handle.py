@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Blocks
 from actsparse.blocks.sharding import sharded
 from actsparse.modify.clock import Clock
-from actsparse.modify.follow import Following, optimizers_in
+from actsparse.modify.differentiate import differentiate
+from actsparse.modify.follow import Changes, Following, optimizers_in
 from actsparse.modify.modification import Attached, Modification, Progress
 from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import Recipe
@@ -40,8 +41,7 @@ class Handle:
         self._clock = Clock(model, blocks, self._move, moving)
         self._following: Following | None = None
         self._followed: list[Following] = []  # before, kept to take back what joined
-        self._weights: int | None = None  # how often they had been written to, at the last look
-        self._changes = 0  # between training passes, and no step was seen
+        self._changes = Changes(blocks)
         self._hooks: list[Any] = []
         if recipe.modifications:
             self._hooks = [
@@ -107,6 +107,7 @@ class Handle:
             raise ValueError(f"steps={steps!r}: expected the number of optimizer steps, at least 1")
         if start is not None and start < 0:
             raise ValueError(f"start={start!r}: expected the number of steps done, 0 or more")
+        self.look()
         steps = self.steps if steps is None else steps
         start = self.step if start is None else start
         for block in self.blocks:
@@ -121,11 +122,10 @@ class Handle:
         optimizers = self._optimizers(optimizer)
         self._clock.unfollowed()
         self._put(start, steps)
-        if self._following is not None:
-            self._following.leave()
+        if self._following is not None and self._following.leave():
             self._followed.append(self._following)
         self._following = Following(optimizers, self._after_step)
-        self._changes, self._weights = 0, None
+        self._changes.explained()
         names = {id(p): name for name, p in self.model.named_parameters()}
         for block in self.blocks:
             table = block.up.module._modules.get(CHILD)
@@ -151,6 +151,7 @@ class Handle:
         return found
 
     def _after_step(self, new: bool) -> None:
+        self._clock.look()
         if new:
             self._say_unclaimed("this step's", stacklevel=6)
             self._asked = False
@@ -159,7 +160,7 @@ class Handle:
         for _, change in sorted(self._attached, key=lambda pair: pair[0].order):
             change.forget()
             change.project(progress)
-        self._changes, self._weights = 0, self._written()
+        self._changes.explained()
 
     def _put(self, step: int, steps: int | None) -> None:
         self._clock.put(step, steps)
@@ -206,9 +207,7 @@ class Handle:
         """Warn where weights change from pass to pass and no step is seen."""
         if not torch.is_grad_enabled() or (self._following and self._following.running):
             return
-        before, self._weights = self._weights, self._written()
-        self._changes += before is not None and self._weights != before
-        if self._changes < 3:
+        if self._changes.count() < 3:
             return
         self._say_unclaimed("the", stacklevel=6)
         waiting = [
@@ -227,12 +226,6 @@ class Handle:
                 f"{', '.join(dict.fromkeys(waiting))} stood still: {why}",
                 stacklevel=5,
             )
-
-    def _written(self) -> int:
-        """How often the blocks' trained parameters were written to."""
-        modules = [part.module for b in self.blocks for part in (b.up, b.down, b.norm) if part]
-        parameters = (p for module in modules for p in module.parameters() if p.requires_grad)
-        return sum(0 if p.is_inference() else p._version for p in parameters)
 
     def _warn_once(self, message: str, stacklevel: int) -> None:
         if message not in self._warned:
@@ -260,7 +253,7 @@ class Handle:
                     f"handle.attach(optimizer, steps=...)",
                     stacklevel=3,
                 )
-        self._differentiate(loss)
+        differentiate(self._attached, loss)
         sums: dict[int, list[Tensor]] = {}
         for modification, attached in self._attached:
             value = attached.penalty()
@@ -271,45 +264,6 @@ class Handle:
         home = next(iter(sums.values()))[0].device
         means = [torch.stack([v.to(home) for v in values]).mean() for values in sums.values()]
         return torch.stack(means).sum()
-
-    def _differentiate(self, loss: Tensor | None) -> None:
-        """Give the loss's gradients, of one backward pass, to the penalties that need them."""
-        asked = [
-            (modification, attached, stages)
-            for modification, attached in self._attached
-            if (stages := attached.differentiated())
-        ]
-        if not asked:
-            return
-        name = type(asked[0][0]).__name__
-        if loss is None:
-            raise ValueError(
-                f"{name} needs the loss: handle.penalty(loss), the loss of the last forward pass, "
-                f"a mean over its samples; in training by the callback the model itself must "
-                f"return one (called with labels)"
-            )
-        if loss.dim() or not loss.requires_grad:
-            raise ValueError(
-                f"{name} needs a loss with a graph, of no dimensions; got {loss.dim()} dimensions, "
-                f"requires_grad={loss.requires_grad}"
-            )
-        for _, attached, stages in asked:
-            if not all(stage.requires_grad for stage in stages):
-                raise RuntimeError(
-                    f"{name} at block {attached.site.block.name!r}: the forward kept no gradient "
-                    f"of z (reentrant gradient checkpointing? use use_reentrant=False; or nothing "
-                    f"up to there is trained)"
-                )
-        gradients = iter(
-            torch.autograd.grad(
-                loss,
-                [stage for _, _, stages in asked for stage in stages],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-        for _, attached, stages in asked:
-            attached.gradients = [next(gradients) for _ in stages]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedules stand; parameters are in the model's own state dict."""

@@ -208,6 +208,25 @@ def test_a_whole_model_that_was_pickled_goes_on(recipe: Any) -> None:
     assert own(model).step == 9
 
 
+def test_training_goes_on_where_it_was_after_an_average_was_swapped_in_and_out() -> None:
+    model, handle, optimizer = start()
+    ema = AveragedModel(model)
+    train(model, optimizer, 3, lambda: ema.update_parameters(model))
+    train(model, optimizer, 4)
+    kept = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for mine, theirs in zip(
+            model.state_dict().values(), ema.module.state_dict().values(), strict=True
+        ):
+            mine.copy_(theirs)
+        model.eval()(stream())
+        assert handle.step == 3
+        for mine, theirs in zip(model.state_dict().values(), kept.values(), strict=True):
+            mine.copy_(theirs)
+    train(model, optimizer, 1)
+    assert handle.state_dict() == {"step": 8, "steps": STEPS}
+
+
 # --- state dicts ---------------------------------------------------------------------------------
 
 
@@ -312,6 +331,21 @@ def test_a_model_made_under_inference_mode_can_be_moved() -> None:
     handle.load_state_dict({"step": STEPS, "steps": STEPS})
     with torch.inference_mode():
         assert not torch.equal(model(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap's own
+def test_shapes_can_be_asked_on_meta_and_copies_be_stacked_under_vmap() -> None:
+    model, handle, optimizer = start()
+    train(model, optimizer, 3)
+    x = stream()
+    want = model.eval()(x)
+    parameters, buffers = torch.func.stack_module_state([model, copy.deepcopy(model)])
+    found = torch.vmap(lambda p, b: torch.func.functional_call(model, (p, b), (x,)))(
+        parameters, buffers
+    )
+    assert torch.allclose(found[1], want, atol=1e-6)
+    assert model.to("meta")(x.to("meta")).shape == want.shape
+    assert handle.step == 3
 
 
 def test_the_name_of_the_buffer_is_not_taken_from_a_model() -> None:
