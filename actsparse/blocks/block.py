@@ -146,7 +146,7 @@ class MLPBlock:
     ``hidden_feeds`` what else reads the layer between up and down. ``path`` are the modules that
     call up, outermost first, of which the first ``around`` call down too. ``same_input``: gate and
     up get the very same tensor. ``standing`` notices modules that are exchanged. ``d_model`` and
-    ``d_hidden`` are D and H.
+    ``d_hidden`` are D and H. ``inputs`` describes what the block was found with.
     """
 
     name: str
@@ -167,6 +167,7 @@ class MLPBlock:
     hidden_feeds: tuple[str, ...] = ()
     same_input: bool = True
     standing: Any = field(default=None, repr=False)
+    inputs: Any = field(default=None, repr=False)
 
     @property
     def gated(self) -> bool:
@@ -253,7 +254,9 @@ class Blocks(list[MLPBlock]):
     ) -> None:
         super().__init__(blocks)
         self.refused = list(refused)
-        self.inputs = inputs
+        for block in self if inputs is not None else ():
+            block.inputs = inputs
+        self.inputs = next((block.inputs for block in self), inputs)
 
     def __str__(self) -> str:
         lines = [f"{len(self)} MLP block{'s' * (len(self) != 1)}"]

@@ -8,8 +8,10 @@ The order is peft first, ``sparsify`` then, so that what a recipe attaches sees 
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,13 @@ from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.chosen import found_with
 from actsparse.blocks.trace import is_linear
 from actsparse.modify.handle import Handle, handle_of
-from actsparse.modify.saving import (
+from actsparse.modify.saving import removed_on_failure, whole_folder
+from actsparse.modify.sidecar import (
     SIDECAR,
     describe_changes,
     read_sidecar,
     recipe_of,
-    removed_on_failure,
     same_blocks,
-    whole_folder,
     write_sidecar,
 )
 from actsparse.modify.sparsify import is_peft_model, sparsify
@@ -145,13 +146,25 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"save_adapter() keeps one adapter called 'default', this model has "
             f"{', '.join(map(repr, root.peft_config))}; save() keeps them all"
         )
-    changes = {name: tensor.detach().contiguous() for name, tensor in _changed(root, handle)}
     sidecar = describe_changes(root, "save_adapter()")
     with whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
         root.save_pretrained(str(folder))
-        save_file(changes, str(folder / CHANGES))
-        write_sidecar(folder, sidecar)
+        write_changes(root, handle, folder, sidecar)
     return Path(path)
+
+
+def write_changes(model: nn.Module, handle: Handle, folder: Path, sidecar: dict[str, Any]) -> None:
+    """Write beside peft's files what :func:`load_adapter` needs more.
+
+    Where the function is changed, peft's config gets a key that peft warns of by its name.
+    """
+    if handle.changes_function:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config["actsparse"] = "changed by actsparse: use actsparse.load_adapter(base, folder)"
+        (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
+    changes = {name: tensor.detach().contiguous() for name, tensor in _changed(model, handle)}
+    save_file(changes, str(folder / CHANGES))
+    write_sidecar(folder, sidecar)
 
 
 def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
@@ -175,7 +188,9 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     except SafetensorError as error:
         raise ValueError(f"{path / CHANGES} is not whole: {error}") from error
     try:
-        model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['actsparse'\]")
+            model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
     except Exception as error:
         name = type(base).__name__
         raise ValueError(f"{path}: its adapter does not fit {name}: {error}") from error

@@ -91,12 +91,13 @@ class _Flattened(Weighted):
         self.passes: deque[_Pass] = deque(maxlen=site.block.calls)
         site.tap(self.collect, self.stages, in_training=True)
         self.update(Progress(0, None))
+        self.settle()
 
     def stages(self, site: Site) -> tuple[str, ...]:
         """What it reads; nothing while it weighs nothing."""
         # of a layer that shares its module a part is known; where φ is caught, the part φ gets
         shared = site.block.pre_activation.rows is not None
-        return (("x", "z", "a") if shared else ("x", "z")) if self.weight else ()
+        return (("x", "z", "a") if shared else ("x", "z")) if self.reads else ()
 
     def collect(self, site: Site, stages: dict[str, Tensor]) -> None:
         if not stages or site.recomputing:
@@ -133,6 +134,10 @@ class _Flattened(Weighted):
             keep = torch.ones_like(rows, dtype=torch.bool) if each.keep is None else each.keep
             values.append(torch.where(keep, rows, 0).sum() / keep.sum().clamp(min=1))
         return self.weight * torch.stack(values).mean()
+
+    @override
+    def forget(self) -> None:
+        self.passes.clear()
 
     @property
     @override

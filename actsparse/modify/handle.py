@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from typing import Any
@@ -11,7 +12,11 @@ from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks, told
 from actsparse.blocks.sharding import sharded
+from actsparse.modify.clock import Clock
+from actsparse.modify.differentiate import differentiate
+from actsparse.modify.follow import Changes, Following, optimizers_in
 from actsparse.modify.modification import Attached, Modification, Progress
+from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.zeroth_bias import CHILD
 
@@ -28,14 +33,43 @@ class Handle:
         self.model = model
         self.recipe = recipe
         self.blocks = blocks
-        self.step = 0
-        self.steps: int | None = None
         self._warned: set[str] = set()  # once is enough
         self._asked = False  # whether penalty() was called since the last step
         self._attached: list[tuple[Modification, Attached]] = []
         self._left_alone: list[tuple[str, str, str]] = []  # modification, block, reason
+        moving = any(modification.ramps() for modification in recipe.modifications)
+        self._clock = Clock(model, blocks, self._move, moving)
+        self._following: Following | None = None
+        self._followed: list[Following] = []  # before, kept to take back what joined
+        self._changes = Changes(blocks)
         self._hooks: list[Any] = []
-        self._joined: list[tuple[torch.optim.Optimizer, dict[str, Any], nn.Parameter]] = []
+        if recipe.modifications:
+            self._hooks = [
+                model.register_forward_pre_hook(self._before_pass),
+                model.register_load_state_dict_pre_hook(self._clock.before_load),
+                model.register_load_state_dict_post_hook(self.look),
+                model.register_state_dict_pre_hook(self.look),
+            ]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps followed so far."""
+        return self._clock.step
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps of the whole training, where known."""
+        return self._clock.steps
+
+    @property
+    def has_schedules(self) -> bool:
+        """Whether the recipe moves with training."""
+        return any(modification.ramps() for modification, _ in self._attached)
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether the model computes something else in evaluation than without the recipe."""
+        return any(modification.changes_function for modification, _ in self._attached)
 
     def add(self, modification: Modification, attached: Attached) -> None:
         """Take over something that ``sparsify`` attached."""
@@ -47,30 +81,35 @@ class Handle:
 
     # -- during training ------------------------------------------------------------------------
 
-    def attach(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
+    def attach(
+        self, optimizer: torch.optim.Optimizer, steps: int | None = None, start: int | None = None
+    ) -> None:
         """Follow an optimizer: after each of its real steps schedules move and parameters are
         projected. Right under accumulation, GradScaler's skipped steps, DDP and FSDP2, for which
-        the order is ``sparsify``, ``fully_shard``, optimizer, ``attach``.
+        the order is ``sparsify``, ``fully_shard``, optimizer, ``attach``; and where an optimizer
+        steps through others that it keeps, as SAM does.
 
         ``steps`` is the number of optimizer steps of the whole training, needed by schedules given
-        as fractions; None keeps the number known from before. Zeroth biases that the optimizer does
-        not know yet join the group of their block's up layer. One optimizer is followed at a time:
-        call it again after loading a checkpoint or with another one.
+        as fractions; None keeps the number known from before. ``start`` is the number of steps
+        done before, where the weights do not say: None keeps ``handle.step``. Zeroth biases that
+        the optimizer does not know yet join the group of their block's up layer. One optimizer is
+        followed at a time: call it again with another one.
 
         Raises:
             TypeError: not a torch optimizer; Accelerate's wrapper of one is taken too.
             ValueError: a schedule is a fraction of the steps and ``steps`` is missing, a layer was
-                wrapped (peft) after ``sparsify``, or the optimizer holds nothing of a model that
-                was sharded after it was made.
+                wrapped (peft) after ``sparsify``, the optimizer holds nothing of the model, or
+                ``start`` is negative.
         """
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        inner = getattr(optimizer, "optimizer", None)  # accelerate's wrapper runs no step hooks
-        if isinstance(inner, torch.optim.Optimizer):
-            optimizer = inner
         if steps is not None and steps < 1:
             raise ValueError(f"steps={steps!r}: expected the number of optimizer steps, at least 1")
+        if start is not None and start < 0:
+            raise ValueError(f"start={start!r}: expected the number of steps done, 0 or more")
+        self.look()
         steps = self.steps if steps is None else steps
+        start = self.step if start is None else start
         for block in self.blocks:
             if self.model.get_submodule(block.up.name) is not block.up.module:
                 raise ValueError(
@@ -79,59 +118,114 @@ class Handle:
                 )
         for modification, _ in self._attached:
             for ramp in modification.ramps():  # fail now rather than after the first step
-                ramp.value(max(1, self.step), steps)
-        self.steps = steps
-        for _, attached in self._attached:
-            attached.update(Progress(self.step, steps))
-        self._join(optimizer)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = [optimizer.register_step_post_hook(self._after_step)]
+                ramp.value(max(1, start), steps)
+        optimizers = self._optimizers(optimizer)
+        self._clock.unfollowed()
+        self._put(start, steps)
+        if self._following is not None and self._following.leave():
+            self._followed.append(self._following)
+        self._following = Following(optimizers, self._after_step)
+        self._changes.explained()
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for block in self.blocks:
+            table = block.up.module._modules.get(CHILD)
+            for parameter in table.parameters() if table is not None else ():
+                beside = block.up.module.parameters()
+                self._following.join(parameter, names[id(parameter)], beside)
 
-    def _join(self, optimizer: torch.optim.Optimizer) -> None:
+    def _optimizers(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
         shards = sharded(self.model.modules())
         for module in shards:  # what an evaluation has left gathered is no optimizer's parameter
             module.reshard()
-        known = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        if shards and known.keys().isdisjoint(names):
+        found = optimizers_in(optimizer, {id(p) for p in self.model.parameters()})
+        if not found and shards:
             raise ValueError(
                 "the optimizer holds no parameter of the model: fully_shard has exchanged them "
                 "since; make the optimizer after fully_shard, then attach it"
             )
-        for block in self.blocks:
-            table = block.up.module._modules.get(CHILD)
-            for parameter in table.parameters() if table is not None else ():
-                if id(parameter) in known or not parameter.requires_grad:
-                    continue
-                group = next(
-                    (known[id(p)] for p in block.up.module.parameters() if id(p) in known),
-                    optimizer.param_groups[0],
-                )
-                group["params"].append(parameter)
-                self._joined.append((optimizer, group, parameter))
-                if "param_names" in group:
-                    group["param_names"].append(names[id(parameter)])
+        if not found:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds no parameter of the model that was sparsified; "
+                f"is it of a copy, or was the model made anew since?"
+            )
+        return found
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *hook: Any) -> None:
-        # GradScaler calls a fused optimizer even where it skips the step, and tells it so
-        overflow = getattr(optimizer, "found_inf", None)
-        if overflow is not None and bool(overflow):
-            return
+    def _after_step(self, new: bool) -> None:
+        self._clock.look()
+        if new:
+            self._say_unclaimed("this step's", stacklevel=6)
+            self._asked = False
+            self._put(self.step + 1, self.steps)
+        progress = Progress(self.step, self.steps)
+        for _, change in sorted(self._attached, key=lambda pair: pair[0].order):
+            change.forget()
+            change.project(progress)
+        self._changes.explained()
+
+    def _put(self, step: int, steps: int | None) -> None:
+        self._clock.put(step, steps)
+        self.look()
+
+    def _move(self) -> None:
+        for _, attached in self._attached:
+            attached.update(Progress(self.step, self.steps))
+
+    def look(self, *hook: Any) -> None:
+        """Follow what the model's buffer says; between passes, as sites take up new hooks."""
+        self._clock.look()
+        for _, attached in self._attached:
+            attached.settle()
+
+    def _say_unclaimed(self, whose: str, stacklevel: int) -> None:
         unclaimed = [config for config, attached in self._attached if attached.unclaimed]
         if unclaimed and not self._asked:
             given = "loss" if any(config.needs_loss for config in unclaimed) else ""
             self._warn_once(
-                f"recipe {self.recipe.name!r} has a penalty that this step's loss lacked: "
+                f"recipe {self.recipe.name!r} has a penalty that {whose} loss lacked: "
                 f"loss = loss + handle.penalty({given}), before backward",
-                stacklevel=4,
+                stacklevel,
             )
-        self._asked = False
-        self.step += 1
-        progress = Progress(self.step, self.steps)
-        for _, change in sorted(self._attached, key=lambda pair: pair[0].order):
-            change.update(progress)
-            change.project(progress)
+
+    # -- before each pass -----------------------------------------------------------------------
+
+    def _before_pass(self, *hook: Any) -> None:
+        compiling = torch.compiler.is_compiling()
+        if not self.model.training:
+            if not compiling:
+                self._clock.before_pass()
+            elif self._clock.copied:  # nobody tells compiled code that an average has moved
+                torch.compiler.disable(self._clock.before_pass)()
+            return
+        if not compiling:
+            if torch._C._current_graph_task_id() != -1:  # recomputed inside backward
+                return
+            self._notice_steps()
+        for _, attached in self._attached:
+            attached.forget()
+
+    def _notice_steps(self) -> None:
+        """Warn where weights change from pass to pass and no step is seen."""
+        if not torch.is_grad_enabled() or (self._following and self._following.running):
+            return
+        if self._changes.count() < 3:
+            return
+        self._say_unclaimed("the", stacklevel=6)
+        waiting = [
+            type(config).__name__
+            for config, attached in self._attached
+            if config.ramps() or type(attached).project is not Attached.project
+        ]
+        if waiting:
+            why = (
+                "handle.attach(optimizer, steps=...)"
+                if self._following is None
+                else "the optimizer that was attached makes no step; attach the one that does"
+            )
+            self._warn_once(
+                f"weights change in training, but no optimizer step is seen, so "
+                f"{', '.join(dict.fromkeys(waiting))} stood still: {why}",
+                stacklevel=5,
+            )
 
     def _warn_once(self, message: str, stacklevel: int) -> None:
         if message not in self._warned:
@@ -150,7 +244,8 @@ class Handle:
             ValueError: a penalty needs the loss, which is missing, not 0-dim or without a graph.
         """
         self._asked = True
-        if not self._hooks and any(block.up.module.training for block in self.blocks):
+        self.look()
+        if self._following is None and any(block.up.module.training for block in self.blocks):
             moving = [type(config).__name__ for config, _ in self._attached if config.ramps()]
             if moving:
                 self._warn_once(
@@ -158,7 +253,7 @@ class Handle:
                     f"handle.attach(optimizer, steps=...)",
                     stacklevel=3,
                 )
-        self._differentiate(loss)
+        differentiate(self._attached, loss)
         sums: dict[int, list[Tensor]] = {}
         for modification, attached in self._attached:
             value = attached.penalty()
@@ -170,47 +265,9 @@ class Handle:
         means = [torch.stack([v.to(home) for v in values]).mean() for values in sums.values()]
         return torch.stack(means).sum()
 
-    def _differentiate(self, loss: Tensor | None) -> None:
-        """Give the loss's gradients, of one backward pass, to the penalties that need them."""
-        asked = [
-            (modification, attached, stages)
-            for modification, attached in self._attached
-            if (stages := attached.differentiated())
-        ]
-        if not asked:
-            return
-        name = type(asked[0][0]).__name__
-        if loss is None:
-            raise ValueError(
-                f"{name} needs the loss: handle.penalty(loss), the loss of the last forward pass, "
-                f"a mean over its samples; in training by the callback the model itself must "
-                f"return one (called with labels)"
-            )
-        if loss.dim() or not loss.requires_grad:
-            raise ValueError(
-                f"{name} needs a loss with a graph, of no dimensions; got {loss.dim()} dimensions, "
-                f"requires_grad={loss.requires_grad}"
-            )
-        for _, attached, stages in asked:
-            if not all(stage.requires_grad for stage in stages):
-                raise RuntimeError(
-                    f"{name} at block {attached.site.block.name!r}: the forward kept no gradient "
-                    f"of z (reentrant gradient checkpointing? use use_reentrant=False; or nothing "
-                    f"up to there is trained)"
-                )
-        gradients = iter(
-            torch.autograd.grad(
-                loss,
-                [stage for _, _, stages in asked for stage in stages],
-                create_graph=True,
-                allow_unused=True,
-            )
-        )
-        for _, attached, stages in asked:
-            attached.gradients = [next(gradients) for _ in stages]
-
     def state_dict(self) -> dict[str, Any]:
         """Where the schedules stand; parameters are in the model's own state dict."""
+        self.look()
         return {"step": self.step, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,30 +278,38 @@ class Handle:
         """
         if set(state) != {"step", "steps"}:
             raise ValueError(f"not a handle's state: keys {sorted(state)}, expected step and steps")
-        self.step, self.steps = int(state["step"]), state["steps"]
-        for _, attached in self._attached:
-            attached.update(Progress(self.step, self.steps))
+        self._put(int(state["step"]), state["steps"])
 
     def remove(self) -> None:
         """Take everything back: the model computes, and its state dict reads, as without it.
 
         Parameters keep the values that training gave them.
         """
+        for following in (*self._followed, self._following):
+            if following is not None:
+                following.remove()
+        self._following = None
+        self._followed.clear()
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        for optimizer, group, parameter in self._joined:
-            places = [i for i, p in enumerate(group["params"]) if p is parameter]
-            for key in ("params", "param_names"):
-                if places and key in group:
-                    del group[key][places[0]]
-            optimizer.state.pop(parameter, None)
-        self._joined.clear()
+        self._clock.remove()
         for _, attached in reversed(self._attached):
             attached.remove()
         self._attached.clear()
         if self.model.__dict__.get(_ATTRIBUTE) is self:
             del self.model.__dict__[_ATTRIBUTE]
+            note_changes(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # copies follow no optimizer
+        return {**self.__dict__, "_following": None, "_followed": []}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        twin = memo[id(self)] = Handle.__new__(Handle)
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        twin._clock.copy_of(self._clock)
+        return twin
 
     # -- for the eye ----------------------------------------------------------------------------
 
@@ -295,7 +360,10 @@ def _alike(text: str) -> str:
 
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle attached to a model, if it has been sparsified."""
-    return model.__dict__.get(_ATTRIBUTE)
+    handle: Handle | None = model.__dict__.get(_ATTRIBUTE)
+    if handle is not None:
+        handle.look()
+    return handle
 
 
 def keep_handle(model: nn.Module, handle: Handle) -> None:

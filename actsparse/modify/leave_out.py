@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -18,6 +19,8 @@ class LeaveOutMLP(Modification):
 
     A density says something only where the network is clearly worse without its MLPs.
     """
+
+    changes_function: ClassVar[bool] = True
 
     @override
     def apply(self, block: MLPBlock) -> Attached:

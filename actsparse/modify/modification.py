@@ -34,7 +34,11 @@ class Attached:
         self.gradients: list[Tensor | None] = []
 
     def update(self, progress: Progress) -> None:
-        """Follow a schedule; called once at the start and after each optimizer step."""
+        """Follow a schedule; called wherever training moves on or back, between passes or
+        at the start of one."""
+
+    def settle(self) -> None:
+        """Do what must follow between passes: let the site hook what is needed from now on."""
 
     def project(self, progress: Progress) -> None:
         """Bring parameters back to where they are allowed, after each optimizer step."""
@@ -49,6 +53,9 @@ class Attached:
     def penalty(self) -> Tensor | None:
         """The last forward pass's share of the loss, or None."""
         return None
+
+    def forget(self) -> None:
+        """Drop what an earlier forward pass has left; called before each in training."""
 
     @property
     def unclaimed(self) -> bool:
@@ -66,13 +73,18 @@ class Weighted(Attached):
     def __init__(self, site: Site, note: str, full: float, ramps: list[Ramp]) -> None:
         super().__init__(site, note)
         self.full, self.ramps, self.weight = full, ramps, 0.0
+        self.reads = False
 
     @override
     def update(self, progress: Progress) -> None:
-        before, self.weight = self.weight, self.full
+        self.weight = self.full
         for ramp in self.ramps:
             self.weight *= ramp.value(progress.step, progress.steps)
-        if bool(before) != bool(self.weight):
+
+    @override
+    def settle(self) -> None:
+        if self.reads != bool(self.weight):
+            self.reads = bool(self.weight)
             self.site.refresh()
 
 
@@ -81,11 +93,13 @@ class Modification:
     """Base of the configs.
 
     ``order``: projections of lower order run first. ``needs_loss``: its penalty is of the loss's
-    gradients, ``handle.penalty(loss)``.
+    gradients, ``handle.penalty(loss)``. ``changes_function``: in evaluation the block computes
+    something else with it, whatever its parameters.
     """
 
     order: ClassVar[int] = 0
     needs_loss: ClassVar[bool] = False
+    changes_function: ClassVar[bool] = False
 
     def ramps(self) -> list[Ramp]:
         """The schedules this modification follows."""

@@ -126,10 +126,11 @@ class _Penalised(Weighted):
         self.values: deque[Tensor] = deque(maxlen=site.block.calls)
         site.tap(self.collect, self.stages, in_training=True)
         self.update(Progress(0, None))
+        self.settle()
 
     def stages(self, site: Site) -> tuple[str, ...]:
         """What it reads; nothing while it weighs nothing."""
-        return PENALTIES[self.config.kind][1] if self.weight else ()
+        return PENALTIES[self.config.kind][1] if self.reads else ()
 
     def collect(self, site: Site, stages: dict[str, Tensor]) -> None:
         if not stages:
@@ -163,6 +164,10 @@ class _Penalised(Weighted):
                 f"without one (reentrant gradient checkpointing? use use_reentrant=False)"
             )
         return self.weight * total
+
+    @override
+    def forget(self) -> None:
+        self.values.clear()
 
     @property
     @override

@@ -12,6 +12,7 @@ from actsparse.blocks.block import Layer, MLPBlock, on_meta, unwrap
 from actsparse.blocks.sharding import sharded
 from actsparse.blocks.site import site_at
 from actsparse.modify.handle import handle_of
+from actsparse.modify.note import note_changes
 from actsparse.modify.seen import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
 from actsparse.modify.zeroth_bias import CHILD
@@ -127,6 +128,7 @@ def cut(
     for name, width, _ in rows:
         if name in shorter:
             shorter[name].up.module.__dict__.setdefault(_DENSE, width)
+    note_changes(root)
     return Pruned(root, rows, cuts, followers)
 
 
@@ -234,6 +236,7 @@ class Pruned:
             if up.__dict__.get(_DENSE) == width:
                 del up.__dict__[_DENSE]
         self._cuts, self._followers = [], []
+        note_changes(self._root)
 
     def __str__(self) -> str:
         before, after = sum(row[1] for row in self.rows), sum(row[2] for row in self.rows)

@@ -14,6 +14,7 @@ from actsparse.blocks.chosen import found_with
 from actsparse.blocks.site import site_at
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
+from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import RecipeLike, as_recipe
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD
@@ -32,7 +33,8 @@ def sparsify(
 
     Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
     or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
-    missing). ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
+    missing). A recipe with schedules adds a buffer, ``actsparse_progress``, which says where they
+    stand. ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
     ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead. Blocks
     that ``inputs`` do not reach (experts, another tower) stay as they are, with a warning.
     ``optimizer`` is attached (:meth:`Handle.attach`) if given, with ``steps``, the number of its
@@ -98,6 +100,7 @@ def sparsify(
         handle.remove()
         raise
     keep_handle(root, handle)
+    note_changes(root)
     return handle
 
 

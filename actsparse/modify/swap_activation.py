@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class SwapActivation(Modification):
     (int) or that fraction of all steps (float); arXiv 2309.03004, finetuning for sparsity. ``to``
     may also be an :class:`actsparse.activations.ActivationFunction`.
     """
+
+    changes_function: ClassVar[bool] = True
 
     to: str | ActivationFunction = "jsrelu"
     mix: int | float | None = None
@@ -66,8 +69,9 @@ class MixedActivation:
     def __init__(self, new: ActivationFunction, mixed: bool) -> None:
         self.new = new
         self.done = mixed
-        # a tensor, so that compiled code does not recompile at every step
-        self.k = torch.tensor(1.0 if mixed else 0.0)
+        with torch.inference_mode(False):
+            # a tensor, so that compiled code does not recompile at every step
+            self.k = torch.tensor(1.0 if mixed else 0.0)
 
     @property
     def function(self) -> str | None:
@@ -92,15 +96,21 @@ class _Swapped(Attached):
     def __init__(self, site: Site, note: str, config: SwapActivation, phi: MixedActivation) -> None:
         super().__init__(site, note)
         self.config, self.phi = config, phi
+        self.named = phi.done  # whether φ is to have its name: mixing has ended
 
     @override
     def update(self, progress: Progress) -> None:
         for ramp in self.config.ramps():
             k = ramp.value(progress.step, progress.steps)
             self.phi.k.fill_(k)
-            if self.phi.done != (k >= 1.0):
-                self.phi.done = k >= 1.0
-                self.site.refresh()
+            self.named = k >= 1.0
+            self.phi.done &= self.named  # its name comes between passes
+
+    @override
+    def settle(self) -> None:
+        if self.phi.done != self.named:
+            self.phi.done = self.named
+            self.site.refresh()
 
     @override
     def remove(self) -> None:

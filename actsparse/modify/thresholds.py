@@ -12,6 +12,7 @@ from torch import nn
 from actsparse.activations import known_as, thresholded
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.site import site_at, site_of
+from actsparse.modify.note import note_changes
 from actsparse.modify.seen import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
 
@@ -180,6 +181,7 @@ class Thresholds:
         """Put these in force, by block."""
         for name, threshold in thresholds.items():
             self._places[name].set(threshold)
+        note_changes(self._root)
 
     def put(self, share: float) -> None:
         """Put in force what drops at most this share of a token's Σ a², as each block's mean."""
@@ -214,6 +216,11 @@ class Thresholds:
         self.set(dict.fromkeys(self._places, 0.0))
         if self._root.__dict__.get(_ATTRIBUTE) is self:
             del self._root.__dict__[_ATTRIBUTE]
+
+    @property
+    def blocks(self) -> Blocks:
+        """The blocks that have a place for one."""
+        return Blocks(place.block for place in self._places.values())
 
     def in_force(self) -> dict[nn.Module, float]:
         """By the up layers of blocks the thresholds above 0."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class TopK(Modification):
     >>> mlp[1](mlp[0](x)).count_nonzero(-1)  # ⌈0.05 · 40⌉
     tensor([2, 2, 2])
     """
+
+    changes_function: ClassVar[bool] = True
 
     k: float = 0.05
     to: str | None = None
@@ -93,8 +96,9 @@ class LargestActivations:
         self.block, self.last = block, last
         self.to = None if to is None else named(to)
         self.done = False  # whether count has come down to ``last``
-        # a tensor, so that compiled code does not recompile at every step
-        self.count = torch.tensor(block.d_hidden)
+        with torch.inference_mode(False):
+            # a tensor, so that compiled code does not recompile at every step
+            self.count = torch.tensor(block.d_hidden)
 
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., H]; NaN counts as large."""

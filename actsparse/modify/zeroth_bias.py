@@ -36,6 +36,7 @@ class ZerothBias(Modification):
     """
 
     order: ClassVar[int] = 1  # after the norm floor, whose scale bounds the clip
+    changes_function: ClassVar[bool] = True
 
     clip: float = 0.1
     at: Literal["input", "output"] = "input"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,10 +17,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import Handle
+from actsparse.modify.annotate import annotate, stands_at
 from actsparse.observe import Measures, Seen, observe
 from actsparse.observe.watch import Phase
 from actsparse.records import RecordWriter
 from actsparse.train.loss import JoinedLoss, TrainingFailed
+from actsparse.train.place import handle_in, place_of
 from actsparse.train.processes import everywhere, together, unsharded
 
 LAST = 0.8  # "training density" is measured from here to the end of the steps
@@ -38,9 +42,10 @@ class SparsityCallback(TrainerCallback):
     """Attaches a handle to the Trainer's optimizer, adds its penalty to the loss, keeps a record.
 
     - ``handle``, from `sparsify`: its projections and schedules follow the real optimizer, also
-      when Trainer resumes from a checkpoint. Its penalty joins the model's own ``loss`` in
-      training, so that each optimizer step sees its mean over the accumulated batches, whichever
-      way Trainer averages the loss.
+      when Trainer resumes from a checkpoint or loads the best one at the end. A second training
+      goes on where schedules stand. Checkpoints carry the recipe: `actsparse.load` reads them. Its
+      penalty joins the model's own ``loss`` in training, so that each optimizer step sees its mean
+      over the accumulated batches, whichever way Trainer averages the loss.
     - ``seen``, from `observe`: with a ``record`` read and reset at each log (training) and
       evaluation (inference), without one left to count on.
     - ``record``: gets a ``train`` line at each log and an ``eval`` line at each evaluation.
@@ -114,16 +119,16 @@ class SparsityCallback(TrainerCallback):
     ) -> None:
         """Attach to the optimizer and to the model's loss, and accelerate."""
         self.close()  # of a training that an error ended
+        model = kwargs["model"]
+        self.handle = handle_in(model, self.handle)
         self._start(state.global_step)
         self.tail = self.evaluation = self.accelerated = None
-        model = kwargs["model"]
         if args.fsdp and (reason := unsharded(model)):
             raise ValueError(reason)
-        if state.global_step:  # resumed from a checkpoint: schedules go where its steps are
-            self.handle.load_state_dict({"step": state.global_step, "steps": state.max_steps})
         optimizer = kwargs["optimizer"]
         self.joined.scaler = getattr(optimizer, "scaler", None)
-        self.handle.attach(getattr(optimizer, "optimizer", optimizer), steps=state.max_steps)
+        start, steps = place_of(self.handle, state)
+        self.handle.attach(optimizer, steps=steps, start=start)
         if args.average_tokens_across_devices:
             self.joined.devices = max(args.n_gpu, args.world_size)
         if self.accelerate:
@@ -252,8 +257,12 @@ class SparsityCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model's loss and its blocks alone again."""
+        """Leave the model's loss and its blocks alone again; stand where the best model does."""
         self._end()
+        best = state.best_model_checkpoint
+        place = stands_at(Path(best)) if args.load_best_model_at_end and best else None
+        if place is not None:  # of adapters Trainer loads no buffers
+            self.handle.load_state_dict(place)
 
     def _end(self) -> None:
         self.close()
@@ -271,6 +280,19 @@ class SparsityCallback(TrainerCallback):
         return summary | {"steps": self._read_late}
 
     # -- checkpoints ----------------------------------------------------------------------------
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the recipe, and where its schedules stand, beside the checkpoint's weights."""
+        name = f"checkpoint-{state.global_step}"
+        folders = [Path(args.output_dir, name), *Path(args.output_dir).glob(f"run-*/{name}")]
+        try:
+            for folder in folders if args.should_save else ():
+                if folder.is_dir():
+                    annotate(kwargs["model"], folder)
+        except ValueError as error:
+            warnings.warn(f"checkpoints do not carry the recipe: {error}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides Trainer's own files and the handle's step.

@@ -52,7 +52,8 @@ def test_pefts_own_files_hold_zeroth_biases_and_norms_and_bring_them_back(
     base, _ = built(name)
     twin = peft.PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
     again = sparsify(twin, "paper-finetune", inputs=inputs)
-    twin.load_adapter(tmp_path, "default", is_trainable=True)
+    with pytest.warns(UserWarning, match="do not say where the recipe's schedules stand"):
+        twin.load_adapter(tmp_path, "default", is_trainable=True)
     again.load_state_dict(handle.state_dict())
     assert_same(model, twin.eval(), inputs)
 
@@ -194,3 +195,13 @@ def test_a_model_of_ones_own_with_adapters_comes_back_around_the_plain_one(tmp_p
     assert_same(model, load(tmp_path / "m", model=plain.eval()), x)
     with pytest.raises(ValueError, match="does not fit Linear"):
         load(tmp_path / "m", model=nn.Linear(3, 3))
+
+
+def test_peft_alone_warns_of_an_adapter_whose_model_was_changed(tmp_path: Path) -> None:
+    model, inputs, _ = half_trained("gpt2")
+    save_adapter(model, tmp_path / "a")
+    base, _ = built("gpt2")
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['actsparse'\]"):
+        peft.PeftModel.from_pretrained(base, tmp_path / "a")
+    base, _ = built("gpt2")
+    assert_same(model, load_adapter(base, tmp_path / "a"), inputs)

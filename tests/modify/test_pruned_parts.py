@@ -43,14 +43,15 @@ def test_what_came_after_pruning_follows_the_width_back() -> None:
     assert [*widths, *(run.block.d_hidden for run in fast.runs.values())] == [H, H]
 
 
-def test_thresholds_before_sparsify_are_told_how_to_be_kept(tmp_path: Path) -> None:
+def test_thresholds_are_kept_without_a_recipe_and_sparsify_says_how_to_add_one(
+    tmp_path: Path,
+) -> None:
     model = mlps("relu")
     with observe(model, "magnitudes", inputs=X) as seen, torch.no_grad():
         model(X)
     calibrate_thresholds(model, seen, share=0.05)
     advice = r"thresholds_of\(model\)\.remove\(\),.* sparsify.* calibrate_thresholds anew"
-    with pytest.raises(ValueError, match=advice):
-        save(model, tmp_path / "m")
+    assert torch.equal(load(save(model, tmp_path / "m"), mlps("relu"))(X), model(X))
     with pytest.raises(ValueError, match=advice):
         sparsify(model, "vanilla", inputs=X)
     found = thresholds_of(model)

@@ -32,7 +32,7 @@ from actsparse import (
     sparsify,
 )
 from actsparse.activations import ACTIVATIONS
-from actsparse.modify import saving
+from actsparse.modify import weights
 from tests.zoo import BY_ID, call
 
 RECIPE = Recipe(
@@ -268,13 +268,13 @@ def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def full_disk_as_safetensors_says_it(*args: Any) -> None:
+def full_disk_as_safetensors_says_it(*args: Any, **kwargs: Any) -> None:
     raise SafetensorError(
         "Error while serializing: I/O error: No space left on device (os error 28)"
     )
 
 
-def interrupted(*args: Any) -> None:
+def interrupted(*args: Any, **kwargs: Any) -> None:
     raise KeyboardInterrupt
 
 
@@ -290,13 +290,13 @@ def test_a_write_that_fails_leaves_the_old_folder_whole(
         next(model.parameters()).add_(1)
     error: type[BaseException] = OSError
     if where == "weights":
-        monkeypatch.setattr(saving, "save_model", full_disk)
+        monkeypatch.setattr(weights, "save_file", full_disk)
     elif where == "weights, by safetensors":
-        monkeypatch.setattr(saving, "save_model", full_disk_as_safetensors_says_it)
+        monkeypatch.setattr(weights, "save_file", full_disk_as_safetensors_says_it)
     elif where == "sidecar":
         monkeypatch.setattr(Path, "write_text", full_disk)
     elif where == "stop":
-        monkeypatch.setattr(saving, "save_model", interrupted)
+        monkeypatch.setattr(weights, "save_file", interrupted)
         error = KeyboardInterrupt
     else:
         real, calls = os.replace, []

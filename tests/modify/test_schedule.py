@@ -125,7 +125,7 @@ def test_a_fraction_without_the_number_of_steps_fails_at_attach(name: str, early
         with pytest.raises(ValueError, match=message):
             handle.attach(optimizer)
     optimizer.step()  # nothing was registered that would fail here
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
 
 
 # --- mixing ------------------------------------------------------------------------------------
@@ -297,13 +297,16 @@ def test_a_resumed_run_continues_schedules_exactly() -> None:
     assert handle2.state_dict() == handle.state_dict() == {"step": 10, "steps": 10}
 
 
-def test_loading_an_earlier_state_takes_schedules_back() -> None:
+def test_loading_earlier_weights_or_an_earlier_state_takes_schedules_back() -> None:
     model, handle, optimizer = start()
     x = stream()
     handle.attach(optimizer, steps=10)
     before, state = model(x), copy.deepcopy(model.state_dict())
     train(model, handle, optimizer, 8)
     model.load_state_dict(state)
+    assert (handle.step, handle.steps) == (0, 10)
+    assert torch.equal(model(x), before)
+    handle.load_state_dict({"step": 8, "steps": 10})
     assert not torch.equal(model(x), before)
     handle.load_state_dict({"step": 0, "steps": None})
     assert torch.equal(model(x), before)

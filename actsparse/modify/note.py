@@ -1,0 +1,105 @@
+"""What a model's own ``config.json`` says to any process: that this is not the plain model.
+
+``transformers`` writes the config's ``quantization_config`` by asking it, when it saves. A note
+stands there in a model whose function was changed. ``from_pretrained`` refuses what it finds then,
+with the note's own words, and :func:`actsparse.load` reads the rest of it.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+KEY, METHOD = "quantization_config", "actsparse"
+_WORDS = "a model that actsparse has changed: load this folder with actsparse.load(folder)"
+
+
+class Note:
+    """Stands in a config, and describes its model as it is when somebody asks."""
+
+    quant_method = METHOD
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._asked = False
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """What a process without actsparse takes for a quantisation it cannot have."""
+        # here, as the changes that this describes set notes themselves
+        from actsparse.modify.sidecar import describe_noted
+
+        model = self._model()
+        if model is None or self._asked:  # describing a model asks for its config
+            return None
+        self._asked = True
+        try:
+            said = describe_noted(model)
+        finally:
+            self._asked = False
+        # transformers skips an unknown method, with a log line at most. With load_in_8bit it reads
+        # on, and a dtype that torch does not have ends in an error that says its name.
+        return {
+            "quant_method": METHOD,
+            "load_in_8bit": True,
+            "bnb_4bit_compute_dtype": _WORDS,
+            METHOD: said,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Note | None:
+        twin = memo.get(id(self._model()))  # else the config is copied alone, for another model
+        return None if twin is None else Note(twin)
+
+    def __reduce__(self) -> Any:
+        return Note, (self._model(),)
+
+
+def note_changes(model: nn.Module) -> None:
+    """Let configs in ``model`` say whether its function is changed; call it after each change."""
+    from actsparse.modify.sidecar import changed
+
+    is_changed = changed(model)
+    for part in _saved_alone(model):
+        own = vars(part.config).get(KEY)
+        if own is None and is_changed:
+            part.config.quantization_config = Note(model)
+        elif isinstance(own, Note) and not is_changed:
+            del part.config.quantization_config
+
+
+def noted(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What a note in a folder's ``config.json`` says, and the config without it; None: no note."""
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not whole JSON: {error}") from error
+    note = config.pop(KEY, None) if isinstance(config, dict) else None
+    said = note.get(METHOD) if isinstance(note, dict) else None
+    return (said, config) if isinstance(said, dict) else None
+
+
+def without_note(config: dict[str, Any]) -> dict[str, Any]:
+    """A config's values while a note is being asked, the note's place left out."""
+    return {key: value for key, value in config.items() if key != KEY or value is not None}
+
+
+def _saved_alone(model: nn.Module) -> list[Any]:
+    """The outermost models of transformers in ``model``; none in peft's, which save adapters."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if _is_of(module, "peft.peft_model"):
+            return []
+        inside = any(not above or name.startswith(f"{above}.") for above, _ in found)
+        if _is_of(module, "transformers.modeling_utils") and not inside:
+            found.append((name, module))
+    return [module for _, module in found]
+
+
+def _is_of(module: nn.Module, home: str) -> bool:
+    return any(cls.__module__ == home for cls in type(module).mro())

@@ -1,0 +1,203 @@
+"""``actsparse.json``, which says how a saved model was changed: written, read and checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from actsparse.blocks.block import Blocks, unwrap
+from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.inputs import dummy_inputs
+from actsparse.modify.handle import handle_of
+from actsparse.modify.note import noted
+from actsparse.modify.prune_units import pruned_layers
+from actsparse.modify.rebuild import adapter_configs, how_to_build
+from actsparse.modify.recipe import Recipe
+from actsparse.modify.sparsify import is_peft_model
+from actsparse.modify.thresholds import thresholds_of
+from actsparse.modify.weights import WEIGHTS, weight_files
+
+SIDECAR = "actsparse.json"
+_FORMAT = 1
+
+
+def describe(model: nn.Module, caller: str) -> dict[str, Any]:
+    """All that a sidecar says: :func:`describe_changes`, and how to build the plain model.
+
+    Raises:
+        ValueError: as :func:`describe_changes`.
+    """
+    root = unwrap(model)
+    base = root.get_base_model() if is_peft_model(root) else root  # type: ignore[operator]
+    return {
+        **describe_changes(root, caller, whole=True),
+        "model": how_to_build(root, base),
+        "adapters": None if base is root else adapter_configs(root),
+    }
+
+
+def describe_noted(model: nn.Module) -> dict[str, Any]:
+    """What a config's note says of the model around it; the config itself says the rest."""
+    try:
+        said = describe(model, "save_pretrained()")
+    except ValueError as error:
+        return {"unknown": str(error)}
+    if said["model"] is not None:
+        del said["model"]["config"]
+    return said
+
+
+def changed(root: nn.Module) -> bool:
+    """Whether a model computes something else in evaluation than its class does."""
+    handle, found = handle_of(root), thresholds_of(root)
+    by_recipe = handle is not None and handle.changes_function
+    return bool(by_recipe or (found is not None and found.in_force()) or pruned_layers(root))
+
+
+def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[str, Any]:
+    """What a sidecar says of a sparsified model: recipe, schedules, blocks and how to find them.
+
+    ``caller`` is whom the errors speak of; ``whole``: it keeps all of the model, thresholds too.
+
+    Raises:
+        ValueError: the model is not sparsified, its recipe holds a function, or nothing is known
+            of the inputs its blocks were found with; thresholds or widths that cannot be kept.
+    """
+    handle, found = handle_of(root), thresholds_of(root)
+    if handle is not None:
+        blocks, recipe, state = handle.blocks, handle.recipe, handle.state_dict()
+    elif found is not None:
+        blocks, recipe, state = found.blocks, Recipe("vanilla"), {"step": 0, "steps": None}
+    else:
+        raise ValueError(
+            f"{caller} is for a sparsified model, or one with thresholds; for a plain one use its "
+            f"own way, or, to prune it, sparsify(model, 'vanilla', inputs=...) first"
+        )
+    modules = dict(root.named_modules(remove_duplicate=False))
+    if any(modules.get(block.up.name) is not block.up.module for block in blocks):
+        raise ValueError(f"{caller} is for the model whose blocks were found, not for another")
+    if blocks.inputs is None:
+        raise ValueError(f"{caller} needs blocks as find_mlp_blocks returned them, no plain list")
+    thresholds = {} if found is None else found.in_force()
+    lost = thresholds.keys() - {block.up.module for block in blocks}
+    if lost or (thresholds and not whole):
+        why = "its blocks are not those that were sparsified" if whole else "use save()"
+        raise ValueError(
+            f"{caller} would lose the model's thresholds: {why}, or remove() them first"
+        )
+    covered = {part for block in blocks for part in block.up.module.modules()}
+    narrow = [name for name, layer in pruned_layers(root).items() if layer not in covered]
+    if narrow and whole:
+        raise ValueError(
+            f"{caller} would lose the widths of {', '.join(narrow)}, pruned but none of the blocks "
+            f"that were sparsified: sparsify these too, or take the pruning back first"
+        )
+    sidecar = {
+        "format": _FORMAT,
+        "recipe": recipe.to_json(),
+        "state": state,
+        "blocks": [block.up.name for block in blocks],
+        "inputs": blocks.inputs,
+        "model": None,
+    }
+    if whole:
+        each = [thresholds.get(block.up.module, 0.0) for block in blocks]
+        sidecar |= {"widths": [block.d_hidden for block in blocks], "thresholds": each}
+    return sidecar
+
+
+def write_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
+    """Write ``actsparse.json``."""
+    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
+
+
+def recipe_of(path: Path, sidecar: dict[str, Any]) -> Recipe:
+    """The recipe that a sidecar names.
+
+    Raises:
+        ValueError: it is none, or one of unknown modifications.
+    """
+    try:
+        return Recipe.from_json(sidecar["recipe"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / SIDECAR} holds no recipe as save() writes it") from error
+
+
+def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
+    """``actsparse.json`` as plain values, of a folder that holds files called ``others`` as well.
+
+    Where there is none, a note in ``config.json`` says the same, as ``save_pretrained`` leaves it.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the sidecar is torn, foreign or of another version.
+    """
+    note = None if (folder / SIDECAR).is_file() else noted(folder)
+    for name in (*([SIDECAR] if note is None else []), *others):
+        there = weight_files(folder) if name == WEIGHTS else (folder / name).is_file()
+        if not there:
+            adapter = name == WEIGHTS and (folder / "adapter_config.json").is_file()
+            what = "adapters alone, for load_adapter" if adapter else "not a folder of save()"
+            raise FileNotFoundError(f"{folder / name} is missing: {what}")
+    file = folder / (SIDECAR if note is None else "config.json")
+    try:
+        sidecar = json.loads(file.read_text(encoding="utf-8")) if note is None else _whole(*note)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not whole JSON: {error}") from error
+    needed = {"recipe": dict, "state": dict, "blocks": list, "model": dict | None}
+    keys = {"format", "inputs", *needed}
+    if isinstance(sidecar, dict) and "unknown" in sidecar:
+        raise ValueError(f"{file} cannot say how its model was changed: {sidecar['unknown']}")
+    if not isinstance(sidecar, dict) or not keys <= set(sidecar):
+        raise ValueError(f"{file} is not a sidecar of actsparse: expected keys {sorted(keys)}")
+    if sidecar["format"] != _FORMAT:
+        raise ValueError(f"{file} has format {sidecar['format']!r}; this version reads {_FORMAT}")
+    for key, kind in needed.items():
+        if not isinstance(sidecar[key], kind):
+            raise ValueError(f"{file} is not as save() writes it: {key!r} is {sidecar[key]!r}")
+    return sidecar
+
+
+def _whole(said: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """A note made up to a sidecar by the config that it stood in."""
+    if isinstance(said.get("model"), dict):
+        said["model"] = {**said["model"], "config": config}
+    return said
+
+
+def same_blocks(source: str, names: list[str], inputs: Any, model: nn.Module) -> Blocks:
+    """The blocks of ``model`` whose up layers are called ``names``.
+
+    ``inputs`` describes what they are found with, ``source`` says in the error where they were.
+
+    Raises:
+        ValueError: the model has others.
+    """
+    try:
+        found = find_mlp_blocks(model, dummy_inputs(inputs, next(model.parameters()).device))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{source} does not fit {type(model).__name__}, which does not run on the inputs it "
+            f"was found with: {error}"
+        ) from error
+    kept = Blocks((b for b in found if b.up.name in names), found.refused, found.inputs)
+    if [block.up.name for block in kept] != names:
+        raise ValueError(
+            f"{source} has MLP blocks {names}; {type(model).__name__} has "
+            f"{[block.up.name for block in found]}"
+        )
+    return kept
+
+
+def by_block(
+    path: Path, sidecar: dict[str, Any], key: str, kind: Any, absent: list[Any]
+) -> list[Any]:
+    """A sidecar's list of one number, 0 or more, for each block; ``absent`` if it has none."""
+    values = sidecar.get(key, absent)
+    listed = isinstance(values, list) and len(values) == len(absent)
+    if not listed or not all(isinstance(value, kind) and value >= 0 for value in values):
+        raise ValueError(f"{path / SIDECAR} is not as save() writes it: {key!r} is {values!r}")
+    return values
