@@ -19,18 +19,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from actsparse import files
 from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.trace import is_linear
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import (
     SIDECAR,
+    check_unchanged,
+    check_weights,
     describe_changes,
     read_sidecar,
     recipe_of,
     removed_on_failure,
     same_blocks,
-    whole_folder,
     write_sidecar,
 )
 from actsparse.modify.sparsify import is_peft_model, sparsify
@@ -147,7 +149,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         )
     changes = {name: tensor.detach().contiguous() for name, tensor in _changed(root, handle)}
     sidecar = describe_changes(root, "save_adapter()")
-    with whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
+    with files.whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
         root.save_pretrained(str(folder))
         save_file(changes, str(folder / CHANGES))
         write_sidecar(folder, sidecar)
@@ -169,6 +171,7 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
 
     path = Path(path)
     sidecar = read_sidecar(path, CHANGES, ADAPTER, CONFIG)
+    check_weights(path, sidecar, CHANGES, ADAPTER)
     recipe = recipe_of(path, sidecar)
     try:
         changes = load_file(str(path / CHANGES))
@@ -191,6 +194,7 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
         for name, tensor in own.items():
             tensor.copy_(changes[name])
         handle.load_state_dict(sidecar["state"])
+        check_unchanged(path, sidecar)
     return model.eval()
 
 

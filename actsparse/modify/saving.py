@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from actsparse import files
 from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
@@ -64,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         if torch.distributed.get_rank():
             return Path(path)
         whole = SimpleNamespace(state_dict=lambda: state)  # all that is asked of a model
-    with whole_folder(path, {SIDECAR, WEIGHTS}) as folder:
+    with files.whole_folder(path, {SIDECAR, WEIGHTS}) as folder:
         _write(whole, folder / WEIGHTS)
         write_sidecar(folder, sidecar)
     return Path(path)
@@ -122,47 +121,10 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
 
 
 def write_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
-    """Write ``actsparse.json``."""
-    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str], files: set[str]) -> Iterator[Path]:
-    """A new folder to write ``files`` to, which takes the place of ``path`` when all went well.
-
-    Raises:
-        FileExistsError: ``path`` is a file, or a folder that holds other files.
-    """
-    target = Path(path).resolve()
-    _check_free(target, files)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    old = new.with_name(new.name + "-old")
-    new.mkdir()
-    try:
-        yield new
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_free(target: Path, files: set[str]) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; a model is saved to a folder")
-    others = sorted({item.name for item in target.iterdir()} - files)
-    if others:
-        raise FileExistsError(
-            f"saving replaces the whole folder, but {target} holds other files "
-            f"({', '.join(others[:3])}); give the model a folder of its own"
-        )
+    """Write ``actsparse.json``, last of a folder's files: it vouches for the weights."""
+    digests = {file.name: files.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    text = json.dumps({**sidecar, "sha256": digests}, indent=1)
+    (folder / SIDECAR).write_text(text, encoding="utf-8")
 
 
 def _write(model: nn.Module, file: Path) -> None:
@@ -193,6 +155,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """
     path = Path(path)
     sidecar = read_sidecar(path, WEIGHTS)
+    check_weights(path, sidecar, WEIGHTS)
     recipe = recipe_of(path, sidecar)
     adapters = sidecar.get("adapters")
     spec = sidecar["model"] if model is None else None
@@ -215,6 +178,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             handle.load_state_dict(sidecar["state"])
             thresholds = _by_block(path, sidecar, "thresholds", int | float, [0] * len(kept))
             put_thresholds(model, kept, thresholds)
+            check_unchanged(path, sidecar, WEIGHTS)
     return model
 
 
@@ -283,6 +247,33 @@ def _read_weights(model: nn.Module, file: Path, strict: bool) -> None:
         raise ValueError(f"{file} does not fit the model: {error}") from error
 
 
+def check_weights(folder: Path, sidecar: dict[str, Any], *names: str) -> None:
+    """Raise `ValueError` where weights are not those that were saved.
+
+    Older sidecars have no digests, and vouch for nothing.
+    """
+    if "sha256" not in sidecar:
+        return
+    digests = sidecar["sha256"]
+    if not isinstance(digests, dict) or not set(names) <= set(digests):
+        raise ValueError(
+            f"{folder / SIDECAR} is not as save() writes it: 'sha256' is {digests!r}; expected the "
+            f"digests of {', '.join(names)}"
+        )
+    for name in names:
+        if digests[name] != (found := files.sha256(folder / name)):
+            raise ValueError(
+                f"{folder / name} is not what was saved: its SHA-256 is {found}, in {SIDECAR} it "
+                f"is {digests[name]}"
+            )
+
+
+def check_unchanged(folder: Path, sidecar: dict[str, Any], *names: str) -> None:
+    """Raise `ValueError` where a folder was saved anew since its sidecar was read."""
+    if read_sidecar(folder, *names) != sidecar:
+        raise ValueError(f"{folder} was saved anew while it was loaded; load it again")
+
+
 def recipe_of(path: Path, sidecar: dict[str, Any]) -> Recipe:
     """The recipe that a sidecar names.
 
@@ -302,6 +293,8 @@ def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
         FileNotFoundError: one of them is missing.
         ValueError: the sidecar is torn, foreign or of another version.
     """
+    if not folder.exists():  # a save that was killed may have moved it away
+        files.sweep(folder.resolve())
     for name in (SIDECAR, *others):
         if not (folder / name).is_file():
             adapter = name == WEIGHTS and (folder / "adapter_config.json").is_file()
