@@ -2,7 +2,7 @@
 
 ``python killed.py FOLDER COMMAND ACT POINTS …`` prints a line of JSON for each three of these: how
 many operations there are, at how many of them it struck, and what was lost. ``ACT`` is as
-`Operations` has it, or "random": killed at so many moments. A script, since its children are made by
+`Operations` has it, or "random": killed at so many moments. A script, as its children are made by
 fork.
 """
 
