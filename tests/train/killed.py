@@ -210,6 +210,10 @@ def watched(command: Command, out: Path, kept: Path, at: int, act: Any) -> None:
         (kept / "count").write_text(str(found.count))
 
 
+def steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def missing(said: list[Any], out: Path, place: Path) -> list[Any]:
     """What was announced, when the command wrote to ``out``, and is not there in ``place``."""
     lost = []
@@ -221,7 +225,8 @@ def missing(said: list[Any], out: Path, place: Path) -> list[Any]:
     for (record, sealed), (kind, path, size) in last.items():
         if sealed:
             finished = last.get((record, False), ("",))[0] == "result"  # they may be gone then
-            there = finished or newest_whole(path.parent, record=record) == path
+            newest = newest_whole(path.parent, record=record)
+            there = finished or (newest is not None and steps_of(newest) >= steps_of(path))
         else:
             line = record.read_bytes()[:size].splitlines()[-1]
             there = json.loads(line)["kind"] == kind and record.stat().st_size >= size
