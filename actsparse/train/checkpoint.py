@@ -109,6 +109,7 @@ def newest_whole(
         if wrong is None and record is not None and not _fits(path, record):
             wrong = cut = f"{record.name} has been cut or changed since it was made"
         if wrong is None:
+            files.sweep(path / MANIFEST)
             return path
         if cut and before is None:
             raise RecordError(

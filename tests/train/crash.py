@@ -105,6 +105,9 @@ class Operations:
 
     def step(self, what: str, cut: Any = None) -> None:
         self.count += 1
+        if self.at == 0:  # a look at how many there are, those of workers too
+            with open(self.kept / "counts", "a") as file:
+                file.write(f"{self.count}\n")
         if self.act == "full" and self.count >= self.at > 0 and what not in TAKES_AWAY:
             (self.kept / "struck").write_text(what)
             if cut is not None:
