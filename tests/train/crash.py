@@ -160,9 +160,10 @@ class Operations:
         if stat.S_ISDIR(found.st_mode):
             with os.scandir(descriptor) as entries:
                 names = {each.name: [each.inode(), each.is_dir()] for each in entries}
-            note.write_text(json.dumps(names))
+            note.with_suffix(".new").write_text(json.dumps(names))
         else:
-            shutil.copyfile(f"/proc/self/fd/{descriptor}", note)
+            shutil.copyfile(f"/proc/self/fd/{descriptor}", note.with_suffix(".new"))
+        os.replace(note.with_suffix(".new"), note)  # a kill may come here as well
 
 
 def announced(kept: Path) -> list[Any]:
