@@ -12,18 +12,21 @@ A line counts once its newline is there, so a run killed half-way through a line
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from actsparse import files
 from actsparse.record_schema import MEASURES as MEASURES  # what a summary of observe fits
 from actsparse.record_schema import SCHEMA, VERSION, Entry, RecordError, check_shape
 
@@ -129,10 +132,9 @@ class RecordWriter:
 
     def _begin(self, lines: bytes) -> None:
         write_whole(self.path, lines)
-        try:
+        self._written, self._size = hashlib.sha256(lines), len(lines)
+        with refusals(self.path):
             self._fd: int | None = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        except OSError as error:
-            raise refused(self.path, error) from error
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one line, of any kind but ``run``."""
@@ -141,15 +143,34 @@ class RecordWriter:
         if kind == "run":
             raise RecordError(f"{self.path}: the run line is the header, written at the start")
         line = _line({"kind": kind, **fields}, self.path)
-        size = os.fstat(self._fd).st_size
+        self.check()
+        with refusals(self.path):
+            try:
+                if os.write(self._fd, line) != len(line):
+                    raise OSError(errno.ENOSPC, "only part of a line could be written")
+                os.fsync(self._fd)
+            except OSError:
+                with suppress(OSError):  # or the next line would land behind half a line
+                    os.ftruncate(self._fd, self._size)
+                raise
+        self._written.update(line)
+        self._size += len(line)
+
+    def check(self) -> None:
+        """Raise `RecordError` where the file is no longer there, or not as it was written."""
         try:
-            if os.write(self._fd, line) != len(line):
-                raise OSError(errno.ENOSPC, "only part of a line could be written")
-            os.fsync(self._fd)
+            there = os.stat(self.path)
         except OSError as error:
-            with suppress(OSError):  # or the next line would land behind half a line
-                os.ftruncate(self._fd, size)
-            raise refused(self.path, error) from error
+            why = error.strerror or error
+            raise RecordError(f"{self.path} was taken away while it was written: {why}") from error
+        assert self._fd is not None
+        if not os.path.samestat(there, os.fstat(self._fd)) or there.st_size != self._size:
+            raise RecordError(f"{self.path} was changed by another while it was written")
+
+    def state(self) -> dict[str, Any]:
+        """What is written so far: its ``size`` in bytes and ``sha256``, for `is_as_written`."""
+        self.check()
+        return {"size": self._size, "sha256": self._written.hexdigest()}
 
     def close(self) -> None:
         """Take no more lines; closing twice is fine."""
@@ -240,25 +261,25 @@ def environment(threads: int | None = None, gpu: str | None = None) -> Entry:
     return {"versions": versions, "hardware": hardware, "git": _git(Path(__file__))}
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all, making its folder.
+def is_as_written(path: Path, state: dict[str, Any]) -> bool:
+    """Whether a record begins with all that was in it when `RecordWriter.state` was asked."""
+    start = _bytes(path)[: state["size"]]
+    return hashlib.sha256(start).hexdigest() == state["sha256"]
 
-    Raises `RecordError` naming the path where the disk refuses.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """`files.write`, whose errors are `RecordError`."""
+    with refusals(path):
+        files.write(path, data)
+
+
+@contextmanager
+def refusals(path: str | Path) -> Iterator[None]:
+    """What the system refuses inside is a `RecordError` that names ``path``."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        yield
     except OSError as error:
-        raise refused(path, error) from error
+        raise refused(Path(path), error) from error
 
 
 def refused(path: Path, error: OSError) -> RecordError:
@@ -278,10 +299,7 @@ def _line(entry: Entry, path: Path) -> bytes:
 
 def _read(path: Path) -> tuple[list[bytes], list[Entry], bool]:
     """The whole lines, what each says, and whether half a line follows."""
-    try:
-        *lines, rest = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
+    *lines, rest = _bytes(path).split(b"\n")
     if not lines:
         raise RecordError(f"{path}:1: no whole first line; a record begins with its run line")
     entries: list[Entry] = []
@@ -294,6 +312,13 @@ def _read(path: Path) -> tuple[list[bytes], list[Entry], bool]:
         once |= {kind} & {"run", "result", "failed"}
         entries.append(entry)
     return lines, entries, rest != b""
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _parse(line: bytes, path: Path, number: int) -> Entry:

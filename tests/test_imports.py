@@ -17,17 +17,18 @@ PACKAGE = ROOT / "actsparse"
 # room → the rooms it may import from, besides itself. `__init__` is the public names.
 MATHS = {"blocks", "activations"}
 TOOLS = {"modify", "observe", "kernels"} | MATHS
-ENGINE = TOOLS | {"data", "records", "__init__"}
+ENGINE = TOOLS | {"data", "files", "records", "__init__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "activations": set(),
     "blocks": {"activations"},
-    "modify": MATHS,
+    "files": set(),
+    "modify": MATHS | {"files"},
     "observe": MATHS,
-    "kernels": MATHS,
+    "kernels": MATHS | {"files"},
     "__init__": {"modify", "observe", "kernels"} | MATHS,
     "data": set(),
     "record_schema": set(),
-    "records": {"record_schema"},
+    "records": {"record_schema", "files"},
     "report": {"records", "record_schema"},
     "train": ENGINE,
     "experiments": ENGINE | {"train"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # room → third-party packages it must do without.
 NO_TORCH = {"torch", "transformers", "accelerate", "datasets", "peft"}
-MAY_NOT_IMPORT = {"record_schema": NO_TORCH, "records": NO_TORCH, "report": NO_TORCH}
+MAY_NOT_IMPORT = dict.fromkeys(("files", "record_schema", "records", "report"), NO_TORCH)
 HEAVY = ["transformers", "matplotlib", "scipy", "sklearn", "datasets", "peft", "accelerate"]
 NO_ROOM = {"utils.py", "helpers.py", "common.py", "misc.py"}
 

@@ -11,6 +11,7 @@ DEFAULT = "density,flatness,gradient,spectrum,gauss_newton,token_copies"
 
 
 def measure(
+    context: typer.Context,
     target: Annotated[
         Path,
         typer.Argument(
@@ -76,8 +77,11 @@ def measure(
     from rich.progress import Progress
 
     from actsparse.records import environment, run_measures_path, write_whole
+    from actsparse.train.folder import alone
 
     log = Console(stderr=True)
+    if out is None and (target / "record.jsonl").is_file():
+        context.with_resource(alone(target))  # or they could be of weights that were replaced
     model, run = model_at(target)
     loss_fn, batches, where, info = batches_of(model, run, task, data, split, rows, batch_size)
     asked = asked_of(measures)

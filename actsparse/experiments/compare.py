@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
 
+from actsparse import files
 from actsparse.records import RecordError, run_path
 from actsparse.train.config import RunConfig
 from actsparse.train.folder import check_folder, finished_run
@@ -187,7 +188,7 @@ def _work(pipe: Connection, out: Path, threads: int, command: str | None) -> Non
         except Exception as error:  # a bug: say where, and let the others go on
             log = run_path(out, config.arm, config.seed).with_name("error.txt")
             with suppress(OSError):
-                log.write_text(traceback.format_exc(), encoding="utf-8")
+                files.write(log, traceback.format_exc().encode())
             pipe.send(("failed", 0, f"{type(error).__name__}: {error} (see {log})"))
         else:
             pipe.send(("finished", config.steps, ""))

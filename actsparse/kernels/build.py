@@ -14,11 +14,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+
+from actsparse import files
 
 SOURCES = Path(__file__).parent / "cpu"
 LEVELS = ("baseline", "avx2", "avx512")
@@ -74,9 +75,8 @@ def build(folder: Path | None = None) -> Path:
     root = Path(torch.__file__).parent
     x86 = platform.machine() in ("x86_64", "AMD64")
     parts = [part for part in _TARGETS if x86 or not part.startswith("avx")]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as name:
-        work = Path(name)
+    files.make_folder(target.parent)
+    with files.beside(target) as work:
         running = []
         for part in parts:
             source, into = str(SOURCES / f"{part}.cpp"), str(work / f"{part}.o")
@@ -100,7 +100,7 @@ def build(folder: Path | None = None) -> Path:
             check=False,
         )
         _succeed(linked.returncode, linked.stdout)
-        os.replace(work / "all.so", target)  # atomic: another process sees all of it or nothing
+        files.put(work / "all.so", target)
     return target
 
 

@@ -21,13 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from actsparse import files
 from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.chosen import found_with
 from actsparse.blocks.trace import is_linear
 from actsparse.modify.handle import Handle, handle_of
-from actsparse.modify.saving import removed_on_failure, whole_folder
+from actsparse.modify.saving import removed_on_failure
 from actsparse.modify.sidecar import (
     SIDECAR,
+    check_unchanged,
+    check_weights,
     describe_changes,
     read_sidecar,
     recipe_of,
@@ -147,7 +150,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             f"{', '.join(map(repr, root.peft_config))}; save() keeps them all"
         )
     sidecar = describe_changes(root, "save_adapter()")
-    with whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
+    with files.whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
         root.save_pretrained(str(folder))
         write_changes(root, handle, folder, sidecar)
     return Path(path)
@@ -182,6 +185,7 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
 
     path = Path(path)
     sidecar = read_sidecar(path, CHANGES, ADAPTER, CONFIG)
+    check_weights(path, sidecar, CHANGES, ADAPTER)
     recipe = recipe_of(path, sidecar)
     try:
         changes = load_file(str(path / CHANGES))
@@ -206,6 +210,7 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
         for name, tensor in own.items():
             tensor.copy_(changes[name])
         handle.load_state_dict(sidecar["state"])
+        check_unchanged(path, sidecar)
     return model.eval()
 
 

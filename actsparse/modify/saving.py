@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actsparse import files
 from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.sharding import gathered_state, sharded
 from actsparse.modify.clock import BUFFER
@@ -22,6 +21,8 @@ from actsparse.modify.rebuild import build, cast, in_base, wrap
 from actsparse.modify.sidecar import (
     SIDECAR,
     by_block,
+    check_unchanged,
+    check_weights,
     describe,
     read_sidecar,
     recipe_of,
@@ -67,49 +68,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
             return Path(path)
     else:
         state = root.state_dict()
-    with whole_folder(path, {SIDECAR, WEIGHTS}) as folder:
+    with files.whole_folder(path, {SIDECAR, WEIGHTS}) as folder:
         write_weights(state, folder / WEIGHTS)
         write_sidecar(folder, sidecar)
     return Path(path)
-
-
-@contextlib.contextmanager
-def whole_folder(path: str | os.PathLike[str], files: set[str]) -> Iterator[Path]:
-    """A new folder to write ``files`` to, which takes the place of ``path`` when all went well.
-
-    Raises:
-        FileExistsError: ``path`` is a file, or a folder that holds other files.
-    """
-    target = Path(path).resolve()
-    _check_free(target, files)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
-    old = new.with_name(new.name + "-old")
-    new.mkdir()
-    try:
-        yield new
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_free(target: Path, files: set[str]) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise FileExistsError(f"{target} is a file; a model is saved to a folder")
-    others = sorted({item.name for item in target.iterdir()} - files)
-    if others:
-        raise FileExistsError(
-            f"saving replaces the whole folder, but {target} holds other files "
-            f"({', '.join(others[:3])}); give the model a folder of its own"
-        )
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
@@ -131,6 +93,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     """
     path = Path(path)
     sidecar = read_sidecar(path, WEIGHTS)
+    check_weights(path, sidecar)
     recipe, weights = recipe_of(path, sidecar), read_weights(weight_files(path))
     adapters = sidecar.get("adapters")
     spec = sidecar["model"] if model is None else None
@@ -158,6 +121,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             handle.load_state_dict(sidecar["state"])
             thresholds = by_block(path, sidecar, "thresholds", int | float, [0] * len(kept))
             put_thresholds(model, kept, thresholds)
+            check_unchanged(path, sidecar)
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from actsparse import files
 from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
@@ -110,8 +111,38 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
 
 
 def write_sidecar(folder: Path, sidecar: dict[str, Any]) -> None:
-    """Write ``actsparse.json``."""
-    (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
+    """Write ``actsparse.json``, last of a folder's files: it vouches for the weights."""
+    digests = {file.name: files.sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    text = json.dumps({**sidecar, "sha256": digests}, indent=1)
+    (folder / SIDECAR).write_text(text, encoding="utf-8")
+
+
+def check_weights(folder: Path, sidecar: dict[str, Any], *names: str) -> None:
+    """Raise `ValueError` where weights, all or those named, are not those that were saved.
+
+    Older sidecars and notes in ``config.json`` have no digests, and vouch for nothing.
+    """
+    if "sha256" not in sidecar:
+        return
+    names = names or tuple(file.name for file in weight_files(folder))
+    digests = sidecar["sha256"]
+    if not isinstance(digests, dict) or not set(names) <= set(digests):
+        raise ValueError(
+            f"{folder / SIDECAR} is not as save() writes it: 'sha256' is {digests!r}; expected the "
+            f"digests of {', '.join(names)}"
+        )
+    for name in names:
+        if digests[name] != (found := files.sha256(folder / name)):
+            raise ValueError(
+                f"{folder / name} is not what was saved: its SHA-256 is {found}, in {SIDECAR} it "
+                f"is {digests[name]}"
+            )
+
+
+def check_unchanged(folder: Path, sidecar: dict[str, Any]) -> None:
+    """Raise `ValueError` where a folder was saved anew since its sidecar was read."""
+    if read_sidecar(folder) != sidecar:
+        raise ValueError(f"{folder} was saved anew while it was loaded; load it again")
 
 
 def recipe_of(path: Path, sidecar: dict[str, Any]) -> Recipe:
@@ -135,6 +166,8 @@ def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
         FileNotFoundError: one of them is missing.
         ValueError: the sidecar is torn, foreign or of another version.
     """
+    if not folder.exists():  # a save that was killed may have moved it away
+        files.sweep(folder.resolve())
     note = None if (folder / SIDECAR).is_file() else noted(folder)
     for name in (*([SIDECAR] if note is None else []), *others):
         there = weight_files(folder) if name == WEIGHTS else (folder / name).is_file()

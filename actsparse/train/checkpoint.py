@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -17,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actsparse.records import RecordError, refused, write_whole
+from actsparse import files
+from actsparse.records import RecordError, is_as_written, refusals
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -43,19 +43,14 @@ def seal(folder: Path, **facts: Any) -> None:
     >>> flaw(folder), facts(folder)
     (None, {'step': 50})
     """
-    try:
-        files = _files(folder)
-        for path in [*files.values(), *_folders(folder), folder]:
-            _sync(path)
-        known = {name: _described(path) for name, path in files.items()}
+    with refusals(folder):
+        files.sweep(folder / MANIFEST)
+        files.sync_tree(folder)
+        known = {name: _described(path) for name, path in _files(folder).items()}
         manifest = {"format": _FORMAT, **facts, "files": known}
         manifest["sha256"] = _sha256_of(manifest)
-        text = json.dumps(manifest, indent=1, allow_nan=False)
-        write_whole(folder / MANIFEST, text.encode())
-        _sync(folder)
-        _sync(folder.parent)
-    except OSError as error:
-        raise refused(folder, error) from error
+        files.write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+        files.sync(folder.parent)
 
 
 def flaw(folder: Path) -> str | None:
@@ -97,16 +92,30 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in found if path.is_dir() and not path.is_symlink()), key=_step)
 
 
-def newest_whole(folder: Path, told: Callable[[str], None] = warnings.warn) -> Path | None:
+def newest_whole(
+    folder: Path, told: Callable[[str], None] = warnings.warn, record: Path | None = None
+) -> Path | None:
     """The newest checkpoint without a flaw, None if there is none.
 
-    ``told`` hears of each newer one that is refused: why, and what is used instead.
+    ``told`` hears of each newer one that is refused: why, and what is used instead. Where
+    ``record`` is given, it must begin as it was when the checkpoint was made.
+
+    Raises `RecordError` where of the record too little is left for every checkpoint.
     """
     found = checkpoints(folder)
+    cut = None
     for path, before in reversed(list(zip(found, [None, *found], strict=False))):
         wrong = flaw(path)
+        if wrong is None and record is not None and not _fits(path, record):
+            wrong = cut = f"{record.name} has been cut or changed since it was made"
         if wrong is None:
+            files.sweep(path / MANIFEST)
             return path
+        if cut and before is None:
+            raise RecordError(
+                f"{path} is refused: {cut}, and there is no earlier one; bring {record} back, or "
+                f"remove {folder} to start anew"
+            )
         instead = "the run starts anew" if before is None else f"going back to {before.name}"
         told(f"checkpoint {path} is refused: {wrong}; {instead}")
     return None
@@ -152,6 +161,12 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
 
+def _fits(folder: Path, record: Path) -> bool:
+    """Whether a record begins with what was in it when a whole checkpoint was made."""
+    then = facts(folder).get("record")  # checkpoints of an older actsparse do not know
+    return then is None or is_as_written(record, then)
+
+
 def _sealed(folder: Path) -> bool:
     try:
         _manifest(folder)
@@ -186,35 +201,18 @@ def _files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()]
-
-
 def _described(path: Path) -> dict[str, Any]:
     """A file as the manifest has it."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        return {"size": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"size": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def _sha256_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Have the disk keep what a file holds, or which files a folder does."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _delete(folder: Path) -> None:
     """The manifest first, so that nothing half-deleted looks whole."""
-    try:
+    with refusals(folder):
         (folder / MANIFEST).unlink(missing_ok=True)
-        _sync(folder)
+        files.sync(folder)
         shutil.rmtree(folder)
-    except OSError as error:
-        raise refused(folder, error) from error

@@ -11,7 +11,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actsparse.records import RecordError, Run, read_run, refused, run_path
+from actsparse import files
+from actsparse.records import RecordError, Run, read_run, refusals, run_path
 from actsparse.train.checkpoint import checkpoints, newest_whole
 from actsparse.train.config import RunConfig
 
@@ -82,30 +83,68 @@ def checkpoint_of(
             f"{path.parent} holds an unfinished run on other data (their names, sizes or texts "
             f"have changed); bring them back, or remove that folder"
         )
-    return newest_whole(path.parent, told)
+    return newest_whole(path.parent, told, record=path)
+
+
+@contextmanager
+def claimed(
+    config: RunConfig | GradientNoiseConfig, out: str | Path, room: int = 0
+) -> Iterator[Run | None]:
+    """Keep other processes out of a run's folder, which has ``room`` (bytes).
+
+    Gives the run if it is finished: another process may have done it since it was looked for.
+
+    Raises:
+        ValueError: another process is at it, or has finished it with another config.
+        RecordError: the folder cannot be written, or the record is broken.
+    """
+    folder = run_path(out, config.arm, config.seed).parent
+    check_folder(folder, room)
+    with alone(folder):
+        yield finished_run(config, out)
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Keep other processes out of ``folder``; a process that ends, however it does, lets go of it.
 
-    Raises `ValueError` where another is at it.
+    Raises:
+        ValueError: another is at it.
+        RecordError: it cannot be locked.
     """
     try:
         import fcntl
     except ModuleNotFoundError:  # not POSIX
         yield
         return
-    with open(folder / ".lock", "wb") as file:
+    place = (folder / ".lock").resolve()
+    busy = f"another process is at the run in {folder}; wait for it, or choose another --out"
+    if place in _OURS:  # these locks keep out other processes, not other threads
+        raise ValueError(busy)
+    with refusals(folder):
+        file = open(place, "wb")  # noqa: SIM115
+    with file:
         try:  # not flock, which the data workers of a killed process would keep for seconds
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            raise ValueError(
-                f"another process is at the run in {folder}; wait for it, or choose another --out"
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(busy) from error
+            raise RecordError(
+                f"cannot lock {place}: {error.strerror or error}; choose an --out on a disk with "
+                f"file locks, or two processes could write to one run"
             ) from error
-        yield
+        with refusals(folder):
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(place))
+        if not same:  # the folder was removed, and made again by another
+            raise ValueError(busy)
+        _OURS.add(place)
+        try:
+            yield
+        finally:
+            _OURS.remove(place)
+
+
+_OURS: set[Path] = set()
 
 
 # Settings that another call may have otherwise: they change nothing that is trained.
@@ -139,15 +178,10 @@ def check_folder(folder: str | Path, room: int = 0) -> None:
     Raises `RecordError` that names the folder and the reason.
     """
     folder = Path(folder)
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with refusals(folder):
+        files.make_folder(folder)
         free, room = shutil.disk_usage(folder).free, max(room, ROOM)
         if free < room:
             raise OSError(errno.ENOSPC, f"only {free >> 20} of {room >> 20} MiB are free")
-        try:
-            probe.write_bytes(b"\0" * 4096)
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise refused(folder, error) from error
+        with files.beside(folder / "probe") as work:
+            (work / "probe").write_bytes(b"\0" * 4096)

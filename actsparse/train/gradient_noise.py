@@ -26,7 +26,7 @@ from actsparse.data.mnist import mnist_splits
 from actsparse.observe.accumulated import Accumulated
 from actsparse.observe.spectrum import spectrum
 from actsparse.records import RecordWriter, Run, environment, read_run, run_path
-from actsparse.train.folder import alone, check_folder, finished_run
+from actsparse.train.folder import claimed, finished_run
 from actsparse.train.loss import TrainingFailed
 
 
@@ -162,8 +162,9 @@ def run_gradient_noise(
     if (old := finished_run(config, out)) is not None:
         return old
     splits = splits_of(config)
-    check_folder(path.parent)
-    with alone(path.parent):
+    with claimed(config, out) as old:
+        if old is not None:
+            return old
         header = {
             "task": config.task,
             "arm": config.arm,

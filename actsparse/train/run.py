@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import shutil
 import sys
@@ -41,14 +42,14 @@ from actsparse.records import (
     Run,
     environment,
     read_run,
-    refused,
+    refusals,
     run_path,
 )
 from actsparse.train.arguments import recompute, schedule_of, training_arguments
 from actsparse.train.callback import SparsityCallback
 from actsparse.train.checkpoint import drop_after, facts
 from actsparse.train.config import RunConfig, within_bounds
-from actsparse.train.folder import alone, check_folder, checkpoint_of, finished_run
+from actsparse.train.folder import checkpoint_of, claimed, finished_run
 from actsparse.train.interrupt import Interrupted, Interruption
 from actsparse.train.loss import TrainingFailed
 from actsparse.train.processes import gathered, launched, meet, of_the_first
@@ -98,16 +99,19 @@ def run(
         digest: str = splits.info["sha256"]
         checkpoint: Path | None = None
         problem: Exception | None = None
+        finished = False
         try:
             if rank == 0:
-                check_folder(path.parent, _room(config, model))
-                lock.enter_context(alone(path.parent))
-                checkpoint = checkpoint_of(config, out, processes, digest, told)
+                finished = bool(lock.enter_context(claimed(config, out, _room(config, model))))
+                if not finished:
+                    checkpoint = checkpoint_of(config, out, processes, digest, told)
         except (ValueError, RecordError) as error:
             problem = error
-        checkpoint, problem = of_the_first((checkpoint, problem))
+        finished, checkpoint, problem = of_the_first((finished, checkpoint, problem))
         if problem is not None:
             raise problem
+        if finished:
+            return read_run(path)
         record = None
         if rank == 0:
             record = _record(config, path, checkpoint, processes, digest, command)
@@ -149,7 +153,7 @@ def _record(
     if checkpoint is not None:
         step = facts(checkpoint)["step"]
         drop_after(path.parent, step)
-        _clear(path.parent, *_LEFT)
+        _clear(path, "error.txt", *_LATER)
         return RecordWriter.resume(path, step)
     header = {
         "task": config.task,
@@ -163,7 +167,7 @@ def _record(
     if command:
         header["command"] = command
     drop_after(path.parent, -1)  # refused ones
-    _clear(path.parent, *_LEFT, "weights")
+    _clear(path, "error.txt", *_LATER, "weights")
     return RecordWriter(path, header)
 
 
@@ -282,7 +286,7 @@ class _Job:
             train_dataset=splits.train,
             eval_dataset=_some(splits.validation, config.validate_on),
             optimizers=(optimizer, schedule_of(config, optimizer)),
-            callbacks=[callback, _AtEvaluations(self.arguments.output_dir, rank, config.fsdp)],
+            callbacks=[_AtEvaluations(self.arguments.output_dir, self.record, rank, config.fsdp)],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -362,14 +366,16 @@ def batches_of(rows: Dataset[Any], count: int, batch_size: int) -> list[dict[str
 
 
 class _AtEvaluations(TrainerCallback):
-    """Saves the model after each evaluation; runs after the callback that refuses a NaN.
+    """Saves the model at each evaluation, before the record has a line of it.
 
     The last one comes before the last checkpoint, which is always made: nothing of its step may
     follow it, and the test split may be long.
     """
 
-    def __init__(self, folder: str, rank: int, fsdp: tuple[str, ...]) -> None:
-        self.folder = Path(folder) / "weights"
+    def __init__(
+        self, folder: str, record: RecordWriter | None, rank: int, fsdp: tuple[str, ...]
+    ) -> None:
+        self.folder, self.record = Path(folder) / "weights", record
         self.saves = rank == 0 or bool(fsdp)  # shards are gathered by all
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -380,12 +386,12 @@ class _AtEvaluations(TrainerCallback):
             control.should_evaluate = control.should_save = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.saves:
-            return
-        try:
+        if not (self.saves and all(map(math.isfinite, kwargs["metrics"].values()))):
+            return  # a NaN is refused by the callback that writes the line
+        if self.record is not None:
+            self.record.check()  # the folder may be gone, and another's there
+        with refusals(self.folder):
             save(kwargs["model"], self.folder)
-        except OSError as error:
-            raise refused(self.folder, error) from error
 
 
 def _some(rows: Dataset[Any], count: int | None) -> Dataset[Any]:
@@ -407,16 +413,17 @@ def _skippable(handle: Handle, inference: Any, training: Any) -> dict[str, Any] 
     }
 
 
-_LEFT = ("error.txt", ".weights-*", ".probe-*", ".*.tmp")  # by a stop in the middle
+_LATER = ("README.md", "measures.json")  # what other commands say of a run that has ended
 
 
-def _clear(folder: Path, *patterns: str) -> None:
-    """Take away what an earlier attempt left, the folder that a stop caught half-saved too."""
-    for left in (found for pattern in patterns for found in folder.glob(pattern)):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+def _clear(record: Path, *names: str) -> None:
+    """Take away what an earlier attempt left beside a record."""
+    for path in map(record.with_name, names):
+        with refusals(path):
+            if path.is_dir():
+                shutil.rmtree(path.resolve())
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _gpu() -> str | None:

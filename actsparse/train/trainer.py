@@ -49,11 +49,12 @@ class RunTrainer(Trainer):
         loader: Any = None,
         **options: Any,
     ) -> None:
+        first = [*options.pop("callbacks"), callback]
         super().__init__(model, args, **options)
         self.task, self.callback, self.keep = task, callback, keep
-        callbacks = self.callback_handler.callbacks
-        callbacks.remove(callback)  # trackers shall see the density that it adds to the logs
-        callbacks.insert(1, callback)  # after the one that decides what a step is followed by
+        # after the one that decides what a step is followed by, before trackers, which shall see
+        # the density that the callback adds to the logs
+        self.callback_handler.callbacks[1:1] = first
         # All rows have as many targets, so the mean over a batch is the mean over its targets. Told
         # their number, Trainer multiplies the loss by the processes also where a model ignores it.
         self.model_accepts_loss_kwargs = False
@@ -130,6 +131,9 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         rank, processes = launched()
+        record = self.callback.record
+        if record is not None:
+            record.check()  # the folder may be gone, and another's there
         try:
             if rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -139,7 +143,8 @@ class RunTrainer(Trainer):
             self._save_own(folder / f"actsparse-{rank}.safetensors")
             meet()
             if rank == 0:
-                seal(folder, step=self.state.global_step, processes=processes)
+                facts = {"step": self.state.global_step, "processes": processes}
+                seal(folder, **facts, record=record and record.state())
                 prune(folder.parent, self.keep)
             meet()
         except (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from actsparse.data.text import load_documents
 from actsparse.experiments import run_config
 from actsparse.records import RecordError, read_run, run_path
 from actsparse.train.checkpoint import checkpoints
@@ -26,64 +24,6 @@ TINY: dict[str, Any] = {
     "steps": 12, "batch_size": 8, "log_every": 5, "eval_every": 6, "save_every": 4,
     "validate_on": 16,
 }  # fmt: skip
-
-
-def killed(folder: Path, kills: int, task: str) -> list[dict[str, Any]]:
-    script = Path(__file__).with_name("killed.py")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    words = [sys.executable, str(script), str(folder), str(kills), task]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=1500)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def check(found: list[dict[str, Any]]) -> None:
-    assert any(-signal.SIGKILL in kill["ends"] for kill in found)  # some did strike
-    for kill in found:
-        assert kill["last"] == 0, kill
-        assert kill["same_weights"], kill
-        assert kill["first_difference"] == [], kill
-        assert kill["lines"][0] == kill["lines"][1], kill
-
-
-def write_shards(folder: Path) -> None:
-    """Shards of the embedded text and a tokenizer trained on it, in one folder."""
-    tokenizers = pytest.importorskip("tokenizers")
-    documents = [text.decode() for text in load_documents()["train"].values()][:60]
-    folder.mkdir(parents=True)
-    for part in range(2):
-        lines = [json.dumps({"text": text}) for text in documents[part::2]]
-        (folder / f"web-train.{part:05d}.jsonl").write_text("\n".join(lines) + "\n")
-    held = [text.decode() for text in load_documents()["validation"].values()]
-    lines = [json.dumps({"text": text}) for text in held]
-    (folder / "web-validation.00000.jsonl").write_text("\n".join(lines) + "\n")
-    model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
-    special = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{i}>" for i in reversed(range(100)))]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special)
-    model.train_from_iterator(documents[:10], trainer)
-    model.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "</s>", "pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def test_killed_runs_end_as_if_undisturbed(tmp_path: Path) -> None:
-    check(killed(tmp_path, 3, "digits"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("task", "kills"), [("digits", 20), ("t5_c4", 10)])
-def test_runs_killed_at_many_moments_end_as_if_undisturbed(
-    task: str, kills: int, tmp_path: Path
-) -> None:
-    if task == "t5_c4":
-        write_shards(tmp_path / "data")
-    check(killed(tmp_path, kills, task))
 
 
 def lines_of(record: Path) -> list[dict[str, Any]]:
