@@ -220,5 +220,5 @@ def test_screened_packing_is_the_unscreened_one_up_to_rounding(level: int) -> No
 
 def test_codes_of_another_matrix_are_refused() -> None:
     x, up, bias = gaussian(3, 40, 100)
-    with pytest.raises(RuntimeError, match="codes are of another matrix"):
+    with pytest.raises(RuntimeError, match="codes must be contiguous int8"):
         ops.pack(x, up, bias, ops.quantise(up[:30]), "relu")
