@@ -284,8 +284,8 @@ def project(
         checks.require("down", down, checks.sizes_of("down", down), value, dtype)
     if rows is None:
         rows = down.t()
-    elif rows.shape != down.t().shape:
-        checks.require("rows", rows, down.t().shape, down, down.dtype)
+    elif rows.shape != down.shape[::-1]:
+        checks.require("rows", rows, down.shape[::-1], down, down.dtype)
     return _multiply(pointer, index, value, rows, bias, n, False)
 
 

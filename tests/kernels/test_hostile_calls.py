@@ -6,8 +6,12 @@ everything that it should not be. `make sanitize` runs this file under AddressSa
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -292,3 +296,58 @@ def test_any_layout_gives_the_numbers_of_a_plain_copy_or_is_refused(way: str) ->
                     else:
                         assert result == want, f"{name}: {kind}"
     assert taken > 50
+
+
+def test_one_meta_tensor_among_others_gets_no_answer() -> None:
+    """torch then calls the fake, whose empty result would be taken for numbers."""
+    pointer, index = packing.pack(keeps())
+    value, rows = torch.randn(len(index)), torch.randn(H, D)
+    with pytest.raises(RuntimeError, match="on one device"):
+        ops.multiply(pointer.to("meta"), index, value, rows, None, N)
+    y = ops.multiply(*(t.to("meta") for t in (pointer, index, value, rows)), None, N)
+    assert y.is_meta
+    assert y.shape == (N, D)
+
+
+@pytest.mark.skipif(not ops.loaded(), reason="no compiled kernels here")
+def test_a_thread_may_choose_the_instruction_set_while_others_compute() -> None:
+    best = torch.ops.actsparse_cpu.level(-1)
+    pointer, index = packing.pack(keeps())
+    value, rows = torch.randn(len(index)), torch.randn(H, D)
+    want = packing.unpack(pointer, index, value, N, H) @ rows
+
+    def compute(_: int) -> Tensor:
+        return ops.multiply(pointer, index, value, rows, None, N)
+
+    def choose(turn: int) -> None:
+        level = turn % (best + 1)
+        assert torch.ops.actsparse_cpu.level(level) in range(best + 1)
+
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            chosen = threads.map(choose, range(1000))
+            for y in threads.map(compute, range(1000)):
+                torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+            assert len(list(chosen)) == 1000
+    finally:
+        torch.ops.actsparse_cpu.level(best)
+
+
+LIE = """
+import ctypes, numpy, torch
+from actsparse.kernels import build
+assert build.load()
+malloc = ctypes.CDLL(None).malloc
+malloc.restype = ctypes.c_void_p
+entries = (ctypes.c_float * 64).from_address(malloc(16))
+t = torch.from_numpy(numpy.ctypeslib.as_array(entries)).view(8, 8)
+torch.ops.actsparse_cpu.turned(t)
+"""
+
+
+@pytest.mark.skipif(os.environ.get("ACTSPARSE_SANITIZE") != "1", reason="for make sanitize")
+def test_the_sanitizer_sees_a_tensor_that_lies_about_its_memory() -> None:
+    """Else a run of this file under it would prove nothing."""
+    result = subprocess.run([sys.executable, "-c", LIE], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "AddressSanitizer: heap-" in result.stderr
