@@ -6,6 +6,7 @@ everything that it should not be. `make sanitize` runs this file under AddressSa
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -296,6 +297,23 @@ def test_any_layout_gives_the_numbers_of_a_plain_copy_or_is_refused(way: str) ->
                     else:
                         assert result == want, f"{name}: {kind}"
     assert taken > 50
+
+
+@pytest.mark.skipif(not ops.loaded(), reason="no compiled kernels here")
+def test_codes_of_any_value_are_read_within_their_bounds(way: str) -> None:
+    """They are numbers, which cannot be checked: the answer is some mask."""
+    if way == "reference":
+        pytest.skip("nothing is screened")
+    for d in (7, 1 << 16):
+        x, up = torch.full((N, d), 3.0), torch.randn(70, d)
+        codes, shift, bounds = ops.quantise(up)
+        for code, most in itertools.product((-128, 127), (-(2**31), 2**31 - 1)):
+            made = (torch.full_like(codes, code), torch.full_like(shift, most))
+            for bound in (0.0, torch.nan, torch.inf, -3e38):
+                last = torch.full_like(bounds, bound)
+                pointer, index = torch.ops.actsparse_cpu.candidates(x, up, None, *made, last, 0.0)
+                assert pointer[-1] == len(index)
+                assert packing.unpack(pointer, index, torch.ones(len(index)), N, 70).max() <= 1
 
 
 def test_one_meta_tensor_among_others_gets_no_answer() -> None:

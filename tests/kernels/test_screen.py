@@ -167,6 +167,18 @@ def test_what_the_codes_hold_exactly_float32_may_still_round(
     assert count == 0
 
 
+@pytest.mark.parametrize("case", [tiny, denormal, vanishing], ids=lambda case: case.__name__)
+def test_no_active_unit_is_missed_where_denormals_are_flushed(
+    level: int, case: Callable[[int, int, int], Case]
+) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        assert missed(case(33, 40, 257))[0] == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_the_screen_leaves_out_most_units() -> None:
     """What it is for; else a screen that keeps everything would pass every other test.
 
