@@ -62,6 +62,46 @@ def entries(pointer: Tensor, index: Tensor, n: int, columns: int, like: Tensor) 
             raise RuntimeError(f"index must be at least 0 and below {columns}")
 
 
+def values(pointer: Tensor, index: Tensor, value: Tensor, n: int, columns: int) -> None:
+    """These are the packed entries of a matrix [n, columns]."""
+    sizes_of("value", value, 1)
+    entries(pointer, index, n, columns, value)
+    require("value", value, tuple(index.shape), value, value.dtype)
+
+
+def product(
+    pointer: Tensor, index: Tensor, value: Tensor, rows: Tensor, bias: Tensor | None, n: int
+) -> None:
+    """Packed entries [n, K] fit rows [K, M] and bias [M]."""
+    units, d = sizes_of("rows", rows)
+    entries(pointer, index, n, units, rows)
+    require("value", value, tuple(index.shape), rows, rows.dtype)
+    if bias is not None:
+        require("bias", bias, (d,), rows, rows.dtype)
+
+
+def linear(x: Tensor, up: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """N and H of x [N, D], up [H, D] and bias [H]."""
+    units, d = sizes_of("up", up)
+    n = sizes_of("x", x)[0]
+    require("x", x, (n, d), up, up.dtype)
+    if bias is not None:
+        require("bias", bias, (units,), up, up.dtype)
+    return n, units
+
+
+def rows_of(down: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
+    """Rows [H, D], the copy of downᵀ, or downᵀ; every program comes by."""
+    dtype = given("value", value).dtype
+    if down is None or down.dim() != 2 or down.dtype is not dtype:
+        require("down", down, sizes_of("down", down), value, dtype)
+    if rows is None:
+        return down.t()
+    if rows.shape != down.shape[::-1]:
+        require("rows", rows, tuple(down.shape[::-1]), down, down.dtype)
+    return rows
+
+
 def rows(pointer: Tensor, value: Tensor, n: int) -> None:
     """Pointer and value are of entries of n rows, whatever their columns."""
     sizes_of("value", value, 1)

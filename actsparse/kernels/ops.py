@@ -104,7 +104,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
             f"quantise; they are {activation!r} and {len(codes)} tensors"
         )
     if not native(x, up, bias):
-        _check_linear(x, up, bias)
+        checks.linear(x, up, bias)
     if native(x, up, bias):
         how = (form.act or 0, form.floor)  # 0: ReLU, which is z above the floor
         if codes:
@@ -143,9 +143,9 @@ def pack_values(x: Tensor, up: Tensor, bias: Tensor | None, a: Tensor, slope: Te
 
     For activations whose two masks differ; x, up and bias say where gradients go.
     """
-    n, units = _check_linear(x, up, bias)
-    for name, t in (("a", a), ("slope", slope)):
-        checks.require(name, t, (n, units), x, x.dtype)
+    sizes = checks.linear(x, up, bias)
+    checks.require("a", a, sizes, x, x.dtype)
+    checks.require("slope", slope, sizes, x, x.dtype)
     keep = (a != 0) | (slope != 0)
     pointer, index = packing.pack(keep)
     return pointer, index, a[keep], slope[keep]
@@ -155,16 +155,6 @@ def pack_values(x: Tensor, up: Tensor, bias: Tensor | None, a: Tensor, slope: Te
 def _(x: Tensor, up: Tensor, bias: Tensor | None, a: Tensor, slope: Tensor) -> Four:
     nnz = torch.library.get_ctx().new_dynamic_size()
     return *_fake_entries(x, up, nnz), x.new_empty(nnz)
-
-
-def _check_linear(x: Tensor, up: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """N and H of x [N, D], up [H, D] and bias [H]."""
-    units, d = checks.sizes_of("up", up)
-    n = checks.sizes_of("x", x)[0]
-    checks.require("x", x, (n, d), up, up.dtype)
-    if bias is not None:
-        checks.require("bias", bias, (units,), up, up.dtype)
-    return n, units
 
 
 def _fake_entries(x: Tensor, up: Tensor, nnz: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +218,7 @@ def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor |
 def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     if native(x, up, bias):
         return _kernels().sample(pointer, index, x, up, bias)
-    checks.entries(pointer, index, *_check_linear(x, up, bias), x)
+    checks.entries(pointer, index, *checks.linear(x, up, bias), x)
     if on_gpu(x, up, bias) and len(index) <= GATHERED * x.shape[0] * up.shape[0]:
         from actsparse.kernels import triton_products
 
@@ -279,14 +269,7 @@ def project(
     ``rows``: a contiguous copy [H, D] of downᵀ if there is one; without it forward and backward
     each make their own, so that nothing of down's size is kept in between.
     """
-    dtype = checks.given("value", value).dtype
-    if down is None or down.dim() != 2 or down.dtype is not dtype:
-        checks.require("down", down, checks.sizes_of("down", down), value, dtype)
-    if rows is None:
-        rows = down.t()
-    elif rows.shape != down.shape[::-1]:
-        checks.require("rows", rows, down.shape[::-1], down, down.dtype)
-    return _multiply(pointer, index, value, rows, bias, n, False)
+    return _multiply(pointer, index, value, checks.rows_of(down, rows, value), bias, n, False)
 
 
 @checks.fake(project)
@@ -356,11 +339,7 @@ def _multiply(
     if native(value, rows, bias):
         out = _kernels().multiply(pointer, index, value, rows, bias, n, turned)
         return out.t() if turned else out
-    units, d = checks.sizes_of("rows", rows)
-    checks.entries(pointer, index, n, units, rows)
-    checks.require("value", value, index.shape, rows, rows.dtype)
-    if bias is not None:
-        checks.require("bias", bias, (d,), rows, rows.dtype)
+    checks.product(pointer, index, value, rows, bias, n)
     if on_gpu(value, rows, bias):
         from actsparse.kernels import triton_products
 
@@ -392,9 +371,7 @@ def by_unit(
     """The entries of the transpose of a packed [N, H]: its pointer, row numbers and values."""
     if native(value):
         return _kernels().by_unit(pointer, index, value, n, units)
-    checks.sizes_of("value", value, 1)
-    checks.entries(pointer, index, n, checks.count("units", units), value)
-    checks.require("value", value, index.shape, value, value.dtype)
+    checks.values(pointer, index, value, n, checks.count("units", units))
     return packing.by_unit(pointer, index, value, n, units)
 
 
@@ -457,10 +434,8 @@ def quantise(up: Tensor) -> list[Tensor]:
     Where :func:`screens` says so alone; elsewhere nothing is screened.
     """
     if not native(up):
-        raise RuntimeError(
-            "up must be float32 on the CPU, where the compiled kernels are; it is "
-            f"{up.dtype} on {up.device}, kernels are {'there' if loaded() else 'missing'}"
-        )
+        found = f"{up.dtype} on {up.device}, kernels are {'there' if loaded() else 'missing'}"
+        raise RuntimeError(f"up must be float32 on the CPU, with compiled kernels; it is {found}")
     return list(_kernels().quantise(up))
 
 
