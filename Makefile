@@ -87,3 +87,17 @@ browser:
 	  apt-get update -qq </dev/null >/dev/null 2>&1 && \
 	  apt-get install -qq -y --no-install-recommends chromium </dev/null >/dev/null 2>&1; \
 	} || echo "no chromium: the report's browser tests cannot run here"
+
+# The kernels built and tested under AddressSanitizer and UndefinedBehaviorSanitizer. The libraries
+# come first in the process, and the build before them. Memory that nobody wrote is NaN.
+.PHONY: sanitize
+SOAK ?= 120
+SANITIZED := hostile_calls soak products row_norms screen masks exactness mlp
+
+sanitize: $(VENV)/.dev  ## kernel tests and a soak under ASan and UBSan (g++); SOAK=120 seconds
+	@export ACTSPARSE_SANITIZE=1 ACTSPARSE_SOAK=$(SOAK) OMP_WAIT_POLICY=passive; \
+	export ASAN_OPTIONS=detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255; \
+	export UBSAN_OPTIONS=print_stacktrace=1 CXX=g++; \
+	$(PY) -c "from actsparse.kernels.build import build; build()" && \
+	LD_PRELOAD="$$(for lib in asan ubsan stdc++; do g++ -print-file-name=lib$$lib.so; done | xargs)" \
+	$(PY) -m pytest --capture=sys $(SANITIZED:%=tests/kernels/test_%.py)

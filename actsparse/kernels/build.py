@@ -2,8 +2,10 @@
 
 ``python -m actsparse.kernels`` builds them ahead of time. The library lies in a folder of
 the user's cache named after the sources, the torch version and the C++ ABI, so that a change of
-any of them builds anew; it appears whole or not at all. Without a compiler everything runs on
-PyTorch's own operators, and one line says so.
+any of them builds anew; it appears whole or not at all. Its last 32 bytes are the SHA-256 of what
+is before them: a library that was cut or changed on disk is built anew. One that others could have
+put there is refused. Without a compiler everything runs on PyTorch's own operators, and one line
+says so.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 import warnings
 from pathlib import Path
 
@@ -25,6 +28,8 @@ SOURCES = Path(__file__).parent / "cpu"
 LEVELS = ("baseline", "avx2", "avx512")
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-w", "-fno-math-errno", "-fno-strict-aliasing"]
 _FLAGS += ["-fvisibility=hidden"]
+_SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+_SANITIZED += ["-fno-omit-frame-pointer", "-O1", "-g"]
 _TARGETS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -34,6 +39,11 @@ _TARGETS = {
     ],
     "bind": ["-DTORCH_TARGET_VERSION=0x020B000000000000"],  # torch 2.11's stable ABI
 }
+
+
+def flags() -> list[str]:
+    """The compiler's; with ACTSPARSE_SANITIZE=1, which ``make sanitize`` sets, also its checks."""
+    return [*_FLAGS, *(_SANITIZED if os.environ.get("ACTSPARSE_SANITIZE") == "1" else [])]
 
 
 def library(folder: Path | None = None) -> Path:
@@ -48,8 +58,8 @@ def library(folder: Path | None = None) -> Path:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     abi = int(torch.compiled_with_cxx11_abi())
-    flags = repr((_FLAGS, _TARGETS, torch.__version__, abi, platform.machine()))
-    digest.update(flags.encode())
+    built = repr((flags(), _TARGETS, torch.__version__, abi, platform.machine()))
+    digest.update(built.encode())
     return folder / f"kernels-{digest.hexdigest()[:16]}.so"
 
 
@@ -62,26 +72,32 @@ def compiler() -> str | None:
 def build(folder: Path | None = None) -> Path:
     """Compile what is not compiled yet, and return the library's path.
 
+    Processes and threads may build at once: each does so in a folder of its own.
+
     Raises:
-        RuntimeError: there is no compiler, or it failed; the message ends with what it said.
+        RuntimeError: there is no compiler, or it failed; the message ends with what it said. Or
+            others than this user and root can write what would be loaded, or own it.
         OSError: the folder cannot be written.
     """
     target = library(folder)
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _trust(target.parent)
     if target.exists():
-        return target
+        _trust(target)
+        if _whole(target):
+            return target
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found (g++, c++, clang++, or the one $CXX names)")
     root = Path(torch.__file__).parent
     x86 = platform.machine() in ("x86_64", "AMD64")
     parts = [part for part in _TARGETS if x86 or not part.startswith("avx")]
-    files.make_folder(target.parent)
     with files.beside(target) as work:
         running = []
         for part in parts:
             source, into = str(SOURCES / f"{part}.cpp"), str(work / f"{part}.o")
-            flags = [*_FLAGS, *_TARGETS[part], f"-I{root / 'include'}"]
-            command = [cxx, *flags, "-c", source, "-o", into]
+            command = [cxx, *flags(), *_TARGETS[part], f"-I{root / 'include'}"]
+            command += ["-c", source, "-o", into]
             running.append(
                 subprocess.Popen(
                     command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -93,21 +109,44 @@ def build(folder: Path | None = None) -> Path:
         objects = [str(work / f"{part}.o") for part in parts]
         libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         linked = subprocess.run(
-            [cxx, "-shared", *objects, *libraries, "-o", str(work / "all.so")],
+            [cxx, *flags(), "-shared", *objects, *libraries, "-o", str(work / "all.so")],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
         )
         _succeed(linked.returncode, linked.stdout)
+        code = (work / "all.so").read_bytes()
+        (work / "all.so").write_bytes(code + hashlib.sha256(code).digest())
+        (work / "all.so").chmod(0o700)
         files.put(work / "all.so", target)
     return target
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library is what the linker wrote."""
+    sealed = path.read_bytes()
+    return hashlib.sha256(sealed[:-32]).digest() == sealed[-32:]
+
+
+def _trust(path: Path) -> None:
+    """Refuse a file or folder that others could have filled: it would run as this user."""
+    if not hasattr(os, "getuid"):
+        return
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0):
+        raise RuntimeError(f"{path} belongs to another user; name a folder by $ACTSPARSE_CACHE")
+    if status.st_mode & 0o022:
+        raise RuntimeError(f"others can write {path}; see what lies there, then chmod go-w {path}")
 
 
 def _succeed(code: int, said: str) -> None:
     if code:
         why = next((line for line in said.splitlines() if "error" in line), "it gave no reason")
         raise RuntimeError(f"the C++ compiler failed: {why}\n{said[-2000:]}")
+
+
+_loading = threading.Lock()
 
 
 @functools.cache
@@ -124,7 +163,9 @@ def load() -> bool:
     if wanted == "reference":
         return False
     try:
-        torch.ops.load_library(str(build()))
+        with _loading:  # a library that registers its operators twice ends the process
+            if not hasattr(torch.ops.actsparse_cpu, "level"):
+                torch.ops.load_library(str(build()))
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         message = f"sparse kernels run on PyTorch's own operators, slowly: {reason}"

@@ -5,6 +5,9 @@ them. Each operator runs the C++ kernels on float32 CPU tensors where those are 
 kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning: products with
 exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or by
 columns. What is kept for backward is the entries.
+
+What does not fit raises RuntimeError, whichever of them would run: the compiled kernels check for
+themselves, and :mod:`actsparse.kernels.checks` does it before the others.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from actsparse.activations import named
+from actsparse.kernels import checks, reference
 from actsparse.kernels import pack as packing
-from actsparse.kernels import reference
 from actsparse.kernels.forms import form_of
 
 GATHERED = 0.007  # density up to which, by docs/kernels.md, GPUs sample a product entry by entry
@@ -44,7 +47,7 @@ def _load() -> bool:
         return False
     # inference is one operator without autograd, so that decoding does not pay for Python
     for name in ("forward", "forward_screened"):
-        torch.library.register_fake(f"actsparse_cpu::{name}")(
+        checks.fake(f"actsparse_cpu::{name}")(
             lambda x, *others: x.new_empty(*x.shape[:-1], others[-4].shape[1])
         )
     return True
@@ -53,7 +56,8 @@ def _load() -> bool:
 def native(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels take these tensors."""
     return loaded() and all(
-        t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors
+        t is None or (t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided)
+        for t in tensors
     )
 
 
@@ -94,13 +98,19 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
     is 1 (ReLU).
     """
     form, function = form_of(activation), named(activation)
-    assert form is not None
+    if form is None or len(codes) not in (0, 3):
+        raise RuntimeError(
+            "activation must be a form of ReLU, JSReLU or squared ReLU, and codes none or the 3 of "
+            f"quantise; they are {activation!r} and {len(codes)} tensors"
+        )
+    if not native(x, up, bias):
+        checks.linear(x, up, bias)
     if native(x, up, bias):
         how = (form.act or 0, form.floor)  # 0: ReLU, which is z above the floor
         if codes:
             entries = _kernels().screen(x, up, bias, *codes, *how)
         else:
-            entries = _kernels().pack(x @ up.t(), bias, *how)
+            entries = _kernels().pack(x, up, bias, *how)
         if form.act is not None:
             return entries
         pointer, index, active, _ = entries
@@ -119,7 +129,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
     return pointer, index, function.value(active), slope
 
 
-@pack.register_fake
+@checks.fake(pack)
 def _(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activation: str) -> Four:
     nnz = torch.library.get_ctx().new_dynamic_size()
     form = form_of(activation)
@@ -133,12 +143,15 @@ def pack_values(x: Tensor, up: Tensor, bias: Tensor | None, a: Tensor, slope: Te
 
     For activations whose two masks differ; x, up and bias say where gradients go.
     """
+    sizes = checks.linear(x, up, bias)
+    checks.require("a", a, sizes, x, x.dtype)
+    checks.require("slope", slope, sizes, x, x.dtype)
     keep = (a != 0) | (slope != 0)
     pointer, index = packing.pack(keep)
     return pointer, index, a[keep], slope[keep]
 
 
-@pack_values.register_fake
+@checks.fake(pack_values)
 def _(x: Tensor, up: Tensor, bias: Tensor | None, a: Tensor, slope: Tensor) -> Four:
     nnz = torch.library.get_ctx().new_dynamic_size()
     return *_fake_entries(x, up, nnz), x.new_empty(nnz)
@@ -204,8 +217,9 @@ def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor |
 
 def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     if native(x, up, bias):
-        value = _kernels().sample(pointer, index, x, up)
-    elif on_gpu(x, up, bias) and len(index) <= GATHERED * x.shape[0] * up.shape[0]:
+        return _kernels().sample(pointer, index, x, up, bias)
+    checks.entries(pointer, index, *checks.linear(x, up, bias), x)
+    if on_gpu(x, up, bias) and len(index) <= GATHERED * x.shape[0] * up.shape[0]:
         from actsparse.kernels import triton_products
 
         value = triton_products.sample(pointer, index, x, up)
@@ -219,7 +233,7 @@ def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor 
     return value if bias is None else value + bias[index.long()]
 
 
-@sample.register_fake
+@checks.fake(sample)
 def _(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(index.shape[0])
 
@@ -255,10 +269,10 @@ def project(
     ``rows``: a contiguous copy [H, D] of downᵀ if there is one; without it forward and backward
     each make their own, so that nothing of down's size is kept in between.
     """
-    return _multiply(pointer, index, value, down.t() if rows is None else rows, bias, n, False)
+    return _multiply(pointer, index, value, checks.rows_of(down, rows, value), bias, n, False)
 
 
-@project.register_fake
+@checks.fake(project)
 def _(
     pointer: Tensor,
     index: Tensor,
@@ -325,6 +339,7 @@ def _multiply(
     if native(value, rows, bias):
         out = _kernels().multiply(pointer, index, value, rows, bias, n, turned)
         return out.t() if turned else out
+    checks.product(pointer, index, value, rows, bias, n)
     if on_gpu(value, rows, bias):
         from actsparse.kernels import triton_products
 
@@ -335,7 +350,7 @@ def _multiply(
     return out.t().contiguous().t() if turned else out
 
 
-@multiply.register_fake
+@checks.fake(multiply)
 def _(
     pointer: Tensor,
     index: Tensor,
@@ -356,10 +371,11 @@ def by_unit(
     """The entries of the transpose of a packed [N, H]: its pointer, row numbers and values."""
     if native(value):
         return _kernels().by_unit(pointer, index, value, n, units)
+    checks.values(pointer, index, value, n, checks.count("units", units))
     return packing.by_unit(pointer, index, value, n, units)
 
 
-@by_unit.register_fake
+@checks.fake(by_unit)
 def _(
     pointer: Tensor, index: Tensor, value: Tensor, n: int, units: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -372,13 +388,14 @@ def row_sums(pointer: Tensor, value: Tensor, n: int) -> Tensor:
     """The sum of each of n rows of packed entries."""
     if native(value):
         return _kernels().row_sums(pointer, value, n)
+    checks.rows(pointer, value, n)
     if n == 0 or len(value) == 0:
         return value.new_zeros(n)
     rows = pointer[:: (len(pointer) - 1) // n]  # in one order, unlike index_add on a GPU
     return torch.segment_reduce(value.double(), "sum", offsets=rows).to(value.dtype)
 
 
-@row_sums.register_fake
+@checks.fake(row_sums)
 def _(pointer: Tensor, value: Tensor, n: int) -> Tensor:
     return value.new_empty(n)
 
@@ -387,11 +404,12 @@ def _(pointer: Tensor, value: Tensor, n: int) -> Tensor:
 def turned(matrix: Tensor) -> Tensor:
     """A contiguous copy of the transpose."""
     if native(matrix):
-        return _kernels().turned(matrix.contiguous())
+        return _kernels().turned(checks.given("matrix", matrix).contiguous())
+    checks.sizes_of("matrix", matrix)
     return matrix.t().clone(memory_format=torch.contiguous_format)
 
 
-@turned.register_fake
+@checks.fake(turned)
 def _(matrix: Tensor) -> Tensor:
     return matrix.new_empty(matrix.shape[1], matrix.shape[0])
 
@@ -405,6 +423,7 @@ def fingerprint(weight: Tensor) -> int:
         return 0
     if native(weight):
         return _kernels().fingerprint(weight)
+    checks.sizes_of("weight", weight)
     return hash(tuple(weight.detach().reshape(-1)[:: weight.numel() // 64 + 1].tolist()))
 
 
@@ -412,12 +431,15 @@ def fingerprint(weight: Tensor) -> int:
 def quantise(up: Tensor) -> list[Tensor]:
     """What the lossless screen needs of up [H, D]: int8 codes, their shifts, and error norms.
 
-    Empty where the compiled kernels are not available: then nothing is screened.
+    Where :func:`screens` says so alone; elsewhere nothing is screened.
     """
+    if not native(up):
+        found = f"{up.dtype} on {up.device}, kernels are {'there' if loaded() else 'missing'}"
+        raise RuntimeError(f"up must be float32 on the CPU, with compiled kernels; it is {found}")
     return list(_kernels().quantise(up))
 
 
-@quantise.register_fake
+@checks.fake(quantise)
 def _(up: Tensor) -> list[Tensor]:
     units, channels = -(-up.shape[0] // 64) * 64, -(-up.shape[1] // 4) * 4
     return [

@@ -51,8 +51,7 @@ def unpack(pointer: Tensor, index: Tensor, value: Tensor, n: int, columns: int) 
     tensor([[0., 5.], [6., 7.]])
     """
     out = value.new_zeros(n, columns)
-    out[rows_of(pointer, n, len(index)), index.long()] = value
-    return out
+    return out.index_put_((rows_of(pointer, n, len(index)), index.long()), value, accumulate=True)
 
 
 def by_unit(

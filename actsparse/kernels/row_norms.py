@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from actsparse.kernels import ops
+from actsparse.kernels import checks, ops
 from actsparse.kernels import pack as packing
 
 
@@ -21,12 +21,13 @@ def row_norms(pointer: Tensor, value: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """``Σ |value|`` and ``√Σ value²`` of each of n rows of packed entries: [n] and [n]."""
     if ops.native(value):
         return torch.ops.actsparse_cpu.row_norms(pointer, value, n)
+    checks.rows(pointer, value, n)
     row, wide = packing.rows_of(pointer, n, len(value)), value.double()
     one, two = (wide.new_zeros(n).index_add_(0, row, each) for each in (wide.abs(), wide.square()))
     return one.to(value.dtype), two.sqrt().to(value.dtype)
 
 
-@row_norms.register_fake
+@checks.fake(row_norms)
 def _(pointer: Tensor, value: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return value.new_empty(n), value.new_empty(n)
 
@@ -38,14 +39,15 @@ def row_norms_backward(
     """``g₁ sgn(value) + g₂ value / ‖value‖₂``, entry by entry [nnz]; 0 where the value is."""
     if ops.native(value):
         return torch.ops.actsparse_cpu.row_norms_backward(pointer, value, two, grad_one, grad_two)
-    row, share = (
-        packing.rows_of(pointer, len(two), len(value)),
-        grad_two / torch.where(two > 0, two, 1),
-    )
+    n = checks.given("two", two).numel()
+    checks.rows(pointer, value, n)
+    for name, t in (("two", two), ("grad_one", grad_one), ("grad_two", grad_two)):
+        checks.require(name, t, (n,), value, value.dtype)
+    row, share = packing.rows_of(pointer, n, len(value)), grad_two / torch.where(two > 0, two, 1)
     return grad_one[row] * value.sgn() + share[row] * value
 
 
-@row_norms_backward.register_fake
+@checks.fake(row_norms_backward)
 def _(pointer: Tensor, value: Tensor, two: Tensor, grad_one: Tensor, grad_two: Tensor) -> Tensor:
     return torch.empty_like(value)
 

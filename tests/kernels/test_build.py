@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,100 @@ def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> N
         fresh()
 
 
-def test_a_library_that_is_there_is_not_built_again(tmp_path: Path) -> None:
-    target = build.library(tmp_path)
-    target.touch()
-    assert build.build(tmp_path) == target
-    assert target.stat().st_size == 0
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that writes one word to the file after -o, and a dot to a file of its own."""
+    script, count = tmp_path / "compiler", tmp_path / "count"
+    script.write_text(
+        f'#!/bin/sh\nprintf . >>{count}\nwhile [ "$1" != -o ]; do shift; done\necho code >"$2"\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    return count
+
+
+def test_a_library_that_is_there_is_not_built_again(tmp_path: Path, compiler: Path) -> None:
+    target = build.build(tmp_path / "cache")
+    once = compiler.read_text()
+    assert build.build(tmp_path / "cache") == target
+    assert compiler.read_text() == once
+
+
+@pytest.mark.parametrize("harm", ["empty", "cut", "longer", "changed"])
+@pytest.mark.usefixtures("compiler")
+def test_a_library_that_was_harmed_on_disk_is_built_again(tmp_path: Path, harm: str) -> None:
+    target = build.build(tmp_path / "cache")
+    whole = target.read_bytes()
+    harmed = {
+        "empty": b"",
+        "cut": whole[:-1],
+        "longer": whole + b"x",
+        "changed": bytes([whole[0] ^ 1]) + whole[1:],
+    }
+    target.write_bytes(harmed[harm])
+    assert build.build(tmp_path / "cache") == target
+    assert target.read_bytes() == whole
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o707])
+@pytest.mark.parametrize("which", ["folder", "library"])
+@pytest.mark.usefixtures("compiler")
+def test_code_that_others_can_write_is_refused(tmp_path: Path, which: str, mode: int) -> None:
+    target = build.build(tmp_path / "cache")
+    path = target if which == "library" else target.parent
+    path.chmod(mode)
+    with pytest.raises(RuntimeError, match=f"others can write {path};"):
+        build.build(tmp_path / "cache")
+    path.chmod(0o700)
+    assert build.build(tmp_path / "cache") == target
+
+
+@pytest.mark.parametrize("which", ["folder", "library"])
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone gives files away")
+@pytest.mark.usefixtures("compiler")
+def test_code_of_another_user_is_refused(tmp_path: Path, which: str) -> None:
+    target = build.build(tmp_path / "cache")
+    path = target if which == "library" else target.parent
+    os.chown(path, 12345, 12345)
+    with pytest.raises(RuntimeError, match=f"{path} belongs to another user"):
+        build.build(tmp_path / "cache")
+
+
+@pytest.mark.usefixtures("compiler")
+def test_others_cannot_write_what_is_built_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        target = build.build(tmp_path / "cache")
+    finally:
+        os.umask(before)
+    assert build.build(tmp_path / "cache") == target
+
+
+@pytest.mark.usefixtures("compiler")
+def test_threads_and_processes_may_build_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    script = "from pathlib import Path; from actsparse.kernels import build\n"
+    script += f"print(build.build(Path({str(folder)!r})))"
+    command = [sys.executable, "-c", script]
+    others = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) for _ in range(2)]
+    with ThreadPoolExecutor(8) as threads:
+        targets = set(threads.map(lambda _: build.build(folder), range(8)))
+    assert targets == {build.library(folder)}
+    for other in others:
+        said, _ = other.communicate()
+        assert said.decode().strip() == str(build.library(folder))
+    assert [path.name for path in folder.iterdir()] == [build.library(folder).name]
+
+
+def test_threads_load_one_library_once() -> None:
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+from actsparse.kernels import build
+with ThreadPoolExecutor(8) as threads:
+    print(set(threads.map(lambda _: build.load(), range(8))))
+"""
+    result = run(script, ACTSPARSE_CPU="")
+    assert result.stdout == f"{{{build.load()}}}\n", result.stderr
 
 
 @pytest.mark.slow

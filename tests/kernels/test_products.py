@@ -195,8 +195,8 @@ def test_kernels_refuse_operands_that_do_not_fit() -> None:
         kernels.multiply(*entries, torch.randn(4, 5), torch.randn(6), 3, False)
     with pytest.raises(RuntimeError, match="rows must be contiguous float32"):
         kernels.multiply(*entries, torch.randn(4, 10)[:, ::2], None, 3, False)
-    with pytest.raises(RuntimeError, match="rows must be float32 of the other operands' sizes"):
-        kernels.sample(*entries[:2], torch.randn(3, 5), torch.randn(6, 4).t())
+    with pytest.raises(RuntimeError, match=r"up must be contiguous float32 \[4, 5\]"):
+        kernels.sample(*entries[:2], torch.randn(3, 5), torch.randn(5, 4).double().t(), None)
     with pytest.raises(RuntimeError, match="no kernels of level"):
         kernels.level(7)
 

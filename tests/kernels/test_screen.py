@@ -167,6 +167,18 @@ def test_what_the_codes_hold_exactly_float32_may_still_round(
     assert count == 0
 
 
+@pytest.mark.parametrize("case", [tiny, denormal, vanishing], ids=lambda case: case.__name__)
+def test_no_active_unit_is_missed_where_denormals_are_flushed(
+    level: int, case: Callable[[int, int, int], Case]
+) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        assert missed(case(33, 40, 257))[0] == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_the_screen_leaves_out_most_units() -> None:
     """What it is for; else a screen that keeps everything would pass every other test.
 
@@ -220,5 +232,5 @@ def test_screened_packing_is_the_unscreened_one_up_to_rounding(level: int) -> No
 
 def test_codes_of_another_matrix_are_refused() -> None:
     x, up, bias = gaussian(3, 40, 100)
-    with pytest.raises(RuntimeError, match="codes are of another matrix"):
+    with pytest.raises(RuntimeError, match="codes must be contiguous int8"):
         ops.pack(x, up, bias, ops.quantise(up[:30]), "relu")

@@ -58,6 +58,10 @@ struct Kernels {
                    int64_t stride, float* stats);
   // out[c * rows + r] = in[r * stride + c]
   void (*transpose)(const float* in, int64_t stride, int64_t rows, int64_t columns, float* out);
+  // whether no entry of p is below the one before
+  bool (*rises)(const int64_t* p, int64_t n);
+  // whether all of index lie in [0, limit)
+  bool (*below)(const int32_t* index, int64_t n, int64_t limit);
 };
 
 extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;

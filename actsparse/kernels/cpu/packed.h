@@ -30,7 +30,7 @@ void running_total(int64_t* pointer, int64_t segments) {
 }
 
 // Pointer and index of the set bits of mask [tokens, words].
-int32_t* entries_of(const uint64_t* mask, Shape s, int64_t* pointer, Tensor& index) {
+int32_t* bits_of(const uint64_t* mask, Shape s, int64_t* pointer, Tensor& index) {
   const int64_t per = kBlock / kWord, blocks = s.blocks(), words = s.words();
   split(s.tokens, [&](int64_t a, int64_t b) {
     for (int64_t t = a; t < b; t++)
@@ -70,18 +70,18 @@ Tensor activate(Tensor& z, int64_t n, int64_t act) {
   return slope;
 }
 
-Packed pack_dense(const Tensor& z, const Maybe& bias, Shape s, int64_t act, float floor) {
-  STD_TORCH_CHECK(z.is_contiguous() && z.numel() == s.tokens * s.units, "z does not fit down");
+// The entries of φ(z + bias); z is contiguous [s.tokens, s.units].
+Packed pack_dense(const Tensor& z, const Maybe& bias, Shape s, Phi phi) {
   require("bias", bias, s.units);
   const float *in = data<float>(z), *b = data<float>(bias);
   const auto mask = scratch<uint64_t>(s.tokens * s.words());
   split(s.tokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
-      kernels->mask(in + t * s.units, b, s.units, floor, &mask[t * s.words()]);
+      kernels()->mask(in + t * s.units, b, s.units, phi.floor, &mask[t * s.words()]);
   }, kSmall);
   Packed p{empty<int64_t>(s.segments() + 1), Tensor(), Tensor(), Tensor()};
   int64_t* pointer = data<int64_t>(p.pointer);
-  const int32_t* index = entries_of(mask.get(), s, pointer, p.index);
+  const int32_t* index = bits_of(mask.get(), s, pointer, p.index);
   p.value = empty<float>(pointer[s.segments()]);
   float* value = data<float>(p.value);
   split(s.tokens, [&](int64_t begin, int64_t end) {
@@ -89,7 +89,7 @@ Packed pack_dense(const Tensor& z, const Maybe& bias, Shape s, int64_t act, floa
       for (int64_t k = pointer[t * s.blocks()]; k < pointer[(t + 1) * s.blocks()]; k++)
         value[k] = in[t * s.units + index[k]] + (b ? b[index[k]] : 0.f);
   }, kSmall);
-  p.slope = activate(p.value, pointer[s.segments()], act);
+  p.slope = activate(p.value, pointer[s.segments()], phi.act);
   return p;
 }
 
@@ -102,11 +102,11 @@ void multiply_into(Entries a, const float* value, const float* rows, int64_t n, 
   const bool cold = n <= 8;
   if (few(n))
     split(d, [&](int64_t c, int64_t e) {
-      kernels->multiply(a, value, rows, d, bias, out, {0, n}, {c, e}, cold);
+      kernels()->multiply(a, value, rows, d, bias, out, {0, n}, {c, e}, cold);
     }, 64);
   else
     split(n, [&](int64_t r, int64_t e) {
-      kernels->multiply(a, value, rows, d, bias, out, {r, e}, {0, d}, cold);
+      kernels()->multiply(a, value, rows, d, bias, out, {r, e}, {0, d}, cold);
     });
 }
 
@@ -115,26 +115,73 @@ void sample_into(Entries a, const float* left, const float* rows, int64_t n, int
   const bool cold = n <= 8;
   if (few(n))
     split(a.blocks, [&](int64_t b, int64_t e) {
-      kernels->sample(a, left, rows, d, value, {0, n}, {b, e}, cold);
+      kernels()->sample(a, left, rows, d, value, {0, n}, {b, e}, cold);
     });
   else
     split(n, [&](int64_t r, int64_t e) {
-      kernels->sample(a, left, rows, d, value, {r, e}, {0, a.blocks}, cold);
+      kernels()->sample(a, left, rows, d, value, {r, e}, {0, a.blocks}, cold);
     });
 }
 
-Entries entries(const Tensor& pointer, const Tensor& index, int64_t rows) {
-  return {data<int64_t>(pointer), data<int32_t>(index), rows ? (pointer.numel() - 1) / rows : 0};
+// ---- entries that are handed in -------------------------------------------------------------
+
+// Whether f(begin, end) holds for all pieces of [0, n).
+template <class F>
+bool everywhere(int64_t n, F f) {
+  std::atomic<bool> all{true};
+  split(n, [&](int64_t a, int64_t b) {
+    if (!f(a, b)) all.store(false, std::memory_order_relaxed);
+  }, 1 << 14);
+  return all;
+}
+
+// pointer rises from 0 to the number of entries, in whole rows. Returns the blocks of a row.
+int64_t check_pointer(const Tensor& pointer, int64_t n, int64_t blocks, int64_t entries) {
+  const int64_t segments = blocks < 0 ? -1 : n * blocks;
+  require<int64_t>("pointer", pointer, {segments < 0 ? -1 : segments + 1});
+  const int64_t last = pointer.numel() - 1;
+  if (segments < 0) {
+    blocks = n ? last / n : 0;
+    if (last != n * blocks || (n && !blocks))
+      refuse("pointer must have 1 more entry than " + std::to_string(n) +
+             " rows have blocks; it has " + std::to_string(last + 1));
+  }
+  const int64_t* p = data<int64_t>(pointer);
+  if (p[0] != 0 || p[last] != entries || !everywhere(last, [=](int64_t a, int64_t b) {
+        return kernels()->rises(p + a, b - a + 1);
+      }))
+    refuse("pointer must rise from 0 to the number of entries, " + std::to_string(entries));
+  return blocks;
+}
+
+// Rows of values: entries whose columns do not matter.
+Entries rows_of(const Tensor& pointer, const Tensor& value, int64_t n) {
+  require("value", value, {-1});
+  const int64_t blocks = check_pointer(pointer, count("n", n), -1, value.numel());
+  return {data<int64_t>(pointer), nullptr, blocks};
+}
+
+// The entries of a matrix [n, columns].
+Entries entries_of(const Tensor& pointer, const Tensor& index, int64_t n, int64_t columns) {
+  require<int32_t>("index", index, {-1});
+  const int64_t nnz = index.numel();
+  const int64_t blocks = check_pointer(pointer, count("n", n), blocks_of(columns), nnz);
+  const int32_t* i = data<int32_t>(index);
+  if (!everywhere(nnz, [=](int64_t a, int64_t b) {
+        return kernels()->below(i + a, b - a, columns);
+      }))
+    refuse("index must be at least 0 and below " + std::to_string(columns));
+  return {data<int64_t>(pointer), i, blocks};
 }
 
 Tensor multiply(const Tensor& pointer, const Tensor& index, const Tensor& value, const Tensor& rows,
                 const Maybe& bias, int64_t n, bool turned) {
-  const int64_t d = rows.size(1);
-  const Rows by_row("rows", rows, -1, d);
+  const auto [units, d] = sizes_of("rows", rows);
+  const Entries a = entries_of(pointer, index, n, units);
   require("bias", bias, d);
   require("value", value, {index.numel()});
-  const Entries a = entries(pointer, index, n);
-  const auto into = [&](float* out) {
+  const Rows by_row("rows", rows, units, d);
+  const auto into = [&, d = d](float* out) {
     multiply_into(a, data<float>(value), by_row.data, n, d, data<float>(bias), out);
   };
   if (!turned) {
@@ -149,13 +196,21 @@ Tensor multiply(const Tensor& pointer, const Tensor& index, const Tensor& value,
   return out;
 }
 
-Tensor sample(const Tensor& pointer, const Tensor& index, const Tensor& left, const Tensor& rows) {
-  const int64_t n = left.size(0);
-  const Rows by_row("rows", rows, -1, left.size(1));
-  require("left", left, {n, left.size(1)});
+Tensor sample(const Tensor& pointer, const Tensor& index, const Tensor& x, const Tensor& up,
+              const Maybe& bias) {
+  const auto [units, d] = sizes_of("up", up);
+  const int64_t n = sizes_of("x", x).rows;
+  const Entries a = entries_of(pointer, index, n, units);
+  require("x", x, {n, d});
+  require("bias", bias, units);
+  const Rows by_row("up", up, units, d);
   Tensor value = empty<float>(index.numel());
-  sample_into(entries(pointer, index, n), data<float>(left), by_row.data, n, left.size(1),
-              data<float>(value));
+  float* v = data<float>(value);
+  sample_into(a, data<float>(x), by_row.data, n, d, v);
+  if (bias)
+    split(index.numel(), [=, b = data<float>(bias)](int64_t from, int64_t to) {
+      for (int64_t k = from; k < to; k++) v[k] += b[a.index[k]];
+    }, 64 * kSmall);
   return value;
 }
 
@@ -163,9 +218,9 @@ Tensor sample(const Tensor& pointer, const Tensor& index, const Tensor& left, co
 std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& index,
                                            const Tensor& value, int64_t tokens, int64_t units) {
   constexpr int64_t chunk = 128, per_block = kBlock / chunk;
+  const Entries a = entries_of(pointer, index, tokens, count("units", units));
   const int64_t blocks = blocks_of(tokens), chunks = ceil_div(tokens, chunk), n = index.numel();
   require("value", value, {n});
-  const Entries a = entries(pointer, index, tokens);
   Tensor out_pointer = empty<int64_t>(units * blocks + 1);
   Tensor token = empty<int32_t>(n), sorted = empty<float>(n);
   int64_t* p = data<int64_t>(out_pointer);
@@ -205,10 +260,9 @@ std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& 
 
 // Σ of each row's entries.
 Tensor row_sums(const Tensor& pointer, const Tensor& value, int64_t n) {
+  const auto [p, _, blocks] = rows_of(pointer, value, n);
   Tensor out = empty<float>(n);
   float* o = data<float>(out);
-  const int64_t* p = data<int64_t>(pointer);
-  const int64_t blocks = n ? (pointer.numel() - 1) / n : 0;
   const float* v = data<float>(value);
   for (int64_t h = 0; h < n; h++) {
     double sum = 0;
@@ -220,13 +274,11 @@ Tensor row_sums(const Tensor& pointer, const Tensor& value, int64_t n) {
 
 // Σ|v| and √Σv² of each row's entries.
 std::tuple<Tensor, Tensor> row_norms(const Tensor& pointer, const Tensor& value, int64_t n) {
-  require("value", value, {-1});
+  const Entries e = rows_of(pointer, value, n);
   Tensor one = empty<float>(n), two = empty<float>(n);
   float *o = data<float>(one), *t = data<float>(two);
-  const int64_t* p = data<int64_t>(pointer);
-  const int64_t blocks = n ? (pointer.numel() - 1) / n : 0;
   const float* v = data<float>(value);
-  split(n, [=](int64_t a, int64_t b) {
+  split(n, [=, p = e.pointer, blocks = e.blocks](int64_t a, int64_t b) {
     for (int64_t r = a; r < b; r++) {
       double sum = 0, squares = 0;
       for (int64_t k = p[r * blocks]; k < p[(r + 1) * blocks]; k++) {
@@ -242,17 +294,16 @@ std::tuple<Tensor, Tensor> row_norms(const Tensor& pointer, const Tensor& value,
 // Gradients of entries, given those of their rows' norms; of a zero it is 0.
 Tensor row_norms_backward(const Tensor& pointer, const Tensor& value, const Tensor& two,
                           const Tensor& grad_one, const Tensor& grad_two) {
-  const int64_t n = two.numel(), blocks = n ? (pointer.numel() - 1) / n : 0;
-  require("value", value, {-1});
+  const int64_t n = two.numel();
+  const Entries e = rows_of(pointer, value, n);
   require("two", two, {n});
   require("grad_one", grad_one, {n});
   require("grad_two", grad_two, {n});
   Tensor out = empty<float>(value.numel());
   float* o = data<float>(out);
-  const int64_t* p = data<int64_t>(pointer);
   const float *v = data<float>(value), *norm = data<float>(two);
   const float *first = data<float>(grad_one), *second = data<float>(grad_two);
-  split(n, [=](int64_t a, int64_t b) {
+  split(n, [=, p = e.pointer, blocks = e.blocks](int64_t a, int64_t b) {
     for (int64_t r = a; r < b; r++) {
       const float g = first[r], s = norm[r] == 0.f ? second[r] : second[r] / norm[r];
       for (int64_t k = p[r * blocks]; k < p[(r + 1) * blocks]; k++)
@@ -262,11 +313,11 @@ Tensor row_norms_backward(const Tensor& pointer, const Tensor& value, const Tens
   return out;
 }
 
-Tensor turned(const Tensor& t) {
-  const int64_t rows = t.size(0), columns = t.size(1);
-  require("t", t, {rows, columns});
+Tensor turned(const Tensor& matrix) {
+  const auto [rows, columns] = sizes_of("matrix", matrix);
+  require("matrix", matrix, {rows, columns});
   Tensor out = empty<float>(columns, rows);
-  turn(data<float>(t), rows, columns, data<float>(out));
+  turn(data<float>(matrix), rows, columns, data<float>(out));
   return out;
 }
 

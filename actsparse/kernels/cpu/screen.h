@@ -5,11 +5,17 @@
 namespace actsparse {
 namespace {
 
+void check_channels(int64_t d) {
+  if (d > 1 << 16)
+    refuse("up must have at most 65536 columns, or sums of products of codes do not fit 32 bits; "
+           "it has " + std::to_string(d));
+}
+
 // int8 copy of up [units, D]: codes, their shift, and scale, error, norm as rows of `bounds`.
 std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
-  const int64_t units = up.size(0), d = up.size(1);
+  const auto [units, d] = sizes_of("up", up);
+  check_channels(d);
   const Rows rows("up", up, units, d);
-  STD_TORCH_CHECK(d <= 1 << 16, "sums of more than 2^16 products of codes do not fit 32 bits");
   const int64_t padded = ceil_div(units, kWord) * kWord, channels = ceil_div(d, kPanel) * kPanel;
   Tensor codes = empty<int8_t>(padded, channels), shift = empty<int32_t>(padded);
   Tensor bounds = empty<float>(3, padded);
@@ -21,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
     for (int64_t h = a; h < b; h++) {
       float stats[3] = {};
       if (h < units)
-        kernels->quantise(rows.data + h * d, d, 1, 0, row.get(), channels, stats);
+        kernels()->quantise(rows.data + h * d, d, 1, 0, row.get(), channels, stats);
       else
         std::fill_n(row.get(), channels, uint8_t(0));
       int32_t sum = 0;
@@ -65,7 +71,7 @@ Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int6
     split(s.tokens, [&](int64_t a, int64_t b) {
       for (int64_t t = a; t < b; t++) {
         float row[3];
-        kernels->quantise(x + t * d, d, planes, 128, &codes[t * planes * channels], channels, row);
+        kernels()->quantise(x + t * d, d, planes, 128, &codes[t * planes * channels], channels, row);
         for (int i = 0; i < 3; i++) stats[i * s.tokens + t] = row[i];
       }
     }, kSmall);
@@ -83,11 +89,11 @@ Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int6
   const Tokens from{codes.get(), stats.get(), &stats[s.tokens], &stats[2 * s.tokens], planes};
   if (few(s.tokens))
     split(groups, [&](int64_t a, int64_t b) {
-      kernels->screen(to, from, {0, s.tokens}, {a, b}, s.words(), mask.get());
+      kernels()->screen(to, from, {0, s.tokens}, {a, b}, s.words(), mask.get());
     }, kWord / kGroup);
   else
     split(s.tokens, [&](int64_t a, int64_t b) {
-      kernels->screen(to, from, {a, b}, {0, groups}, s.words(), mask.get());
+      kernels()->screen(to, from, {a, b}, {0, groups}, s.words(), mask.get());
     });
   if (const int64_t rest = s.units % kWord)  // of a token with NaN or inf even padding passes
     for (int64_t t = 1; t <= s.tokens; t++)
@@ -95,27 +101,29 @@ Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int6
   return mask;
 }
 
-// Pointer and index of the units that may be active.
-std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, const Tensor& up, const Maybe& bias,
+// Pointer and index of the units of up [s.units, D] that may be active for x [s.tokens, D].
+std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, int64_t d, const Maybe& bias,
                                          const Screen& screen, Shape s, float floor) {
-  const int64_t d = up.size(1);
+  const int64_t padded = ceil_div(s.units, kWord) * kWord;
+  check_channels(d);
+  if (!x.is_contiguous()) refuse("x", Type<float>::name, shown(x.sizes()), x);
   require("bias", bias, s.units);
-  STD_TORCH_CHECK(x.is_contiguous() && x.numel() == s.tokens * d, "x does not fit up");
-  STD_TORCH_CHECK(screen.codes.size(0) == ceil_div(s.units, kWord) * kWord &&
-                      screen.codes.size(1) == ceil_div(d, kPanel) * kPanel,
-                  "the codes are of another matrix than up");
+  require<int8_t>("codes", screen.codes, {padded, ceil_div(d, kPanel) * kPanel});
+  require<int32_t>("shift", screen.shift, {padded});
+  require("bounds", screen.bounds, {3, padded});
   const auto mask = screened_mask(data<float>(x), data<float>(bias), s, d, screen, floor);
   Tensor pointer = empty<int64_t>(s.segments() + 1), index;
-  entries_of(mask.get(), s, data<int64_t>(pointer), index);
+  bits_of(mask.get(), s, data<int64_t>(pointer), index);
   return {pointer, index};
 }
 
 Packed pack_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const Screen& screen,
-                     Shape s, int64_t act, float floor) {
+                     Shape s, Phi phi) {
   const int64_t d = up.size(1);
+  const float floor = phi.floor;
   const Rows rows("up", up, s.units, d);
+  const auto [start, candidates] = candidates_of(x, d, bias, screen, s, floor);
   const float* b = data<float>(bias);
-  const auto [start, candidates] = candidates_of(x, up, bias, screen, s, floor);
   const int64_t* candidate = data<int64_t>(start);
   const int32_t* unit = data<int32_t>(candidates);
   const int64_t n = candidate[s.segments()];
@@ -144,7 +152,7 @@ Packed pack_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const
     for (int64_t k = candidate[from]; k < candidate[to]; k++)
       if (!(z[k] <= floor)) index[o] = unit[k], value[o++] = z[k];
   }, 8 * kSmall);
-  p.slope = activate(p.value, active, act);
+  p.slope = activate(p.value, active, phi.act);
   return p;
 }
 

@@ -1,24 +1,17 @@
 // Which kernels run, and what the operators need of tensors and threads.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
+#include <atomic>
 #include <new>
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
-
+#include "checks.h"
 
 namespace actsparse {
 namespace {
-
-using torch::stable::Tensor;
-using Maybe = std::optional<Tensor>;
 
 constexpr int64_t kBlock = 384;  // rows of V, U, x or gy that a block of entries reads: L2's worth
 
@@ -44,38 +37,30 @@ int64_t best_level() {
   return 0;
 }
 
-int64_t current_level = best_level();
-const Kernels* kernels = of_level(current_level);
+// Atomic: one thread may choose while others compute.
+std::atomic<const Kernels*> chosen{of_level(best_level())};
+
+const Kernels* kernels() { return chosen.load(std::memory_order_relaxed); }
 
 // Choose 0 baseline, 1 AVX2, 2 AVX-512; −1 only asks. Returns the level in use.
 int64_t level(int64_t wanted) {
   if (wanted >= 0) {
-    STD_TORCH_CHECK(of_level(wanted), "this CPU has no kernels of level ", wanted);
-    current_level = wanted;
-    kernels = of_level(wanted);
+    if (!of_level(wanted)) refuse("this CPU has no kernels of level " + std::to_string(wanted));
+    chosen = of_level(wanted);
   }
-  return current_level;
+  for (int64_t level = 2; level > 0; level--)
+    if (kernels() == of_level(level)) return level;
+  return 0;
 }
 
 // ---- tensors and threads --------------------------------------------------------------------
-
-template <class T>
-int32_t dtype_of();
-template <>
-int32_t dtype_of<float>() { return aoti_torch_dtype_float32(); }
-template <>
-int32_t dtype_of<int32_t>() { return aoti_torch_dtype_int32(); }
-template <>
-int32_t dtype_of<int64_t>() { return aoti_torch_dtype_int64(); }
-template <>
-int32_t dtype_of<int8_t>() { return aoti_torch_dtype_int8(); }
 
 template <class T>
 Tensor empty(int64_t rows, int64_t columns = -1) {
   const int64_t sizes[2] = {rows, columns}, strides[2] = {columns < 0 ? 1 : columns, 1};
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      columns < 0 ? 1 : 2, sizes, strides, dtype_of<T>(), aoti_torch_device_type_cpu(), 0, &handle));
+      columns < 0 ? 1 : 2, sizes, strides, Type<T>::code(), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -117,7 +102,11 @@ class Pool {
   }
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kKept = 0;  // a block that is kept hides what reads past its end
+#else
   static constexpr size_t kKept = 64 << 20;
+#endif
   std::vector<Block> free_;
   size_t held_ = 0;
 };
@@ -145,28 +134,8 @@ Scratch<T> scratch(int64_t n) {
   return Scratch<T>(n);
 }
 
-// float32, contiguous, on the CPU, of these sizes; −1 stands for any.
-void require(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  bool fits = t.is_cpu() && t.is_contiguous() &&
-              t.scalar_type() == torch::headeronly::ScalarType::Float &&
-              t.dim() == static_cast<int64_t>(sizes.size());
-  int64_t i = 0;
-  for (const int64_t size : sizes) fits = fits && (size < 0 || t.size(i) == size), i++;
-  STD_TORCH_CHECK(fits, name, " must be contiguous float32 of the other operands' sizes");
-}
-
-void require(const char* name, const Maybe& t, int64_t size) {
-  if (t) require(name, *t, {size});
-}
-
 bool by_columns(const Tensor& t) {
   return t.dim() == 2 && t.strides()[0] == 1 && t.strides()[1] == t.size(0) && !t.is_contiguous();
-}
-
-int64_t rows_in(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < t.dim(); i++) rows *= t.size(i);
-  return rows;
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -188,7 +157,7 @@ void split(int64_t n, F f, int64_t unit = 1) {
 // out [columns, rows] = inᵀ; pieces of out, so that no two threads write to one new page
 void turn(const float* in, int64_t rows, int64_t columns, float* out) {
   split(columns, [&](int64_t a, int64_t b) {
-    kernels->transpose(in + a, columns, rows, b - a, out + a * rows);
+    kernels()->transpose(in + a, columns, rows, b - a, out + a * rows);
   }, 64);
 }
 
@@ -201,9 +170,8 @@ class Rows {
       data = actsparse::data<float>(t);
       return;
     }
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Float &&
-                        (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns),
-                    name, " must be float32 of the other operands' sizes");
+    if (t.size(0) != rows || t.size(1) != columns || !holds<float>(t))
+      refuse(name, Type<float>::name, shown(std::initializer_list<int64_t>{rows, columns}), t);
     copy_.emplace(t.size(0) * t.size(1));
     turn(actsparse::data<float>(t), t.size(1), t.size(0), copy_->get());
     data = copy_->get();
