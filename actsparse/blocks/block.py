@@ -144,6 +144,7 @@ class MLPBlock:
     calls: int = 1
     input_shape: tuple[int, ...] = ()
     path: tuple[nn.Module, ...] = field(default=(), repr=False)
+    batch_first: bool | None = True
 
     @property
     def gated(self) -> bool:

@@ -41,6 +41,7 @@ from actsparse.blocks.flow import (
     upstream,
 )
 from actsparse.blocks.inputs import describe_inputs
+from actsparse.blocks.layout import lay_out
 from actsparse.blocks.trace import FrozenCall, Node, Trace, is_linear, trace, undisturbed
 
 
@@ -64,7 +65,8 @@ def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
     """
     model = unwrap(model)
     with undisturbed(model):  # naming an activation runs it, too
-        return _Finder(trace(model, inputs), describe_inputs(inputs)).blocks()
+        found = _Finder(trace(model, inputs), describe_inputs(inputs)).blocks()
+        return lay_out(model, inputs, found)
 
 
 @dataclass(eq=False)
@@ -367,11 +369,7 @@ class _Chain:
     """Functions of one tensor applied one after the other, like ``relu(z).square()``."""
 
     def __init__(self, calls: list[FrozenCall]) -> None:
-        self.calls = calls
-
-    @property
-    def steps(self) -> list[Any]:
-        return [call.function for call in self.calls]
+        self.calls, self.steps = calls, [call.function for call in calls]
 
     def __call__(self, z: Tensor) -> Tensor:
         for call in self.calls:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.exchange import Executor
 from actsparse.blocks.reading import Reading, read_gradient
+from actsparse.blocks.token_map import TokenMap
 from actsparse.blocks.tokens import Tokens
 
 # the first argument is the Site
@@ -87,11 +88,11 @@ class Passage:
         self._in_place = False
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> TokenMap:
         """Positions and padding of the running call."""
         if self._tokens is None:
             raise RuntimeError(f"site {self.block.name!r} is not attached")
-        return self._tokens
+        return self._tokens.now
 
     @property
     def wants_norms(self) -> bool:

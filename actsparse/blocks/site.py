@@ -227,8 +227,8 @@ class Site(Passage):
     def _attach(self) -> None:
         block, add = self.block, self._hooks.append
         if self.modified or self._taps or self._gradient_taps:
-            self._tokens = tokens_of(block.path)
-            self._tokens.attach(block.calls)
+            self._tokens = tokens_of(block.path, block.batch_first)
+            self._tokens.attach()
         if self._inputs or "x" in self._wanted:
             for layer in self._entries():
                 add(layer.module.register_forward_pre_hook(self._on_input))
