@@ -46,7 +46,8 @@ def past_of(call: dict[str, Any]) -> Past:
         elif length is not None and not any(value is other for _, other, _ in found):
             found.append((name, value, length))
     if not found:
-        return Past(unread=unread)
+        start = call.get("start_pos")  # of models that keep their cache to themselves
+        return Past(start if isinstance(start, int) else 0, unread=unread)
     _, cache, length = found[0]
     if any(isinstance(length, Tensor) or length != other for _, _, other in found[1:]):
         return Past(torn=", ".join(f"{name} of {length} tokens" for name, _, length in found))

@@ -15,7 +15,7 @@ from actsparse.blocks.cache import Past
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """What one call of a stack says of its tokens; it outlives the call and never changes.
+    """What one call of a stack says of its tokens; it outlives the call.
 
     A mask must fit the tokens that a block sees. Where it does not, :meth:`keep` refuses, unless
     the mask hides nothing: that is looked up on the CPU alone, since elsewhere the look would wait
@@ -26,6 +26,7 @@ class TokenMap:
     shape: tuple[int, ...] = ()  # of the call's ids, embeddings or first tensor
     length: int | None = None  # tokens in the call, where its arguments say so
     batch_first: bool | None = True  # how blocks lay tokens out; None: shapes must tell
+    pads: bool = False  # whether the stack may append padding that no mask tells of
     mask: Tensor | None = None  # [B, T] or behind a cache [B, S], False at padding
     square: Tensor | None = None  # [B, heads, T, S], which tokens attend to which
     labelled: Tensor | None = None  # [B, T], False where a decoder's token has no label
@@ -123,6 +124,8 @@ class TokenMap:
             self._count(of, length)
         if _place(self.position_ids, batch, length):
             return self.position_ids
+        if self.mask is not None:
+            self._check_own(length)
         if self.mask is not None and self._fits(self.mask, batch, length):
             self._check_past(self.mask)
             return (self.mask.cumsum(-1) - 1).clamp(min=0)[:, self._columns(self.mask, length)]
@@ -182,6 +185,7 @@ class TokenMap:
         Raises:
             ValueError: a mask that may hide something fits other tokens than these.
         """
+        self._check_own(length)
         if self.mask is not None and self._fits(self.mask, batch, length):
             return self.mask.expand(batch, -1)[:, self._columns(self.mask, length)]
         if self.square is not None and (itself := self._itself(batch, length)) is not None:
@@ -235,6 +239,14 @@ class TokenMap:
             and not isinstance(self.past.length, Tensor)
             and plain == others
         )
+
+    def _check_own(self, length: int) -> None:
+        if self.pads and self.length is not None and length > self.length:
+            raise ValueError(
+                f"{self.stack} was called on {self.length} tokens and appends padding of its own, "
+                f"so that its blocks see {length}; call it on {length} (pad_to_multiple_of of a "
+                f"tokenizer), with a mask"
+            )
 
     def _itself(self, batch: int, length: int) -> Tensor | None:
         """Which of the tokens attend to themselves, by a mask [B, heads, T or 1, S]."""

@@ -27,8 +27,9 @@ _PADDING = (  # True or -inf where padded
     "src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "decoder_padding_mask",
 )  # fmt: skip
 _MARKS = (
-    *_IDS, "pixel_values", "input_features", "input_values", *_PADDING[:2],
+    *_IDS, "pixel_values", "grid_thw", "input_features", "input_values", *_PADDING[:2],
 )  # fmt: skip
+_POSITIONS = ("position_ids", "positions", "input_pos")
 _STRANGERS = (  # masks of other tokens than a block's, or of which nobody knows what is padding
     "pixel_mask", "pixel_attention_mask", "patch_attention_mask", "input_features_mask",
     "feature_attention_mask", "padding_mask", "input_mask", "inputs_mask", "mask",
@@ -133,7 +134,10 @@ class Tokens:
         self.stack = stack
         self.root = root
         self.users = 0
-        self.nothing = TokenMap(type(stack).__name__, batch_first=batch_first)  # outside of calls
+        # Longformer, BigBird, LED and Reformer take a whole number of windows
+        pads = any(name.startswith("_pad_to_") for name in dir(type(stack)))
+        # outside of calls
+        self.nothing = TokenMap(type(stack).__name__, batch_first=batch_first, pads=pads)
         self._names = tuple(inspect.signature(stack.forward).parameters)
         self._hooks: list[Any] = []
         self._calls = _Calls()
@@ -225,6 +229,7 @@ class Tokens:
                 continue  # torch's own encoder, which attends by it
             if isinstance(other, Tensor) and other.dim() > 1 and other.shape[0] == shape[0]:
                 strangers.append((name, other))
+        positions = [_rows(call.get(name)) for name in _POSITIONS]
         labelled = None
         # an encoder–decoder pads its labels with -100 and gives its decoder no mask
         if call.get("encoder_hidden_states") is not None and isinstance(labels, Tensor):
@@ -234,11 +239,12 @@ class Tokens:
             shape=shape,
             length=shape[1] if of_tokens else None,
             batch_first=self.nothing.batch_first,
+            pads=self.nothing.pads,
             mask=mask,
             square=square,
             labelled=labelled,
             strangers=tuple(strangers),
-            position_ids=_rows(call.get("position_ids")),
+            position_ids=next((ids for ids in positions if ids is not None), None),
             cache_position=_rows(call.get("cache_position")),
             past=past_of(call),
         )

@@ -179,6 +179,12 @@ def test_what_is_no_cache_or_holds_nothing_does_not_warn(
     assert stack(ids(2, 4), **given).positions(2, 4) == 0
 
 
+def test_models_with_a_cache_of_their_own_say_where_they_are(stack: Stack) -> None:
+    assert stack(ids(2, 3), start_pos=4).positions(2, 3) == 4
+    tokens = stack(ids(2, 3), input_pos=torch.arange(4, 7))
+    assert tokens.positions(2, 3).tolist() == [[4, 5, 6]]
+
+
 def test_caches_that_disagree_are_refused_by_name(stack: Stack) -> None:
     assert stack(ids(2, 1), cache=Cache(3), other=Cache(3)).positions(2, 1) == 3
     tokens = stack(ids(2, 1), encoder_cache=Cache(3), decoder_cache=Cache(4))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
 from actsparse import (
@@ -142,6 +143,67 @@ def test_a_mask_that_cannot_be_looked_at_for_free_is_refused(stack: Stack) -> No
     tokens = stack(ids(2, 6), torch.ones(2, 6, device="meta"))
     with pytest.raises(ValueError, match="attention_mask"):
         tokens.keep(2, 3)
+
+
+def test_padding_that_a_model_appends_inside_is_refused_without_any_mask() -> None:
+    config = hf.LongformerConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=20, max_position_embeddings=32, attention_window=4,
+    )  # fmt: skip
+    model = hf.LongformerModel(config, add_pooling_layer=False).eval()
+    given = torch.full((2, 8), 3)
+    with observe(model, inputs={"input_ids": given}) as seen, torch.no_grad():
+        model(given)
+        with pytest.raises(ValueError, match=r"appends padding of its own.* see 8; call it on 8"):
+            model(given[:, :6])
+    assert seen.summary("inference")["blocks"][0]["tokens"] == 16
+
+
+class Experts(nn.Module):
+    """Each token goes to one of two MLPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)) for _ in range(2)
+        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids).flatten(0, 1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (input_ids.flatten() % 2 == number).nonzero().flatten()
+            out = out.index_add(0, rows, expert(x[rows]) * 0.5)
+        return x + out
+
+
+def test_padding_among_rows_of_an_expert_is_asked_for() -> None:
+    model, given = Experts(), torch.tensor([[1, 2, 3, 5], [2, 4, 7, 8]])
+
+    def tokens(padding: Tensor | None, **options: Any) -> list[int]:
+        with observe(model, inputs={"input_ids": given}, **options) as seen, torch.no_grad():
+            model(given, attention_mask=padding)
+        return [block["tokens"] for block in seen.summary("train")["blocks"]]
+
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 4\).* rows of shape"):
+        tokens(MASK)
+    assert tokens(None) == tokens(torch.ones_like(MASK)) == [4, 4]
+    assert tokens(MASK, mask=lambda b, t: None) == [4, 4]
+    kept = torch.tensor([[True, True, False, False]])  # of the rows of both
+    assert tokens(MASK, mask=kept) == [2, 2]
+
+
+def test_a_penalty_of_experts_needs_no_batch_and_refuses_a_mask_that_hides() -> None:
+    model, given = Experts(), torch.tensor([[1, 3, 5, 7], [1, 3, 5, 2]])
+    handle = sparsify(model, ActivationPenalty("l1", 1.0), inputs={"input_ids": given})
+    model.train()
+    model(given)
+    assert 0 < handle.penalty().item() < float("inf")
+    model(given * 2 + 1)  # one expert gets no token
+    assert 0 < handle.penalty().item() < float("inf")
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(given, attention_mask=MASK)
 
 
 # --- layouts -----------------------------------------------------------------------------------
