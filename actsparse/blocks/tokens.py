@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 from collections import deque
 from dataclasses import replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -178,7 +180,7 @@ class Tokens:
 
     def _enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = self._calls.running
-        running.labels = (*running.labels, kwargs.get("labels"))
+        running.labels = (*_on_stack(root, running.labels), kwargs.get("labels"))
 
     def _leave_root(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running = self._calls.running
@@ -190,7 +192,7 @@ class Tokens:
         call = dict(zip(self._names, args, strict=False))
         call.update(kwargs)
         read = self._read(call, labels[-1] if labels else None)
-        running.calls = (*running.calls, (read, _next_number()))
+        running.calls = (*_on_stack(stack, running.calls), (read, _next_number()))
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self._calls.tasks.clear()  # of one that was broken off
 
@@ -248,6 +250,21 @@ class Tokens:
             cache_position=_rows(call.get("cache_position")),
             past=past_of(call),
         )
+
+
+def _on_stack(module: nn.Module, calls: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of a module's calls that still run where one more begins.
+
+    A keyboard interrupt ends calls without their hooks, so that Python's own stack must tell.
+    """
+    if not calls or torch.compiler.is_compiling():
+        return calls
+    code, running = nn.Module._call_impl.__code__, -1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        running += frame.f_code is code and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls[:running]
 
 
 def _next_number() -> int:

@@ -98,6 +98,20 @@ def test_a_call_that_is_broken_off_leaves_nothing_behind(error: type[Exception])
     assert after.keep(2, 4) is None
 
 
+def test_a_call_that_the_keyboard_interrupts_is_forgotten_by_the_next() -> None:
+    errors = [KeyboardInterrupt]
+
+    def fail() -> None:
+        if errors:
+            raise errors.pop()
+
+    stack = Inside(fail)
+    with pytest.raises(KeyboardInterrupt):
+        stack(ids(2, 4), MASK)
+    assert stack(ids(2, 4)).keep(2, 4) is None
+    assert tokens_of((stack,)).now.shape == ()
+
+
 def test_after_a_call_its_mask_is_forgotten(stack: Stack) -> None:
     stack(ids(2, 4), MASK)
     assert tokens_of((stack,)).now.keep(2, 4) is None
