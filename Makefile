@@ -1,13 +1,18 @@
-# `make demo` and `make test` each start from a bare python3, and install nothing twice.
+# `make demo` and `make test` each start from a bare python3, and install nothing twice: the
+# releases in constraints.txt, which `make lock` renews.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench frontier report clean browser
+.PHONY: help demo test test-newest test-oldest lock lint bench frontier report clean browser
 
 PYTHON ?= python3
 VENV ?= .venv
-# Installed before anything that depends on torch: left to the resolver, torch may
-# arrive with several GB of CUDA. Pick another build with `make test TORCH=...`.
+# Releases of everything; LOCK= takes the newest that pyproject.toml admits.
+LOCK ?= -c constraints.txt
+# Installed before anything that depends on it: a torch that the resolver picks may come with
+# several GB of CUDA.
 TORCH ?= torch==2.13.0
+# The oldest that pyproject.toml admits.
+OLDEST ?= torch==2.11.0 transformers==5.0.0
 BENCH ?= step --out benchmarks/training_step.json
 FRONTIER ?= all
 REPORT ?= --help
@@ -25,7 +30,7 @@ export TOKENIZERS_PARALLELISM := false
 export MPLBACKEND := Agg
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.demo  ## train the arms on digits and write the report to runs/demo
 	$(PY) -m actsparse.cli.main compare --task digits --seeds 5 --out runs/demo
@@ -36,6 +41,19 @@ test: $(VENV)/.dev browser  ## ruff, mypy, pytest with doctests; TESTS="-m slow"
 	$(PY) -m pytest -n $(WORKERS) $(TESTS) || status=1; \
 	[ -z "$$lint" ] || echo "$$lint"; \
 	exit $$status
+
+test-newest:  ## the same on the newest releases within the bounds of pyproject.toml
+	@$(MAKE) --no-print-directory test VENV=.venv-newest LOCK= TORCH=torch
+
+test-oldest:  ## the same on the oldest torch and transformers
+	@$(MAKE) --no-print-directory test VENV=.venv-oldest LOCK= TORCH="$(OLDEST)"
+
+lock:  ## renew constraints.txt: the newest releases, with $(TORCH)
+	rm -rf .venv-lock
+	@$(MAKE) --no-print-directory .venv-lock/.dev VENV=.venv-lock LOCK=
+	@{ echo "# Written by make lock: what make test and make demo install."; \
+	  .venv-lock/bin/python -m pip list --format=freeze --exclude-editable --exclude pip \
+	    --exclude setuptools --disable-pip-version-check | sed 's/+.*//'; } > constraints.txt
 
 lint: $(VENV)/.dev  ## ruff and mypy alone
 	@status=0; \
@@ -54,7 +72,7 @@ report: $(VENV)/.demo  ## a page from records; REPORT="..." passes arguments
 	$(PY) -m actsparse.cli.main report $(REPORT)
 
 clean:  ## caches, build output and the environment; never runs/
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find actsparse tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The usual venv; where Debian left out ensurepip, the pip that exists fills an empty one.
@@ -64,17 +82,17 @@ $(PY):
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	  $(PYTHON) -m pip --python $(PY) install --quiet --disable-pip-version-check pip; }
 
-$(VENV)/.demo: pyproject.toml | $(PY)
+$(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
 	@echo "installing $(TORCH) and actsparse[train,report]"
-	@$(PIP) "$(TORCH)"
-	@$(PIP) -e ".[train,report]"
+	@$(PIP) $(LOCK) $(TORCH)
+	@$(PIP) $(LOCK) -e ".[train,report]"
 	-@$(PY) -m actsparse.kernels
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(PY)
+$(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
 	@echo "installing $(TORCH) and actsparse[train,report,finetune,dev]"
-	@$(PIP) "$(TORCH)"
-	@$(PIP) -e ".[train,report,finetune,dev]"
+	@$(PIP) $(LOCK) $(TORCH)
+	@$(PIP) $(LOCK) -e ".[train,report,finetune,dev]"
 	-@$(PY) -m actsparse.kernels
 	@touch $(VENV)/.demo $@
 

@@ -168,6 +168,7 @@ class MLPBlock:
     same_input: bool = True
     standing: Any = field(default=None, repr=False)
     inputs: Any = field(default=None, repr=False)
+    batch_first: bool | None = True
 
     @property
     def gated(self) -> bool:

@@ -45,6 +45,7 @@ from actsparse.blocks.flow import (
     upstream,
 )
 from actsparse.blocks.inputs import describe_inputs
+from actsparse.blocks.layout import lay_out
 from actsparse.blocks.standing import Standing
 from actsparse.blocks.trace import Node, Trace, check_traceable, is_linear, trace, undisturbed
 from actsparse.blocks.unreached import unreached
@@ -82,7 +83,7 @@ def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
             if (reason := on_meta(model)) is None:
                 raise
             raise ValueError(f"{type(model).__name__} does not run: {reason}") from error
-        return _Finder(traced, describe_inputs(inputs)).blocks()
+        return lay_out(model, inputs, _Finder(traced, describe_inputs(inputs)).blocks())
 
 
 _ONE_AT_A_TIME = threading.RLock()  # two would take each other's modes for the model's own

@@ -49,7 +49,9 @@ class Wiring:
                 and ("f" in site.readers or ("a" in site.wanted and self.block.between))
             )
         )
-        shape = (site.used, exchanged, caught, site.executor is not None)
+        # once somebody has followed the tokens we go on: a hook that comes and goes costs compiling
+        follows = site.follows or (site.used and self.tokens is not None)
+        shape = (site.used, follows, exchanged, caught, site.executor is not None)
         if shape == self._shape:
             return
         self.detach()
@@ -59,11 +61,12 @@ class Wiring:
         if "torch._dynamo" in sys.modules:  # compiled code does not notice new hooks by itself
             torch._dynamo.reset()
 
-    def _attach(self, exchanged: bool, caught: bool, executed: bool) -> None:
+    def _attach(self, follows: bool, exchanged: bool, caught: bool, executed: bool) -> None:
         block, add = self.block, self._hooks.append
         activation, down = block.activation, block.down.module
-        self.tokens = tokens_of(block.path)
-        self.tokens.attach(block.calls)
+        if follows:
+            self.tokens = tokens_of(block.path, block.batch_first)
+            self.tokens.attach()
         if block.around:
             around = block.path[block.around - 1]
             add(around.register_forward_pre_hook(self._on_call))

@@ -39,7 +39,7 @@ from actsparse.blocks.stages import (
     Stages,
     Tap,
 )
-from actsparse.blocks.tokens import Tokens
+from actsparse.blocks.token_map import TokenMap
 
 _HIDDEN = frozenset("zuad")
 _PLACE = "_actsparse_site"  # on the up module
@@ -97,11 +97,11 @@ class Site:
     # -- how it stands --------------------------------------------------------------------------
 
     @property
-    def tokens(self) -> Tokens:
+    def tokens(self) -> TokenMap:
         """Positions and padding of the running call."""
         if self._wiring.tokens is None:
             raise RuntimeError(f"site {self.block.name!r} is not attached")
-        return self._wiring.tokens
+        return self._wiring.tokens.now
 
     @property
     def served(self) -> list[tuple[Tap, frozenset[str]]]:
@@ -125,9 +125,14 @@ class Site:
         return bool(inside or not self.asked.isdisjoint(_HIDDEN))
 
     @property
+    def follows(self) -> bool:
+        """Whether something attached may ask for the running call's tokens."""
+        return bool(self.modified or self._taps or self._gradient_taps)
+
+    @property
     def used(self) -> bool:
         """Whether anything is attached."""
-        return bool(self.modified or self._taps or self._gradient_taps or self.executor)
+        return self.follows or self.executor is not None
 
     @property
     def recomputing(self) -> bool:

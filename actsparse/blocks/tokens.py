@@ -8,74 +8,164 @@ picture or sound (encoder and decoder, image and text apart), else the model its
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from typing import Any, TypeGuard
+import sys
+import threading
+from collections import deque
+from dataclasses import replace
+from functools import partial
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actsparse.blocks.cache import past_of
+from actsparse.blocks.token_map import TokenMap
+
 _IDS = ("input_ids", "inputs_embeds")  # [B, T] and [B, T, D]
-_MARKS = (
-    *_IDS, "pixel_values", "input_features", "input_values",
-    "src_key_padding_mask", "tgt_key_padding_mask",
+_PADDING = (  # True or -inf where padded
+    "src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "decoder_padding_mask",
 )  # fmt: skip
-_PADDING = ("src_key_padding_mask", "tgt_key_padding_mask")  # True or -inf where padded
+_MARKS = (
+    *_IDS, "pixel_values", "grid_thw", "input_features", "input_values", *_PADDING[:2],
+)  # fmt: skip
+_POSITIONS = ("position_ids", "positions", "input_pos")
+_STRANGERS = (  # masks of other tokens than a block's, or of which nobody knows what is padding
+    "pixel_mask", "pixel_attention_mask", "patch_attention_mask", "input_features_mask",
+    "feature_attention_mask", "padding_mask", "input_mask", "inputs_mask", "mask",
+)  # fmt: skip
+_REMEMBERED = 64  # calls whose layers gradient checkpointing may run again
 
 
-def tokens_of(path: tuple[nn.Module, ...]) -> Tokens:
-    """The :class:`Tokens` of the stack around a block; ``path``: its modules, outermost first."""
+def tokens_of(path: tuple[nn.Module, ...], batch_first: bool | None = True) -> Tokens:
+    """The :class:`Tokens` of the stack around a block.
+
+    ``path``: its modules, outermost first; ``batch_first``: how it lays out its tokens.
+    """
     stack = path[0]
     for module in path:
         if set(_MARKS) & set(inspect.signature(module.forward).parameters):
             stack = module
     tokens = stack.__dict__.get("_actsparse_tokens")
     if tokens is None:
-        tokens = stack._actsparse_tokens = Tokens(stack, batch_first(path), path[0])  # type: ignore[assignment]
+        tokens = stack._actsparse_tokens = Tokens(stack, batch_first, path[0])  # type: ignore[assignment]
+    elif tokens.nothing.batch_first != batch_first:
+        tokens.nothing = replace(tokens.nothing, batch_first=None)
     return tokens
 
 
-def batch_first(path: tuple[nn.Module, ...]) -> bool:
-    """False where an ``nn.MultiheadAttention`` beside the block takes [T, B, D]."""
-    for module in reversed(path):
-        for child in module.children():
-            if isinstance(child, nn.MultiheadAttention):
-                return child.batch_first
-    return True
+class _Running:
+    """Calls that run, innermost last, each with the next number of autograd's nodes."""
+
+    def __init__(self) -> None:
+        self.calls: tuple[tuple[TokenMap, int], ...] = ()
+        self.labels: tuple[Any, ...] = ()  # of running calls of the root
+        self.again: tuple[int, TokenMap] | None = None  # a backward, and whose layers it ran last
+
+
+class _Local(_Running, threading.local):
+    """Those of the thread that asks."""
+
+
+class _Calls:
+    """The calls of one stack that run, and those that gradient checkpointing may come back to."""
+
+    def __init__(self) -> None:
+        self.local = _Local()
+        self.traced = _Running()  # in a compiled graph: what it writes to a thread's own is lost
+        self.tasks: set[int] = set()  # backwards that run layers again
+        self.last: TokenMap | None = None
+        self.ended: deque[tuple[range, TokenMap]] = deque(maxlen=_REMEMBERED)  # by nodes' numbers
+
+    @property
+    def running(self) -> _Running:
+        """Where a call that begins or ends is noted."""
+        running: _Running = self.traced if torch.compiler.is_compiling() else self.local
+        return running
+
+    def __reduce__(self) -> Any:  # a copy of the model makes calls of its own
+        return _Calls, ()
+
+    def again(self) -> TokenMap | None:
+        """The call whose layers backward now runs a second time; None: there is none.
+
+        Autograd numbers its nodes, by thread: those of a call form a range, and the node that
+        asks for a layer's values is among them. In a nested backward it need not be: that is of
+        layers that the outer one has just run again.
+
+        Raises:
+            RuntimeError: several calls, or one that was too long ago.
+        """
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return None
+        task, outer = torch._C._current_graph_task_id(), self.local.again
+        if outer is not None and outer[0] != task and outer[0] in self.tasks:
+            return outer[1]
+        number = node._sequence_nr()
+        found = [call for numbers, call in self.ended if number in numbers]
+        if found and all(call.alike(found[0]) for call in found):
+            if task not in self.tasks:
+                self.tasks.add(task)
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(partial(self.tasks.discard, task))
+            self.local.again = task, found[0]
+            return found[0]
+        if found or (len(self.ended) == _REMEMBERED and number < self.ended[0][0].start):
+            raise RuntimeError(
+                f"gradient checkpointing runs layers of an earlier call again, and which of "
+                f"{len(found) or 'more than ' + str(_REMEMBERED)} it was cannot be told; call "
+                f"backward more often, and from the thread of the forward"
+            )
+        return None
 
 
 class Tokens:
-    """Positions and padding of one stack's running call; read by sites, written by a hook."""
+    """Listens to a stack's calls; :attr:`now` is the :class:`TokenMap` of the running one.
 
-    def __init__(self, stack: nn.Module, batch_first: bool, root: nn.Module | None = None) -> None:
+    Each thread has its own, and what comes after a call finds nothing of it, but for gradient
+    checkpointing: in backward it runs layers again, which meet the call whose graph they belong
+    to. Under ``torch.compile``, which cannot ask whose that is, they meet the last call.
+    """
+
+    def __init__(
+        self, stack: nn.Module, batch_first: bool | None = True, root: nn.Module | None = None
+    ) -> None:
         self.stack = stack
         self.root = root
-        self.batch_first = batch_first
         self.users = 0
-        self._repeats = False  # whether a block runs several times in one call of the stack
+        # Longformer, BigBird, LED and Reformer take a whole number of windows
+        pads = any(name.startswith("_pad_to_") for name in dir(type(stack)))
+        # outside of calls
+        self.nothing = TokenMap(type(stack).__name__, batch_first=batch_first, pads=pads)
         self._names = tuple(inspect.signature(stack.forward).parameters)
         self._hooks: list[Any] = []
-        self._labels: Tensor | None = None  # of the root's running call
-        self._labelled: Tensor | None = None  # [B, T], False where a decoder's token is padding
-        self._shape: tuple[int, ...] = ()
-        self._keep: Tensor | None = None
-        self._position_ids: Tensor | None = None
-        self._cache_position: Tensor | None = None
-        self._past: int = 0
-        self._length: int | None = None  # tokens in the call, where its arguments say so
+        self._calls = _Calls()
 
-    def attach(self, calls: int = 1) -> None:
-        """Start to listen for a block that runs ``calls`` times in a call of the stack.
+    @property
+    def now(self) -> TokenMap:
+        """What the running call says of its tokens; outside of calls it says nothing."""
+        calls = self._calls
+        running = calls.local.calls or calls.traced.calls
+        if running:
+            return running[-1][0]
+        call = calls.last if torch.compiler.is_compiling() else calls.again()
+        return self.nothing if call is None else call
 
-        Call :meth:`detach` once for each call of this.
-        """
+    def attach(self) -> None:
+        """Start to listen; call :meth:`detach` once for each call of this."""
         self.users += 1
-        self._repeats |= calls > 1
         if not self._hooks:
-            self._hooks.append(self.stack.register_forward_pre_hook(self._enter, with_kwargs=True))
+            self._listen(self.stack, self._enter, self._leave)
             if self.root is not None and self.root is not self.stack:
-                self._hooks.append(
-                    self.root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
-                )
+                self._listen(self.root, self._enter_root, self._leave_root)
+
+    def _listen(self, module: nn.Module, enter: Any, leave: Any) -> None:
+        self._hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        # also where the call is broken off
+        self._hooks.append(module.register_forward_hook(leave, always_call=True))
 
     def detach(self) -> None:
         """Stop to listen when the last user has gone."""
@@ -86,133 +176,115 @@ class Tokens:
             self._hooks.clear()
             self.stack.__dict__.pop("_actsparse_tokens", None)
 
+    # -- hooks ----------------------------------------------------------------------------------
+
     def _enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = kwargs.get("labels")
-        self._labels = labels if isinstance(labels, Tensor) and labels.dim() == 2 else None
+        running = self._calls.running
+        running.labels = (*_on_stack(root, running.labels), kwargs.get("labels"))
+
+    def _leave_root(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        running = self._calls.running
+        running.labels = running.labels[:-1]
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running = self._calls.running
+        labels = self._calls.local.labels or self._calls.traced.labels
         call = dict(zip(self._names, args, strict=False))
         call.update(kwargs)
+        read = self._read(call, labels[-1] if labels else None)
+        running.calls = (*_on_stack(stack, running.calls), (read, _next_number()))
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+            self._calls.tasks.clear()  # of one that was broken off
+
+    def _leave(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        running = self._calls.running
+        if not running.calls:  # a hook before ours raised
+            return
+        call, number = running.calls[-1]
+        running.calls = running.calls[:-1]
+        if not torch.compiler.is_compiling():
+            numbers = range(number, _next_number())
+            self._calls.last = None
+            if numbers and output is not None and torch.is_grad_enabled():
+                self._calls.last = call
+                self._calls.ended.append((numbers, call))
+
+    # -- arguments ------------------------------------------------------------------------------
+
+    def _read(self, call: dict[str, Any], labels: Any) -> TokenMap:
         given = [call[name] for name in _IDS if isinstance(call.get(name), Tensor)]
         first = next((v for v in (*given, *call.values()) if isinstance(v, Tensor)), None)
-        self._shape = () if first is None else tuple(first.shape)
-        self._length = self._shape[1] if given and len(self._shape) > 1 else None
-        mask = call.get("attention_mask")
-        self._keep = mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        shape = () if first is None else tuple(first.shape)
+        # by [B, T] of ids, under any name, or by [B, T, D]
+        ids = first is not None and not first.is_floating_point()
+        of_tokens = len(shape) == 2 if ids else bool(given) and len(shape) == 3
+        mask, square, unknown = _mask(call.get("attention_mask"), shape)
         for name in _PADDING:
             padding = call.get(name)
             if isinstance(padding, Tensor):
                 keep = ~padding if padding.dtype == torch.bool else padding == 0
-                self._keep = keep[None] if keep.dim() == 1 else keep  # one unbatched sequence
-        self._position_ids = _rows(call.get("position_ids"))
-        self._cache_position = _rows(call.get("cache_position"))
-        self._past = _past_length(call.get("past_key_values"))
-        # an encoder–decoder pads its labels with -100 and gives its decoder no mask; used once,
-        # so that a decoder called by itself later does not meet old labels
-        labels, self._labels = self._labels, None
-        self._labelled = None
-        if labels is not None and call.get("encoder_hidden_states") is not None:
-            self._labelled = labels.ne(-100)
-
-    def arrange(self, x: Tensor) -> Tensor:
-        """View a stage of the block as [B, T, features].
-
-        Raises:
-            ValueError: the shape fits no known layout of tokens.
-        """
-        if x.dim() == 3:
-            return x if self.batch_first else x.transpose(0, 1)
-        if x.dim() > 3:
-            return x.flatten(1, -2)
-        batch, length = (*self._shape, 0, 0)[:2]
-        if len(self._shape) in (1, 2, 3) and x.dim() == 2:
-            if len(self._shape) > 1 and batch * length == x.shape[0]:
-                return x.unflatten(0, (batch, length))
-            if len(self._shape) < 3 and batch == x.shape[0]:  # unbatched, [T] or [T, D]
-                return x[None]
-        raise ValueError(
-            f"cannot tell tokens apart: the block's input has shape {tuple(x.shape)} and "
-            f"{type(self.stack).__name__} was called on shape {self._shape}; expected [B, T, D], "
-            f"or [B·T, D] where the model's input is [B, T] or [B, T, D]"
+                mask = keep[None] if keep.dim() == 1 else keep  # one unbatched sequence
+        strangers: list[tuple[str, Tensor | None]] = [("attention_mask", None)] if unknown else []
+        for name in _STRANGERS:
+            other = call.get(name)
+            if name == "mask" and set(_PADDING) & set(self._names):
+                continue  # torch's own encoder, which attends by it
+            if isinstance(other, Tensor) and other.dim() > 1 and other.shape[0] == shape[0]:
+                strangers.append((name, other))
+        positions = [_rows(call.get(name)) for name in _POSITIONS]
+        labelled = None
+        # an encoder–decoder pads its labels with -100 and gives its decoder no mask
+        if call.get("encoder_hidden_states") is not None and isinstance(labels, Tensor):
+            labelled = labels.ne(-100) if labels.shape == shape[:2] else None
+        return TokenMap(
+            stack=self.nothing.stack,
+            shape=shape,
+            length=shape[1] if of_tokens else None,
+            batch_first=self.nothing.batch_first,
+            pads=self.nothing.pads,
+            mask=mask,
+            square=square,
+            labelled=labelled,
+            strangers=tuple(strangers),
+            position_ids=next((ids for ids in positions if ids is not None), None),
+            cache_position=_rows(call.get("cache_position")),
+            past=past_of(call),
         )
 
-    def samples(self, x: Tensor) -> tuple[Tensor, int]:
-        """Which sample each row of a stage [..., features] is of, int64 [...], and their number.
 
-        Windows (Swin) go to their picture. Where the model itself gets rows [N, features], each
-        is a sample of one token.
+def _on_stack(module: nn.Module, calls: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of a module's calls that still run where one more begins.
 
-        Raises:
-            ValueError: the shape fits no known layout of tokens.
-        """
-        size = self._shape[0] if self._shape else 0
-        if x.dim() == 2 and self._length is None and len(self._shape) == 2 and len(x) == size:
-            return torch.arange(size, device=x.device), size
-        batch, length = self.arrange(x[..., :1]).shape[:2]
-        count = size if self.batch_first and size and batch % size == 0 else batch
-        each = torch.arange(batch, device=x.device) // max(batch // max(count, 1), 1)
-        rows = each[:, None, None].expand(batch, length, 1)
-        return self.restore(rows, like=x[..., :1])[..., 0], count
+    A keyboard interrupt ends calls without their hooks, so that Python's own stack must tell.
+    """
+    if not calls or torch.compiler.is_compiling():
+        return calls
+    code, running = nn.Module._call_impl.__code__, -1
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        running += frame.f_code is code and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls[:running]
 
-    def restore(self, x: Tensor, like: Tensor) -> Tensor:
-        """Undo :meth:`arrange`."""
-        if like.dim() == 3:
-            return x if self.batch_first else x.transpose(0, 1)
-        return x.reshape(like.shape)
 
-    def positions(self, batch: int, length: int) -> Tensor | int:
-        """Where the tokens of an arranged [B, T, D] stand: an int p for p, p+1, …, or [B or 1, T].
+def _next_number() -> int:
+    """Which number autograd gives to the next node of this thread."""
+    return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
 
-        ``position_ids`` of the call, else ``cumsum(attention_mask) − 1``, else ``cache_position``
-        (which does not know of padding), else past + arange.
 
-        Raises:
-            ValueError: the block sees a part of the call's tokens, nobody knows which.
-        """
-        if self._repeats and self._length is not None and length < self._length:
-            raise ValueError(
-                f"the block sees {length} of the {self._length} tokens that "
-                f"{type(self.stack).__name__} was called on, so that their positions are unknown; "
-                f"let it see all at once (config.chunk_size_feed_forward = 0)"
-            )
-        if _place(self._position_ids, batch, length):
-            return self._position_ids
-        if self._keep is not None and self._fits(self._keep, batch, length):
-            return (self._keep.cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        if _place(self._cache_position, batch, length):
-            return self._cache_position
-        return self._past
-
-    def reach(self, batch: int, length: int) -> int | None:
-        """A number that no position exceeds, known without a look at values; else None."""
-        if _place(self._position_ids, batch, length):
-            return None
-        if self._keep is not None and self._fits(self._keep, batch, length):
-            return self._keep.shape[1]
-        return None
-
-    def keep(self, batch: int, length: int) -> Tensor | None:
-        """[B, T], False at padding, or None where nothing is padded.
-
-        By the call's mask, else, in the decoder of an encoder–decoder, by labels of -100.
-        """
-        if self._keep is not None and self._fits(self._keep, batch, length):
-            return self._keep[:, -length:]
-        labelled = self._labelled
-        if labelled is not None and labelled.shape == (batch, length):
-            return labelled
-        return None
-
-    def _fits(self, mask: Tensor, batch: int, length: int) -> bool:
-        """Whether ``mask`` is about these tokens: these alone, or these behind those in a cache.
-
-        A wider one may be another tower's, or count the frames of a sound before it was
-        shortened.
-        """
-        width = mask.shape[1]
-        return mask.shape[0] == batch and (
-            width == length or (width > length and length == self._length)
-        )
+def _mask(mask: Any, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, bool]:
+    """``attention_mask`` as [B, T], as [B, heads, T, S], or whether it is something else."""
+    if isinstance(mask, dict):  # by kind of attention
+        mask = next((each for each in mask.values() if each is not None), None)
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() < 2):
+        return None, None, False
+    if not isinstance(mask, Tensor) or mask.dim() > 4:
+        return None, None, True
+    if mask.dim() > 2:
+        return None, mask[:, None] if mask.dim() == 3 else mask, False
+    if len(shape) > 1 and mask.shape[0] == mask.shape[1] == shape[1] != shape[0]:
+        return None, mask[None, None], False  # which token attends to which, in all samples
+    return mask != 0, None, False
 
 
 def _rows(ids: Any) -> Tensor | None:
@@ -222,16 +294,18 @@ def _rows(ids: Any) -> Tensor | None:
     return ids[None] if ids.dim() == 1 else ids
 
 
-def _place(ids: Tensor | None, batch: int, length: int) -> TypeGuard[Tensor]:
-    return ids is not None and ids.shape[1] == length and ids.shape[0] in (1, batch)
+def _left_to_python(*hooks: Any) -> None:
+    """Keep compilers from making graphs of ``hooks`` alone, as they do of a compiled module's.
+
+    Such a graph would write for all threads. Hooks of modules inside are still traced.
+    """
+    with contextlib.suppress(AttributeError, ImportError):
+        from torch._C._dynamo import eval_frame
+
+        skip = eval_frame._FrameAction.SKIP  # what the hooks call as well
+        for hook in hooks:
+            strategy = eval_frame._FrameExecStrategy(skip, skip)
+            eval_frame.set_code_exec_strategy(hook.__code__, strategy)
 
 
-def _past_length(cache: Any) -> int:
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    try:  # the tuples of older models: layer → (key [B, heads, T, D], value)
-        return int(cache[0][0].shape[-2])
-    except (TypeError, IndexError, AttributeError):
-        return 0
+_left_to_python(Tokens._enter, Tokens._leave, Tokens._enter_root, Tokens._leave_root)

@@ -103,10 +103,8 @@ class _Flattened(Weighted):
         if not stages or site.recomputing:
             return
         x, z = stages["x"], stages["z"]
-        keep = site.tokens.keep(*site.tokens.arrange(z).shape[:2])
-        if keep is not None:
-            keep = site.tokens.restore(keep.unsqueeze(-1), like=z[..., :1]).reshape(z.shape[:-1])
-        self.passes.append(_Pass(z, x, keep, site.tokens.samples(z)[1]))
+        tokens = site.tokens
+        self.passes.append(_Pass(z, x, tokens.unpadded(z), tokens.samples(z)[1]))
 
     @override
     def differentiated(self) -> list[Tensor]:

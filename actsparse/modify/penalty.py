@@ -133,12 +133,11 @@ class _Penalised(Weighted):
         return PENALTIES[self.config.kind][1] if self.reads else ()
 
     def collect(self, site: Site, stages: dict[str, Tensor]) -> None:
-        if not stages:
+        if not any(norm.numel() for norm in stages.values()):  # an expert without tokens
             return
         formula, norms = PENALTIES[self.config.kind]
-        each = [site.tokens.arrange(stages[norm])[..., 0] for norm in norms]
-        value = formula(site.block.d_hidden, *each)
-        keep = site.tokens.keep(*value.shape)
+        value = formula(site.block.d_hidden, *(stages[norm][..., 0] for norm in norms))
+        keep = site.tokens.unpadded(stages[norms[0]])
         mean = value.mean() if keep is None else (value * keep).sum() / keep.sum().clamp(min=1)
         if not site.recomputing:  # checkpointing must see the same operations, but count them once
             self.values.append(mean)

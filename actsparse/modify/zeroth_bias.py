@@ -13,7 +13,7 @@ from typing_extensions import override
 from actsparse.blocks.block import Layer, MLPBlock, Norm
 from actsparse.blocks.sharding import sharded
 from actsparse.blocks.site import Site, site_of
-from actsparse.blocks.tokens import Tokens, batch_first
+from actsparse.blocks.token_map import TokenMap
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
 
 CHILD = "actsparse"  # the submodule of up that holds the table; peft: modules_to_save=["actsparse"]
@@ -97,7 +97,7 @@ class ZerothBiasTable(nn.Module):
             torch.zeros(length, d_model, dtype=dtype, device=reference.device)
         )
 
-    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x: Tensor, tokens: TokenMap) -> Tensor:
         """``x + d`` at the positions of the running call; x in the model's own layout.
 
         Raises:
@@ -106,7 +106,7 @@ class ZerothBiasTable(nn.Module):
         arranged = tokens.arrange(x)
         batch, time = arranged.shape[:2]
         table = self.zeroth_bias.to(x.dtype)
-        positions = tokens.positions(batch, time)
+        positions = tokens.positions(batch, time, of=id(self))
         if isinstance(positions, int):
             self._check(positions + time)
             shift = table[positions : positions + time]
@@ -187,7 +187,7 @@ def _length(block: MLPBlock) -> tuple[int, str]:
     seen = block.input_shape[1] if len(block.input_shape) == 3 else None
     if len(block.input_shape) > 3:
         seen = int(torch.Size(block.input_shape[1:-1]).numel())
-    if seen is not None and not batch_first(block.path):
+    if seen is not None and block.batch_first is False:
         seen = block.input_shape[0]
     maximum, source = _configured(block)
     if maximum is not None and maximum >= (seen or 0):

@@ -143,15 +143,23 @@ class Watch:
         return measure.reading(site, reading, rows, {**stages, "f": output.detach()})
 
     def keep(self, site: Site, stage: Tensor) -> Tensor | None:
-        """[B, T], False at tokens to leave out; None: there are none."""
+        """[B, T], False at tokens to leave out; None: there are none.
+
+        Rows that no batch orders (an expert's) are [1, N] to a mask of the user's.
+
+        Raises:
+            ValueError: the mask, the call's or the user's, is of other tokens.
+        """
         tokens = site.tokens
-        if self.mask is None:
-            try:
-                batch, length = tokens.arrange(stage[..., :1]).shape[:2]
-            except ValueError:  # rows of no batch: whoever packed them has left out the padding
+        try:
+            batch, length = tokens.arrange(stage[..., :1]).shape[:2]
+        except ValueError:
+            if self.mask is None:
+                tokens.check_unpadded(f"sees rows of shape {tuple(stage.shape)}")
                 return None
+            batch, length = 1, stage.shape[:-1].numel()
+        if self.mask is None:
             return tokens.keep(batch, length)
-        batch, length = tokens.arrange(stage[..., :1]).shape[:2]
         keep = self.mask if isinstance(self.mask, Tensor) else self.mask(batch, length)
         if keep is None:
             return None

@@ -1,67 +1,38 @@
-"""Positions, padding and layouts, read off the call of the stack around a block."""
+"""Where tokens stand, and whose padding it is: read off the call of the stack around a block."""
 
 from __future__ import annotations
 
 import copy
-import functools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from actsparse import (
-    ActivationPenalty,
-    NormFloor,
-    SwapActivation,
-    WeightNoise,
-    ZerothBias,
-    sparsify,
-)
-from actsparse.blocks.tokens import Tokens, batch_first, tokens_of
-from tests.zoo import BY_ID, call
-
-
-class Stack(nn.Module):
-    """Takes what a Transformer takes and does nothing with it."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        cache_position: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-    ) -> None:
-        return None
-
-
-class Cache:
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def get_seq_length(self) -> int:
-        return self.length
+from actsparse.blocks.tokens import tokens_of
+from tests.blocks.stack import MASK, Cache, Stack, attached, ids
 
 
 @pytest.fixture
 def stack() -> Stack:
-    return Stack()
+    return attached()
 
 
-@pytest.fixture
-def tokens(stack: Stack) -> Tokens:
-    tokens = tokens_of((stack,))
-    tokens.attach()
-    return tokens
+class StateCache:
+    """Of a model whose layers have a state and no keys."""
 
+    def __init__(self, full: bool) -> None:
+        self.full = full
 
-def ids(batch: int, length: int) -> Tensor:
-    return torch.zeros(batch, length, dtype=torch.long)
+    def get_seq_length(self) -> int:
+        raise ValueError("only linear attention here")
+
+    def has_previous_state(self) -> bool:
+        return self.full
 
 
 def rows(positions: Tensor | int, batch: int, length: int) -> list[list[int]]:
@@ -72,7 +43,6 @@ def rows(positions: Tensor | int, batch: int, length: int) -> list[list[int]]:
 
 # --- positions ---------------------------------------------------------------------------------
 
-MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 GIVEN = torch.tensor([[7, 8, 9, 1], [3, 2, 1, 0]])
 
 
@@ -103,123 +73,147 @@ GIVEN = torch.tensor([[7, 8, 9, 1], [3, 2, 1, 0]])
         ({"past_key_values": Cache(2), "attention_mask": MASK}, 2, 2, [[0, 1], [2, 3]]),
         ({"past_key_values": ((torch.zeros(2, 1, 5, 8),) * 2,)}, 2, 1, [[5]] * 2),
         ({"past_key_values": ()}, 2, 2, [[0, 1]] * 2),
-        ({"past_key_values": object()}, 2, 2, [[0, 1]] * 2),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value)[:40],
 )  # fmt: skip
 def test_where_tokens_stand(
-    stack: Stack, tokens: Tokens, call: dict[str, Any], batch: int, length: int, want: list[Any]
+    stack: Stack, call: dict[str, Any], batch: int, length: int, want: list[Any]
 ) -> None:
-    stack(input_ids=ids(batch, length), **call)
+    tokens = stack(input_ids=ids(batch, length), **call)
     assert rows(tokens.positions(batch, length), batch, length) == want
 
 
-def test_arguments_given_by_place_are_understood_as_well(stack: Stack, tokens: Tokens) -> None:
-    stack(ids(2, 4), MASK, GIVEN)
+def test_arguments_given_by_place_are_understood_as_well(stack: Stack) -> None:
+    tokens = stack(ids(2, 4), MASK, GIVEN)
     assert tokens.positions(2, 4).tolist() == GIVEN.tolist()
-    stack(ids(2, 4), MASK)
+    tokens = stack(ids(2, 4), MASK)
     assert tokens.positions(2, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
 
 
-def test_one_call_leaves_nothing_to_the_next(stack: Stack, tokens: Tokens) -> None:
-    stack(ids(2, 4), MASK, GIVEN, Cache(4), cache_position=torch.arange(4, 8))
-    stack(ids(2, 4))
+def test_one_call_leaves_nothing_to_the_next(stack: Stack) -> None:
+    stack(ids(2, 4), MASK, GIVEN, cache_position=torch.arange(4, 8))
+    tokens = stack(ids(2, 4))
     assert tokens.positions(2, 4) == 0
     assert tokens.keep(2, 4) is None
 
 
-def test_a_mask_of_other_tokens_is_left_aside(stack: Stack, tokens: Tokens) -> None:
+def test_a_mask_of_other_tokens_says_nothing_of_positions(stack: Stack) -> None:
     """Two towers under one call: the text's mask is longer than the image's tokens."""
-    stack(attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]]))
-    assert tokens.positions(1, 5) == 0
-    assert tokens.keep(1, 5) is None
-    stack(input_ids=ids(1, 6), attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]]))
-    assert tokens.positions(1, 5) == 0
-    stack(ids(2, 4), MASK[:1])  # a mask for another batch
-    assert tokens.positions(2, 4) == 0
+    for more in ({}, {"input_ids": ids(1, 6)}):
+        tokens = stack(**more, attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]]))
+        assert tokens.positions(1, 5) == 0
 
 
-def test_a_part_of_the_calls_tokens_has_no_known_place(stack: Stack) -> None:
-    tokens = tokens_of((stack,))
-    tokens.attach(calls=3)
-    stack(ids(2, 6))
+def test_a_mask_of_one_row_is_for_every_sample(stack: Stack) -> None:
+    tokens = stack(ids(2, 4), MASK[:1])
+    assert rows(tokens.positions(2, 4), 2, 4) == [[0, 0, 0, 1]] * 2
+    assert tokens.keep(2, 4).tolist() == [[False, False, True, True]] * 2
+
+
+def test_a_second_part_of_the_calls_tokens_has_no_known_place(stack: Stack) -> None:
+    tokens = stack(ids(2, 6))
+    assert tokens.positions(2, 2, of="pooled") == 0
+    assert tokens.positions(2, 2, of="another block") == 0
     with pytest.raises(ValueError, match="sees 2 of the 6 tokens that Stack was called on"):
-        tokens.positions(2, 2)
-    assert tokens.positions(2, 6) == 0  # a shared block sees all of them, several times
+        tokens.positions(2, 2, of="pooled")
+    for _ in range(2):  # a shared block sees all of them, several times
+        assert tokens.positions(2, 6, of="pooled") == 0
 
 
-# --- padding -----------------------------------------------------------------------------------
+# --- caches ------------------------------------------------------------------------------------
 
 
-def test_keep_is_false_at_padding(stack: Stack, tokens: Tokens) -> None:
-    stack(ids(2, 4), MASK)
-    assert tokens.keep(2, 4).tolist() == MASK.bool().tolist()
-    stack(ids(2, 2), MASK, past_key_values=Cache(2))
-    assert tokens.keep(2, 2).tolist() == MASK[:, 2:].bool().tolist()
-    stack(ids(2, 4))
-    assert tokens.keep(2, 4) is None
-
-
-@pytest.mark.parametrize("kind", ["bool", "float"])
-def test_torchs_padding_masks_are_true_or_minus_infinity_at_padding(
-    stack: Stack, tokens: Tokens, kind: str
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "layer_past", "what_they_say_next"])
+@pytest.mark.parametrize("kind", ["object", "tensor", "tuples", "tuples after None"])
+def test_a_cache_is_known_by_what_it_can_do_not_by_its_name(
+    stack: Stack, name: str, kind: str
 ) -> None:
-    padding = MASK == 0
-    if kind == "float":
-        padding = torch.zeros(2, 4).masked_fill(padding, -torch.inf)
-    stack(inputs_embeds=torch.zeros(2, 4, 8), src_key_padding_mask=padding)
-    assert tokens.keep(2, 4).tolist() == MASK.bool().tolist()
-    assert tokens.positions(2, 4).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
-    stack(inputs_embeds=torch.zeros(4, 8), src_key_padding_mask=padding[0])  # one, unbatched
-    assert tokens.keep(1, 4).tolist() == MASK[:1].bool().tolist()
+    layer = (torch.zeros(2, 1, 5, 8),) * 2
+    cache = {
+        "object": Cache(5), "tensor": Cache(torch.tensor([5])),
+        "tuples": (layer, layer), "tuples after None": [None, layer],
+    }[kind]  # fmt: skip
+    tokens = stack(ids(2, 3), **{name: cache})
+    assert rows(tokens.positions(2, 3), 2, 3) == [[5, 6, 7]] * 2
 
 
-# --- layouts -----------------------------------------------------------------------------------
+def test_a_cache_is_read_before_the_layers_add_to_it(stack: Stack) -> None:
+    length = torch.tensor([5])
+    tokens = stack(ids(1, 2), cache=Cache(length))
+    length += 2
+    assert rows(tokens.positions(1, 2), 1, 2) == [[5, 6]]
 
 
-def test_stages_are_arranged_as_batch_time_features_and_back(stack: Stack, tokens: Tokens) -> None:
-    x = torch.randn(2, 4, 8)
-    stack(ids(2, 4))
-    for given in (x, x.reshape(8, 8)):  # OPT flattens
-        assert torch.equal(tokens.arrange(given), x)
-        assert torch.equal(tokens.restore(tokens.arrange(given), given), given)
-    image = torch.randn(2, 3, 5, 8)
-    assert torch.equal(tokens.arrange(image), image.reshape(2, 15, 8))
-    assert torch.equal(tokens.restore(tokens.arrange(image), image), image)
-
-
-def test_one_sequence_without_a_batch_is_a_batch_of_one(stack: Stack, tokens: Tokens) -> None:
-    x = torch.randn(4, 8)
-    for given in ({"inputs_embeds": x}, {"input_ids": ids(1, 4)[0]}, {"input_ids": ids(1, 4)}):
-        stack(**given)
-        assert torch.equal(tokens.arrange(x), x[None])
-        assert torch.equal(tokens.restore(x[None], x), x)
-
-
-def test_flattened_rows_that_fit_no_call_are_refused_with_both_shapes(
-    stack: Stack, tokens: Tokens
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kv_cache": object()},
+        {"mems": [torch.zeros(3, 2, 8)]},
+        {"past": torch.zeros(2, 2, 1, 5, 8)},
+        {"whatever": type("FancyCache", (), {})()},
+        {"cache": StateCache(True)},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_a_cache_that_cannot_be_read_warns_where_positions_depend_on_it(
+    stack: Stack, given: dict[str, Any]
 ) -> None:
-    stack(ids(2, 4))
-    with pytest.raises(ValueError, match=r"\(7, 8\).*Stack was called on shape \(2, 4\)"):
-        tokens.arrange(torch.randn(7, 8))
-    with pytest.raises(ValueError, match="cannot tell tokens apart"):
-        tokens.arrange(torch.randn(8))
+    tokens = stack(ids(2, 1), **given)
+    with pytest.warns(RuntimeWarning, match=rf"{next(iter(given))}=\w+, whose length cannot"):
+        assert tokens.positions(2, 1) == 0
+    assert stack(ids(2, 1), position_ids=ids(2, 1), **given).positions(2, 1).tolist() == [[0]] * 2
 
 
-def test_time_first_is_read_off_the_attention_beside_the_block() -> None:
-    class Layer(nn.Module):
-        def __init__(self, first: bool) -> None:
-            super().__init__()
-            self.attn, self.mlp = nn.MultiheadAttention(8, 2, batch_first=first), nn.Linear(8, 8)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"use_cache": True}, {"past_key_values": ()}, {"past_values": torch.zeros(2, 4, 1)},
+        {"cache_implementation": "static"}, {"cache": StateCache(False)},
+        {"position_embeddings": (torch.zeros(2, 4, 8),) * 2},
+    ],
+    ids=lambda given: next(iter(given)),
+)  # fmt: skip
+def test_what_is_no_cache_or_holds_nothing_does_not_warn(
+    stack: Stack, given: dict[str, Any]
+) -> None:
+    assert stack(ids(2, 4), **given).positions(2, 4) == 0
 
-    for first in (True, False):
-        layer = Layer(first)
-        assert batch_first((nn.Sequential(layer), layer, layer.mlp)) is first
-    assert batch_first((nn.Linear(8, 8),))  # no attention: batch first
-    tokens = Tokens(Stack(), batch_first=False)
-    x = torch.randn(4, 2, 8)
-    assert torch.equal(tokens.arrange(x), x.transpose(0, 1))
-    assert torch.equal(tokens.restore(tokens.arrange(x), x), x)
+
+def test_models_with_a_cache_of_their_own_say_where_they_are(stack: Stack) -> None:
+    assert stack(ids(2, 3), start_pos=4).positions(2, 3) == 4
+    tokens = stack(ids(2, 3), input_pos=torch.arange(4, 7))
+    assert tokens.positions(2, 3).tolist() == [[4, 5, 6]]
+
+
+def test_caches_that_disagree_are_refused_by_name(stack: Stack) -> None:
+    assert stack(ids(2, 1), cache=Cache(3), other=Cache(3)).positions(2, 1) == 3
+    tokens = stack(ids(2, 1), encoder_cache=Cache(3), decoder_cache=Cache(4))
+    with pytest.raises(ValueError, match="encoder_cache of 3 tokens, decoder_cache of 4 tokens"):
+        tokens.positions(2, 1)
+
+
+def test_a_mask_that_leaves_out_the_cached_tokens_is_refused(stack: Stack) -> None:
+    tokens = stack(ids(2, 4), MASK, cache=Cache(6))
+    with pytest.raises(ValueError, match="6 tokens in the cache stand before the 4"):
+        tokens.positions(2, 4)
+
+
+@given(past=st.integers(0, 5), length=st.integers(1, 4), room=st.integers(0, 3), data=st.data())
+def test_a_mask_wider_than_cache_and_tokens_is_read_where_they_stand(
+    past: int, length: int, room: int, data: st.DataObject
+) -> None:
+    """As with a static cache, whose mask may have room for tokens to come."""
+    stack = Stack()
+    tokens_of((stack,)).attach()
+    bits = st.lists(st.booleans(), min_size=past + length + room, max_size=past + length + room)
+    mask = torch.tensor([data.draw(bits)])
+    want = (mask.long().cumsum(1) - 1).clamp(min=0)[:, past : past + length]
+    for cache in (Cache(past), Cache(torch.tensor(past))):
+        if room and not past and isinstance(cache.length, int):
+            continue  # an int of 0 is also no cache at all
+        tokens = stack(ids(1, length), mask, cache=cache)
+        assert tokens.positions(1, length).tolist() == want.tolist()
+        assert tokens.keep(1, length).tolist() == mask[:, past : past + length].tolist()
 
 
 # --- which stack -------------------------------------------------------------------------------
@@ -259,159 +253,21 @@ def test_the_nearest_module_that_takes_tokens_is_the_stack_else_the_model() -> N
 
 
 def test_the_last_to_detach_takes_the_hook_and_the_attribute(stack: Stack) -> None:
-    before = sorted(vars(stack))
     first = tokens_of((stack,))
-    first.attach()
     tokens_of((stack,)).attach()
-    assert len(stack._forward_pre_hooks) == 1
+    assert len(stack._forward_pre_hooks) == len(stack._forward_hooks) == 1
     first.detach()
-    assert len(stack._forward_pre_hooks) == 1
+    assert len(stack._forward_pre_hooks) == len(stack._forward_hooks) == 1
     first.detach()
-    assert len(stack._forward_pre_hooks) == 0
-    assert sorted(vars(stack)) == before
+    assert len(stack._forward_pre_hooks) == len(stack._forward_hooks) == 0
+    assert sorted(vars(stack)) == sorted(vars(Stack()))
 
 
-def test_a_deep_copy_listens_to_its_own_stack(stack: Stack, tokens: Tokens) -> None:
-    twin = copy.deepcopy(stack)
-    stack(ids(2, 4), MASK)
-    twin(ids(3, 5))
-    theirs = tokens_of((twin,))
-    assert theirs is not tokens
-    assert theirs.stack is twin
-    assert theirs.keep(3, 5) is None
-    assert tokens.keep(2, 4) is not None
-
-
-# --- parts of a call, and calls run again in backward ------------------------------------------
-
-
-@functools.cache
-def _built(name: str) -> tuple[nn.Module, Any]:
-    return BY_ID[name].build()
-
-
-def fill(model: nn.Module) -> list[nn.Parameter]:
-    """Give every zeroth bias table the same random values each time."""
-    generator = torch.Generator().manual_seed(1)
-    tables = [p for name, p in model.named_parameters() if name.endswith("zeroth_bias")]
-    with torch.no_grad():
-        for table in tables:
-            table.copy_(0.5 * torch.randn(table.shape, generator=generator))
-    return tables
-
-
-def checkpointed(model: nn.Module) -> None:
-    # its name from v6 on, and the one before
-    switch = getattr(model, "activation_checkpointing_enable", None)
-    (switch or model.gradient_checkpointing_enable)({"use_reentrant": False})
-
-
-def test_a_model_that_feeds_its_mlp_in_chunks_is_told_that_positions_are_unknown() -> None:
-    model, inputs = copy.deepcopy(_built("bert-chunked"))
-    handle = sparsify(model, ZerothBias(finetune=True), inputs=inputs)
-    assert handle.blocks[0].calls > 1
-    with pytest.raises(ValueError, match=r"sees 2 of the 6 tokens.*chunk_size_feed_forward"):
-        call(model, inputs)
-    model.config.chunk_size_feed_forward = 0
-    for layer in model.encoder.layer:
-        layer.chunk_size_feed_forward = 0
-    call(model, inputs)
-
-
-class Checkpointed(nn.Module):
-    """Two residual MLPs, each perhaps under gradient checkpointing."""
-
-    def __init__(self, body: nn.Module, how: bool | None) -> None:
-        super().__init__()
-        self.body, self.how = body, how
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.body.blocks:
-            step: Callable[[Tensor], Tensor] = functools.partial(self._layer, layer)
-            x = step(x) if self.how is None else checkpoint(step, x, use_reentrant=self.how)
-        return self.body.head(x)
-
-    @staticmethod
-    def _layer(layer: Any, x: Tensor) -> Tensor:
-        return x + layer["mlp"](layer["norm"](x))
-
-
-RECIPE = [ZerothBias(finetune=True), SwapActivation("jsrelu"), WeightNoise(), NormFloor()]
-
-
-@pytest.mark.parametrize("name", ["sequential", "swiglu", "sequential-like-torchvision"])
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("penalised", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(
-    name: str, reentrant: bool, penalised: bool
-) -> None:
-    body, x = _built(name)
-    gradients = []
-    for how in (None, reentrant):
-        model = Checkpointed(copy.deepcopy(body), None)
-        recipe = [*RECIPE, ActivationPenalty("hoyer", 0.5)] if penalised else RECIPE
-        handle = sparsify(model, recipe, inputs=x)
-        fill(model)
-        model.how = how
-        model.train()
-        torch.manual_seed(3)
-        leaf = x.clone().requires_grad_()
-        loss = model(leaf).square().mean()
-        if penalised and how is True:
-            with pytest.raises(RuntimeError, match="use_reentrant=False"):
-                handle.penalty()
-            return
-        (loss + handle.penalty()).backward()
-        assert handle.penalty().item() == 0  # the second forward was not counted
-        gradients.append([leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert any(float(g.abs().max()) > 0 for g in gradients[0])
-    for want, got in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)  # sums in another order
-
-
-@pytest.mark.parametrize("name", ["gpt2", "t5-relu"])
-def test_hf_gradient_checkpointing_changes_no_gradient(name: str) -> None:
-    gradients = []
-    for on in (False, True):
-        model, inputs = copy.deepcopy(_built(name))
-        model.config.use_cache = False
-        handle = sparsify(model, [*RECIPE, ActivationPenalty("l1", 1.0)], inputs=inputs)
-        fill(model)
-        if on:
-            checkpointed(model)
-        model.train()
-        torch.manual_seed(3)
-        mask = torch.ones_like(inputs["input_ids"])
-        mask[0, :2] = 0
-        loss = model(**inputs, attention_mask=mask).logits.square().mean()
-        (loss + handle.penalty()).backward()
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for want, got in zip(*gradients, strict=True):
-        if want is not None:
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="a checkpointed layer runs again in backward, when its stack knows the last call only",
-)
-def test_two_padded_calls_before_one_backward_are_recomputed_at_their_own_positions() -> None:
-    gradients = []
-    for on in (False, True):
-        model, inputs = copy.deepcopy(_built("gpt2"))
-        model.config.use_cache = False
-        sparsify(model, ZerothBias(finetune=True), inputs=inputs)
-        tables = fill(model)
-        if on:
-            checkpointed(model)
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        mask = torch.ones_like(inputs["input_ids"])
-        mask[0, :2] = 0
-        first = model(**inputs, attention_mask=mask).logits.square().mean()
-        (first + model(**inputs).logits.square().mean()).backward()
-        gradients.append([table.grad for table in tables])
-    for want, got in zip(*gradients, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_listens_to_its_own_stack(stack: Stack, duplicate: Callable[..., Any]) -> None:
+    twin = duplicate(stack)
+    assert tokens_of((twin,)) is not tokens_of((stack,))
+    assert tokens_of((twin,)).stack is twin
+    assert twin(ids(3, 5)).keep(3, 5) is None
+    assert stack(ids(2, 4), MASK).keep(2, 4) is not None
+    assert twin(ids(2, 4), MASK).keep(2, 4) is not None

@@ -4,101 +4,32 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 from actsparse import ZerothBias, find_mlp_blocks, handle_of, sparsify
-from actsparse.blocks.tokens import Tokens
-
-V, D, H, LONGEST, NEW = 61, 32, 64, 40, 12
-TOKENS = dict(vocab_size=V, bos_token_id=None, eos_token_id=None, pad_token_id=0)
-SIZE = dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=4, **TOKENS)
-SHORT, LONG = [5, 9, 3], [7, 2, 11, 4, 8, 6]  # two prompts; a batch pads the first on the left
-
-
-def gpt2() -> nn.Module:
-    size = dict(n_embd=D, n_inner=H, n_layer=2, n_head=4, n_positions=LONGEST)
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**size, **TOKENS))
-
-
-def llama() -> nn.Module:
-    config = hf.LlamaConfig(**SIZE, intermediate_size=H, max_position_embeddings=LONGEST)
-    return hf.LlamaForCausalLM(config)
-
-
-def opt() -> nn.Module:
-    config = hf.OPTConfig(**SIZE, ffn_dim=H, word_embed_proj_dim=D, max_position_embeddings=LONGEST)
-    return hf.OPTForCausalLM(config)
-
-
-def bloom() -> nn.Module:  # ALiBi: its forward takes no position_ids
-    return hf.BloomForCausalLM(hf.BloomConfig(hidden_size=D, n_layer=2, n_head=4, **TOKENS))
-
-
-def t5() -> nn.Module:
-    config = dict(d_model=D, d_kv=8, d_ff=H, num_layers=2, num_heads=4, **TOKENS)
-    return hf.T5ForConditionalGeneration(hf.T5Config(**config, decoder_start_token_id=0))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": gpt2, "llama": llama, "t5": t5, "opt": opt, "bloom": bloom,
-}  # fmt: skip
-
-
-@functools.cache
-def _model(name: str) -> nn.Module:
-    torch.manual_seed(4)
-    model = MODELS[name]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:  # weights large enough that tokens differ, logits are not flat
-                parameter.copy_(torch.randn_like(parameter) * parameter.shape[-1] ** -0.5)
-    ids = torch.tensor([LONG])
-    inputs = {"input_ids": ids}
-    if name == "t5":
-        inputs["decoder_input_ids"] = ids[:, :2]
-    sparsify(model, ZerothBias(length=LONGEST), inputs=inputs)
-    return model
-
-
-def tables(model: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in model.named_parameters() if name.endswith("zeroth_bias")]
-
-
-def biased(name: str, size: float = 4.0) -> nn.Module:
-    """The model with random tables, four times as large as what its norms put out."""
-    model = copy.deepcopy(_model(name))
-    generator = torch.Generator().manual_seed(8)
-    with torch.no_grad():
-        for table in tables(model):
-            table.copy_(size * torch.randn(table.shape, generator=generator))
-    return model
-
-
-def unpadded(prompt: list[int]) -> dict[str, Tensor]:
-    ids = torch.tensor([prompt])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def left_padded() -> dict[str, Tensor]:
-    width = len(LONG)
-    rows = [[0] * (width - len(p)) + p for p in (SHORT, LONG)]
-    ids = torch.tensor(rows)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long()}
-
-
-def generate(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
-    """The NEW tokens [B, NEW] and the logits [B, NEW, V] of each step, greedy."""
-    options = dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW) | options
-    out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    return out.sequences[:, -NEW:], torch.stack(out.logits, 1)
+from actsparse.blocks.token_map import TokenMap
+from tests.modify.decoders import (
+    CACHE,
+    LONG,
+    LONGEST,
+    MODELS,
+    NEW,
+    SHORT,
+    D,
+    biased,
+    built,
+    generate,
+    gpt2,
+    left_padded,
+    tables,
+    unpadded,
+)
 
 
 def ways(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -161,8 +92,10 @@ def test_that_check_fails_where_positions_are_wrong(
 ) -> None:
     model = biased(name)
     assert agree(ways(model))
-    right = Tokens.positions
-    monkeypatch.setattr(Tokens, "positions", lambda self, b, t: WRONG[wrong](right(self, b, t), t))
+    right = TokenMap.positions
+    monkeypatch.setattr(
+        TokenMap, "positions", lambda self, b, t, of: WRONG[wrong](right(self, b, t, of), t)
+    )
     assert not agree(ways(model))
 
 
@@ -204,6 +137,23 @@ def test_a_static_cache_stands_at_the_same_positions(name: str) -> None:
     got = generate(model, left_padded(), use_cache=True, cache_implementation="static")
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("helper", ["prompt look-up", "assistant"])
+def test_speculative_decoding_which_crops_the_cache_changes_no_token(
+    name: str, helper: str
+) -> None:
+    model = biased(name)
+    prompt = unpadded(LONG * 2)
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if helper == "assistant":
+        options = {"assistant_model": biased(name, 1.0)}
+    want, _ = generate(model, prompt, use_cache=False)
+    got = model.generate(
+        **prompt, do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW, **options
+    )
+    assert torch.equal(got[:, -NEW:], want)
 
 
 # --- forward, by hand --------------------------------------------------------------------------
@@ -271,8 +221,20 @@ def test_embeddings_in_place_of_ids_stand_at_the_same_positions(name: str) -> No
     assert got[1] == [0, 1, 2, 3]
 
 
+def test_sequences_packed_into_one_row_stand_at_their_own_positions() -> None:
+    model = biased("llama")
+    packed = {
+        "input_ids": torch.tensor([SHORT + LONG]),
+        "position_ids": torch.tensor([[*range(len(SHORT)), *range(len(LONG))]]),
+    }
+    with torch.no_grad():
+        alone = [model(torch.tensor([ids]), use_cache=False).logits for ids in (SHORT, LONG)]
+        got = model(**packed, use_cache=False).logits
+    torch.testing.assert_close(got, torch.cat(alone, 1), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", [*DECODERS, "bloom"])
+@pytest.mark.parametrize("name", [*DECODERS, "bloom", "mistral"])
 def test_a_continuation_in_chunks_gives_the_logits_of_one_pass(name: str, padded: bool) -> None:
     model = biased(name)
     ids = torch.cat([left_padded()["input_ids"]] * 2, 1)
@@ -293,8 +255,8 @@ def test_a_continuation_in_chunks_gives_the_logits_of_one_pass(name: str, padded
         want = model(**part(0, 12)).logits
         cache, got = None, []
         for start, end in ((0, 5), (5, 9), (9, 10), (10, 12)):
-            out = model(**part(start, end), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(**part(start, end), **{CACHE: cache}, use_cache=True)
+            cache = out[CACHE]
             got.append(out.logits)
     keep = mask.bool()
     torch.testing.assert_close(torch.cat(got, 1)[keep], want[keep], rtol=0, atol=1e-5)
@@ -375,7 +337,7 @@ def test_torchs_encoder_reads_positions_off_its_padding_mask(batch_first: bool) 
 
 
 def short_table(name: str, length: int) -> nn.Module:
-    model = copy.deepcopy(_model(name))
+    model = copy.deepcopy(built(name))
     handle = handle_of(model)
     handle.remove()
     sparsify(model, ZerothBias(length=length), blocks=handle.blocks)
