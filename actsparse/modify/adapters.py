@@ -23,14 +23,13 @@ from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.trace import is_linear
 from actsparse.modify.handle import Handle, handle_of
-from actsparse.modify.saving import (
+from actsparse.modify.saving import removed_on_failure, whole_folder
+from actsparse.modify.sidecar import (
     SIDECAR,
     describe_changes,
     read_sidecar,
     recipe_of,
-    removed_on_failure,
     same_blocks,
-    whole_folder,
     write_sidecar,
 )
 from actsparse.modify.sparsify import is_peft_model, sparsify
