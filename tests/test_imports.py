@@ -16,19 +16,22 @@ PACKAGE = ROOT / "actsparse"
 
 # room → the rooms it may import from, besides itself. `__init__` is the public names.
 MATHS = {"blocks", "activations"}
-TOOLS = {"modify", "observe", "kernels"} | MATHS
+OUTSIDE = {"values", "untrusted"}  # what comes from outside is checked and read
+TOOLS = {"modify", "observe", "kernels"} | MATHS | OUTSIDE
 ENGINE = TOOLS | {"data", "records", "__init__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "activations": set(),
     "blocks": {"activations"},
-    "modify": MATHS,
+    "modify": MATHS | OUTSIDE,
     "observe": MATHS,
     "kernels": MATHS,
     "__init__": {"modify", "observe", "kernels"} | MATHS,
-    "data": set(),
-    "record_schema": set(),
-    "records": {"record_schema"},
-    "report": {"records", "record_schema"},
+    "data": OUTSIDE,
+    "values": set(),
+    "untrusted": {"values"},
+    "record_schema": {"values"},
+    "records": {"record_schema"} | OUTSIDE,
+    "report": {"records", "record_schema"} | OUTSIDE,
     "train": ENGINE,
     "experiments": ENGINE | {"train"},
     "bench": TOOLS | {"records", "__init__"},
@@ -37,7 +40,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # room → third-party packages it must do without.
 NO_TORCH = {"torch", "transformers", "accelerate", "datasets", "peft"}
-MAY_NOT_IMPORT = {"record_schema": NO_TORCH, "records": NO_TORCH, "report": NO_TORCH}
+MAY_NOT_IMPORT = dict.fromkeys(
+    ("values", "untrusted", "record_schema", "records", "report"), NO_TORCH
+)
 HEAVY = ["transformers", "matplotlib", "scipy", "sklearn", "datasets", "peft", "accelerate"]
 NO_ROOM = {"utils.py", "helpers.py", "common.py", "misc.py"}
 

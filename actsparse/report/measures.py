@@ -6,15 +6,15 @@ by `actsparse measure`, holds what passes over the trained model found.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.records import Entry, RecordError, Run, no_constant, run_measures_path
+from actsparse.records import Entry, RecordError, Run, run_measures_path
 from actsparse.report.compare import Estimate, Table, t_interval
+from actsparse.untrusted import read_json
 
 SCHEMA = 1  # of measures.json
 KEYS = (
@@ -136,13 +136,9 @@ def read_measures(run: Run) -> Entry | None:
     """
     path = run_measures_path(run.path.parent)
     try:
-        entry = json.loads(path.read_bytes().decode(), parse_constant=no_constant)
+        entry = read_json(path)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: not JSON ({error}); measure the run again") from error
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if kind != "measures":
         raise RecordError(

@@ -347,7 +347,7 @@ def test_the_plot_has_every_arm_and_bears_none_alive(dark: bool, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot read"), ("{}", "lacks 'task'")],
+    [("{", "not whole JSON"), ("{}", "lacks 'task'")],
     ids=["torn", "empty"],
 )
 def test_a_broken_manifest_is_named(text: str, message: str, tmp_path: Path) -> None:
