@@ -3,7 +3,7 @@
 What a value must be is said by a type annotation: ``int``, ``float | None``, ``Literal["a", "b"]``,
 ``tuple[str, ...]``, ``dict[str, float]``, and narrower ones that are named here, such as `Share`.
 `check` looks at the plain values of a file, `check_fields` at a dataclass, `checked` makes a
-dataclass of plain values, `checked_options` looks at a function's arguments. Each raises
+dataclass of plain values, `checked_arguments` looks at a function's arguments. Each raises
 `BadValue`, which names the place, the value and what would be right.
 """
 
@@ -37,8 +37,8 @@ class Rule:
 
 Count = Annotated[int, Rule("a whole number, 0 or more", lambda value: value >= 0)]
 Positive = Annotated[int, Rule("a whole number, 1 or more", lambda value: value >= 1)]
-Above0 = Annotated[float, Rule("a number above 0", lambda value: value > 0)]
-AtLeast0 = Annotated[float, Rule("a number, 0 or more", lambda value: value >= 0)]
+Above0 = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
+AtLeast0 = Annotated[float, Rule("a finite number, 0 or more", lambda value: value >= 0)]
 Share = Annotated[float, Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)]
 Text = Annotated[str, Rule("text that is not empty", bool)]
 
@@ -143,7 +143,7 @@ def checked(cls: type[T], values: Any, where: str) -> T:
         raise BadValue(f"{where}: {error}") from error
 
 
-def checked_options(made: Callable[..., Any], given: dict[str, Any], what: str) -> dict[str, Any]:
+def checked_arguments(made: Callable[..., Any], given: dict[str, Any], what: str) -> dict[str, Any]:
     """``given`` as arguments of ``made``, whose annotations say what they must be.
 
     Raises:
@@ -178,9 +178,9 @@ def fits(value: Any, kind: Any) -> bool:
     if kind is None or kind is types.NoneType:
         return value is None
     if kind is int:
-        return type(value) is int and abs(value) < _INT
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _INT
     if kind is float:
-        return fits(value, int) or (type(value) is float and math.isfinite(value))
+        return fits(value, int) or (isinstance(value, float) and math.isfinite(value))
     if origin in (list, Sequence) or (origin is tuple and inner[-1] is Ellipsis):
         return isinstance(value, list | tuple) and all(fits(each, inner[0]) for each in value)
     if origin is tuple:
@@ -219,11 +219,11 @@ def words(kind: Any) -> str:
 @functools.cache
 def _kinds(of: Any) -> dict[str, Any]:
     """Field or argument → annotation."""
-    hints = get_type_hints(of, include_extras=True)
     if dataclasses.is_dataclass(of):
+        hints = get_type_hints(of, include_extras=True)
         return {field.name: hints[field.name] for field in dataclasses.fields(of)}
-    hints.pop("return", None)
-    return hints
+    hints = get_type_hints(of.__init__ if inspect.isclass(of) else of, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return"}
 
 
 def _check_one(name: str, value: Any, kind: Any, form: str) -> None:

@@ -199,7 +199,7 @@ def batches_of(
     from torch import no_grad
 
     from actsparse.experiments import run_config
-    from actsparse.train.config import RunConfig
+    from actsparse.train.config import recorded_config
     from actsparse.train.run import batches_of
     from actsparse.train.tasks import task_of
 
@@ -208,12 +208,7 @@ def batches_of(
     start = {"start": "-"} if name.endswith("_finetune") else {}
     config = run_config(name, "vanilla", 0, **start)  # type: ignore[arg-type]
     if run is not None and run.task == config.task:
-        try:
-            config = RunConfig(**run.header["config"])
-        except TypeError as error:
-            raise ValueError(
-                f"{run.path} has the config of another actsparse ({error}); give --data"
-            ) from error
+        config = recorded_config(run)
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; known: train, validation, test")
     splits = chosen.splits(config)

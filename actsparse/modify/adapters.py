@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.trace import is_linear
+from actsparse.modify.foreign import bounded, check_adapter, check_files
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import removed_on_failure, whole_folder
 from actsparse.modify.sidecar import (
@@ -35,6 +36,7 @@ from actsparse.modify.sidecar import (
 from actsparse.modify.sparsify import is_peft_model, sparsify
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD
+from actsparse.untrusted import read_json, safetensors_shapes
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's files, beside them:
 CHANGES = "actsparse.safetensors"  # zeroth biases, and the norms before the MLPs
@@ -147,7 +149,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     changes = {name: tensor.detach().contiguous() for name, tensor in _changed(root, handle)}
     sidecar = describe_changes(root, "save_adapter()")
     with whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
-        root.save_pretrained(str(folder))
+        root.save_pretrained(str(folder), save_embedding_layers=_embeddings(root))
         save_file(changes, str(folder / CHANGES))
         write_sidecar(folder, sidecar)
     return Path(path)
@@ -169,12 +171,16 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     path = Path(path)
     sidecar = read_sidecar(path, CHANGES, ADAPTER, CONFIG)
     recipe = recipe_of(path, sidecar)
+    check_files(path)
+    check_adapter(str(path / CONFIG), read_json(path / CONFIG))
+    shapes = safetensors_shapes(path / ADAPTER) | safetensors_shapes(path / CHANGES)
     try:
         changes = load_file(str(path / CHANGES))
     except SafetensorError as error:
         raise ValueError(f"{path / CHANGES} is not whole: {error}") from error
     try:
-        model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
+        with bounded(str(path / CONFIG), shapes):
+            model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
     except Exception as error:
         name = type(base).__name__
         raise ValueError(f"{path}: its adapter does not fit {name}: {error}") from error
@@ -226,6 +232,16 @@ def merge_adapter(model: nn.Module) -> nn.Module:
                 new.copy_(old)
     again.load_state_dict(state)
     return merged
+
+
+def _embeddings(root: Any) -> Any:
+    """peft's ``save_embedding_layers``: its own "auto" asks the Hub for a base by its name."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    config = root.peft_config["default"]
+    if os.path.isfile(os.path.join(config.base_model_name_or_path or "", "config.json")):
+        return "auto"
+    return any(name in str(config.target_modules) for name in EMBEDDING_LAYER_NAMES)
 
 
 def _table(block: MLPBlock) -> Tensor | None:

@@ -34,6 +34,8 @@ from actsparse.modify.sidecar import (
 )
 from actsparse.modify.sparsify import is_peft_model, sparsify
 from actsparse.modify.thresholds import put_thresholds
+from actsparse.untrusted import safetensors_shapes
+from actsparse.values import AtLeast0, Count
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -143,15 +145,16 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     sidecar = read_sidecar(path, WEIGHTS)
     recipe = recipe_of(path, sidecar)
     adapters = sidecar.get("adapters")
+    shapes = safetensors_shapes(path / WEIGHTS)
     spec = sidecar["model"] if model is None else None
     if model is None:
-        model = build(path, spec)
+        model = build(path, spec, shapes)
     wraps = adapters is not None and not is_peft_model(unwrap(model))
     names = [in_base(name) for name in sidecar["blocks"]] if wraps else sidecar["blocks"]
     kept = same_blocks(str(path), names, sidecar["inputs"], model)
     with removed_on_failure(_narrowed(path, sidecar, model, kept)):
         if wraps:
-            model = wrap(path, model, adapters)
+            model = wrap(path, model, adapters, shapes)
             if spec is not None:
                 cast(model, spec["dtypes"])
                 model.eval()
@@ -161,7 +164,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
         with removed_on_failure(handle):
             _read_weights(model, path / WEIGHTS, strict=True)
             handle.load_state_dict(sidecar["state"])
-            thresholds = by_block(path, sidecar, "thresholds", int | float, [0] * len(kept))
+            thresholds = by_block(path, sidecar, "thresholds", AtLeast0, [0] * len(kept))
             put_thresholds(model, kept, thresholds)
     return model
 
@@ -169,7 +172,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 def _narrowed(path: Path, sidecar: dict[str, Any], model: nn.Module, blocks: Blocks) -> Pruned:
     """The model's blocks cut to the widths that were saved; which units stay does not matter."""
     have = [block.d_hidden for block in blocks]
-    widths = by_block(path, sidecar, "widths", int, have)
+    widths = by_block(path, sidecar, "widths", Count, have)
     if not all(0 < width <= whole for width, whole in zip(widths, have, strict=True)):
         raise ValueError(
             f"{path} does not fit the model: it has blocks of {widths} hidden units, "

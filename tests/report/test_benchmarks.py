@@ -206,7 +206,7 @@ def put(value: Any, *keys: Any) -> Spoil:
         ("mlp", lambda entry: entry.pop("hardware"), "mlp lacks 'hardware'"),
         ("mlp", put([], "rows"), "mlp.rows is empty; run the benchmark again"),
         ("mlp", put(0.0, "rows", 1, "forward", "ratios", 0, "value"),
-         r"mlp.rows\[1\].forward.ratios\[0\].value must be a number above 0; got 0.0"),
+         r"mlp.rows\[1\].forward.ratios\[0\].value must be a finite number above 0; got 0.0"),
         ("mlp", put("sparse", "rows", 1, "forward", "ratios", 0, "of"), "of must be 'dense'; got"),
         ("mlp", put(1.5, "rows", 0, "density"), r"rows\[0\].density must be a share from 0 to 1"),
         ("mlp", put({"sparse": 5}, "rows", 3, "memory"), r"rows\[3\].memory must be an object"),

@@ -255,7 +255,7 @@ def test_speed_joins_by_arm_and_seed(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"benchmark": "mlp"}, "benchmark must be 'speed'; got 'mlp'"),
-        ({"runs": [speed("sparse", 0, 0.0)]}, "value must be a number above 0; got 0.0"),
+        ({"runs": [speed("sparse", 0, 0.0)]}, "value must be a finite number above 0; got 0.0"),
         ({"runs": [{"arm": "sparse"}]}, "lacks 'seed'"),
     ],
     ids=["another benchmark", "no time", "a field is missing"],
