@@ -11,17 +11,19 @@ pieces, so the marks that packing and span corruption set are the only ones.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actsparse.data.text import EOS, FIRST_BYTE, PAD, SENTINELS, VOCAB_SIZE
+from actsparse.untrusted import MIB, read_bytes, read_json
+from actsparse.values import check
 
 T5_SENTINELS = 100
 GPT2_EOS = "<|endoftext|>"
 BYTES = "bytes"
+LIMIT = 128 * MIB  # of a file of a tokenizer; the largest that is known holds 34 MB
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
     if not path.exists():
         raise ValueError(f"no tokenizer at {path}")
     file = _in_folder(path) if path.is_dir() else path
+    try:
+        for each in (file, file.with_name("tokenizer_config.json"), _merges(file)):
+            if each.exists():
+                read_bytes(each, LIMIT)
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
     if file.suffix == ".model":
         return _sentencepiece(file, eos)
     if file.name.endswith("vocab.json"):
@@ -145,7 +153,7 @@ def _sentencepiece(file: Path, eos: str | None) -> Tokenizer:
 
 def _gpt2(vocab: Path, eos: str | None) -> Tokenizer:
     tokenizers = _tokenizers(vocab)
-    merges = vocab.with_name(vocab.name.removesuffix("vocab.json") + "merges.txt")
+    merges = _merges(vocab)
     if not merges.exists():
         raise ValueError(f"{vocab} needs {merges.name} beside it")
     try:
@@ -158,6 +166,10 @@ def _gpt2(vocab: Path, eos: str | None) -> Tokenizer:
     )
 
 
+def _merges(vocab: Path) -> Path:
+    return vocab.with_name(vocab.name.removesuffix("vocab.json") + "merges.txt")
+
+
 def _fast(file: Path, eos: str | None) -> Tokenizer:
     tokenizers = _tokenizers(file)
     try:
@@ -167,7 +179,8 @@ def _fast(file: Path, eos: str | None) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     beside = file.with_name("tokenizer_config.json")
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    config = read_json(beside) if beside.exists() else {}
+    check(str(beside), config, {"eos_token?": _TOKEN, "pad_token?": _TOKEN})
     named = {key: _token(config.get(key)) for key in ("eos_token", "pad_token")}
     return _of_tokenizers(
         file, tokenizer, eos or named["eos_token"], named["pad_token"], _sha256(file)
@@ -227,9 +240,13 @@ def _tokenizers(file: Path) -> Any:
     return tokenizers
 
 
+_TOKEN = str | dict[str, Any] | None
+
+
 def _token(entry: Any) -> str | None:
     """A token as tokenizer_config.json writes it: plain, or as an object with its content."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    found = entry.get("content") if isinstance(entry, dict) else entry
+    return found if isinstance(found, str) else None
 
 
 def _rounded(size: int) -> int:
