@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from actsparse.values import BadValue, Count, Shape, Share, Text
+from actsparse.values import BadValue, Count, Name, Shape, Share, Text
 
 VERSION = 2
 
@@ -20,15 +20,15 @@ _DENSITIES: dict[str, Shape] = {
     "units": Count,
     "living_density": (Share, None),  # null where every unit is dead
 }
-MEASURES: Shape = ({**_DENSITIES, "blocks": [{"block": Text, **_DENSITIES}]}, None)  # null: no MLPs
+MEASURES: Shape = ({**_DENSITIES, "blocks": [{"block": Name, **_DENSITIES}]}, None)  # null: no MLPs
 SCHEMA: dict[str, dict[str, Shape]] = {
     "run": {
         "schema": Count,
         "run_id": Text,  # another in every run; a resumed run keeps its own
         "time": {"started": Text},
         "processes": Count,
-        "task": Text,
-        "arm": Text,
+        "task": Name,
+        "arm": Name,
         "seed": Count,
         "config": dict,
         "versions": dict,
@@ -44,7 +44,7 @@ SCHEMA: dict[str, dict[str, Shape]] = {
         "measures": MEASURES,
     },
     "eval": {
-        "split": Text,
+        "split": Name,
         "step": Count,
         "loss": float,
         "quality": float,
@@ -52,11 +52,11 @@ SCHEMA: dict[str, dict[str, Shape]] = {
         "time?": {"seconds": float},  # when the evaluation was done, since training began
     },
     "result": {
-        "split": Text,
+        "split": Name,
         "step": Count,
         "loss": float,
         "quality": float,
-        "quality_name": Text,
+        "quality_name": Name,
         "higher_is_better": bool,
         "inference": MEASURES,
         "training": MEASURES,  # over the last fifth of training

@@ -15,6 +15,7 @@ import inspect
 import math
 import reprlib
 import types
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,6 +41,15 @@ Positive = Annotated[int, Rule("a whole number, 1 or more", lambda value: value 
 Above0 = Annotated[float, Rule("a finite number above 0", lambda value: value > 0)]
 AtLeast0 = Annotated[float, Rule("a finite number, 0 or more", lambda value: value >= 0)]
 Share = Annotated[float, Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)]
+Name = Annotated[
+    str,
+    Rule(
+        r"a name: one line without < > | ` * [ ] & \ $",
+        lambda name: (
+            name != "" and printable(name) == name and not set(name) & set("<>|`*[]&\\$\n")
+        ),
+    ),
+]
 Text = Annotated[str, Rule("text that is not empty", bool)]
 
 _INT = 2**63  # what torch and the files' formats hold
@@ -54,6 +64,22 @@ _WORDS = {
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, 120, 120
 _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = 8
+
+
+def printable(text: str) -> str:
+    r"""Text with control and invisible characters escaped, all but the newline.
+
+    >>> print(printable("\x1b[31m red \u202e"))
+    \x1b[31m red \u202e
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        each.encode("unicode_escape").decode()
+        if unicodedata.category(each)[0] == "C" and each != "\n"
+        else each
+        for each in text
+    )
 
 
 def shown(value: Any) -> str:

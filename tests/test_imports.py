@@ -29,13 +29,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": OUTSIDE,
     "values": set(),
     "untrusted": {"values"},
+    "terminal": {"values"},
     "record_schema": {"values"},
     "records": {"record_schema"} | OUTSIDE,
     "report": {"records", "record_schema"} | OUTSIDE,
     "train": ENGINE,
     "experiments": ENGINE | {"train"},
     "bench": TOOLS | {"records", "__init__"},
-    "cli": ENGINE | {"train", "experiments", "bench", "report"},
+    "cli": ENGINE | {"train", "experiments", "bench", "report", "terminal"},
     "__main__": {"cli"},
 }
 # room → third-party packages it must do without.

@@ -72,12 +72,12 @@ def measure(
     from sys import stdout
 
     import torch
-    from rich.console import Console
     from rich.progress import Progress
 
     from actsparse.records import environment, run_measures_path, write_whole
+    from actsparse.terminal import Terminal
 
-    log = Console(stderr=True)
+    log = Terminal(stderr=True)
     model, run = model_at(target)
     loss_fn, batches, where, info = batches_of(model, run, task, data, split, rows, batch_size)
     asked = asked_of(measures)
@@ -118,7 +118,7 @@ def measure(
     if json:
         typer.echo(text, nl=False)
     else:
-        console = Console(width=None if stdout.isatty() else 120)
+        console = Terminal(width=None if stdout.isatty() else 120)
         for table in found.tables():
             console.print(table)
     place = out or (None if run is None else run_measures_path(target))
@@ -133,14 +133,11 @@ def asked_of(measures: str) -> Any:
     >>> asked_of("density, hessian"), asked_of('{"pruning": {"thresholds": [0.1]}}')
     (['density', 'hessian'], {'pruning': {'thresholds': [0.1]}})
     """
-    from json import loads
+    from actsparse.untrusted import parse_json
 
     if not measures.lstrip().startswith("{"):
         return [name.strip() for name in measures.split(",")]
-    try:
-        return loads(measures)
-    except ValueError as error:
-        raise ValueError(f"--measures {measures!r}: not JSON ({error})") from error
+    return parse_json(measures.encode(), f"--measures {measures!r}")
 
 
 def model_at(target: Path) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from actsparse.record_schema import SCHEMA, Entry, RecordError
 from actsparse.report.measures import number
 from actsparse.untrusted import read_json
-from actsparse.values import Above0, Count, Rule, Share, Text, check
+from actsparse.values import Above0, Count, Name, Rule, Share, check
 
 KINDS = ("forward", "training")
 OURS = ("sparse", "screened")
@@ -31,7 +31,7 @@ BREAK_EVEN = Annotated[
         lambda value: all(map(str.isdecimal, value)),
     ),
 ]
-RATIO = {"of": Literal["dense"], "to": Text, "value": Above0, "low": Above0, "high": Above0}
+RATIO = {"of": Literal["dense"], "to": Name, "value": Above0, "low": Above0, "high": Above0}
 TIMED = {"seconds": {"dense": Above0}, "ratios": [RATIO]}
 WHERE = {key: SCHEMA["run"][key] for key in ("versions", "hardware", "git")}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "threads": Count,
         "rows": [{"tokens": Count, "density": Share, "forward": TIMED}],
     },
-    "model": {**WHERE, "model": Text, "threads": Count},
+    "model": {**WHERE, "model": Name, "threads": Count},
 }
 WHOLE = {"density": Share, **TIMED}
 PEAK = {"dense": {"peak_mib": Above0}, FAST: {"peak_mib": Above0}}

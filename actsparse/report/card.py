@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import PurePath
 from typing import Any
 
 from actsparse.records import Entry, RecordError, Run
 from actsparse.report.page import facts
 from actsparse.report.words import NONE, counted
+from actsparse.values import printable
 
 _HEAD = """\
 ---
@@ -43,7 +45,7 @@ def model_card(run: Run) -> str:
     result = run.result
     if result is None:
         raise RecordError(f"{run.path}: there is no result yet; a card is of a finished run")
-    data = result.get("data", {}).get("name", run.task)
+    data = _plain(str(result.get("data", {}).get("name", run.task)))
     parts = [
         f"# {run.task}: {run.arm}, seed {run.seed}",
         _what(run, result, data),
@@ -54,20 +56,30 @@ def model_card(run: Run) -> str:
         "## Loading it",
         _LOAD,
         "## How it was made",
-        "\n".join(f"- {name}: {said}" for name, said in facts([run]) if name in _FACTS),
+        "\n".join(f"- {name}: {_plain(said)}" for name, said in facts([run]) if name in _FACTS),
     ]
     return _HEAD + "\n" + "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def code(text: str) -> str:
+    """Text in Markdown as it is, in one line; a backtick would end it."""
+    return f"`{printable(text).translate({96: chr(39), 10: ' '})}`"
+
+
+def _plain(text: str) -> str:
+    """Text in Markdown without a meaning there."""
+    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(text)).replace("\n", " ")
 
 
 def _what(run: Run, result: Entry, data: str) -> str:
     config = run.header["config"]
     recipe = config["recipe"]
     start = "/".join(PurePath(config.get("start") or "").parts[-2:])  # not whose machine it was on
-    how = f"finetuned from `{start}`" if start else "trained"
-    changes = [f"- `{_call(change)}`" for change in recipe["modifications"]]
+    how = f"finetuned from {code(start)}" if start else "trained"
+    changes = [f"- {code(_call(change))}" for change in recipe["modifications"]]
     said = (
         f"A model {how} on {data} for {counted(result['step'], 'step')} with actsparse. The recipe "
-        f"`{recipe['name']}` {'makes these changes to it:' if changes else 'changes nothing.'}"
+        f"{code(recipe['name'])} {'makes these changes to it:' if changes else 'changes nothing.'}"
     )
     return "\n\n".join([said, *(["\n".join(changes)] if changes else [])])
 

@@ -21,14 +21,14 @@ from actsparse.report.plots import Picture
 from actsparse.report.verdict import Claim, Verdict, verdict
 from actsparse.report.words import amount
 from actsparse.untrusted import read_json
-from actsparse.values import Count, Text, check
+from actsparse.values import Count, Name, Text, check
 
 MANIFEST = "reproduction.json"
 V1 = "v1"  # Peng et al. 2023, arXiv 2309.03004
 V2 = "v2"  # Peng et al. 2026, arXiv 2605.25612
 OURS = "ours"  # a control, or a check of how to read the others
 _SHAPE = {
-    "name": Text, "full": bool, "seeds": Count, "steps": (Count, None), "command": Text,
+    "name": Name, "full": bool, "seeds": Count, "steps": (Count, None), "command": Text,
     "time": {"seconds": float},
 }  # fmt: skip
 Effects = dict[int, float]  # by seed

@@ -36,7 +36,7 @@ from actsparse.report.compare import (
 from actsparse.report.findings import Arms, difference, paired, within
 from actsparse.report.speed import Speed, read_checked, read_speeds
 from actsparse.report.verdict import fewest_seeds
-from actsparse.values import Count, Text
+from actsparse.values import Count, Name, Text
 
 MANIFEST = "frontier.json"
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")
@@ -52,7 +52,7 @@ FEWER = 0.6  # target (b): relative improvement of both over the best vanilla
 
 Word = Literal["yes", "no", "undecided"]
 _SHAPE = {
-    "task": Text, "seeds": Count, "steps": (Count, None), "command": Text,
+    "task": Name, "seeds": Count, "steps": (Count, None), "command": Text,
     "time": {"seconds": float},
 }  # fmt: skip
 

@@ -44,6 +44,7 @@ from actsparse.report.words import (
     tiles,
     title,
 )
+from actsparse.values import printable
 
 _HARD = "\N{NO-BREAK SPACE}"
 VERDICTS = {
@@ -343,7 +344,11 @@ def _tie(text: str) -> str:
 def _template() -> jinja2.Template:
     source = importlib.resources.files("actsparse.report").joinpath("page.html.jinja")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["tie"] = _tie
     return environment.from_string(source.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from actsparse.report.frontier import Board
 from actsparse.report.scoreboard import change_text, quality_text, table_line
 from actsparse.report.speed import Factor, factor, factor_text, read_checked
 from actsparse.report.words import NONE, amount
-from actsparse.values import Above0, Count, Share, Text, check
+from actsparse.values import Above0, Count, Name, Share, check
 
 SLIM = "slim.json"
 TITLE = "Pruned, and with thresholds"
@@ -40,8 +40,8 @@ _PRUNE = {
     "pruned_off": float,
 }  # fmt: skip
 _RUN = {
-    "arm": Text, "seed": Count, "forms": {"trained": _FORM}, "prune": (_PRUNE, None),
-    "refused": dict, "speed": {"ratios": [{"to": Text, "value": Above0}], "ran": dict},
+    "arm": Name, "seed": Count, "forms": {"trained": _FORM}, "prune": (_PRUNE, None),
+    "refused": dict, "speed": {"ratios": [{"to": Name, "value": Above0}], "ran": dict},
 }  # fmt: skip
 _SHAPE = {
     "benchmark": Literal["slim"],

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from actsparse.record_schema import Entry
 from actsparse.report.compare import t_interval
 from actsparse.untrusted import read_json
-from actsparse.values import Above0, Count, Share, Text, check
+from actsparse.values import Above0, Count, Name, Share, Text, check
 
 SPEED = "speed.json"
 _RATIO = {"value": Above0, "low": Above0, "high": Above0}
-_RUN = {"arm": Text, "seed": Count, "density": Share, "model": _RATIO, "mlps": _RATIO, "why": Text}
+_RUN = {"arm": Name, "seed": Count, "density": Share, "model": _RATIO, "mlps": _RATIO, "why": Text}
 _SHAPE = {
     "benchmark": Literal["speed"],
     "threads": Count,

@@ -17,6 +17,7 @@ from actsparse.values import (
     AtLeast0,
     BadValue,
     Count,
+    Name,
     Positive,
     Rule,
     Text,
@@ -67,8 +68,8 @@ class RunConfig:
     {'name': 'vanilla', 'modifications': []}
     """
 
-    task: Text
-    arm: Text
+    task: Name
+    arm: Name
     seed: Count
     recipe: dict[str, Any] = field(default_factory=recipe_named("vanilla").to_json)
     steps: Positive = 1500

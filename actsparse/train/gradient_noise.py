@@ -28,7 +28,7 @@ from actsparse.observe.spectrum import spectrum
 from actsparse.records import RecordWriter, Run, environment, read_run, run_path
 from actsparse.train.folder import alone, check_folder, finished_run
 from actsparse.train.loss import TrainingFailed
-from actsparse.values import Above0, AtLeast0, BadValue, Count, Positive, Rule, Text, check_fields
+from actsparse.values import Above0, AtLeast0, BadValue, Count, Name, Positive, Rule, check_fields
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class GradientNoiseConfig:
 
     task: ClassVar[str] = "gradient_noise"
 
-    arm: Text
+    arm: Name
     seed: Count
     # layer norm turns a single feature into 0
     width: Annotated[int, Rule("a whole number, 2 or more", lambda value: value >= 2)]

@@ -271,7 +271,7 @@ def one_error(done: Any, said: str) -> None:
     [
         (["--task", "dogs"], "unknown task 'dogs'; known: digits, text, lm"),
         (["--measures", "flatnes"], "unknown measure 'flatnes'; known: covering, density"),
-        (["--measures", '{"density": '], """--measures '{"density": ': not JSON"""),
+        (["--measures", '{"density": '], """--measures '{"density": ': not whole JSON"""),
         (["--measures", '{"pruning": {"at": 1}}'], "pruning has no option 'at'; known: thresholds"),
         (["--split", "all"], "unknown split 'all'; known: train, validation, test"),
         (["--labels", "mine"], """labels must be "data" or "model", got 'mine'"""),
