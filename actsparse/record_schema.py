@@ -71,7 +71,7 @@ SCHEMA: dict[str, dict[str, Shape]] = {
     "measured": {  # by passes of its own, in eval mode
         "step": Count,
         "how": dict,
-        "measures": (dict, None),
+        "measures": ({"blocks?": ([{"block?": (Name, None)}], None)}, None),
         "curvature": dict,
         "trials?": dict,
     },

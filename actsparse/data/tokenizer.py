@@ -11,14 +11,15 @@ pieces, so the marks that packing and span corruption set are the only ones.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actsparse.data.text import EOS, FIRST_BYTE, PAD, SENTINELS, VOCAB_SIZE
 from actsparse.untrusted import MIB, read_bytes, read_json
-from actsparse.values import check
+from actsparse.values import BadValue, check
 
 T5_SENTINELS = 100
 GPT2_EOS = "<|endoftext|>"
@@ -156,14 +157,23 @@ def _gpt2(vocab: Path, eos: str | None) -> Tokenizer:
     merges = _merges(vocab)
     if not merges.exists():
         raise ValueError(f"{vocab} needs {merges.name} beside it")
-    try:
+    with _refusing(f"{vocab} and {merges.name} are no byte-level BPE"):
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise ValueError(f"{vocab} and {merges.name} are no byte-level BPE: {error}") from error
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     return _of_tokenizers(
         vocab, bpe, GPT2_EOS if eos is None else eos, None, _sha256(vocab, merges)
     )
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """`ValueError` for what `tokenizers` raises: plain exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _merges(vocab: Path) -> Path:
@@ -172,10 +182,8 @@ def _merges(vocab: Path) -> Path:
 
 def _fast(file: Path, eos: str | None) -> Tokenizer:
     tokenizers = _tokenizers(file)
-    try:
+    with _refusing(f"{file} is no tokenizer.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise ValueError(f"{file} is no tokenizer.json: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     beside = file.with_name("tokenizer_config.json")
@@ -199,10 +207,15 @@ def _of_tokenizers(
         start - sentinels
     ):
         sentinels += 1
-    size = 1 + max(tokenizer.get_vocab().values())  # a list of tokens may have holes
+    ids = tokenizer.get_vocab().values()
+    size = 1 + max(ids, default=-1)  # a list of tokens may have holes
+    if size > 2**16 + 4 * len(ids):
+        raise BadValue(f"{file} gives a token the id {size - 1}, but has {len(ids)} tokens")
+    with _refusing(f"{file} cannot be used"):
+        encode = _Encode(tokenizer.to_str())
     return Tokenizer(
         name=file.parent.name if file.name in ("tokenizer.json", "vocab.json") else file.name,
-        encode=_Encode(tokenizer.to_str()),
+        encode=encode,
         vocab_size=_rounded(size) if sentinels else size,
         eos=end,
         pad=None if pad is None else tokenizer.token_to_id(pad),
@@ -226,7 +239,8 @@ class _Encode:
 
     def __call__(self, text: str) -> list[int]:
         # one text at a time: a batch would start threads, and forked workers must not inherit them
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _refusing("the tokenizer cannot encode a text"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 

@@ -73,7 +73,7 @@ def check_config(where: str, config: Any, shapes: Shapes | None = None) -> None:
 name of an implementation in transformers; nothing is fetched from the Hub
     """
     check(where, config, dict)
-    layers = max(1024, len(shapes or ()))
+    layers = max(256, len(shapes or ()))
     largest = max(2**20, *(max(shape, default=0) for shape in (shapes or {}).values()), 0)
     for path, key, value, beside in _leaves(where, config):
         said = f"{where}: {path}={shown(value)}: expected"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from actsparse.blocks.block import Blocks
+from actsparse.blocks.block import Blocks, NoMLPFound
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
 from actsparse.modify.handle import handle_of
@@ -159,7 +159,9 @@ def same_blocks(source: str, names: list[str], inputs: Any, model: nn.Module) ->
     """
     try:
         found = find_mlp_blocks(model, dummy_inputs(inputs, next(model.parameters()).device))
-    except (RuntimeError, TypeError) as error:
+    except NoMLPFound:
+        raise
+    except Exception as error:  # whatever a model does with inputs that are not its own
         raise ValueError(
             f"{source} does not fit {type(model).__name__}, which does not run on the inputs it "
             f"was found with: {error}"

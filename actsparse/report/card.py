@@ -9,7 +9,7 @@ from typing import Any
 from actsparse.records import Entry, RecordError, Run
 from actsparse.report.page import facts
 from actsparse.report.words import NONE, counted
-from actsparse.values import printable
+from actsparse.values import Text, check, printable
 
 _HEAD = """\
 ---
@@ -27,6 +27,10 @@ import actsparse
 model = actsparse.load("weights")
 ```
 """
+_CONFIG = {
+    "recipe": {"name": Text, "modifications": [{"modification": Text}]},
+    "start?": (str, None),
+}
 _FACTS = ("started", "time in all", "hardware", "versions", "git")
 
 
@@ -73,6 +77,7 @@ def _plain(text: str) -> str:
 
 def _what(run: Run, result: Entry, data: str) -> str:
     config = run.header["config"]
+    check(f"{run.path}: run.config", config, _CONFIG)
     recipe = config["recipe"]
     start = "/".join(PurePath(config.get("start") or "").parts[-2:])  # not whose machine it was on
     how = f"finetuned from {code(start)}" if start else "trained"

@@ -15,6 +15,7 @@ from typing import Any
 from actsparse.records import Entry, RecordError, Run, run_measures_path
 from actsparse.report.compare import Estimate, Table, t_interval
 from actsparse.untrusted import read_json
+from actsparse.values import Name, check
 
 SCHEMA = 1  # of measures.json
 KEYS = (
@@ -187,27 +188,23 @@ def read_spectra(run: Run) -> list[Entry]:
     return whole
 
 
-def _check(path: Path, entry: Entry) -> None:
-    def need(right: str, kind: type, at: Entry, *names: str) -> Any:
-        """What stands there, or an empty one of its kind."""
-        value = at.get(names[-1])
-        fine = isinstance(value, kind) if kind is not float else number(at, names[-1]) is not None
-        if value is not None and not fine:
-            raise RecordError(f"{path}: {'.'.join(names)} must be {right} or null; got {value!r}")
-        return kind() if value is None else value
+_PARTS: dict[str, Any] = {
+    "how": dict[str, str | float | bool | list[Any] | dict[str, Any] | None],
+    "measures": {
+        **{f"{key}?": (float, None) for key in KEYS},
+        "blocks?": ([{"block?": (Name, None)}], None),
+    },
+    "spectra": [dict],
+    "curvature": dict[str, dict[str, Any] | None],
+}
+_ESTIMATE = ({"value?": (float, None), "standard_error?": (float, None)}, None)
 
-    need("an object", dict, entry, "how")
-    measures = need("an object", dict, entry, "measures")
-    for key in KEYS:
-        need("a finite number", float, measures, "measures", key)
-    for index, row in enumerate(need("a list", list, measures, "measures", "blocks")):
-        need("an object", dict, {"row": row}, f"measures.blocks[{index}]", "row")
-    need("a list", list, entry, "spectra")
-    curvature = need("an object", dict, entry, "curvature")
-    for name in curvature:
-        part = need("an object", dict, curvature, "curvature", name)
-        for key in ("value", "standard_error"):
-            need("a finite number", float, part, "curvature", name, key)
+
+def _check(path: Path, entry: Entry) -> None:
+    for name, shape in _PARTS.items():
+        check(f"{path}: {name}", entry.get(name), (shape, None))
+    for name, part in (entry.get("curvature") or {}).items():
+        check(f"{path}: curvature.{name}", part, _ESTIMATE)
 
 
 def _last(run: Run) -> Entry | None:

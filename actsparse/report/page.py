@@ -238,7 +238,10 @@ def _of_benchmarks(payoff: Payoff, out: Path) -> dict[str, Any]:
 def _drawn(pictures: Iterable[Picture], out: Path, *what: Any) -> Iterator[dict[str, Any]]:
     """Those with something to show, for the template; each is also written to its file."""
     for picture in pictures:
-        light, dark = (picture.plot(*what, each) for each in (False, True))
+        try:
+            light, dark = (picture.plot(*what, each) for each in (False, True))
+        except (ValueError, ArithmeticError) as error:  # numbers that no axis can show
+            raise RecordError(f"the plot {picture.title!r} cannot be drawn: {error}") from error
         if light is None or dark is None:
             continue
         write_whole(out / "plots" / f"{picture.name}.png", light)
