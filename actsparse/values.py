@@ -44,10 +44,8 @@ Share = Annotated[float, Rule("a share from 0 to 1", lambda value: 0 <= value <=
 Name = Annotated[
     str,
     Rule(
-        r"a name: one line without < > | ` * [ ] & \ $",
-        lambda name: (
-            name != "" and printable(name) == name and not set(name) & set("<>|`*[]&\\$\n")
-        ),
+        "a name: printable characters in one line, none of them $",  # which starts a formula
+        lambda name: name != "" and printable(name) == name and not set(name) & set("$\n"),
     ),
 ]
 Text = Annotated[str, Rule("text that is not empty", bool)]
@@ -111,10 +109,12 @@ def check(name: str, value: Any, shape: Shape) -> None:
     ...
     actsparse.values.BadValue: train.step must be a whole number, 0 or more; got -3
     """
+    null = ""
     if isinstance(shape, tuple):
-        if value is not None:
-            check(name, value, shape[0])
-    elif isinstance(shape, dict):
+        if value is None:
+            return
+        shape, null = shape[0], " or null"
+    if isinstance(shape, dict):
         needed = [field for field in shape if not field.endswith("?")]
         if not isinstance(value, dict):
             raise BadValue(f"{name} must be an object of {', '.join(needed)}; got {shown(value)}")
@@ -131,7 +131,7 @@ def check(name: str, value: Any, shape: Shape) -> None:
         for index, each in enumerate(value):
             check(f"{name}[{index}]", each, shape[0])
     elif not fits(value, shape):
-        raise BadValue(f"{name} must be {words(shape)}; got {shown(value)}")
+        raise BadValue(f"{name} must be {words(shape)}{null}; got {shown(value)}")
 
 
 def check_fields(of: Any, form: str = "{}={}") -> None:

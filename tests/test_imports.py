@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "activations": set(),
     "blocks": {"activations"},
     "modify": MATHS | OUTSIDE,
-    "observe": MATHS,
+    "observe": MATHS | OUTSIDE,
     "kernels": MATHS,
     "__init__": {"modify", "observe", "kernels"} | MATHS,
     "data": OUTSIDE,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import PurePath
 from typing import Any
 
 from actsparse.records import Entry, RecordError, Run
 from actsparse.report.page import facts
-from actsparse.report.words import NONE, counted
-from actsparse.values import Text, check, printable
+from actsparse.report.words import NONE, code, counted, markdown
+from actsparse.values import Text, check
 
 _HEAD = """\
 ---
@@ -49,30 +48,20 @@ def model_card(run: Run) -> str:
     result = run.result
     if result is None:
         raise RecordError(f"{run.path}: there is no result yet; a card is of a finished run")
-    data = _plain(str(result.get("data", {}).get("name", run.task)))
+    data = markdown(str(result.get("data", {}).get("name", run.task)))
     parts = [
-        f"# {run.task}: {run.arm}, seed {run.seed}",
+        f"# {markdown(run.task)}: {markdown(run.arm)}, seed {run.seed}",
         _what(run, result, data),
         "## Sparsity",
         _sparsity(result),
-        f"## Quality on the {result['split']} split of {data}",
+        f"## Quality on the {markdown(result['split'])} split of {data}",
         _quality(result),
         "## Loading it",
         _LOAD,
         "## How it was made",
-        "\n".join(f"- {name}: {_plain(said)}" for name, said in facts([run]) if name in _FACTS),
+        "\n".join(f"- {name}: {markdown(said)}" for name, said in facts([run]) if name in _FACTS),
     ]
     return _HEAD + "\n" + "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
-
-
-def code(text: str) -> str:
-    """Text in Markdown as it is, in one line; a backtick would end it."""
-    return f"`{printable(text).translate({96: chr(39), 10: ' '})}`"
-
-
-def _plain(text: str) -> str:
-    """Text in Markdown without a meaning there."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", printable(text)).replace("\n", " ")
 
 
 def _what(run: Run, result: Entry, data: str) -> str:
@@ -101,7 +90,7 @@ def _sparsity(result: Entry) -> str:
     late = {each["block"]: each for each in (training or {}).get("blocks", [])}
     rows = [("whole model", inference, training or {})]
     rows += [
-        (f"`{each['block']}`", each, late.get(each["block"], {})) for each in inference["blocks"]
+        (code(each["block"]), each, late.get(each["block"], {})) for each in inference["blocks"]
     ]
     table = _table(
         ["block", "inference", "training", "derivative", "living units", "dead units"],
@@ -129,7 +118,7 @@ def _quality(result: Entry) -> str:
     better = "more" if result["higher_is_better"] else "less"
     before = result.get("before")
     states = [("as it is", result)] + ([("before finetuning", before)] if before else [])
-    heads = ["", f"{name} ({better} is better)", "loss"]
+    heads = ["", f"{markdown(name)} ({better} is better)", "loss"]
     rows = [[said, _scored(name, at["quality"]), f"{at['loss']:.4f}"] for said, at in states]
     if before:
         heads.append("inference sparsity")

@@ -195,7 +195,7 @@ _PARTS: dict[str, Any] = {
         "blocks?": ([{"block?": (Name, None)}], None),
     },
     "spectra": [dict],
-    "curvature": dict[str, dict[str, Any] | None],
+    "curvature": dict,
 }
 _ESTIMATE = ({"value?": (float, None), "standard_error?": (float, None)}, None)
 

@@ -37,6 +37,7 @@ from actsparse.report.words import (
     how_text,
     identity_text,
     lead,
+    markdown,
     marks,
     percent_text,
     quality_text,
@@ -275,10 +276,10 @@ def print_table(runs: list[Run], console: Console, titled: bool = True) -> None:
 def markdown_table(table: Table) -> str:
     """The table of arms with every column, for a README or a lab log."""
     shown = columns(table)
-    lines = [" | ".join(["arm", *(column.head for column in shown)])]
+    lines = [" | ".join(["arm", *(markdown(column.head) for column in shown)])]
     lines.append(" | ".join(["---"] * (len(shown) + 1)))
     for arm in table.arms:
-        name = " ".join([arm.name, *(f"*({mark})*" for mark in marks(arm))])
+        name = " ".join([markdown(arm.name), *(f"*({mark})*" for mark in marks(arm))])
         lines.append(" | ".join([name, *(column.cell(arm) for column in shown)]))
     return "".join(f"| {line} |\n" for line in lines)
 

@@ -12,7 +12,7 @@ from actsparse.report.compare import Estimate, t_interval
 from actsparse.report.frontier import Board
 from actsparse.report.scoreboard import change_text, quality_text, table_line
 from actsparse.report.speed import Factor, factor, factor_text, read_checked
-from actsparse.report.words import NONE, amount
+from actsparse.report.words import NONE, amount, markdown
 from actsparse.values import Above0, Count, Name, Share, check
 
 SLIM = "slim.json"
@@ -132,7 +132,7 @@ def markdown_slim(of: Slim, board: Board) -> str:
     for arm in of.arms:
         lines += [table_line((arm.arm, *_cells(board, arm, form))) for form in arm.forms]
     told = [f"{arm.arm}: {said}" for arm in of.arms for said in (*arm.refused, *arm.ran)]
-    return "\n".join([*lines, *(["", f"{'; '.join(told)}."] if told else [])])
+    return "\n".join([*lines, *(["", markdown(f"{'; '.join(told)}.")] if told else [])])
 
 
 def slim_text(of: Slim) -> str:

@@ -102,7 +102,10 @@ class RunConfig:
     workers: Count = 0
     report_to: tuple[str, ...] = ()
     measures: tuple[str, ...] = ("density",)
-    active: tuple[str, ...] | dict[str, dict[str, Any]] = ()
+    active: Annotated[
+        tuple[str, ...] | dict[str, dict[str, Any]],
+        Rule("names, or name → options as JSON has them", lambda active: True),
+    ] = ()
     active_every: Positive | None = None
     active_on: Positive = 128
     model: dict[str, Any] = field(default_factory=dict)
@@ -169,7 +172,10 @@ def recorded_config(run: Run) -> RunConfig:
             is not fetched because a record says so.
     """
     where = f"{run.path}: run.config"
-    config = checked(RunConfig, run.header["config"], where)
+    try:
+        config = checked(RunConfig, run.header["config"], where)
+    except BadValue as error:
+        raise BadValue(f"{run.path} has the config of another actsparse: {error}") from error
     for name, value in config.data.items():
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, str) and ("://" in each or "::" in each):

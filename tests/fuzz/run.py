@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+from tests.fuzz import files, models, settings  # noqa: F401  (they add their kinds)
 from tests.fuzz.guard import Outcome, watched
 from tests.fuzz.kinds import KINDS, SHARES
 

@@ -35,6 +35,7 @@ from actsparse.activations import ACTIVATIONS
 from actsparse.modify import saving
 from tests.zoo import BY_ID, call
 
+MODEL: dict[str, Any] = {"class": "GPT2LMHeadModel", "config": {}, "dtypes": {}}
 RECIPE = Recipe(
     "mine",
     (
@@ -359,10 +360,6 @@ def made_of(**modification: Any) -> dict[str, Any]:
     return {"name": "x", "modifications": [modification]}
 
 
-def spec(name: str, **config: Any) -> dict[str, Any]:
-    return {"class": name, "config": config, "dtypes": {}}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -387,10 +384,9 @@ def spec(name: str, **config: Any) -> dict[str, Any]:
         (dict(blocks=["encoder.0.fc1"]), "MLP blocks"),
         (dict(model=None), "model="),
         (dict(model={}), "sidecar.model lacks 'class'"),
-        (dict(model=spec("Trainer")), "'Trainer' is not a model class"),
-        (dict(model=spec("os.system")), "is not a model class"),
-        (dict(model={"class": "GPT2LMHeadModel"}), "sidecar.model lacks 'config'"),
-        (dict(model=spec("GPT2LMHeadModel", n_embd="wide")), "cannot build"),
+        (dict(model=MODEL | {"class": "Trainer"}), "'Trainer' is not a model class"),
+        (dict(model=MODEL | {"class": "os.system"}), "is not a model class"),
+        (dict(model=MODEL | {"config": {"n_embd": "wide"}}), "cannot build"),
     ],
     ids=str,
 )  # fmt: skip
