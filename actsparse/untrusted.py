@@ -15,6 +15,7 @@ from actsparse.values import BadValue, shown
 MIB = 2**20
 JSON_LIMIT = 64 * MIB
 _NESTS = 2_000_000  # lists and objects in one JSON text: each takes up to 33 times its bytes
+_BLANK = 1_000_000
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -126,11 +127,15 @@ def lines(stream: Any, line: int = 64 * MIB, total: int = 64 * 1024 * MIB) -> It
     ...
     OSError: [Errno 27] a line is longer than 4 bytes, the most that is read
     """
-    left = total
+    left, blank = total, 0
     while piece := stream.readline(line + 1):
         left -= len(piece)
         if len(piece) > line:
             raise OSError(errno.EFBIG, f"a line is longer than {line} bytes, the most that is read")
+        blank = blank + 1 if len(piece) < 3 else 0
+        if blank > _BLANK:
+            said = f"more than {_BLANK:,} empty lines in a row, the most that is read"
+            raise OSError(errno.EFBIG, said)
         if left < 0:
             said = f"it holds more than {total} bytes unpacked, the most that is read"
             raise OSError(errno.EFBIG, said)

@@ -142,7 +142,7 @@ def check_fields(of: Any, form: str = "{}={}") -> None:
     Raises:
         BadValue: a field holds something else.
     """
-    for field, kind in _kinds(type(of)).items():
+    for field, kind in _kinds(type(of)).items():  # type: ignore[arg-type]
         _check_one(field, getattr(of, field), kind, form)
 
 

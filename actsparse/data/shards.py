@@ -32,7 +32,7 @@ UNPACK: dict[str, Callable[[Any], Any]] = {"gz": gzip.open, "xz": lzma.open}
 TIMEOUT = 60  # seconds that a server may stay silent
 # A packed file may hold anything: a line at most, and how many times its size (text packs by 3
 # to 10) beside what is small in any case; bytes in all where the size is not known.
-LINE, MOST, SMALL, UNKNOWN = 32 * MIB, 50, 16 * MIB, 2**20 * MIB
+LINE, MOST, SMALL, UNKNOWN = 32 * MIB, 50, 8 * MIB, 2**20 * MIB
 
 Keep = Callable[[str], bool]
 

@@ -173,13 +173,13 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     recipe = recipe_of(path, sidecar)
     check_files(path)
     check_adapter(str(path / CONFIG), read_json(path / CONFIG))
-    shapes = safetensors_shapes(path / ADAPTER) | safetensors_shapes(path / CHANGES)
+    held = safetensors_shapes(path / ADAPTER) | safetensors_shapes(path / CHANGES)
     try:
         changes = load_file(str(path / CHANGES))
     except SafetensorError as error:
         raise ValueError(f"{path / CHANGES} is not whole: {error}") from error
     try:
-        with bounded(str(path / CONFIG), shapes):
+        with bounded(str(path / CONFIG), held):
             model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
     except Exception as error:
         name = type(base).__name__

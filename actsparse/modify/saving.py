@@ -153,7 +153,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     names = [in_base(name) for name in sidecar["blocks"]] if wraps else sidecar["blocks"]
     kept = same_blocks(str(path), names, sidecar["inputs"], model)
     with removed_on_failure(_narrowed(path, sidecar, model, kept)):
-        if wraps:
+        if wraps and adapters is not None:
             model = wrap(path, model, adapters, shapes)
             if spec is not None:
                 cast(model, spec["dtypes"])

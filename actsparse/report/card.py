@@ -48,7 +48,8 @@ def model_card(run: Run) -> str:
     result = run.result
     if result is None:
         raise RecordError(f"{run.path}: there is no result yet; a card is of a finished run")
-    data = markdown(str(result.get("data", {}).get("name", run.task)))
+    check(f"{run.path}: result", result, {"data?": {"name?": Text}})
+    data = markdown(result.get("data", {}).get("name", run.task))
     parts = [
         f"# {markdown(run.task)}: {markdown(run.arm)}, seed {run.seed}",
         _what(run, result, data),
