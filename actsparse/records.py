@@ -24,11 +24,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from actsparse import files
 from actsparse.record_schema import MEASURES as MEASURES  # what a summary of observe fits
-from actsparse.record_schema import SCHEMA, VERSION, Entry, RecordError, check_shape
+from actsparse.record_schema import SCHEMA, VERSION, Entry, RecordError
+from actsparse.untrusted import parse_json
+from actsparse.values import check, shown
 
 PACKAGES = ("actsparse", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
 
@@ -316,17 +318,14 @@ def _read(path: Path) -> tuple[list[bytes], list[Entry], bool]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _parse(line: bytes, path: Path, number: int) -> Entry:
     where = f"{path}:{number}"
-    try:
-        entry = json.loads(line.decode(), parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{where}: not a line of a record: {error}") from error
+    entry = parse_json(line, where)
     if number == 1 and (not isinstance(entry, dict) or entry.get("kind") != "run"):
         raise RecordError(f"{where}: not a record; its first line must be of kind 'run'")
     if number == 1:
@@ -336,7 +335,7 @@ def _parse(line: bytes, path: Path, number: int) -> Entry:
 
 
 def _check_schema(schema: Any, where: str) -> None:
-    check_shape(f"{where}: run.schema", schema, SCHEMA["run"]["schema"])
+    check(f"{where}: run.schema", schema, SCHEMA["run"]["schema"])
     if schema > VERSION:
         raise RecordError(
             f"{where}: written by a newer actsparse (schema {schema}); "
@@ -348,16 +347,11 @@ def _check_schema(schema: Any, where: str) -> None:
         )
 
 
-def no_constant(name: str) -> NoReturn:
-    """``parse_constant`` of json: NaN and Infinity are no numbers of a record."""
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _check_entry(entry: Any, where: str) -> None:
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if not isinstance(kind, str) or kind not in SCHEMA:
-        raise RecordError(f"{where}: unknown kind {kind!r}; one of {', '.join(SCHEMA)}")
-    check_shape(f"{where}: {kind}", entry, SCHEMA[kind])
+        raise RecordError(f"{where}: unknown kind {shown(kind)}; one of {', '.join(SCHEMA)}")
+    check(f"{where}: {kind}", entry, SCHEMA[kind])
 
 
 def _cpu() -> str:

@@ -16,29 +16,35 @@ PACKAGE = ROOT / "actsparse"
 
 # room → the rooms it may import from, besides itself. `__init__` is the public names.
 MATHS = {"blocks", "activations"}
-TOOLS = {"modify", "observe", "kernels"} | MATHS
+OUTSIDE = {"values", "untrusted"}  # what comes from outside is checked and read
+TOOLS = {"modify", "observe", "kernels"} | MATHS | OUTSIDE
 ENGINE = TOOLS | {"data", "files", "records", "__init__"}
 MAY_IMPORT: dict[str, set[str]] = {
     "activations": set(),
     "blocks": {"activations"},
     "files": set(),
-    "modify": MATHS | {"files"},
-    "observe": MATHS,
+    "modify": MATHS | OUTSIDE | {"files"},
+    "observe": MATHS | OUTSIDE,
     "kernels": MATHS | {"files"},
     "__init__": {"modify", "observe", "kernels"} | MATHS,
-    "data": set(),
-    "record_schema": set(),
-    "records": {"record_schema", "files"},
-    "report": {"records", "record_schema"},
+    "data": OUTSIDE,
+    "values": set(),
+    "untrusted": {"values"},
+    "terminal": {"values"},
+    "record_schema": {"values"},
+    "records": {"record_schema", "files"} | OUTSIDE,
+    "report": {"records", "record_schema"} | OUTSIDE,
     "train": ENGINE,
     "experiments": ENGINE | {"train"},
     "bench": TOOLS | {"records", "__init__"},
-    "cli": ENGINE | {"train", "experiments", "bench", "report"},
+    "cli": ENGINE | {"train", "experiments", "bench", "report", "terminal"},
     "__main__": {"cli"},
 }
 # room → third-party packages it must do without.
 NO_TORCH = {"torch", "transformers", "accelerate", "datasets", "peft"}
-MAY_NOT_IMPORT = dict.fromkeys(("files", "record_schema", "records", "report"), NO_TORCH)
+MAY_NOT_IMPORT = dict.fromkeys(
+    ("files", "values", "untrusted", "record_schema", "records", "report"), NO_TORCH
+)
 HEAVY = ["transformers", "matplotlib", "scipy", "sklearn", "datasets", "peft", "accelerate"]
 NO_ROOM = {"utils.py", "helpers.py", "common.py", "misc.py"}
 

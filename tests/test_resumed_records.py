@@ -84,7 +84,7 @@ def test_a_broken_record_is_not_resumed_and_stays_as_it_is(tmp_path: Path) -> No
         record.write("failed", **FAILED)
     broken = path.read_bytes().replace(b"\n", b"\nhalf a li\n", 1)
     path.write_bytes(broken)
-    with pytest.raises(RecordError, match=r"record\.jsonl:2: not a line of a record"):
+    with pytest.raises(RecordError, match=r"record\.jsonl:2: not whole JSON"):
         RecordWriter.resume(path, 100)
     assert path.read_bytes() == broken
     with pytest.raises(RecordError, match=r"cannot read .*gone\.jsonl: No such file"):

@@ -38,15 +38,15 @@ def step(
     Example: actsparse bench step --rounds 11 --out benchmarks/training_step.json
     """
     import torch
-    from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
     from actsparse.bench.training_step import bench_training_step
+    from actsparse.terminal import Terminal
 
     if threads is not None:
         torch.set_num_threads(threads)
-    log = Console(stderr=True)
+    log = Terminal(stderr=True)
     with Progress(console=log, disable=not log.is_terminal) as bar:
         task = bar.add_task("training steps", total=rounds)
         result: dict[str, Any] = bench_training_step(
@@ -58,7 +58,7 @@ def step(
     for row in result["ratios"]:
         interval = f"{row['low']:.3f} … {row['high']:.3f}"
         table.add_row(f"{row['of']} ÷ {row['to']}", f"{row['value']:.3f}", interval)
-    Console().print(table)
+    Terminal().print(table)
 
 
 @bench.command()
@@ -76,14 +76,14 @@ def measures(
     Example: actsparse bench measures --out benchmarks/measures.json
     """
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from actsparse.bench.measures import bench_measures
+    from actsparse.terminal import Terminal
 
     if threads is not None:
         torch.set_num_threads(threads)
-    log = Console(stderr=True)
+    log = Terminal(stderr=True)
     result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
     if keep_record(result, out, json):
         return
@@ -93,9 +93,9 @@ def measures(
         interval = f"{row['low']:.3f} … {row['high']:.3f}"
         peak = result["memory"][row["of"]]["peak_mib"] / plain
         table.add_row(row["of"], f"{row['value']:.3f}", interval, f"{peak:.3f}")
-    Console().print(table)
+    Terminal().print(table)
     trace = result["gauss_newton"]
-    Console().print(
+    Terminal().print(
         f"Gauss–Newton trace, {trace['probes']} probes, {trace['samples']} images: "
         f"{trace['value']:.4g} ± {trace['standard_error']:.2g} in {trace['seconds']:.1f} s"
     )

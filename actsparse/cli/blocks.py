@@ -32,13 +32,13 @@ def blocks(
     """
     from json import dumps
 
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from actsparse.blocks import find_mlp_blocks
     from actsparse.blocks.block import told
     from actsparse.cli.models import model_named
+    from actsparse.terminal import Terminal
 
     found = find_mlp_blocks(*model_named(model))
     rows = [block.row() for block in found]
@@ -46,7 +46,7 @@ def blocks(
         refused = [{"name": each.name, "reason": each.reason} for each in found.refused]
         typer.echo(dumps({"blocks": rows, "refused": refused}, indent=2))
         return
-    console = Console()
+    console = Terminal()
     table = Table(box=None, pad_edge=False, header_style="bold")
     names = ["name", "norm", "up", "gate", "activation", "down", "D → H"]
     for name in names:

@@ -90,14 +90,13 @@ def compare(
 
       actsparse compare --task digits_finetune --from "runs/digits/runs/vanilla-seed{seed}/weights"
     """
-    from rich.console import Console
-
     from actsparse.cli.progress import keep_card, show, stoppable
     from actsparse.experiments import ARMS, default_arms, run_config
     from actsparse.experiments.compare import compare as compare_runs
     from actsparse.records import read_runs
     from actsparse.report import compare as table_of
     from actsparse.report import print_table, to_json, write_report
+    from actsparse.terminal import Terminal
 
     if arms == "help":
         typer.echo("\n".join(ARMS))
@@ -120,7 +119,7 @@ def compare(
     configs = [
         run_config(task, arm.strip(), seed, **overrides) for seed in range(seeds) for arm in asked
     ]
-    console = Console(stderr=json)
+    console = Terminal(stderr=json)
     command = shlex.join(["actsparse", *sys.argv[1:]])
     events = compare_runs(configs, out, workers=workers, threads=threads, command=command)
     console.print(f"{len(asked)} arms × {seeds} seeds on {task}, into {out}", highlight=False)

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from actsparse.cli.options import Threads, names
+from actsparse.terminal import Terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from actsparse.train.config import RunConfig
 
 RACE = "race"
@@ -80,8 +79,6 @@ def frontier(
 
       actsparse frontier race --data cifar10=data/cifar10
     """
-    from rich.console import Console
-
     from actsparse.experiments.frontier import RACE as SETTING
     from actsparse.experiments.frontier import TASKS, race
     from actsparse.experiments.frontier import frontier as runs_of
@@ -95,7 +92,7 @@ def frontier(
         raise ValueError("--arms is not for race, whose arms are set in experiments/frontier.py")
     subjects = {name: SETTING.task if name == RACE else name for name in asked}
     places = _places(data, [task for task in subjects.values() if TASKS[task].reads_data])
-    console = Console(stderr=json)
+    console = Terminal(stderr=json)
     plans: dict[str, list[RunConfig]] = {}
     for name, task in subjects.items():
         if TASKS[task].reads_data and task not in places:
@@ -168,7 +165,7 @@ def _run(
     workers: int | None,
     threads: int,
     command: str,
-    console: Console,
+    console: Terminal,
 ) -> int:
     """Do what is not done yet; returns how many runs failed."""
     from actsparse.cli.progress import show, stoppable
@@ -221,7 +218,7 @@ def _again(name: str, seeds: int, steps: int | None) -> str:
     return shlex.join([*parts, *([] if steps is None else ["--steps", str(steps)])])
 
 
-def _tell(out: Path, tasks: set[str], json: bool, console: Console) -> None:
+def _tell(out: Path, tasks: set[str], json: bool, console: Terminal) -> None:
     """Write the pages of ``tasks`` and the scoreboard of all, and print it."""
     from actsparse.records import read_runs
     from actsparse.report import (

@@ -15,12 +15,12 @@ class Verbs(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
-        from actsparse.records import RecordError
+        from actsparse.values import printable
 
         try:
             return super().invoke(ctx)
-        except (RecordError, ValueError, ArithmeticError, ImportError, OSError) as error:
-            typer.echo(f"Error: {error}", err=True)
+        except (ValueError, ArithmeticError, ImportError, OSError) as error:
+            typer.echo(f"Error: {printable(str(error))}", err=True)
             raise typer.Exit(2) from error
 
 

@@ -73,13 +73,13 @@ def measure(
     from sys import stdout
 
     import torch
-    from rich.console import Console
     from rich.progress import Progress
 
     from actsparse.records import environment, run_measures_path, write_whole
+    from actsparse.terminal import Terminal
     from actsparse.train.folder import alone
 
-    log = Console(stderr=True)
+    log = Terminal(stderr=True)
     if out is None and (target / "record.jsonl").is_file():
         context.with_resource(alone(target))  # or they could be of weights that were replaced
     model, run = model_at(target)
@@ -122,7 +122,7 @@ def measure(
     if json:
         typer.echo(text, nl=False)
     else:
-        console = Console(width=None if stdout.isatty() else 120)
+        console = Terminal(width=None if stdout.isatty() else 120)
         for table in found.tables():
             console.print(table)
     place = out or (None if run is None else run_measures_path(target))
@@ -137,14 +137,11 @@ def asked_of(measures: str) -> Any:
     >>> asked_of("density, hessian"), asked_of('{"pruning": {"thresholds": [0.1]}}')
     (['density', 'hessian'], {'pruning': {'thresholds': [0.1]}})
     """
-    from json import loads
+    from actsparse.untrusted import parse_json
 
     if not measures.lstrip().startswith("{"):
         return [name.strip() for name in measures.split(",")]
-    try:
-        return loads(measures)
-    except ValueError as error:
-        raise ValueError(f"--measures {measures!r}: not JSON ({error})") from error
+    return parse_json(measures.encode(), f"--measures {measures!r}")
 
 
 def model_at(target: Path) -> tuple[Any, Any]:
@@ -203,7 +200,7 @@ def batches_of(
     from torch import no_grad
 
     from actsparse.experiments import run_config
-    from actsparse.train.config import RunConfig
+    from actsparse.train.config import recorded_config
     from actsparse.train.run import batches_of
     from actsparse.train.tasks import task_of
 
@@ -212,12 +209,7 @@ def batches_of(
     start = {"start": "-"} if name.endswith("_finetune") else {}
     config = run_config(name, "vanilla", 0, **start)  # type: ignore[arg-type]
     if run is not None and run.task == config.task:
-        try:
-            config = RunConfig(**run.header["config"])
-        except TypeError as error:
-            raise ValueError(
-                f"{run.path} has the config of another actsparse ({error}); give --data"
-            ) from error
+        config = recorded_config(run)
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; known: train, validation, test")
     splits = chosen.splits(config)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ import torch
 from torch import nn
 
 from actsparse.experiments import EXPERIMENTS, run_config
+from actsparse.modify.foreign import bounded, check_config, model_class
+from actsparse.untrusted import read_json
+from actsparse.values import BadValue, check
 
 _LENGTH = 16  # tokens
 
@@ -45,17 +51,26 @@ def _from_config(path: Path) -> nn.Module:
     transformers.logging.set_verbosity_error()
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json")
+    file = path / "config.json" if path.is_dir() else path
+    values = read_json(file)
+    check(str(file), values, {"architectures?": ([str], None)})
+    check_config(str(file), values)
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+        made = partial(transformers.AutoModel.from_config, trust_remote_code=False)
+        for name in values.get("architectures") or ():
+            with suppress(BadValue):
+                made = model_class(str(file), name)
+                break
+        with bounded(str(file), None):
+            with torch.device("meta"):
+                made(copy.deepcopy(config))
+            model: nn.Module = made(config)
+            return model
+    except Exception as error:  # whatever a stranger's config does wrong
         raise ValueError(f"{path} is no config that transformers knows: {error}") from error
-    for name in getattr(config, "architectures", None) or ():
-        cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return cls(config)
-    return transformers.AutoModel.from_config(config, trust_remote_code=False)
 
 
 def called(name: str) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from json import loads
 from typing import Annotated, Any
 
 import typer
+
+from actsparse.untrusted import parse_json
+from actsparse.values import shown
 
 Task = Annotated[
     str,
@@ -112,9 +114,9 @@ def chosen(
     own = EXPERIMENTS[task](quick)
     found: dict[str, Any] = {"quick": quick}
     known = own["model"]
-    if model and not known:
+    if model is not None and not known:
         raise ValueError(f"{task} takes the model that --from names, as it is; --model is not its")
-    for part in model.split(",") if model else ():
+    for part in () if model is None else model.split(","):
         name, value = _pair("--model", part)
         if name not in known:
             raise ValueError(
@@ -133,7 +135,9 @@ def chosen(
         if name in ("task", "arm", "seed", "quick"):
             raise ValueError(f"--set {name}: it has an option of its own, --{name}")
         if inner and group in ("model", "data", "lora"):
-            found.setdefault(group, {})[inner] = value
+            if not isinstance(held := found.setdefault(group, {}), dict):
+                raise ValueError(f"--set {name}: {group} was set to {shown(held)} before")
+            held[inner] = value
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
     return found
@@ -153,6 +157,6 @@ def _pair(option: str, text: str) -> tuple[str, Any]:
     if not (name and equals and value):
         raise ValueError(f"{option} {text!r}: expected name=value, such as hidden_size=256")
     try:
-        return name, loads(value)
+        return name, parse_json(value.encode(), option)
     except ValueError:
         return name, value

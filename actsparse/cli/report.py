@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from actsparse.records import RecordError
+from actsparse.terminal import Terminal
+from actsparse.values import printable
 
 
 def report(
@@ -101,7 +102,7 @@ def report(
         page = write_report(*paths, out=out)
         found = gather(*paths)
     except RecordError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {printable(str(error))}", err=True)
         raise typer.Exit(2) from error
     runs, payoff = found.runs, found.payoff
     if json and found.findings is not None:
@@ -118,11 +119,11 @@ def report(
         typer.echo("\n".join(filter(None, parts)), nl=False)
         return
     if found.findings is not None:
-        print_findings(found.findings, Console())
+        print_findings(found.findings, Terminal())
     if runs:
-        print_table(runs, Console(), titled=found.findings is None)
+        print_table(runs, Terminal(), titled=found.findings is None)
     if payoff:
-        print_payoff(payoff, Console())
+        print_payoff(payoff, Terminal())
     typer.echo(str(page))
 
 
@@ -133,7 +134,7 @@ def _print_frontier(folder: Path, out: Path | None) -> None:
     if out is not None:
         raise RecordError(f"--out {out}: pages of frontier tasks go beside their records")
     for place, judged in boards(folder).items():
-        print_board(judged, Console())
+        print_board(judged, Terminal())
         typer.echo(str(write_report(place)))
     typer.echo(str(write_scoreboard(folder)))
 

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from actsparse.cli.options import Threads
+from actsparse.terminal import Terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from actsparse.experiments.reproduce import Form, Stages
 
 
@@ -80,8 +79,6 @@ def reproduce(
 
       actsparse reproduce ablation --full --data data/cifar10
     """
-    from rich.console import Console
-
     from actsparse.experiments.reproduce import REPRODUCTIONS, Form, reproduction
     from actsparse.report import CLAIMS
 
@@ -98,7 +95,7 @@ def reproduce(
     plans = {each: reproduction(each, form) for each, form in forms.items()}
     for each, form in forms.items():  # what is wrong in the last should not cost the first
         _check(each, form, plans[each])
-    console = Console(stderr=json)
+    console = Terminal(stderr=json)
     command = shlex.join(["actsparse", *sys.argv[1:]])
     found = []
     for each, form in forms.items():
@@ -140,7 +137,7 @@ def _run(
     workers: int | None,
     threads: int,
     command: str,
-    console: Console,
+    console: Terminal,
 ) -> dict[str, Any]:
     """Do what is not done yet, write the page, and return what came of it."""
     from actsparse.cli.progress import show, stoppable

@@ -11,18 +11,18 @@ import typer
 
 def tell(what: str) -> None:
     """Say how far it is, on stderr."""
-    from rich.console import Console
+    from actsparse.terminal import Terminal
 
-    Console(stderr=True).print(what, highlight=False)
+    Terminal(stderr=True).print(what, highlight=False)
 
 
 def wide_console() -> Any:
     """Wide enough for a table where it goes to a file."""
     from sys import stdout
 
-    from rich.console import Console
+    from actsparse.terminal import Terminal
 
-    return Console(width=None if stdout.isatty() else 120)
+    return Terminal(width=None if stdout.isatty() else 120)
 
 
 def ratio_text(ratio: dict[str, Any]) -> str:

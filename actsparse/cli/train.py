@@ -85,16 +85,16 @@ def train(
     """
     from json import dumps
 
-    from rich.console import Console
-
     from actsparse.cli.progress import following, keep_card
     from actsparse.experiments import run_config
     from actsparse.records import run_path
+    from actsparse.terminal import Terminal
     from actsparse.train.folder import finished_run
     from actsparse.train.processes import launched
 
     out = out or Path("runs") / task
-    arm = arm or ("paper-finetune" if task.endswith("_finetune") else "best")
+    if arm is None:
+        arm = "paper-finetune" if task.endswith("_finetune") else "best"
     overrides = given_of(
         steps=steps,
         lr=lr,
@@ -114,7 +114,7 @@ def train(
     run = finished_run(config, out)
     before = run is not None
     first = launched()[0] == 0
-    console = Console(stderr=json, quiet=not first)
+    console = Terminal(stderr=json, quiet=not first)
     console.print(
         f"{arm} seed {seed} on {task}, into {place.parent}", highlight=False, soft_wrap=True
     )

@@ -15,12 +15,13 @@ def trained_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from transformers import EvalPrediction
 
     from actsparse.cli import measure
+    from actsparse.train.config import recorded_config
     from actsparse.train.tasks import task_of
 
     model, run = measure.model_at(folder)
     if run is None:
         raise ValueError(f"{folder} holds no record.jsonl: --run takes the folder of a run")
-    task, size = task_of(run.task), run.header["config"]["batch_size"]
+    task, size = task_of(run.task), recorded_config(run).batch_size
     predict, test, *_ = measure.batches_of(model, run, None, None, "test", sys.maxsize, size)
     _, (batch, *_), *_ = measure.batches_of(model, run, None, None, "train", size, size)
 
@@ -47,6 +48,7 @@ def speed_of(folder: Path, rounds: int, told: Callable[[str], None]) -> dict[str
     """A run's row of ``speed.json``; None where it cannot be timed, and ``told`` is why."""
     from actsparse.bench.trained import bench_speed
     from actsparse.cli import measure
+    from actsparse.train.config import recorded_config
 
     try:
         model, found = measure.model_at(folder)
@@ -56,7 +58,7 @@ def speed_of(folder: Path, rounds: int, told: Callable[[str], None]) -> dict[str
     if found is None:
         raise ValueError(f"{folder} holds no record.jsonl: give the folders of runs")
     told(f"{found.task}, {found.arm}, seed {found.seed}")
-    size = found.header["config"]["batch_size"]
+    size = recorded_config(found).batch_size
     predict, (batch, *_), *_ = measure.batches_of(model, found, None, None, "test", size, size)
     row = bench_speed(model, batch, lambda model: predict(model, batch), rounds)
     return {"task": found.task, "arm": found.arm, "seed": found.seed, "rows": size, **row}

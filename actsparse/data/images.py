@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from actsparse.data.augment import IMAGENET_MEAN, IMAGENET_STD, ITEM, Box, Stream, View
 from actsparse.data.splits import Splits
+from actsparse.untrusted import MIB, check_regular, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -34,6 +35,9 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (done, of how many)
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LARGEST = 256 * MIB  # of a file
+PIXELS = 2**26  # what takes a quarter of a GiB in RGBA
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -51,9 +55,7 @@ class FolderPictures:
 
     def open(self, index: int) -> Picture:
         """Pillow's lazy image: nothing is decoded yet."""
-        from PIL import Image
-
-        return Image.open(self.root / self.name(index))
+        return opened(io.BytesIO(read_bytes(self.root / self.name(index), LARGEST)))
 
 
 class TablePictures:
@@ -68,12 +70,27 @@ class TablePictures:
 
     def open(self, index: int) -> Picture:
         """Pillow's lazy image: nothing is decoded yet."""
-        from PIL import Image
-
         content = self.table[int(index)][self.column]["bytes"]
         if content is None:
             raise OSError("the table holds no bytes for it")
-        return Image.open(io.BytesIO(content))
+        return opened(io.BytesIO(content))
+
+
+def opened(content: BinaryIO) -> Picture:
+    """Pillow's lazy image, of the formats that a decoder of its own reads, and not too large.
+
+    Left to itself Pillow goes by what a file says, not by its name: for PostScript it starts
+    Ghostscript.
+
+    Raises:
+        OSError: another format, or more than `PIXELS` pixels.
+    """
+    from PIL import Image
+
+    image = Image.open(content, formats=FORMATS)
+    if image.width * image.height > PIXELS:
+        raise OSError(f"{image.width} × {image.height} pixels, more than {PIXELS:,}")
+    return image
 
 
 Pictures = FolderPictures | TablePictures
@@ -312,6 +329,8 @@ def _read_tables(root: Path) -> _Found | None:
         return None
     import datasets
 
+    for file in [*files, *root.glob("*.json"), *root.glob("*/*.json")]:
+        check_regular(file)
     shards = {} if saved else _shards(root, files)
     try:
         tables = (

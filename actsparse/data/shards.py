@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
-import json
 import lzma
 import urllib.request
 import zlib
@@ -23,11 +22,17 @@ from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 
+from actsparse.untrusted import MIB, check_regular, lines, parse_json
+from actsparse.values import BadValue
+
 SUFFIXES = tuple(f".{text}{packed}" for text in ("jsonl", "json") for packed in ("", ".gz", ".xz"))
 # Of a single shard, one document in HELD_ONE_IN is held out.
 HELD_ONE_IN = 20
 UNPACK: dict[str, Callable[[Any], Any]] = {"gz": gzip.open, "xz": lzma.open}
 TIMEOUT = 60  # seconds that a server may stay silent
+# A packed file may hold anything: a line at most, and how many times its size (text packs by 3
+# to 10) beside what is small in any case; bytes in all where the size is not known.
+LINE, MOST, SMALL, UNKNOWN = 32 * MIB, 50, 8 * MIB, 2**20 * MIB
 
 Keep = Callable[[str], bool]
 
@@ -158,17 +163,16 @@ def texts(
 
     def damage(error: Exception) -> None:
         if skipped is None:
-            raise ValueError(
-                f"{file}, line {number + 1}: {type(error).__name__}: {error}; "
-                'damaged="skip" would go on without it'
-            ) from error
+            named = isinstance(error, BadValue)
+            said = error if named else f"{file}, line {number + 1}: {type(error).__name__}: {error}"
+            raise BadValue(f'{said}; damaged="skip" would go on without it') from error
         skipped[name_of(file)] += 1
 
     try:
         for line in _lines(file):
             if number >= first and number % every == remainder:
                 try:
-                    text = _text(line)
+                    text = _text(line, f"{file}, line {number + 1}")
                 except ValueError as error:
                     damage(error)
                 else:
@@ -179,25 +183,30 @@ def texts(
             damage(error)
 
 
-def _text(line: bytes) -> str:
+def _text(line: bytes, where: str) -> str:
     if not line.strip():
         return ""
-    document = json.loads(line)
+    document = parse_json(line, where)
     text = document.get("text") if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise ValueError('no "text" in it')
+        raise BadValue(f'{where}: no "text" in it')
     text.encode()  # half a surrogate pair: no tokenizer takes it
     return text
 
 
 def _lines(file: str) -> Iterator[bytes]:
+    if not _is_address(file):
+        check_regular(file)
     # fsspec's own http needs aiohttp, which nothing else here does
     with (
         urllib.request.urlopen(file, timeout=TIMEOUT)
         if _is_http(file)
         else fsspec.open(file, "rb").open()
     ) as raw:
-        yield from UNPACK.get(name_of(file).rpartition(".")[2], iter)(raw)
+        unpack = UNPACK.get(name_of(file).rpartition(".")[2])
+        size = getattr(raw, "length" if _is_http(file) else "size", None)
+        total = SMALL + MOST * size if unpack and size else UNKNOWN
+        yield from lines(unpack(raw) if unpack else raw, LINE, total)
         if _is_http(file) and raw.length:  # bytes promised; urllib itself says nothing
             raise EOFError(f"the server stopped {raw.length} bytes early")
 
@@ -213,6 +222,10 @@ def in_part(text: str, part: str, one_in: int) -> bool:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     half, draw = int.from_bytes(digest, "big") % 2, int.from_bytes(digest, "big") // 2 % one_in
     return part == ("train" if draw else ("validation", "test")[half])
+
+
+def _is_address(name: str) -> bool:
+    return "://" in name or "::" in name
 
 
 def _is_http(name: str) -> bool:

@@ -11,17 +11,20 @@ pieces, so the marks that packing and span corruption set are the only ones.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actsparse.data.text import EOS, FIRST_BYTE, PAD, SENTINELS, VOCAB_SIZE
+from actsparse.untrusted import MIB, read_bytes, read_json
+from actsparse.values import BadValue, check
 
 T5_SENTINELS = 100
 GPT2_EOS = "<|endoftext|>"
 BYTES = "bytes"
+LIMIT = 128 * MIB  # of a file of a tokenizer; the largest that is known holds 34 MB
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ def load_tokenizer(path: str | Path, eos: str | None = None) -> Tokenizer:
     if not path.exists():
         raise ValueError(f"no tokenizer at {path}")
     file = _in_folder(path) if path.is_dir() else path
+    try:
+        for each in (file, file.with_name("tokenizer_config.json"), _merges(file)):
+            if each.exists():
+                read_bytes(each, LIMIT)
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from error
     if file.suffix == ".model":
         return _sentencepiece(file, eos)
     if file.name.endswith("vocab.json"):
@@ -145,29 +154,41 @@ def _sentencepiece(file: Path, eos: str | None) -> Tokenizer:
 
 def _gpt2(vocab: Path, eos: str | None) -> Tokenizer:
     tokenizers = _tokenizers(vocab)
-    merges = vocab.with_name(vocab.name.removesuffix("vocab.json") + "merges.txt")
+    merges = _merges(vocab)
     if not merges.exists():
         raise ValueError(f"{vocab} needs {merges.name} beside it")
-    try:
+    with _refusing(f"{vocab} and {merges.name} are no byte-level BPE"):
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab), str(merges)))
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise ValueError(f"{vocab} and {merges.name} are no byte-level BPE: {error}") from error
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     return _of_tokenizers(
         vocab, bpe, GPT2_EOS if eos is None else eos, None, _sha256(vocab, merges)
     )
 
 
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """`ValueError` for what `tokenizers` raises: plain exceptions, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _merges(vocab: Path) -> Path:
+    return vocab.with_name(vocab.name.removesuffix("vocab.json") + "merges.txt")
+
+
 def _fast(file: Path, eos: str | None) -> Tokenizer:
     tokenizers = _tokenizers(file)
-    try:
+    with _refusing(f"{file} is no tokenizer.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # `tokenizers` raises nothing more specific
-        raise ValueError(f"{file} is no tokenizer.json: {error}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     beside = file.with_name("tokenizer_config.json")
-    config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+    config = read_json(beside) if beside.exists() else {}
+    check(str(beside), config, {"eos_token?": _TOKEN, "pad_token?": _TOKEN})
     named = {key: _token(config.get(key)) for key in ("eos_token", "pad_token")}
     return _of_tokenizers(
         file, tokenizer, eos or named["eos_token"], named["pad_token"], _sha256(file)
@@ -186,10 +207,15 @@ def _of_tokenizers(
         start - sentinels
     ):
         sentinels += 1
-    size = 1 + max(tokenizer.get_vocab().values())  # a list of tokens may have holes
+    ids = tokenizer.get_vocab().values()
+    size = 1 + max(ids, default=-1)  # a list of tokens may have holes
+    if size > 2**16 + 4 * len(ids):
+        raise BadValue(f"{file} gives a token the id {size - 1}, but has {len(ids)} tokens")
+    with _refusing(f"{file} cannot be used"):
+        encode = _Encode(tokenizer.to_str())
     return Tokenizer(
         name=file.parent.name if file.name in ("tokenizer.json", "vocab.json") else file.name,
-        encode=_Encode(tokenizer.to_str()),
+        encode=encode,
         vocab_size=_rounded(size) if sentinels else size,
         eos=end,
         pad=None if pad is None else tokenizer.token_to_id(pad),
@@ -213,7 +239,8 @@ class _Encode:
 
     def __call__(self, text: str) -> list[int]:
         # one text at a time: a batch would start threads, and forked workers must not inherit them
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _refusing("the tokenizer cannot encode a text"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 
@@ -227,9 +254,13 @@ def _tokenizers(file: Path) -> Any:
     return tokenizers
 
 
+_TOKEN = str | dict[str, Any] | None
+
+
 def _token(entry: Any) -> str | None:
     """A token as tokenizer_config.json writes it: plain, or as an object with its content."""
-    return entry.get("content") if isinstance(entry, dict) else entry
+    found = entry.get("content") if isinstance(entry, dict) else entry
+    return found if isinstance(found, str) else None
 
 
 def _rounded(size: int) -> int:

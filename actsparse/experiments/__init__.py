@@ -21,6 +21,7 @@ from actsparse.experiments.vit import (
 )
 from actsparse.observe import CURVATURES, TRIALS
 from actsparse.train.config import RunConfig
+from actsparse.values import checked_arguments
 
 __all__ = ["ARMS", "EXPERIMENTS", "Arm", "arm_named", "default_arms", "run_config"]
 
@@ -68,6 +69,7 @@ def config_of(
     for key, value in overrides.items():
         if key not in known:
             raise ValueError(f"unknown setting {key!r}; known: {', '.join(sorted(known))}")
+        checked_arguments(RunConfig, {key: value}, "run")
         if key in ("model", "data", "lora") and isinstance(value, Mapping):
             value = {**(own.get(key) or {}), **value}
         settings[key] = value

@@ -20,7 +20,7 @@ from transformers import EvalPrediction
 from actsparse.modify import calibrate_thresholds, handle_of, load, prune_dead_units, save
 from actsparse.observe import observe
 from actsparse.records import Run
-from actsparse.train.config import RunConfig
+from actsparse.train.config import recorded_config
 from actsparse.train.run import batches_of
 from actsparse.train.tasks import Scores, Task, task_of
 
@@ -125,10 +125,7 @@ def rounding(
 
 def _data(run: Run) -> tuple[Task, list[Batch], list[Batch]]:
     """The run's task, and its validation and test rows."""
-    try:
-        config = RunConfig(**run.header["config"])
-    except TypeError as error:
-        raise ValueError(f"{run.path} has the config of another actsparse ({error})") from error
+    config = recorded_config(run)
     task = task_of(config.task)
     splits = task.splits(config)
     noted = run.header.get("data_sha256")

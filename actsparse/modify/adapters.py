@@ -25,6 +25,7 @@ from actsparse import files
 from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.chosen import found_with
 from actsparse.blocks.trace import is_linear
+from actsparse.modify.foreign import bounded, check_adapter, check_files
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import removed_on_failure
 from actsparse.modify.sidecar import (
@@ -40,6 +41,7 @@ from actsparse.modify.sidecar import (
 from actsparse.modify.sparsify import is_peft_model, sparsify
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD
+from actsparse.untrusted import read_json, safetensors_shapes
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's files, beside them:
 CHANGES = "actsparse.safetensors"  # zeroth biases, and the norms before the MLPs
@@ -151,7 +153,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         )
     sidecar = describe_changes(root, "save_adapter()")
     with files.whole_folder(path, {ADAPTER, CONFIG, CHANGES, SIDECAR, "README.md"}) as folder:
-        root.save_pretrained(str(folder))
+        root.save_pretrained(str(folder), save_embedding_layers=_embeddings(root))
         write_changes(root, handle, folder, sidecar)
     return Path(path)
 
@@ -187,12 +189,18 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     sidecar = read_sidecar(path, CHANGES, ADAPTER, CONFIG)
     check_weights(path, sidecar, CHANGES, ADAPTER)
     recipe = recipe_of(path, sidecar)
+    check_files(path)
+    values = read_json(path / CONFIG)
+    if isinstance(values, dict):
+        values.pop("actsparse", None)  # our note
+    check_adapter(str(path / CONFIG), values)
+    held = safetensors_shapes(path / ADAPTER) | safetensors_shapes(path / CHANGES)
     try:
         changes = load_file(str(path / CHANGES))
     except SafetensorError as error:
         raise ValueError(f"{path / CHANGES} is not whole: {error}") from error
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), bounded(str(path / CONFIG), held):
             warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['actsparse'\]")
             model = peft.PeftModel.from_pretrained(base, str(path), is_trainable=True)
     except Exception as error:
@@ -247,6 +255,16 @@ def merge_adapter(model: nn.Module) -> nn.Module:
                 new.copy_(old)
     again.load_state_dict(state)
     return merged
+
+
+def _embeddings(root: Any) -> Any:
+    """peft's ``save_embedding_layers``: its own "auto" asks the Hub for a base by its name."""
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+    config = root.peft_config["default"]
+    if os.path.isfile(os.path.join(config.base_model_name_or_path or "", "config.json")):
+        return "auto"
+    return any(name in str(config.target_modules) for name in EMBEDDING_LAYER_NAMES)
 
 
 def _table(block: MLPBlock) -> Tensor | None:

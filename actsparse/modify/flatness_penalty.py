@@ -13,7 +13,8 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, Progress, Weighted
-from actsparse.modify.schedule import Ramp, ramp_note
+from actsparse.modify.schedule import Over, Ramp, ramp_note
+from actsparse.values import AtLeast0
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,8 @@ class FlatnessPenalty(Modification):
 
     needs_loss: ClassVar[bool] = True
 
-    weight: float
-    ramp: int | float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"FlatnessPenalty(weight={self.weight!r}): expected a number ≥ 0")
-        self.ramps()
+    weight: AtLeast0
+    ramp: Over | None = None
 
     @override
     def ramps(self) -> list[Ramp]:

@@ -11,6 +11,7 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
 from actsparse.modify.schedule import Ramp
+from actsparse.values import check_fields
 
 
 class NotApplicable(Exception):
@@ -90,7 +91,7 @@ class Weighted(Attached):
 
 @dataclass(frozen=True)
 class Modification:
-    """Base of the configs.
+    """Base of the configs; the annotations of its fields say what they must be.
 
     ``order``: projections of lower order run first. ``needs_loss``: its penalty is of the loss's
     gradients, ``handle.penalty(loss)``. ``changes_function``: in evaluation the block computes
@@ -100,6 +101,9 @@ class Modification:
     order: ClassVar[int] = 0
     needs_loss: ClassVar[bool] = False
     changes_function: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, form=type(self).__name__ + "({}={})")
 
     def ramps(self) -> list[Ramp]:
         """The schedules this modification follows."""

@@ -11,7 +11,8 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock, Norm
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
-from actsparse.modify.schedule import Ramp, ramp_note
+from actsparse.modify.schedule import Over, Ramp, ramp_note
+from actsparse.values import Above0
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,9 @@ class NormFloor(Modification):
 
     order: ClassVar[int] = 0
 
-    floor: float = 1.0
-    uplift: int | float | None = None
+    floor: Above0 = 1.0
+    uplift: Over | None = None
     shared: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.floor > 0:
-            raise ValueError(f"NormFloor(floor={self.floor!r}): expected a number > 0")
-        self.ramps()
 
     @override
     def ramps(self) -> list[Ramp]:

@@ -7,12 +7,13 @@ with the note's own words, and :func:`actsparse.load` reads the rest of it.
 
 from __future__ import annotations
 
-import json
 import weakref
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from actsparse.untrusted import read_json
 
 KEY, METHOD = "quantization_config", "actsparse"
 _WORDS = "a model that actsparse has changed: load this folder with actsparse.load(folder)"
@@ -75,10 +76,7 @@ def noted(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     file = folder / "config.json"
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not whole JSON: {error}") from error
+    config = read_json(file)
     note = config.pop(KEY, None) if isinstance(config, dict) else None
     said = note.get(METHOD) if isinstance(note, dict) else None
     return (said, config) if isinstance(said, dict) else None

@@ -13,7 +13,8 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, Progress, Weighted
-from actsparse.modify.schedule import Ramp, Release, ramp_note
+from actsparse.modify.schedule import Over, Ramp, Release, ramp_note
+from actsparse.values import AtLeast0
 
 
 def l1(units: int, one: Tensor) -> Tensor:
@@ -77,16 +78,16 @@ class ActivationPenalty(Modification):
     """
 
     kind: str = "hoyer"
-    weight: float = 0.5
-    ramp: int | float | None = None
-    release: int | float | None = None
+    weight: AtLeast0 = 0.5
+    ramp: Over | None = None
+    release: Over | None = None
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in PENALTIES:
             known = ", ".join(sorted(PENALTIES))
             raise ValueError(f"unknown penalty {self.kind!r}; known: {known}")
-        if not self.weight >= 0:
-            raise ValueError(f"ActivationPenalty(weight={self.weight!r}): expected a number ≥ 0")
         if all(isinstance(ramp.over, float) for ramp in self.ramps()):
             self.check_room(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +12,7 @@ from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.drop import change_gradient, without_small
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification
+from actsparse.values import AtLeast0
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,7 @@ class PruneGradient(Modification):
     >>> mlp(x).square().sum().backward()
     """
 
-    threshold: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.threshold < math.inf:
-            raise ValueError(
-                f"PruneGradient(threshold={self.threshold!r}): expected a finite number ≥ 0"
-            )
+    threshold: AtLeast0
 
     @override
     def apply(self, block: MLPBlock) -> Attached:

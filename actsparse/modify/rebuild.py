@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ import torch
 from torch import nn
 
 from actsparse.blocks.sharding import own_class
+from actsparse.modify.foreign import (
+    Shapes,
+    bounded,
+    check_adapter,
+    check_config,
+    check_shapes,
+    model_class,
+)
 from actsparse.modify.note import without_note
 from actsparse.modify.sparsify import is_peft_model
+from actsparse.values import BadValue, shown
 
 
 def how_to_build(root: nn.Module, model: nn.Module) -> dict[str, Any] | None:
@@ -32,26 +42,38 @@ def how_to_build(root: nn.Module, model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def build(path: Path, spec: dict[str, Any] | None) -> nn.Module:
-    """The plain model, in the dtypes it was saved with."""
+def build(path: Path, spec: dict[str, Any] | None, shapes: Shapes) -> nn.Module:
+    """The plain model, in the dtypes it was saved with; ``shapes`` are those of its weights.
+
+    It is built without memory first, so that a config that does not fit its weights costs none.
+
+    Raises:
+        ValueError: no such model, or a config that cannot be, or that the weights do not fit.
+    """
     if spec is None:
         raise ValueError(f"{path} holds no config of a transformers model: pass load(path, model=)")
-    import transformers
-
-    cls = getattr(transformers, str(spec.get("class")), None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise ValueError(f"{path}: {spec.get('class')!r} is not a model class of transformers")
+    cls = model_class(str(path), spec["class"])
+    where = f"{path}: cannot build {spec['class']} from its config"
+    check_config(where, spec["config"], shapes)
+    in_model = {in_base(name): shape for name, shape in shapes.items()}
     try:
-        config = getattr(cls, "config_class").from_dict(spec["config"])  # noqa: B009
-        if spec.get("attention") in ("eager", "sdpa"):
-            config._attn_implementation = spec["attention"]
-        model: nn.Module = cls(config)
+        with bounded(where, shapes):
+            with torch.device("meta"):
+                check_shapes(where, cls(_config(cls, spec)), in_model)
+            model: nn.Module = cls(_config(cls, spec))
         cast(model, {in_base(name): dtype for name, dtype in spec["dtypes"].items()})
-    except Exception as error:
-        raise ValueError(
-            f"{path}: cannot build {spec['class']} from its config: {error}"
-        ) from error
+    except BadValue:
+        raise
+    except Exception as error:  # whatever a class does with a stranger's config
+        raise ValueError(f"{where}: {error}") from error
     return model.eval()
+
+
+def _config(cls: Any, spec: dict[str, Any]) -> Any:
+    config = cls.config_class.from_dict(copy.deepcopy(spec["config"]))
+    if spec.get("attention") in ("eager", "sdpa"):
+        config._attn_implementation = spec["attention"]
+    return config
 
 
 def adapter_configs(model: Any) -> dict[str, Any]:
@@ -61,7 +83,7 @@ def adapter_configs(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(configs, default=sorted))  # JSON has no sets
 
 
-def wrap(path: Path, model: nn.Module, adapters: Any) -> nn.Module:
+def wrap(path: Path, model: nn.Module, adapters: dict[str, Any], shapes: Shapes) -> nn.Module:
     """The ``PeftModel`` around ``model`` that a sidecar's ``adapters`` describe.
 
     Raises:
@@ -69,14 +91,17 @@ def wrap(path: Path, model: nn.Module, adapters: Any) -> nn.Module:
     """
     import peft
 
+    for name, values in adapters.items():
+        check_adapter(f"{path}: adapter {shown(name)}", values)
     try:
         wrapped: nn.Module = model
-        for name, values in adapters.items():
-            config = peft.PeftConfig.from_peft_type(**values)
-            if is_peft_model(wrapped):
-                wrapped.add_adapter(name, config)  # type: ignore[operator]
-            else:
-                wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        with bounded(str(path), shapes):
+            for name, values in adapters.items():
+                config = peft.PeftConfig.from_peft_type(**values)
+                if is_peft_model(wrapped):
+                    wrapped.add_adapter(name, config)  # type: ignore[operator]
+                else:
+                    wrapped = peft.get_peft_model(model, config, adapter_name=name)
         return wrapped
     except Exception as error:
         raise ValueError(

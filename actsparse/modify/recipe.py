@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 from actsparse.activations import ActivationFunction
 from actsparse.modify.flatness_penalty import FlatnessPenalty
@@ -17,6 +17,7 @@ from actsparse.modify.swap_activation import SwapActivation
 from actsparse.modify.top_k import TopK
 from actsparse.modify.weight_noise import WeightNoise
 from actsparse.modify.zeroth_bias import ZerothBias
+from actsparse.values import BadValue, Rule, Text, check, checked, shown
 
 MODIFICATIONS: dict[str, type[Modification]] = {
     cls.__name__: cls
@@ -55,28 +56,28 @@ class Recipe:
         return {"name": self.name, "modifications": items}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Recipe:
-        """The inverse of :meth:`to_json`.
+    def from_json(cls, values: Any, where: str = "the recipe") -> Recipe:
+        """The inverse of :meth:`to_json`; ``where`` the values are from, for the message.
 
         Raises:
-            ValueError: an unknown modification or option.
+            ValueError: no recipe, an unknown modification or option, or a wrong value of one.
         """
+        check(where, values, _SHAPE)
         modifications = []
-        for item in values["modifications"]:
-            options = {
-                key: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-                for key, value in item.items()
-                if key != "modification"
-            }
-            kind = MODIFICATIONS.get(item["modification"])
-            if kind is None:
+        for index, item in enumerate(values["modifications"]):
+            at = f"{where}.modifications[{index}]"
+            check(at, item, {"modification": str})
+            name = item["modification"]
+            if name not in MODIFICATIONS:
                 known = ", ".join(MODIFICATIONS)
-                raise ValueError(f"unknown modification {item['modification']!r}; known: {known}")
-            unknown = set(options) - {field.name for field in fields(kind)}
-            if unknown:
-                raise ValueError(f"unknown options {sorted(unknown)} of {item['modification']}")
-            modifications.append(kind(**options))
+                raise BadValue(f"{at}: unknown modification {shown(name)}; known: {known}")
+            options = {key: value for key, value in item.items() if key != "modification"}
+            modifications.append(checked(MODIFICATIONS[name], options, f"{at} ({name})"))
         return cls(values["name"], tuple(modifications))
+
+
+_MOST = Rule("a list of at most 100 modifications", lambda value: len(value) <= 100)
+_SHAPE = {"name": Text, "modifications": Annotated[list[Any], _MOST]}
 
 
 def _paper() -> Recipe:

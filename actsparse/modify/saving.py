@@ -37,8 +37,10 @@ from actsparse.modify.weights import (
     load_weights,
     read_weights,
     weight_files,
+    weight_shapes,
     write_weights,
 )
+from actsparse.values import AtLeast0, Count
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -94,17 +96,18 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     path = Path(path)
     sidecar = read_sidecar(path, WEIGHTS)
     check_weights(path, sidecar)
-    recipe, weights = recipe_of(path, sidecar), read_weights(weight_files(path))
-    adapters = sidecar.get("adapters")
+    recipe, adapters = recipe_of(path, sidecar), sidecar.get("adapters")
+    shapes = weight_shapes(path)  # by their headers: what lies is refused before it is read
+    weights = read_weights(weight_files(path))
     spec = sidecar["model"] if model is None else None
     if model is None:
-        model = build(path, spec)
+        model = build(path, spec, shapes)
     wraps = adapters is not None and not is_peft_model(unwrap(model))
     names = [in_base(name) for name in sidecar["blocks"]] if wraps else sidecar["blocks"]
     kept = same_blocks(str(path), names, sidecar["inputs"], model)
     with removed_on_failure(_narrowed(path, sidecar, model, kept)):
-        if wraps:
-            model = wrap(path, model, adapters)
+        if wraps and adapters is not None:
+            model = wrap(path, model, adapters, shapes)
             if spec is not None:
                 cast(model, spec["dtypes"])
                 model.eval()
@@ -119,7 +122,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             late = {**own, **by_module_names(root, weights, source)}  # older files have no buffer
             load_weights(root, late, source, strict=True)
             handle.load_state_dict(sidecar["state"])
-            thresholds = by_block(path, sidecar, "thresholds", int | float, [0] * len(kept))
+            thresholds = by_block(path, sidecar, "thresholds", AtLeast0, [0] * len(kept))
             put_thresholds(model, kept, thresholds)
             check_unchanged(path, sidecar)
     return model
@@ -128,7 +131,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
 def _narrowed(path: Path, sidecar: dict[str, Any], model: nn.Module, blocks: Blocks) -> Pruned:
     """The model's blocks cut to the widths that were saved; which units stay does not matter."""
     have = [block.d_hidden for block in blocks]
-    widths = by_block(path, sidecar, "widths", int, have)
+    widths = by_block(path, sidecar, "widths", Count, have)
     if not all(0 < width <= whole for width, whole in zip(widths, have, strict=True)):
         raise ValueError(
             f"{path} does not fit the model: it has blocks of {widths} hidden units, "

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from typing_extensions import override
+
+from actsparse.values import Rule, check_fields
+
+Over = Annotated[
+    int | float,
+    Rule(
+        "a number of steps (int > 0) or a fraction of all steps (float in (0, 1])",
+        lambda over: over > 0 and (isinstance(over, int) or over <= 1),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -19,15 +30,10 @@ class Ramp:
     1.0
     """
 
-    over: int | float
+    over: Over
 
     def __post_init__(self) -> None:
-        fraction = isinstance(self.over, float)
-        if not self.over > 0 or (fraction and self.over > 1):
-            raise ValueError(
-                f"{self!r}: expected a number of steps (int > 0) "
-                f"or a fraction of all steps (float in (0, 1])"
-            )
+        check_fields(self, form=type(self).__name__ + "({}={})")
 
     def length(self, steps: int | None) -> float:
         """``over`` as a number of steps, out of ``steps``.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
 from torch import nn
 
 from actsparse import files
-from actsparse.blocks.block import Blocks, unwrap
+from actsparse.blocks.block import Blocks, NoMLPFound, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
 from actsparse.modify.handle import handle_of
@@ -20,6 +22,8 @@ from actsparse.modify.recipe import Recipe
 from actsparse.modify.sparsify import is_peft_model
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.weights import WEIGHTS, weight_files
+from actsparse.untrusted import read_json
+from actsparse.values import BadValue, Count, Positive, Rule, Text, check, shown
 
 SIDECAR = "actsparse.json"
 _FORMAT = 1
@@ -126,10 +130,10 @@ def check_weights(folder: Path, sidecar: dict[str, Any], *names: str) -> None:
         return
     names = names or tuple(file.name for file in weight_files(folder))
     digests = sidecar["sha256"]
-    if not isinstance(digests, dict) or not set(names) <= set(digests):
-        raise ValueError(
-            f"{folder / SIDECAR} is not as save() writes it: 'sha256' is {digests!r}; expected the "
-            f"digests of {', '.join(names)}"
+    if not set(names) <= set(digests):
+        raise BadValue(
+            f"{folder / SIDECAR} is not as save() writes it: 'sha256' is {shown(digests)}; "
+            f"expected the digests of {', '.join(names)}"
         )
     for name in names:
         if digests[name] != (found := files.sha256(folder / name)):
@@ -151,10 +155,7 @@ def recipe_of(path: Path, sidecar: dict[str, Any]) -> Recipe:
     Raises:
         ValueError: it is none, or one of unknown modifications.
     """
-    try:
-        return Recipe.from_json(sidecar["recipe"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / SIDECAR} holds no recipe as save() writes it") from error
+    return Recipe.from_json(sidecar["recipe"], f"{path / SIDECAR}: sidecar.recipe")
 
 
 def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
@@ -176,22 +177,54 @@ def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
             what = "adapters alone, for load_adapter" if adapter else "not a folder of save()"
             raise FileNotFoundError(f"{folder / name} is missing: {what}")
     file = folder / (SIDECAR if note is None else "config.json")
-    try:
-        sidecar = json.loads(file.read_text(encoding="utf-8")) if note is None else _whole(*note)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not whole JSON: {error}") from error
-    needed = {"recipe": dict, "state": dict, "blocks": list, "model": dict | None}
-    keys = {"format", "inputs", *needed}
+    sidecar = read_json(file) if note is None else _whole(*note)
+    where = f"{file}: sidecar"
     if isinstance(sidecar, dict) and "unknown" in sidecar:
-        raise ValueError(f"{file} cannot say how its model was changed: {sidecar['unknown']}")
-    if not isinstance(sidecar, dict) or not keys <= set(sidecar):
-        raise ValueError(f"{file} is not a sidecar of actsparse: expected keys {sorted(keys)}")
+        raise BadValue(f"{file} cannot say how its model was changed: {shown(sidecar['unknown'])}")
+    check(where, sidecar, {"format": Any})
     if sidecar["format"] != _FORMAT:
-        raise ValueError(f"{file} has format {sidecar['format']!r}; this version reads {_FORMAT}")
-    for key, kind in needed.items():
-        if not isinstance(sidecar[key], kind):
-            raise ValueError(f"{file} is not as save() writes it: {key!r} is {sidecar[key]!r}")
-    return sidecar
+        raise BadValue(
+            f"{file} has format {shown(sidecar['format'])}; this version reads {_FORMAT}"
+        )
+    check(where, sidecar, _SHAPE)
+    _check_inputs(f"{where}.inputs", sidecar["inputs"])
+    return dict(sidecar)
+
+
+_DTYPE = Annotated[
+    str, Rule("the name of a dtype", lambda name: isinstance(getattr(torch, name, 0), torch.dtype))
+]
+_SHAPE = {
+    "recipe": dict,
+    "state": {"step": Count, "steps": (Positive, None)},
+    "blocks": [Text],
+    "inputs": Any,
+    "model": ({"class": Text, "config": dict, "dtypes": dict[str, _DTYPE]}, None),
+    "adapters?": (dict[str, dict[str, Any]], None),
+    "sha256?": dict[str, str],
+}
+_TENSOR = {"shape": Annotated[list[Count], Rule("a list of 8 sizes at most", lambda s: len(s) < 9)],
+           "dtype": _DTYPE}  # fmt: skip
+_INPUTS, _IDS, _LONGEST = 2**26, 2**20, 2**13  # elements of floats, of ids, and ids in a row
+
+
+def _check_inputs(where: str, inputs: Any, depth: int = 0) -> None:
+    """Whether zeros of such shapes can be made, and a forward pass on them be waited for."""
+    if isinstance(inputs, dict) and set(inputs) == {"shape", "dtype"}:
+        check(where, inputs, _TENSOR)
+        shape, ids = inputs["shape"], "int" in inputs["dtype"]
+        if math.prod(shape) > (_IDS if ids else _INPUTS) or (ids and max(shape, default=0) > _IDS):
+            raise BadValue(f"{where}.shape must be the shape of one batch; got {shown(shape)}")
+        if ids and shape and shape[-1] > _LONGEST:
+            raise BadValue(f"{where}.shape must end in {_LONGEST} at most; got {shown(shape)}")
+    elif isinstance(inputs, dict | list) and (depth > 4 or len(inputs) > 64):
+        raise BadValue(f"{where} must be a model's arguments; got {shown(inputs)}")
+    elif isinstance(inputs, dict):
+        for key, value in inputs.items():
+            _check_inputs(f"{where}.{key}", value, depth + 1)
+    elif isinstance(inputs, list):
+        for index, value in enumerate(inputs):
+            _check_inputs(f"{where}[{index}]", value, depth + 1)
 
 
 def _whole(said: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +244,9 @@ def same_blocks(source: str, names: list[str], inputs: Any, model: nn.Module) ->
     """
     try:
         found = find_mlp_blocks(model, dummy_inputs(inputs, next(model.parameters()).device))
-    except (RuntimeError, TypeError) as error:
+    except NoMLPFound:
+        raise
+    except Exception as error:  # whatever a model does with inputs that are not its own
         raise ValueError(
             f"{source} does not fit {type(model).__name__}, which does not run on the inputs it "
             f"was found with: {error}"
@@ -230,7 +265,10 @@ def by_block(
 ) -> list[Any]:
     """A sidecar's list of one number, 0 or more, for each block; ``absent`` if it has none."""
     values = sidecar.get(key, absent)
-    listed = isinstance(values, list) and len(values) == len(absent)
-    if not listed or not all(isinstance(value, kind) and value >= 0 for value in values):
-        raise ValueError(f"{path / SIDECAR} is not as save() writes it: {key!r} is {values!r}")
-    return values
+    check(f"{path / SIDECAR}: sidecar.{key}", values, [kind])
+    if len(values) != len(absent):
+        raise BadValue(
+            f"{path / SIDECAR}: sidecar.{key} must be a list of {len(absent)}, one for each block; "
+            f"got {shown(values)}"
+        )
+    return list(values)

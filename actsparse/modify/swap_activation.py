@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from actsparse.activations import ActivationFunction, known_as, named
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
-from actsparse.modify.schedule import Ramp, ramp_note
+from actsparse.modify.schedule import Over, Ramp, ramp_note
+from actsparse.values import Rule
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,17 @@ class SwapActivation(Modification):
 
     changes_function: ClassVar[bool] = True
 
-    to: str | ActivationFunction = "jsrelu"
-    mix: int | float | None = None
+    to: Annotated[
+        str | ActivationFunction,
+        Rule("a name, or an ActivationFunction, which brings its derivative", lambda to: True),
+    ] = "jsrelu"
+    mix: Over | None = None
 
+    @override
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.to, str):
             named(self.to)
-        elif not isinstance(self.to, ActivationFunction):
-            raise TypeError(
-                f"SwapActivation(to={self.to!r}): expected a name or an ActivationFunction, which "
-                f"brings its derivative"
-            )
-        self.ramps()
 
     @override
     def ramps(self) -> list[Ramp]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from actsparse.activations import named
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
-from actsparse.modify.schedule import Ramp, ramp_note
+from actsparse.modify.schedule import Over, Ramp, ramp_note
+from actsparse.values import Rule
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,15 @@ class TopK(Modification):
 
     changes_function: ClassVar[bool] = True
 
-    k: float = 0.05
+    k: Annotated[float, Rule("a share of the units, in (0, 1]", lambda k: 0 < k <= 1)] = 0.05
     to: str | None = None
-    ramp: int | float | None = None
+    ramp: Over | None = None
 
+    @override
     def __post_init__(self) -> None:
-        if not 0 < self.k <= 1:
-            raise ValueError(f"TopK(k={self.k!r}): expected a share of the units, in (0, 1]")
+        super().__post_init__()
         if self.to is not None:
             named(self.to)
-        self.ramps()
 
     @override
     def ramps(self) -> list[Ramp]:

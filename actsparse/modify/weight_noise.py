@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.sharding import whole
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification
+from actsparse.values import Above0, Rule
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,10 @@ class WeightNoise(Modification):
     a constant for the gradient. Source: arXiv 2309.03004, synapse noise, ρ = 0.1.
     """
 
-    rho: float = 0.1
-    layers: Sequence[Literal["up", "down"]] = ("up", "down")
-
-    def __post_init__(self) -> None:
-        if not self.rho > 0:
-            raise ValueError(f"WeightNoise(rho={self.rho!r}): expected a number > 0")
-        unknown = set(self.layers) - {"up", "down"}
-        if unknown or not self.layers:
-            raise ValueError(f"WeightNoise(layers={self.layers!r}): expected 'up', 'down' or both")
+    rho: Above0 = 0.1
+    layers: Annotated[
+        Sequence[Literal["up", "down"]], Rule("'up', 'down' or both, in a list", bool)
+    ] = ("up", "down")
 
     @override
     def apply(self, block: MLPBlock) -> Attached:

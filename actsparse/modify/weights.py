@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -14,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from actsparse.untrusted import read_json, safetensors_shapes
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -53,7 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
     if one.is_file() or not index.is_file():
         return [one] if one.is_file() else []
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         files = [folder / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not an index of weights: {error}") from error
@@ -61,6 +62,17 @@ def weight_files(folder: Path) -> list[Path]:
         if Path(name).name != name or not name.endswith(".safetensors") or not file.is_file():
             raise ValueError(f"{index} names {name!r}, which is no file of safetensors beside it")
     return files
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of a folder's weights, by the headers of its files.
+
+    Raises:
+        ValueError: a file that is none of safetensors, or whose header lies.
+    """
+    return {
+        name: s for file in weight_files(folder) for name, s in safetensors_shapes(file).items()
+    }
 
 
 def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from actsparse.blocks.sharding import sharded
 from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.token_map import TokenMap
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
+from actsparse.values import Above0, Positive
 
 CHILD = "actsparse"  # the submodule of up that holds the table; peft: modules_to_save=["actsparse"]
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -38,20 +39,10 @@ class ZerothBias(Modification):
     order: ClassVar[int] = 1  # after the norm floor, whose scale bounds the clip
     changes_function: ClassVar[bool] = True
 
-    clip: float = 0.1
+    clip: Above0 = 0.1
     at: Literal["input", "output"] = "input"
-    length: int | None = None
+    length: Positive | None = None
     finetune: bool = False
-
-    def __post_init__(self) -> None:
-        if self.at not in ("input", "output"):
-            raise ValueError(f"ZerothBias(at={self.at!r}): expected 'input' or 'output'")
-        if not self.clip > 0:
-            raise ValueError(f"ZerothBias(clip={self.clip!r}): expected a number > 0")
-        if self.length is not None and not (isinstance(self.length, int) and self.length >= 1):
-            raise ValueError(
-                f"ZerothBias(length={self.length!r}): expected an int of at least 1, or None"
-            )
 
     @override
     def apply(self, block: MLPBlock) -> Attached:

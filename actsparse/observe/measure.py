@@ -23,6 +23,7 @@ from actsparse.observe.spectrum import spectra
 from actsparse.observe.token_copies import token_copies
 from actsparse.observe.trials import TRIALS, On, Rows, table_of_rows, ticking
 from actsparse.observe.watch import MEASURES, Mask
+from actsparse.values import checked_arguments
 
 CURVATURES = ("gauss_newton", "token_copies", "hessian", "top_eigenvalue")
 
@@ -255,6 +256,7 @@ def checked_options(measures: Names, probes: int = 10) -> dict[str, dict[str, An
                 raise ValueError(
                     f"{name} has no option {key!r}; known: {', '.join(known) or 'none'}"
                 )
+        checked_arguments(_KNOWN[name], given, name)
         if name in TRIALS:
             try:
                 TRIALS[name](**given)

@@ -6,60 +6,45 @@ write (memory, break-even) may be absent.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from actsparse.record_schema import (
-    COUNT,
-    OBJECT,
-    SCHEMA,
-    SHARE,
-    TEXT,
-    Entry,
-    RecordError,
-    Rule,
-    check_shape,
-)
-from actsparse.records import no_constant
+from actsparse.record_schema import SCHEMA, Entry, RecordError
 from actsparse.report.measures import number
+from actsparse.untrusted import read_json
+from actsparse.values import Above0, Count, Name, Rule, Share, check
 
 KINDS = ("forward", "training")
 OURS = ("sparse", "screened")
 FAST, CUT = "accelerated", "without MLPs"
-POSITIVE = Rule("a finite number above 0", lambda value: (number({"": value}, "") or 0) > 0)
-DENSE = Rule("'dense'", lambda value: value == "dense")
-MEMORY = Rule(
-    "an object of numbers above 0, one of them of dense",
-    lambda value: (
-        isinstance(value, dict) and "dense" in value and all(map(POSITIVE.holds, value.values()))
+MEMORY = Annotated[
+    dict[str, Above0],
+    Rule("an object of numbers above 0, 'dense' among them", lambda value: "dense" in value),
+]
+BREAK_EVEN = Annotated[
+    dict[str, Above0 | None],
+    Rule(
+        "an object of densities above 0, or null, by T",
+        lambda value: all(map(str.isdecimal, value)),
     ),
-)
-BREAK_EVEN = Rule(
-    "an object of densities above 0, or null, by T",
-    lambda value: (
-        isinstance(value, dict)
-        and all(tokens.isdecimal() for tokens in value)
-        and all(density is None or POSITIVE.holds(density) for density in value.values())
-    ),
-)
-RATIO = {"of": DENSE, "to": TEXT, "value": POSITIVE, "low": POSITIVE, "high": POSITIVE}
-TIMED = {"seconds": {"dense": POSITIVE}, "ratios": [RATIO]}
+]
+RATIO = {"of": Literal["dense"], "to": Name, "value": Above0, "low": Above0, "high": Above0}
+TIMED = {"seconds": {"dense": Above0}, "ratios": [RATIO]}
 WHERE = {key: SCHEMA["run"][key] for key in ("versions", "hardware", "git")}
 SHAPES: dict[str, dict[str, Any]] = {
     "mlp": {
         **WHERE,
-        "sizes": OBJECT,
-        "threads": COUNT,
-        "rows": [{"tokens": COUNT, "density": SHARE, "forward": TIMED}],
+        "sizes": dict,
+        "threads": Count,
+        "rows": [{"tokens": Count, "density": Share, "forward": TIMED}],
     },
-    "model": {**WHERE, "model": TEXT, "threads": COUNT},
+    "model": {**WHERE, "model": Name, "threads": Count},
 }
-WHOLE = {"density": SHARE, **TIMED}
-PEAK = {"dense": {"peak_mib": POSITIVE}, FAST: {"peak_mib": POSITIVE}}
+WHOLE = {"density": Share, **TIMED}
+PEAK = {"dense": {"peak_mib": Above0}, FAST: {"peak_mib": Above0}}
 
 
 @dataclass(frozen=True)
@@ -198,18 +183,18 @@ def read_benchmark(path: Path) -> Entry:
             f"{path}: benchmark {name!r} has no charts here; give a record that {known} wrote"
         )
     where = f"{path}: {name}"
-    check_shape(where, entry, SHAPES[name])
+    check(where, entry, SHAPES[name])
     rows = {f"{where}.{phase}": entry[phase] for phase in _phases(entry)}
     if not rows:
-        check_shape(where, entry, {"rows": [OBJECT]})
+        check(where, entry, {"rows": [dict]})
         rows = {f"{where}.rows[{at}]": row for at, row in enumerate(entry["rows"])}
     if not rows:
         raise RecordError(f"{where}.rows is empty; run the benchmark again")
     for at, row in rows.items():
         _check_row(at, row, name)
-    _check_present(where, entry, {"break_even": OBJECT})
+    _check_present(where, entry, {"break_even": dict})
     for kind, found in (entry.get("break_even") or {}).items():
-        check_shape(f"{where}.break_even.{kind}", found, BREAK_EVEN)
+        check(f"{where}.break_even.{kind}", found, BREAK_EVEN)
     return dict(entry)
 
 
@@ -217,8 +202,8 @@ def _check_row(where: str, row: Any, name: str) -> None:
     if name == "mlp":
         _check_present(where, row, {"training": TIMED, "memory": MEMORY})
         return
-    check_shape(where, row, WHOLE)
-    _check_present(where, row, {"memory": PEAK, "mlps": [OBJECT]})
+    check(where, row, WHOLE)
+    _check_present(where, row, {"memory": PEAK, "mlps": [dict]})
     for to in (FAST, CUT):
         if to not in _ratios(row):
             raise RecordError(f"{where}.ratios lacks the one of dense to {to!r}")
@@ -227,20 +212,16 @@ def _check_row(where: str, row: Any, name: str) -> None:
 def _check_present(where: str, entry: Entry, shapes: Entry) -> None:
     for key, shape in shapes.items():
         if entry.get(key) is not None:
-            check_shape(f"{where}.{key}", entry[key], shape)
+            check(f"{where}.{key}", entry[key], shape)
 
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes().decode(), parse_constant=no_constant)
-    except OSError as error:
+        return read_json(path)
+    except FileNotFoundError as error:
         raise RecordError(
-            f"cannot read {path}: {error.strerror or error}; give a folder of runs or a record of "
+            f"cannot read {path}: {error.strerror}; give a folder of runs or a record of "
             f"`actsparse bench`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError(
-            f"{path}: not a whole JSON file ({error}); run the benchmark again"
         ) from error
 
 

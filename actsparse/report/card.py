@@ -7,7 +7,8 @@ from typing import Any
 
 from actsparse.records import Entry, RecordError, Run
 from actsparse.report.page import facts
-from actsparse.report.words import NONE, counted
+from actsparse.report.words import NONE, code, counted, markdown
+from actsparse.values import Text, check
 
 _HEAD = """\
 ---
@@ -25,6 +26,10 @@ import actsparse
 model = actsparse.load("weights")
 ```
 """
+_CONFIG = {
+    "recipe": {"name": Text, "modifications": [{"modification": Text}]},
+    "start?": (str, None),
+}
 _FACTS = ("started", "time in all", "hardware", "versions", "git")
 
 
@@ -43,31 +48,33 @@ def model_card(run: Run) -> str:
     result = run.result
     if result is None:
         raise RecordError(f"{run.path}: there is no result yet; a card is of a finished run")
-    data = result.get("data", {}).get("name", run.task)
+    check(f"{run.path}: result", result, {"data?": {"name?": Text}})
+    data = markdown(result.get("data", {}).get("name", run.task))
     parts = [
-        f"# {run.task}: {run.arm}, seed {run.seed}",
+        f"# {markdown(run.task)}: {markdown(run.arm)}, seed {run.seed}",
         _what(run, result, data),
         "## Sparsity",
         _sparsity(result),
-        f"## Quality on the {result['split']} split of {data}",
+        f"## Quality on the {markdown(result['split'])} split of {data}",
         _quality(result),
         "## Loading it",
         _LOAD,
         "## How it was made",
-        "\n".join(f"- {name}: {said}" for name, said in facts([run]) if name in _FACTS),
+        "\n".join(f"- {name}: {markdown(said)}" for name, said in facts([run]) if name in _FACTS),
     ]
     return _HEAD + "\n" + "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def _what(run: Run, result: Entry, data: str) -> str:
     config = run.header["config"]
+    check(f"{run.path}: run.config", config, _CONFIG)
     recipe = config["recipe"]
     start = "/".join(PurePath(config.get("start") or "").parts[-2:])  # not whose machine it was on
-    how = f"finetuned from `{start}`" if start else "trained"
-    changes = [f"- `{_call(change)}`" for change in recipe["modifications"]]
+    how = f"finetuned from {code(start)}" if start else "trained"
+    changes = [f"- {code(_call(change))}" for change in recipe["modifications"]]
     said = (
         f"A model {how} on {data} for {counted(result['step'], 'step')} with actsparse. The recipe "
-        f"`{recipe['name']}` {'makes these changes to it:' if changes else 'changes nothing.'}"
+        f"{code(recipe['name'])} {'makes these changes to it:' if changes else 'changes nothing.'}"
     )
     return "\n\n".join([said, *(["\n".join(changes)] if changes else [])])
 
@@ -84,7 +91,7 @@ def _sparsity(result: Entry) -> str:
     late = {each["block"]: each for each in (training or {}).get("blocks", [])}
     rows = [("whole model", inference, training or {})]
     rows += [
-        (f"`{each['block']}`", each, late.get(each["block"], {})) for each in inference["blocks"]
+        (code(each["block"]), each, late.get(each["block"], {})) for each in inference["blocks"]
     ]
     table = _table(
         ["block", "inference", "training", "derivative", "living units", "dead units"],
@@ -112,7 +119,7 @@ def _quality(result: Entry) -> str:
     better = "more" if result["higher_is_better"] else "less"
     before = result.get("before")
     states = [("as it is", result)] + ([("before finetuning", before)] if before else [])
-    heads = ["", f"{name} ({better} is better)", "loss"]
+    heads = ["", f"{markdown(name)} ({better} is better)", "loss"]
     rows = [[said, _scored(name, at["quality"]), f"{at['loss']:.4f}"] for said, at in states]
     if before:
         heads.append("inference sparsity")

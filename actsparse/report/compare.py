@@ -325,7 +325,8 @@ def _strongest_baseline(arms: list[Arm], subject: str | None, higher: bool) -> s
 
 def _same(entries: list[Entry], what: str, field: str) -> Any:
     """What all entries have in a field; None for no entries."""
-    seen = sorted({entry[field] for entry in entries}, key=str)
+    values = [entry[field] for entry in entries]
+    seen = sorted((v for at, v in enumerate(values) if v not in values[:at]), key=str)
     if len(seen) > 1:
         names = " and ".join(str(value) for value in seen)
         raise RecordError(

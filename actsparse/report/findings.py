@@ -15,20 +15,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from actsparse.record_schema import COUNT, FLAG, NUMBER, TEXT, check_shape
-from actsparse.records import Entry, RecordError, Run, write_whole
+from actsparse.records import Entry, Run, write_whole
 from actsparse.report.compare import Estimate
 from actsparse.report.plots import Picture
 from actsparse.report.verdict import Claim, Verdict, verdict
 from actsparse.report.words import amount
+from actsparse.untrusted import read_json
+from actsparse.values import Count, Name, Text, check
 
 MANIFEST = "reproduction.json"
 V1 = "v1"  # Peng et al. 2023, arXiv 2309.03004
 V2 = "v2"  # Peng et al. 2026, arXiv 2605.25612
 OURS = "ours"  # a control, or a check of how to read the others
 _SHAPE = {
-    "name": TEXT, "full": FLAG, "seeds": COUNT, "steps": (COUNT, None), "command": TEXT,
-    "time": {"seconds": NUMBER},
+    "name": Name, "full": bool, "seeds": Count, "steps": (Count, None), "command": Text,
+    "time": {"seconds": float},
 }  # fmt: skip
 Effects = dict[int, float]  # by seed
 Scale = Literal["log", "share", "points", "number"]
@@ -167,11 +168,8 @@ def read_manifest(folder: str | Path) -> Entry | None:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"cannot read {path}: {error}") from error
-    check_shape(str(path), found, _SHAPE)
+    found = read_json(path)
+    check(str(path), found, _SHAPE)
     return dict(found)
 
 

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from actsparse.record_schema import COUNT, NUMBER, TEXT
 from actsparse.records import Entry, Run, read_runs, write_whole
 from actsparse.report.compare import (
     CONTROL,
@@ -37,6 +36,7 @@ from actsparse.report.compare import (
 from actsparse.report.findings import Arms, difference, paired, within
 from actsparse.report.speed import Speed, read_checked, read_speeds
 from actsparse.report.verdict import fewest_seeds
+from actsparse.values import Count, Name, Text
 
 MANIFEST = "frontier.json"
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")
@@ -52,8 +52,8 @@ FEWER = 0.6  # target (b): relative improvement of both over the best vanilla
 
 Word = Literal["yes", "no", "undecided"]
 _SHAPE = {
-    "task": TEXT, "seeds": COUNT, "steps": (COUNT, None), "command": TEXT,
-    "time": {"seconds": NUMBER},
+    "task": Name, "seeds": Count, "steps": (Count, None), "command": Text,
+    "time": {"seconds": float},
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from actsparse.report.scoreboard import (
     table_line,
 )
 from actsparse.report.slim import SLIM_RULE, TITLE, markdown_slim, read_slim
+from actsparse.report.words import markdown
 
 RACE = "race"  # a folder of a task's: runs timed one at a time
 ABOUT = (
@@ -84,11 +85,17 @@ def markdown_frontier(folder: str | Path, link: str = "") -> str:
     lines = [ABOUT, "", markdown_scoreboard(folder), RULE, *(["", SLIM_RULE] if slims else [])]
     for place, judged in found.items():
         way = link if place == Path(folder) else f"{link}{place.name}/"
-        lines += ["", f"## {judged.task}"]
+        lines += ["", f"## {markdown(judged.task)}"]
         for each in sections(place, read_runs(place)):
-            lines += ["", f"### {each.title}"] if each.name != FRONTIER.name else []
+            lines += ["", f"### {markdown(each.title)}"] if each.name != FRONTIER.name else []
             text = " ".join(filter(None, [each.heading.get("lead"), each.text]))
-            lines += ["", text, "", f"![{each.title}]({way}plots/{each.name}.png)", ""]
+            lines += [
+                "",
+                markdown(text),
+                "",
+                f"![{markdown(each.title)}]({way}plots/{each.name}.png)",
+                "",
+            ]
             lines += map(table_line, (each.heads, ["---"] * len(each.heads), *each.rows))
             lines += ["", each.note]
         if place in slims:

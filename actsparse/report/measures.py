@@ -6,15 +6,16 @@ by `actsparse measure`, holds what passes over the trained model found.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.records import Entry, RecordError, Run, no_constant, run_measures_path
+from actsparse.records import Entry, RecordError, Run, run_measures_path
 from actsparse.report.compare import Estimate, Table, t_interval
+from actsparse.untrusted import read_json
+from actsparse.values import Name, check
 
 SCHEMA = 1  # of measures.json
 KEYS = (
@@ -136,13 +137,9 @@ def read_measures(run: Run) -> Entry | None:
     """
     path = run_measures_path(run.path.parent)
     try:
-        entry = json.loads(path.read_bytes().decode(), parse_constant=no_constant)
+        entry = read_json(path)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: not JSON ({error}); measure the run again") from error
     kind = entry.get("kind") if isinstance(entry, dict) else None
     if kind != "measures":
         raise RecordError(
@@ -191,27 +188,23 @@ def read_spectra(run: Run) -> list[Entry]:
     return whole
 
 
-def _check(path: Path, entry: Entry) -> None:
-    def need(right: str, kind: type, at: Entry, *names: str) -> Any:
-        """What stands there, or an empty one of its kind."""
-        value = at.get(names[-1])
-        fine = isinstance(value, kind) if kind is not float else number(at, names[-1]) is not None
-        if value is not None and not fine:
-            raise RecordError(f"{path}: {'.'.join(names)} must be {right} or null; got {value!r}")
-        return kind() if value is None else value
+_PARTS: dict[str, Any] = {
+    "how": dict[str, str | float | bool | list[Any] | dict[str, Any] | None],
+    "measures": {
+        **{f"{key}?": (float, None) for key in KEYS},
+        "blocks?": ([{"block?": (Name, None)}], None),
+    },
+    "spectra": [dict],
+    "curvature": dict,
+}
+_ESTIMATE = ({"value?": (float, None), "standard_error?": (float, None)}, None)
 
-    need("an object", dict, entry, "how")
-    measures = need("an object", dict, entry, "measures")
-    for key in KEYS:
-        need("a finite number", float, measures, "measures", key)
-    for index, row in enumerate(need("a list", list, measures, "measures", "blocks")):
-        need("an object", dict, {"row": row}, f"measures.blocks[{index}]", "row")
-    need("a list", list, entry, "spectra")
-    curvature = need("an object", dict, entry, "curvature")
-    for name in curvature:
-        part = need("an object", dict, curvature, "curvature", name)
-        for key in ("value", "standard_error"):
-            need("a finite number", float, part, "curvature", name, key)
+
+def _check(path: Path, entry: Entry) -> None:
+    for name, shape in _PARTS.items():
+        check(f"{path}: {name}", entry.get(name), (shape, None))
+    for name, part in (entry.get("curvature") or {}).items():
+        check(f"{path}: curvature.{name}", part, _ESTIMATE)
 
 
 def _last(run: Run) -> Entry | None:

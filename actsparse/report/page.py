@@ -37,6 +37,7 @@ from actsparse.report.words import (
     how_text,
     identity_text,
     lead,
+    markdown,
     marks,
     percent_text,
     quality_text,
@@ -44,6 +45,7 @@ from actsparse.report.words import (
     tiles,
     title,
 )
+from actsparse.values import printable
 
 _HARD = "\N{NO-BREAK SPACE}"
 VERDICTS = {
@@ -237,7 +239,10 @@ def _of_benchmarks(payoff: Payoff, out: Path) -> dict[str, Any]:
 def _drawn(pictures: Iterable[Picture], out: Path, *what: Any) -> Iterator[dict[str, Any]]:
     """Those with something to show, for the template; each is also written to its file."""
     for picture in pictures:
-        light, dark = (picture.plot(*what, each) for each in (False, True))
+        try:
+            light, dark = (picture.plot(*what, each) for each in (False, True))
+        except (ValueError, ArithmeticError) as error:  # numbers that no axis can show
+            raise RecordError(f"the plot {picture.title!r} cannot be drawn: {error}") from error
         if light is None or dark is None:
             continue
         write_whole(out / "plots" / f"{picture.name}.png", light)
@@ -271,10 +276,10 @@ def print_table(runs: list[Run], console: Console, titled: bool = True) -> None:
 def markdown_table(table: Table) -> str:
     """The table of arms with every column, for a README or a lab log."""
     shown = columns(table)
-    lines = [" | ".join(["arm", *(column.head for column in shown)])]
+    lines = [" | ".join(["arm", *(markdown(column.head) for column in shown)])]
     lines.append(" | ".join(["---"] * (len(shown) + 1)))
     for arm in table.arms:
-        name = " ".join([arm.name, *(f"*({mark})*" for mark in marks(arm))])
+        name = " ".join([markdown(arm.name), *(f"*({mark})*" for mark in marks(arm))])
         lines.append(" | ".join([name, *(column.cell(arm) for column in shown)]))
     return "".join(f"| {line} |\n" for line in lines)
 
@@ -343,7 +348,11 @@ def _tie(text: str) -> str:
 def _template() -> jinja2.Template:
     source = importlib.resources.files("actsparse.report").joinpath("page.html.jinja")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["tie"] = _tie
     return environment.from_string(source.read_text(encoding="utf-8"))

@@ -24,7 +24,7 @@ from actsparse.report.findings import (
     read_manifest,
 )
 from actsparse.report.plots import DARK, INK, LIGHT, WIDTH, Picture
-from actsparse.report.words import amount
+from actsparse.report.words import amount, code, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -246,4 +246,5 @@ def _made(manifest: dict[str, Any], runs: list[Run]) -> list[str]:
     hardware = runs[0].header["hardware"] if runs else {}
     where = hardware.get("gpu") or hardware.get("cpu")
     took = f"{manifest['time']['seconds'] / 60:.1f} min in all, {len(runs)} runs judged"
-    return [f"`{manifest['command']}`: {took}, on {hardware.get('cores')} cores ({where})."]
+    on = markdown(f"{hardware.get('cores')} cores ({where})")
+    return [f"{code(manifest['command'])}: {took}, on {on}."]

@@ -27,7 +27,7 @@ from actsparse.report.frontier import (
     frontiers_in,
 )
 from actsparse.report.speed import factor_text
-from actsparse.report.words import NONE
+from actsparse.report.words import NONE, code, markdown
 
 RULE = (
     f"± is half a 95 % t-interval over seeds. Changes and “fewer active” are paired, seed by seed, "
@@ -211,7 +211,7 @@ def markdown_scoreboard(folder: str | Path) -> str:
             quality = f"{quality_text(judged, row.quality)} ({judged.quality_name})"
             shown = [cells[head] for head in _SCORES[:-1]]
             scores = [judged.task, judged.counts, row.arm, quality, *shown]
-            lines.append(table_line([*scores, f"`{judged.command}`"]))
+            lines.append(table_line([*scores, code(judged.command)]))
     return "\n".join(lines) + "\n"
 
 
@@ -228,5 +228,5 @@ _LONG = (
 
 
 def table_line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    """A row of a Markdown table; a cell of code stays code."""
+    return f"| {' | '.join(c if c.startswith('`') else markdown(c) for c in cells)} |"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from actsparse.record_schema import COUNT, NUMBER, OBJECT, SHARE, TEXT, Entry, Rule, check_shape
+from actsparse.record_schema import Entry
 from actsparse.report.compare import Estimate, t_interval
 from actsparse.report.frontier import Board
 from actsparse.report.scoreboard import change_text, quality_text, table_line
 from actsparse.report.speed import Factor, factor, factor_text, read_checked
-from actsparse.report.words import NONE, amount
+from actsparse.report.words import NONE, amount, markdown
+from actsparse.values import Above0, Count, Name, Share, check
 
 SLIM = "slim.json"
 TITLE = "Pruned, and with thresholds"
@@ -30,23 +31,22 @@ SLIM_RULE = (
     "float32 logits lie from the unpruned model’s in float64, as trained / pruned. Times are of "
     "inference on a batch of test rows, as trained ÷ this form."
 )
-_POSITIVE = Rule("a number above 0", lambda value: NUMBER.holds(value) and value > 0)
 _FORM = {
-    "quality": NUMBER, "density": SHARE, "active": NUMBER, "units": COUNT,
-    "parameters": {"model": COUNT, "mlps": COUNT}, "bytes": COUNT,
+    "quality": float, "density": Share, "active": float, "units": Count,
+    "parameters": {"model": Count, "mlps": Count}, "bytes": Count,
 }  # fmt: skip
 _PRUNE = {
-    "units": COUNT, "cut": COUNT, "logit": NUMBER, "moved": NUMBER, "trained_off": NUMBER,
-    "pruned_off": NUMBER,
+    "units": Count, "cut": Count, "logit": float, "moved": float, "trained_off": float,
+    "pruned_off": float,
 }  # fmt: skip
 _RUN = {
-    "arm": TEXT, "seed": COUNT, "forms": {"trained": _FORM}, "prune": (_PRUNE, None),
-    "refused": OBJECT, "speed": {"ratios": [{"to": TEXT, "value": _POSITIVE}], "ran": OBJECT},
+    "arm": Name, "seed": Count, "forms": {"trained": _FORM}, "prune": (_PRUNE, None),
+    "refused": dict, "speed": {"ratios": [{"to": Name, "value": Above0}], "ran": dict},
 }  # fmt: skip
 _SHAPE = {
-    "benchmark": Rule("'slim'", lambda value: value == "slim"),
-    "threads": COUNT,
-    "budget": NUMBER,
+    "benchmark": Literal["slim"],
+    "threads": Count,
+    "budget": float,
     "runs": [_RUN],
 }
 HEADS = (
@@ -119,7 +119,7 @@ def read_slim(folder: str | Path) -> Slim | None:
     record = read_checked(path, _SHAPE)
     for run in record["runs"]:
         for name, form in run["forms"].items():
-            check_shape(f"{path}: {run['arm']}.forms.{name}", form, _FORM)
+            check(f"{path}: {run['arm']}.forms.{name}", form, _FORM)
     arms = dict.fromkeys(run["arm"] for run in record["runs"])
     found = (_arm(arm, [run for run in record["runs"] if run["arm"] == arm]) for arm in arms)
     return Slim(record["budget"], record["threads"], tuple(found))
@@ -132,7 +132,7 @@ def markdown_slim(of: Slim, board: Board) -> str:
     for arm in of.arms:
         lines += [table_line((arm.arm, *_cells(board, arm, form))) for form in arm.forms]
     told = [f"{arm.arm}: {said}" for arm in of.arms for said in (*arm.refused, *arm.ran)]
-    return "\n".join([*lines, *(["", f"{'; '.join(told)}."] if told else [])])
+    return "\n".join([*lines, *(["", markdown(f"{'; '.join(told)}.")] if told else [])])
 
 
 def slim_text(of: Slim) -> str:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from actsparse.record_schema import COUNT, NUMBER, SHARE, TEXT, Entry, Rule, check_shape
-from actsparse.records import RecordError
+from actsparse.record_schema import Entry
 from actsparse.report.compare import t_interval
+from actsparse.untrusted import read_json
+from actsparse.values import Above0, Count, Name, Share, Text, check
 
 SPEED = "speed.json"
-_POSITIVE = Rule("a number above 0", lambda value: NUMBER.holds(value) and value > 0)
-_RATIO = {"value": _POSITIVE, "low": _POSITIVE, "high": _POSITIVE}
-_RUN = {"arm": TEXT, "seed": COUNT, "density": SHARE, "model": _RATIO, "mlps": _RATIO, "why": TEXT}
+_RATIO = {"value": Above0, "low": Above0, "high": Above0}
+_RUN = {"arm": Name, "seed": Count, "density": Share, "model": _RATIO, "mlps": _RATIO, "why": Text}
 _SHAPE = {
-    "benchmark": Rule("'speed'", lambda value: value == "speed"),
-    "threads": COUNT,
+    "benchmark": Literal["speed"],
+    "threads": Count,
     "runs": [_RUN],
 }
 
@@ -95,11 +94,8 @@ def read_speeds(folder: str | Path) -> dict[str, Speed]:
 
 def read_checked(path: Path, shape: Any) -> Entry:
     """A JSON object of that shape; `RecordError` for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"cannot read {path}: {error}") from error
-    check_shape(str(path), found, shape)
+    found = read_json(path)
+    check(str(path), found, shape)
     return dict(found)
 
 

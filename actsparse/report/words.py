@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from actsparse.records import Entry, Run
 from actsparse.report.compare import Arm, Estimate, Table, t_interval
 from actsparse.report.measures import Drawn, Identity, Measured, Theory, number, read_measures
+from actsparse.values import printable
 
 NONE = "–"
 ROUNDING = 2**-8  # bfloat16 rounds by up to 2⁻⁹, a square by twice that
@@ -201,6 +203,20 @@ def _plain(value: Any) -> str:
     return amount(value) if isinstance(value, int | float) else str(value)
 
 
+def markdown(text: str) -> str:
+    r"""Text in one line of Markdown, where no character of it means anything.
+
+    >>> print(markdown("a|b <i> [c](d)"))
+    a\|b \<i\> \[c\](d)
+    """
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text)).replace("\n", " ")
+
+
+def code(text: str) -> str:
+    """Text in Markdown as it is, in one line; a backtick would end it."""
+    return f"`{printable(text).translate({96: chr(39), 10: ' '})}`"
+
+
 # Numbers as text
 
 
@@ -232,7 +248,7 @@ def markdown_theory(runs: list[Run]) -> str:
             split = later[0]["how"].get("split", "measured")
             rows[f"end, {split} rows"] = [(entry, entry) for entry in later]
         for name, found in rows.items():
-            cells = [arm, name]
+            cells = [markdown(arm), markdown(name)]
             for key in passive.values():
                 cells.append(_spread(number(entry, "measures", key) for entry, _ in found))
             for key in traces.values():

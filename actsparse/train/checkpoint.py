@@ -18,6 +18,7 @@ from typing import Any
 
 from actsparse import files
 from actsparse.records import RecordError, is_as_written, refusals
+from actsparse.untrusted import read_bytes
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -178,7 +179,7 @@ def _sealed(folder: Path) -> bool:
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest without its own digest."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = json.loads(read_bytes(folder / MANIFEST))
     except FileNotFoundError as error:
         raise _Broken(f"{MANIFEST} is missing: its writing was cut off") from error
     except OSError as error:

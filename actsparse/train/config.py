@@ -5,12 +5,26 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from actsparse.modify import recipe_named
+from actsparse.modify import Recipe, recipe_named
 from actsparse.observe import CURVATURES, MEASURES, TRIALS
 from actsparse.observe.measure import checked_options
 from actsparse.observe.session import Names
+from actsparse.records import Run
+from actsparse.values import (
+    Above0,
+    AtLeast0,
+    BadValue,
+    Count,
+    Name,
+    Positive,
+    Rule,
+    Text,
+    check_fields,
+    checked,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -54,88 +68,67 @@ class RunConfig:
     {'name': 'vanilla', 'modifications': []}
     """
 
-    task: str
-    arm: str
-    seed: int
+    task: Name
+    arm: Name
+    seed: Count
     recipe: dict[str, Any] = field(default_factory=recipe_named("vanilla").to_json)
-    steps: int = 1500
-    batch_size: int = 64
-    micro_batch: int | None = None
-    lr: float = 5e-3
+    steps: Positive = 1500
+    batch_size: Positive = 64
+    micro_batch: Positive | None = None
+    lr: Above0 = 5e-3
     schedule: Literal["cosine", "inverse_sqrt"] = "cosine"
-    warmup: int | float = 0.1
-    epochs: int | None = None
-    weight_decay: float = 0.5
+    warmup: Annotated[
+        int | float,
+        Rule(
+            "a number of steps (int), or a fraction of them",
+            lambda warmup: warmup >= 0 and (isinstance(warmup, int) or warmup <= 1),
+        ),
+    ] = 0.1
+    epochs: Positive | None = None
+    weight_decay: AtLeast0 = 0.5
     no_decay: tuple[str, ...] = ()
-    clip: float | None = 1.0
-    label_smoothing: float = 0.0
+    clip: Above0 | None = 1.0
+    label_smoothing: Annotated[float, Rule("0 to below 1", lambda value: 0 <= value < 1)] = 0.0
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     gradient_checkpointing: bool = False
-    start: str | None = None
+    start: Text | None = None
     lora: dict[str, Any] | None = None
     fsdp: tuple[str, ...] = ()
-    log_every: int = 50
-    eval_every: int = 100
-    save_every: int | None = None
-    keep: int = 2
-    validate_on: int | None = None
-    workers: int = 0
+    log_every: Positive = 50
+    eval_every: Positive = 100
+    save_every: Positive | None = None
+    keep: Positive = 2
+    validate_on: Positive | None = None
+    workers: Count = 0
     report_to: tuple[str, ...] = ()
     measures: tuple[str, ...] = ("density",)
-    active: tuple[str, ...] | dict[str, dict[str, Any]] = ()
-    active_every: int | None = None
-    active_on: int = 128
+    active: Annotated[
+        tuple[str, ...] | dict[str, dict[str, Any]],
+        Rule("names, or name → options as JSON has them", lambda active: True),
+    ] = ()
+    active_every: Positive | None = None
+    active_on: Positive = 128
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    accelerate: bool | Literal["sparse"] = False
+    accelerate: Literal[False, True, "sparse"] = False
 
     def __post_init__(self) -> None:
-        for name in _NAMES:
-            names = getattr(self, name)
-            if isinstance(names, str) or not all(isinstance(each, str) for each in names):
-                raise ValueError(f"{name}={names!r}: expected a list of names")
-        for name in _NUMBERS:
-            if not _number(value := getattr(self, name)):
-                raise ValueError(f"{name}={value!r}: expected a number")
-        for name in _COUNTS:
-            value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
-                continue
-            if not _whole(value, 1):
-                raise ValueError(f"{name}={value!r}: expected a whole number, 1 or more")
-        for name in ("seed", "workers"):
-            if not _whole(value := getattr(self, name), 0):
-                raise ValueError(f"{name}={value!r}: expected a whole number, 0 or more")
+        check_fields(self)
+        Recipe.from_json(self.recipe)
         passive, active = list(MEASURES), [*MEASURES, *CURVATURES, *TRIALS]
         for name, known in [("measures", passive), ("active", active)]:
             unknown = [each for each in getattr(self, name) if each not in known]
             if unknown:
-                raise ValueError(f"{name} holds {unknown[0]!r}; known: {', '.join(known)}")
+                raise BadValue(f"{name} holds {shown(unknown[0])}; known: {', '.join(known)}")
         if isinstance(self.active, dict):
             _check_plain(self.active)
         if "density" not in self.measures:
-            raise ValueError(f"measures={self.measures!r} lacks 'density', which each record needs")
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                said = ", ".join(map(repr, choices))
-                raise ValueError(f"{name}={value!r}: expected one of {said}")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr!r}: expected a number above 0")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay={self.weight_decay!r}: expected 0 or more")
-        if not (_whole(self.warmup, 0) or 0 <= self.warmup <= 1):
-            raise ValueError(
-                f"warmup={self.warmup!r}: expected a number of steps (int), or a fraction of them"
-            )
-        if self.clip is not None and not (_number(self.clip) and self.clip > 0):
-            raise ValueError(f"clip={self.clip!r}: expected a gradient norm above 0, or None")
+            raise BadValue(f"measures={self.measures!r} lacks 'density', which each record needs")
         if self.fsdp and self.active:
-            raise ValueError(
+            raise BadValue(
                 f"active={self.active!r} is measured by one process, which has only its own shards "
                 f"with fsdp={self.fsdp!r}; leave one of them out"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing={self.label_smoothing!r}: expected 0 to below 1")
 
     def share(self, processes: int) -> tuple[int, int]:
         """Rows of a pass of one of ``processes``, and how many passes make its optimizer step.
@@ -171,20 +164,26 @@ class RunConfig:
         return json.loads(json.dumps(asdict(self)))
 
 
-_COUNTS = (
-    "steps", "batch_size", "micro_batch", "epochs", "log_every", "eval_every", "save_every", "keep",
-    "active_on", "active_every",
-)  # fmt: skip
-_MAY_BE_NONE = ("micro_batch", "epochs", "save_every", "active_every")
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "schedule": ("cosine", "inverse_sqrt"),
-    "precision": ("float32", "bf16", "fp16"),
-    "accelerate": (False, True, "sparse"),
-}
+def recorded_config(run: Run) -> RunConfig:
+    """The config of a run on disk, whoever wrote its record.
 
-
-_NAMES = ("no_decay", "fsdp", "report_to", "measures", "active")
-_NUMBERS = ("lr", "warmup", "weight_decay", "label_smoothing")
+    Raises:
+        ValueError: it is none, or one of another actsparse; or its data lie at an address, which
+            is not fetched because a record says so.
+    """
+    where = f"{run.path}: run.config"
+    try:
+        config = checked(RunConfig, run.header["config"], where)
+    except BadValue as error:
+        raise BadValue(f"{run.path} has the config of another actsparse: {error}") from error
+    for name, value in config.data.items():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, str) and ("://" in each or "::" in each):
+                raise BadValue(
+                    f"{where}.data.{name}={shown(each)}: an address that a record names is not "
+                    f"fetched; say yourself where the data are"
+                )
+    return config
 
 
 def within_bounds(measures: Names, info: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -208,11 +207,3 @@ def _check_plain(active: dict[str, Any]) -> None:
         raise ValueError(
             f"active={active!r}: expected names, or name → options as JSON has them ({error})"
         ) from error
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from actsparse.observe.spectrum import spectrum
 from actsparse.records import RecordWriter, Run, environment, read_run, run_path
 from actsparse.train.folder import claimed, finished_run
 from actsparse.train.loss import TrainingFailed
+from actsparse.values import Above0, AtLeast0, BadValue, Count, Name, Positive, Rule, check_fields
 
 
 @dataclass(frozen=True)
@@ -51,41 +52,30 @@ class GradientNoiseConfig:
 
     task: ClassVar[str] = "gradient_noise"
 
-    arm: str
-    seed: int
-    width: int
-    layers: int = 4
-    weight_decay: float = 0.0
-    lr: float = 1e-3
-    batch_size: int = 32
-    steps: int = 2000
-    measure_every: int | None = None
-    log_every: int = 100
-    eval_every: int = 500
-    data: dict[str, str | None] = field(default_factory=lambda: {"mnist": None})
+    arm: Name
+    seed: Count
+    # layer norm turns a single feature into 0
+    width: Annotated[int, Rule("a whole number, 2 or more", lambda value: value >= 2)]
+    layers: Positive = 4
+    weight_decay: AtLeast0 = 0.0
+    lr: Above0 = 1e-3
+    batch_size: Positive = 32
+    steps: Positive = 2000
+    measure_every: Positive | None = None
+    log_every: Positive = 100
+    eval_every: Positive = 500
+    data: Annotated[
+        dict[str, str | None],
+        Rule("{'mnist': a folder, or None}", lambda data: set(data) == {"mnist"}),
+    ] = field(default_factory=lambda: {"mnist": None})
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "width": 2}  # layer norm turns a single feature into 0
-        for name in (*_COUNTS, "seed", "width"):
-            value, low = getattr(self, name), least.get(name, 1)
-            if value is None and name == "measure_every":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                raise ValueError(f"{name}={value!r}: expected a whole number, {low} or more")
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                raise ValueError(f"{name}={value!r}: expected a number")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr={self.lr!r}: expected a finite number above 0")
-        if not 0 <= self.lr * self.weight_decay < 1:
-            raise ValueError(
+        check_fields(self)
+        if not self.lr * self.weight_decay < 1:
+            raise BadValue(
                 f"weight_decay={self.weight_decay!r}: expected 0 or more, and below 1/lr = "
                 f"{1 / self.lr:g}, where a step would leave nothing of the weights"
             )
-        folder = self.data.get("mnist")
-        if set(self.data) != {"mnist"} or not isinstance(folder, str | None):
-            raise ValueError(f"data={self.data!r}: expected {{'mnist': a folder, or None}}")
 
     @property
     def decay(self) -> float:
@@ -95,9 +85,6 @@ class GradientNoiseConfig:
     def to_json(self) -> dict[str, Any]:
         """All fields, and the task."""
         return {"task": self.task, **asdict(self)}
-
-
-_COUNTS = ("layers", "batch_size", "steps", "measure_every", "log_every", "eval_every")
 
 
 class ResidualMLP(nn.Module):

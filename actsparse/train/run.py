@@ -54,8 +54,9 @@ from actsparse.train.interrupt import Interrupted, Interruption
 from actsparse.train.loss import TrainingFailed
 from actsparse.train.processes import gathered, launched, meet, of_the_first
 from actsparse.train.start import model_from
-from actsparse.train.tasks import Task, fitting, task_of
+from actsparse.train.tasks import Task, task_of
 from actsparse.train.trainer import RunTrainer
+from actsparse.values import checked_arguments
 
 log = logging.getLogger(__name__)
 
@@ -312,7 +313,8 @@ def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> tuple[Any, Han
         from peft import get_peft_model
 
         model = get_peft_model(
-            model, lora_config(model, inputs, **fitting(lora_config, config.lora, "adapters"))
+            model,
+            lora_config(model, inputs, **checked_arguments(lora_config, config.lora, "adapters")),
         )
     handle = sparsify(model, Recipe.from_json(config.recipe), inputs=inputs)
     if config.gradient_checkpointing:

@@ -10,7 +10,10 @@ import transformers
 from torch import nn
 
 from actsparse.modify import handle_of, load, merge_adapter
+from actsparse.modify.foreign import bounded, check_config, check_files, model_class
 from actsparse.modify.sparsify import is_peft_model
+from actsparse.untrusted import read_json, safetensors_shapes
+from actsparse.values import check
 
 
 def model_from(folder: str | Path) -> nn.Module:
@@ -55,22 +58,34 @@ def pretrained(folder: Path) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        name = (getattr(config, "architectures", None) or [""])[0]
-        cls = getattr(transformers, name, None)
-        if cls is None:
-            raise ValueError(f"its config names the architecture {name!r}, unknown to transformers")
-        model, report = cls.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-        )
+        where, values = str(folder / "config.json"), _own_config(folder)
+        found = sorted(folder.glob("*.safetensors"))
+        shapes = {name: shape for file in found for name, shape in safetensors_shapes(file).items()}
+        check_config(where, values, shapes)
+        cls = model_class(where, (values.get("architectures") or [""])[0])
+        with bounded(where, shapes):
+            model, report = cls.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+            )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights: {', '.join(missing[:3])}, …")
     except Exception as error:  # whatever a stranger's folder does wrong
         raise ValueError(f"cannot load {folder}: {error}") from error
     return model
+
+
+def _own_config(folder: Path) -> dict[str, Any]:
+    """The config of a model that is a plain one, whole in this folder."""
+    check_files(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ValueError("adapter_config.json names a base model elsewhere: merge the adapter")
+    values = read_json(folder / "config.json")
+    check(str(folder / "config.json"), values, {"architectures?": ([str], None)})
+    if values.get("quantization_config"):
+        raise ValueError("its config asks for quantization_config: give a plain model")
+    return dict(values)

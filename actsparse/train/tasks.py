@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from transformers import (
     EvalPrediction,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedConfig,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -45,8 +43,10 @@ from actsparse.data import (
     text_splits,
 )
 from actsparse.data.text import EOS, FIRST_BYTE, LM_VOCAB_SIZE, PAD, VOCAB_SIZE
+from actsparse.modify.foreign import check_config
 from actsparse.train.config import RunConfig
 from actsparse.train.loss import SoftCrossEntropy
+from actsparse.values import BadValue, Positive, Text, check, checked_arguments, shown
 
 Scores = dict[str, float]
 Info = dict[str, Any]  # the data's
@@ -98,29 +98,33 @@ def _predict_next(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
 # digits; images of folders: pixels to classes
 
 
-def fitting(made: Callable[..., Any], given: dict[str, Any], what: str) -> dict[str, Any]:
-    """``given``, if all of it are names that ``made`` takes: a config class, or a function.
+def built(
+    model: Callable[[Any], PreTrainedModel], config: type[Any], own: Info, given: dict[str, Any]
+) -> PreTrainedModel:
+    """A model of random weights, by the class of its config: ``own`` settings and ``given`` ones.
 
     Raises:
-        ValueError: it holds a name that ``made`` does not know.
+        ValueError: the config knows no such setting, or nothing can be built of its value.
     """
-    config = isinstance(made, type) and issubclass(made, PreTrainedConfig)
-    known = set(made().to_dict() if config else inspect.signature(made).parameters)
-    known |= {"attn_implementation"} if config else set()
+    known = {*config().to_dict(), "attn_implementation"} - set(own)
     if unknown := sorted(set(given) - known):
         names = ", ".join(sorted(known))
-        raise ValueError(f"unknown setting {unknown[0]!r} of the {what}; known: {names}")
-    return given
+        raise BadValue(f"unknown setting {unknown[0]!r} of the model; known: {names}")
+    check_config("model", given)
+    try:
+        return model(config(**own, **given))
+    except Exception as error:  # whatever the class does with it
+        raise BadValue(f"model={shown(given)}: cannot be built: {error}") from error
 
 
 def _beit(config: RunConfig, info: Info) -> PreTrainedModel:
-    settings = fitting(BeitConfig, config.model, "model")
-    return BeitForImageClassification(BeitConfig(num_labels=info["classes"], **settings))
+    own = {"num_labels": info["classes"]}
+    return built(BeitForImageClassification, BeitConfig, own, config.model)
 
 
 def _vit(config: RunConfig, info: Info) -> PreTrainedModel:
-    settings = fitting(ViTConfig, config.model, "model")
-    return ViTForImageClassification(ViTConfig(num_labels=info["classes"], **settings))
+    own = {"num_labels": info["classes"]}
+    return built(ViTForImageClassification, ViTConfig, own, config.model)
 
 
 def _soft_labels(model: PreTrainedModel, config: RunConfig) -> None:
@@ -130,7 +134,7 @@ def _soft_labels(model: PreTrainedModel, config: RunConfig) -> None:
 def _image_splits(config: RunConfig) -> Splits[Any]:
     ways = {name: value for name, value in config.data.items() if name not in _MIXING}
     ways |= {"steps": config.steps, "batch": config.batch_size, "seed": config.seed}
-    return image_splits(**fitting(image_splits, _from_disk(ways, path="--data"), "data"))
+    return image_splits(**checked_arguments(image_splits, _from_disk(ways, path="--data"), "data"))
 
 
 _MIXING = ("mixup", "cutmix")
@@ -138,7 +142,7 @@ _MIXING = ("mixup", "cutmix")
 
 def _mixed(config: RunConfig, info: Info) -> Any:
     mixing = {name: value for name, value in config.data.items() if name in _MIXING}
-    return Mixed(info["classes"], seed=config.seed, **mixing)
+    return Mixed(info["classes"], seed=config.seed, **checked_arguments(Mixed, mixing, "data"))
 
 
 def _class_losses(logits: Any, labels: Tensor) -> Tensor:
@@ -159,7 +163,7 @@ def _gpt2(config: RunConfig, info: Info) -> PreTrainedModel:
     eos, pad = info.get("eos_token_id", EOS), info.get("pad_token_id", PAD)
     ids = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": pad}
     ids["vocab_size"] = info.get("vocab_size", LM_VOCAB_SIZE)
-    return GPT2LMHeadModel(GPT2Config(**ids, **fitting(GPT2Config, config.model, "model")))
+    return built(GPT2LMHeadModel, GPT2Config, ids, config.model)
 
 
 def _causal(model: PreTrainedModel, config: RunConfig) -> None:
@@ -170,8 +174,7 @@ def _t5(config: RunConfig, info: Info) -> PreTrainedModel:
     ids = {"eos_token_id": EOS, "pad_token_id": PAD, "decoder_start_token_id": PAD}
     ids["vocab_size"] = VOCAB_SIZE
     ids |= {name: info[name] for name in ids if name in info}
-    settings = fitting(T5Config, config.model, "model")
-    return T5ForConditionalGeneration(T5Config(**ids, **settings))
+    return built(T5ForConditionalGeneration, T5Config, ids, config.model)
 
 
 def _next_byte_losses(logits: Any, labels: Tensor) -> Tensor:
@@ -206,11 +209,22 @@ def _bigram(splits: Splits[Any]) -> Scores:
 
 def _read(config: RunConfig) -> tuple[Corpus, Tokenizer, SpanRows | CausalRows]:
     ways = dict(_from_disk(config.data, shards="--data", tokenizer="--tokenizer"))
+    check("data", ways, _SHARDS)
     found = corpus(ways.pop("shards"), ways.pop("validation", None))
     tokenizer, length = load_tokenizer(ways.pop("tokenizer")), ways.pop("length")
     ways = {name: value for name, value in ways.items() if name not in ("rows", "damaged")}
     kind = SpanRows if "mean_span" in ways else CausalRows
-    return found, tokenizer, kind(length, **fitting(kind, ways, "data"))
+    return found, tokenizer, kind(length, **checked_arguments(kind, ways, "data"))
+
+
+_SHARDS = {
+    "shards": str | list[str],
+    "tokenizer": Text,
+    "length": Positive,
+    "rows": Positive,
+    "validation?": str | list[str] | None,
+    "damaged?": Literal["refuse", "skip"],
+}
 
 
 def _shard_splits(config: RunConfig) -> Splits[Any]:
@@ -268,7 +282,7 @@ _DECODED = replace(
     _IMAGES,
     model=_beit,
     splits=lambda config: decoded_image_splits(
-        **fitting(image_splits, _from_disk(config.data, path="--data"), "data")
+        **checked_arguments(image_splits, _from_disk(config.data, path="--data"), "data")
     ),
     adapt=lambda model, config: None,
     collate=lambda config, info: default_data_collator,
@@ -277,7 +291,9 @@ _DIGITS = Task(
     quality_name="accuracy",
     higher_is_better=True,
     model=_beit,
-    splits=lambda config: load_digits_splits(**fitting(load_digits_splits, config.data, "data")),
+    splits=lambda config: load_digits_splits(
+        **checked_arguments(load_digits_splits, config.data, "data")
+    ),
     reduce=_class_losses,
     score=_accuracy,
     predict=_predict,
@@ -287,7 +303,7 @@ _TEXT = Task(
     higher_is_better=False,
     model=_t5,
     splits=lambda config: span_corruption_splits(
-        seed=config.seed, **fitting(span_corruption_splits, config.data, "data")
+        seed=config.seed, **checked_arguments(span_corruption_splits, config.data, "data")
     ),
     reduce=_hidden_byte_losses,
     score=_bits_per_byte,
@@ -298,7 +314,7 @@ _LM = Task(
     quality_name="bits per byte",
     higher_is_better=False,
     model=_gpt2,
-    splits=lambda config: lm_splits(**fitting(lm_splits, config.data, "data")),
+    splits=lambda config: lm_splits(**checked_arguments(lm_splits, config.data, "data")),
     reduce=_next_byte_losses,
     score=_bits_per_byte,
     predict=_predict_next,

@@ -119,8 +119,8 @@ def test_shares_divide_the_lines(count: int, every: int, first: int) -> None:
 
 
 DAMAGE = {
-    "no JSON": ("{'text': 1}", "JSONDecodeError"),
-    "half a line": ('{"text": "ab', "JSONDecodeError"),
+    "no JSON": ("{'text': 1}", "not whole JSON"),
+    "half a line": ('{"text": "ab', "not whole JSON"),
     "no text": ('{"content": "ab"}', 'no "text"'),
     "a number as text": ('{"text": 3}', 'no "text"'),
     "a list": ('["text"]', 'no "text"'),
@@ -143,7 +143,7 @@ def test_a_damaged_line_is_named_or_counted(tmp_path: Path, kind: str) -> None:
 def test_bytes_that_are_no_text_are_damage(tmp_path: Path) -> None:
     file = tmp_path / "some.jsonl"
     file.write_bytes(b'{"text": "\xff\xfe"}\n')
-    with pytest.raises(ValueError, match=r"some\.jsonl, line 1: UnicodeDecodeError"):
+    with pytest.raises(ValueError, match=r"some\.jsonl, line 1: not whole JSON"):
         list(texts(str(file)))
 
 

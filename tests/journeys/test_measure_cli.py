@@ -247,7 +247,7 @@ def spoiled(gpt2: Path, how: str) -> None:
         ("torn", "cannot load"),
         ("gone", "model.safetensors"),
         ("less", "it lacks 1 weights: transformer.h.0.mlp.c_fc.weight"),
-        ("other", "names the architecture 'Nothing', unknown to transformers"),
+        ("other", "'Nothing' is not a model class of transformers"),
     ],
 )
 def test_weights_are_never_made_up(gpt2: Path, how: str, said: str) -> None:
@@ -271,7 +271,7 @@ def one_error(done: Any, said: str) -> None:
     [
         (["--task", "dogs"], "unknown task 'dogs'; known: digits, text, lm"),
         (["--measures", "flatnes"], "unknown measure 'flatnes'; known: covering, density"),
-        (["--measures", '{"density": '], """--measures '{"density": ': not JSON"""),
+        (["--measures", '{"density": '], """--measures '{"density": ': not whole JSON"""),
         (["--measures", '{"pruning": {"at": 1}}'], "pruning has no option 'at'; known: thresholds"),
         (["--split", "all"], "unknown split 'all'; known: train, validation, test"),
         (["--labels", "mine"], """labels must be "data" or "model", got 'mine'"""),

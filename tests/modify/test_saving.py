@@ -31,6 +31,7 @@ from actsparse import (
 from actsparse.activations import ACTIVATIONS
 from tests.zoo import BY_ID, call
 
+MODEL: dict[str, Any] = {"class": "GPT2LMHeadModel", "config": {}, "dtypes": {}}
 RECIPE = Recipe(
     "mine",
     (
@@ -281,7 +282,7 @@ def test_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
 )
 def test_a_torn_or_foreign_sidecar_says_so(folder: Path, text: str) -> None:
     (folder / "actsparse.json").write_bytes(text.encode("latin1"))
-    with pytest.raises(ValueError, match=r"actsparse\.json is not"):
+    with pytest.raises(ValueError, match=r"actsparse\.json: (not whole JSON|sidecar)"):
         load(folder)
 
 
@@ -298,30 +299,29 @@ def made_of(**modification: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         (dict(format=99), "format 99; this version reads 1"),
-        (dict(recipe=[1]), "'recipe'"),
-        (dict(state=None), "'state'"),
-        (dict(blocks="all"), "'blocks'"),
-        (dict(model=7), "'model'"),
-        (dict(state={"step": 1}), "not a handle's state"),
-        (dict(recipe={"name": "x"}), "no recipe"),
-        (dict(recipe=made_of(kind="NormFloor")), "no recipe"),
+        (dict(recipe=[1]), "sidecar.recipe must be an object"),
+        (dict(state=None), "sidecar.state must be an object"),
+        (dict(blocks="all"), "sidecar.blocks must be a list"),
+        (dict(model=7), "sidecar.model must be an object"),
+        (dict(state={"step": 1}), "sidecar.state lacks 'steps'"),
+        (dict(recipe={"name": "x"}), "sidecar.recipe lacks 'modifications'"),
+        (dict(recipe=made_of(kind="NormFloor")), r"modifications\[0\] lacks 'modification'"),
         (dict(recipe=made_of(modification="Dropconnect")), "unknown modification 'Dropconnect'"),
-        (dict(recipe=made_of(modification="NormFloor", c=1)), r"unknown options \['c'\]"),
+        (dict(recipe=made_of(modification="NormFloor", c=1)), "unknown field 'c'; known: floor"),
         (dict(blocks=["transformer.h.0.mlp.c_fc"], widths=[40]), "does not fit the model"),
-        (dict(widths=None), "'widths' is None"),
-        (dict(widths=[40]), r"'widths' is \[40\]"),
-        (dict(widths=[40, "wide"]), "'widths' is .*'wide'"),
+        (dict(widths=None), "sidecar.widths must be a list; got None"),
+        (dict(widths=[40]), r"widths must be a list of 2, .*got \[40\]"),
+        (dict(widths=[40, "wide"]), r"widths\[1\] must be a whole number.*'wide'"),
         (dict(widths=[40, 0]), r"blocks of \[40, 0\] hidden units, GPT2LMHeadModel of \[40, 40\]"),
         (dict(widths=[40, 39]), "does not fit the model"),
-        (dict(thresholds=[0.5]), r"'thresholds' is \[0.5\]"),
-        (dict(thresholds=[0, -0.5]), "'thresholds' is"),
+        (dict(thresholds=[0.5]), r"thresholds must be a list of 2, .*got \[0.5\]"),
+        (dict(thresholds=[0, -0.5]), r"thresholds\[1\] must be a finite number, 0 or more"),
         (dict(blocks=["encoder.0.fc1"]), "MLP blocks"),
         (dict(model=None), "model="),
-        (dict(model={}), "not a model class"),
-        (dict(model={"class": "Trainer", "config": {}}), "'Trainer' is not a model class"),
-        (dict(model={"class": "os.system", "config": {}}), "is not a model class"),
-        (dict(model={"class": "GPT2LMHeadModel"}), "cannot build GPT2LMHeadModel"),
-        (dict(model={"class": "GPT2LMHeadModel", "config": {"n_embd": "wide"}}), "cannot build"),
+        (dict(model={}), "sidecar.model lacks 'class'"),
+        (dict(model=MODEL | {"class": "Trainer"}), "'Trainer' is not a model class"),
+        (dict(model=MODEL | {"class": "os.system"}), "is not a model class"),
+        (dict(model=MODEL | {"config": {"n_embd": "wide"}}), "cannot build"),
     ],
     ids=str,
 )  # fmt: skip

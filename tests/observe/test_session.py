@@ -15,6 +15,7 @@ from actsparse import records
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import observe, session
+from actsparse.values import check
 from tests.observe.brute import Recorder, same
 from tests.zoo import BY_ID, call
 
@@ -300,7 +301,7 @@ def test_the_summary_fits_the_records() -> None:
     model = model_of()
     with observe(model, inputs=X) as seen:
         model(X)
-    records.check_shape("train", seen.summary("train"), records.MEASURES)
+    check("train", seen.summary("train"), records.MEASURES)
 
 
 def test_the_table() -> None:

@@ -239,9 +239,9 @@ def test_a_wrong_record_is_named_with_what_is_wrong(
 def test_a_torn_file_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "torn.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(RecordError, match=r"torn.json: not a whole JSON file \("):
+    with pytest.raises(RecordError, match=r"torn.json: not whole JSON: "):
         read_benchmark(path)
-    with pytest.raises(RecordError, match=r"torn.json: not a whole JSON file \("):
+    with pytest.raises(RecordError, match=r"torn.json: not whole JSON: "):
         benchmark_files(tmp_path)  # rather than leave out what may have been a result
 
 

@@ -151,7 +151,7 @@ def test_numbers_are_shown_on_their_scale() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "cannot read"), ("{}", "lacks 'name'"), ("[]", "must be an object of name")],
+    [("{", "not whole JSON"), ("{}", "lacks 'name'"), ("[]", "must be an object of name")],
     ids=["torn", "empty", "list"],
 )
 def test_a_foreign_manifest_is_refused(tmp_path: Path, text: str, said: str) -> None:

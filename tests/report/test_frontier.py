@@ -255,7 +255,7 @@ def test_speed_joins_by_arm_and_seed(tmp_path: Path) -> None:
     ("changed", "message"),
     [
         ({"benchmark": "mlp"}, "benchmark must be 'speed'; got 'mlp'"),
-        ({"runs": [speed("sparse", 0, 0.0)]}, "value must be a number above 0; got 0.0"),
+        ({"runs": [speed("sparse", 0, 0.0)]}, "value must be a finite number above 0; got 0.0"),
         ({"runs": [{"arm": "sparse"}]}, "lacks 'seed'"),
     ],
     ids=["another benchmark", "no time", "a field is missing"],
@@ -347,7 +347,7 @@ def test_the_plot_has_every_arm_and_bears_none_alive(dark: bool, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot read"), ("{}", "lacks 'task'")],
+    [("{", "not whole JSON"), ("{}", "lacks 'task'")],
     ids=["torn", "empty"],
 )
 def test_a_broken_manifest_is_named(text: str, message: str, tmp_path: Path) -> None:

@@ -189,8 +189,8 @@ def test_a_line_of_an_earlier_step_does_not_stand_in(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "not JSON"),
-        ('{"kind": "meas', "not JSON"),
+        ("", "not whole JSON"),
+        ('{"kind": "meas', "not whole JSON"),
         ('{"kind": "measures", "schema": 1, "curvature": {"hessian": {"value": NaN}}}', "NaN"),
         ("[1]", "kind must be 'measures', got None"),
         ('{"kind": "run", "schema": 1}', "kind must be 'measures', got 'run'"),
@@ -237,7 +237,7 @@ def test_a_broken_file_stops_the_report(tmp_path: Path, add_run: AddRun) -> None
     cli.command()(report)
     done = CliRunner().invoke(cli, [str(tmp_path)])
     assert done.exit_code == 2
-    assert "paper-seed0/measures.json: not JSON" in done.stderr
+    assert "paper-seed0/measures.json: not whole JSON" in done.stderr
     assert not (tmp_path / "report.html").exists()
 
 

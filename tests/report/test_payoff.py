@@ -421,7 +421,7 @@ def test_wrong_paths_are_errors_in_one_line(tmp_path: Path, benchmarks: SimpleNa
     (tmp_path / "torn.json").write_text('{"benchmark": "mlp", "ro')
     done = called(tmp_path / "torn.json")
     assert done.exit_code == 2
-    assert done.stderr.startswith(f"Error: {tmp_path / 'torn.json'}: not a whole JSON file (")
+    assert done.stderr.startswith(f"Error: {tmp_path / 'torn.json'}: not whole JSON: ")
     assert called(tmp_path).stderr == done.stderr
     done = called(tmp_path / "none.json")
     assert done.exit_code == 2

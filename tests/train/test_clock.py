@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from actsparse.experiments import run_config
-from actsparse.record_schema import SCHEMA, check_shape
+from actsparse.record_schema import SCHEMA
 from actsparse.records import Run, read_run, run_path
 from actsparse.train.interrupt import Interrupted
 from actsparse.train.run import run
+from actsparse.values import check
 
 TINY: dict[str, Any] = {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 2}
 TINY |= {"save_every": 2, "validate_on": 16}
@@ -62,7 +63,7 @@ def test_the_pause_of_a_resumed_run_does_not_count(tmp_path: Path) -> None:
 
 def test_records_without_it_stay_valid() -> None:
     entry = {"split": "validation", "step": 1, "loss": 1.0, "quality": 0.5, "measures": None}
-    check_shape("eval", entry, SCHEMA["eval"])
-    check_shape("eval", {**entry, "time": {"seconds": 2.0}}, SCHEMA["eval"])
+    check("eval", entry, SCHEMA["eval"])
+    check("eval", {**entry, "time": {"seconds": 2.0}}, SCHEMA["eval"])
     with pytest.raises(Exception, match=r"eval\.time\.seconds must be a finite number"):
-        check_shape("eval", {**entry, "time": {"seconds": "2"}}, SCHEMA["eval"])
+        check("eval", {**entry, "time": {"seconds": "2"}}, SCHEMA["eval"])

@@ -283,7 +283,7 @@ def test_it_runs_on_mnist_files(tmp_path: Path) -> None:
         ("measure_every", 0, "1 or more"),
         ("lr", 0.0, "above 0"),
         ("lr", math.inf, "finite"),
-        ("lr", "fast", "a number"),
+        ("lr", "fast", "a finite number"),
         ("weight_decay", -0.1, "0 or more"),
         ("weight_decay", 10.0, "below 1/lr = 10"),
         ("weight_decay", math.nan, "0 or more"),

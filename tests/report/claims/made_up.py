@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from actsparse.record_schema import SCHEMA, Entry, check_shape
+from actsparse.record_schema import SCHEMA, Entry
 from actsparse.records import Run
 from actsparse.report.findings import Experiment, Finding, findings
+from actsparse.values import check
 
 MANIFEST: Entry = {"full": False, "seeds": 5, "command": "actsparse reproduce", "time": {}}
 UNITS = 1000
@@ -54,7 +55,7 @@ def made_up(
     }
     if before is not None:
         result["before"] = {"loss": 0.3, "quality": before[1], "inference": measures(before[0])}
-    check_shape("result", result, SCHEMA["result"])
+    check("result", result, SCHEMA["result"])
     header = {"task": "digits", "arm": arm, "seed": seed}
     return Run(Path("record.jsonl"), header, [], [], [], result, None, False)
 

@@ -1,0 +1,32 @@
+"""The terminal: text is printed as it is, never as markup, never as a command to the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from typing_extensions import override
+
+from actsparse.values import printable
+
+
+class Terminal(Console):
+    r"""rich's console without markup; control characters in text are escaped.
+
+    >>> Terminal().print("[bold]arm[/bold] \x1b[31m")
+    [bold]arm[/bold] \x1b[31m
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    @override
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """The segments of a renderable, their text escaped."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            yield segment if control else Segment(printable(text), style)
