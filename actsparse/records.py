@@ -29,7 +29,7 @@ from typing import Any
 from actsparse import files
 from actsparse.record_schema import MEASURES as MEASURES  # what a summary of observe fits
 from actsparse.record_schema import SCHEMA, VERSION, Entry, RecordError
-from actsparse.untrusted import parse_json
+from actsparse.untrusted import parse_json, read_bytes
 from actsparse.values import check, shown
 
 PACKAGES = ("actsparse", "torch", "transformers", "accelerate", "peft", "datasets", "numpy")
