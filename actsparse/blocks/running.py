@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,21 @@ class Running:
         return self.plan is not None and self.plan.runs
 
 
-class Passes(threading.local):
-    """The running pass of one block, for each thread apart.
+class OfThread(threading.local):
+    """What each thread has of its own; copies and pickles of a model begin with nothing.
+
+    Compiled code keeps what it does to a list in here, but loses what it assigns to an attribute.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()
+
+
+class Passes(OfThread):
+    """The running pass of one block.
 
     Each call of the module around the block has a frame of its own. So a call inside another one
     does not meet what that one keeps, and what an aborted call kept goes with its frame. The
@@ -59,13 +72,6 @@ class Passes(threading.local):
         """That call has ended, or an error ended it."""
         if len(self.frames) > 1:  # hooks may have come in the middle of a call
             self.frames.pop()
-
-    # Copies and pickles of a model begin with no pass running.
-    def __deepcopy__(self, memo: dict[int, Any]) -> Passes:
-        return Passes()
-
-    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
-        return Passes, ()
 
 
 class _Sleep(threading.local):

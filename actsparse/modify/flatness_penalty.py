@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.running import OfThread
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, Progress, Weighted
 from actsparse.modify.schedule import Over, Ramp, ramp_note
@@ -79,12 +79,16 @@ class _Pass:
     samples: int
 
 
+class _Passes(OfThread):
+    def __init__(self) -> None:
+        self.of_forward: list[_Pass] = []
+
+
 class _Flattened(Weighted):
     def __init__(self, site: Site, note: str, config: FlatnessPenalty) -> None:
         super().__init__(site, note, config.weight, config.ramps())
         self.checked = False  # whether its gradients were found to have gradients
-        # the passes of one forward (a shared block runs several times), never more
-        self.passes: deque[_Pass] = deque(maxlen=site.block.calls)
+        self.passes = _Passes()
         site.tap(self.collect, self.stages, in_training=True)
         self.update(Progress(0, None))
         self.settle()
@@ -100,18 +104,20 @@ class _Flattened(Weighted):
             return
         x, z = stages["x"], stages["z"]
         tokens = site.tokens
-        self.passes.append(_Pass(z, x, tokens.unpadded(z), tokens.samples(z)[1]))
+        passes = self.passes.of_forward
+        passes.append(_Pass(z, x, tokens.unpadded(z), tokens.samples(z)[1]))
+        del passes[: -site.block.calls]  # a shared block runs several times
 
     @override
     def differentiated(self) -> list[Tensor]:
         if not (self.site.block.up.module.training and torch.is_grad_enabled()):
-            self.passes.clear()  # of a training pass that nobody asked about
-        return [each.z for each in self.passes]
+            self.passes.of_forward.clear()  # of a training pass that nobody asked about
+        return [each.z for each in self.passes.of_forward]
 
     @override
     def penalty(self) -> Tensor | None:
-        passes, gradients = list(self.passes), self.gradients
-        self.passes.clear()
+        passes, gradients = list(self.passes.of_forward), self.gradients
+        self.passes.of_forward.clear()
         self.gradients = []  # and the graph behind them
         if not passes:
             return None
@@ -131,12 +137,12 @@ class _Flattened(Weighted):
 
     @override
     def forget(self) -> None:
-        self.passes.clear()
+        self.passes.of_forward.clear()
 
     @property
     @override
     def unclaimed(self) -> bool:
-        return any(each.z.requires_grad for each in self.passes)
+        return any(each.z.requires_grad for each in self.passes.of_forward)
 
     def _check(self, gradient: Tensor) -> None:
         """Fail here and with advice rather than in somebody's backward."""
@@ -160,7 +166,7 @@ class _Flattened(Weighted):
     @override
     def remove(self) -> None:
         self.site.release(self.collect)
-        self.passes.clear()
+        self.passes.of_forward.clear()
 
 
 def _squares(rows: Tensor) -> Tensor:

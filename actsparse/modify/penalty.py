@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.running import OfThread
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, Progress, Weighted
 from actsparse.modify.schedule import Over, Ramp, Release, ramp_note
@@ -118,13 +118,18 @@ class ActivationPenalty(Modification):
         return f"{self.kind}, weight {self.weight:g}{ramp_note(self.ramps())}"
 
 
+class _Values(OfThread):
+    """The means of one forward, each with whether it has a gradient."""
+
+    def __init__(self) -> None:
+        self.of_pass: list[tuple[Tensor, bool]] = []
+
+
 class _Penalised(Weighted):
     def __init__(self, site: Site, note: str, config: ActivationPenalty) -> None:
         super().__init__(site, note, config.weight, config.ramps())
         self.config = config
-        self.without_grad = False  # whether the last pass ran under no_grad
-        # the passes of one forward (a shared block runs several times), never more
-        self.values: deque[Tensor] = deque(maxlen=site.block.calls)
+        self.values = _Values()
         site.tap(self.collect, self.stages, in_training=True)
         self.update(Progress(0, None))
         self.settle()
@@ -141,8 +146,8 @@ class _Penalised(Weighted):
         keep = site.tokens.unpadded(stages[norms[0]])
         mean = value.mean() if keep is None else (value * keep).sum() / keep.sum().clamp(min=1)
         if not site.recomputing:  # checkpointing must see the same operations, but count them once
-            self.values.append(mean)
-            self.without_grad = not torch.is_grad_enabled()
+            self.values.of_pass.append((mean, torch.is_grad_enabled()))
+            del self.values.of_pass[: -site.block.calls]  # a shared block runs several times
 
     @override
     def update(self, progress: Progress) -> None:
@@ -152,29 +157,27 @@ class _Penalised(Weighted):
 
     @override
     def penalty(self) -> Tensor | None:
-        if not self.site.block.up.module.training:
-            self.values.clear()  # of a training pass that nobody asked about
-        if not self.values:
-            return None
-        total = torch.stack(list(self.values)).mean()
-        self.values.clear()
-        if torch.is_grad_enabled() and self.without_grad:
+        values = self.values.of_pass[:]
+        self.values.of_pass.clear()
+        if not (values and self.site.block.up.module.training):
+            return None  # in evaluation: of a training pass that nobody asked about
+        if torch.is_grad_enabled() and not values[-1][1]:
             raise RuntimeError(
                 f"the penalty at block {self.site.block.name!r} has no gradient: the forward ran "
                 f"without one (reentrant gradient checkpointing? use use_reentrant=False)"
             )
-        return self.weight * total
+        return self.weight * torch.stack([mean for mean, _ in values]).mean()
 
     @override
     def forget(self) -> None:
-        self.values.clear()
+        self.values.of_pass.clear()
 
     @property
     @override
     def unclaimed(self) -> bool:
-        return bool(self.values) and not self.without_grad
+        return any(learns for _, learns in self.values.of_pass)
 
     @override
     def remove(self) -> None:
         self.site.release(self.collect)
-        self.values.clear()
+        self.forget()

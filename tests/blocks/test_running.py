@@ -12,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actsparse import SwapActivation, accelerate, find_mlp_blocks, observe, sparsify
+from actsparse import (
+    ActivationPenalty,
+    SwapActivation,
+    accelerate,
+    find_mlp_blocks,
+    observe,
+    sparsify,
+)
 from actsparse.blocks.running import sites_asleep
 
 
@@ -95,6 +102,34 @@ def test_a_second_thread_in_the_middle_of_a_pass_changes_nothing(
         hook.remove()
         for i in (0, 1):  # with a hook inside a block its layers run: other roundings
             torch.testing.assert_close(out[i], want[i], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["l1", "hoyer"])
+def test_each_thread_has_the_penalty_of_its_own_pass(kind: str) -> None:
+    model, xs = plain(nn.ReLU), [torch.randn(3, 8), 2 * torch.randn(5, 8)]
+    handle = sparsify(model, [ActivationPenalty(kind, weight=1.0)], inputs=xs[0])
+    model.train()
+    want = []
+    for x in xs:
+        model(x)
+        want.append(handle.penalty().item())
+    got: dict[int, float] = {}
+    forward, asked = threading.Event(), threading.Event()
+
+    def first() -> None:
+        model(xs[0])
+        forward.set()
+        assert asked.wait(20)
+        got[0] = handle.penalty().item()
+
+    worker = threading.Thread(target=first)
+    worker.start()
+    assert forward.wait(20)
+    model(xs[1])
+    got[1] = handle.penalty().item()
+    asked.set()
+    worker.join()
+    assert [got[0], got[1]] == want
 
 
 @ways

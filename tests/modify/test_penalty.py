@@ -391,7 +391,7 @@ def test_reentrant_checkpointing_has_no_gradient_and_says_so() -> None:
         ({"kind": "l2"}, "unknown penalty 'l2'; known: hoyer, hoyer_root, l1"),
         ({"weight": -1.0}, "weight=-1.0"),
         ({"weight": float("nan")}, "weight=nan"),
-        ({"ramp": 0}, "over=0"),
+        ({"ramp": 0}, "ramp=0"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
