@@ -236,7 +236,7 @@ def words(kind: Any) -> str:
     if origin is tuple and inner[-1] is not Ellipsis:
         return f"a list of {len(inner)}: {', '.join(map(words, inner))}"
     if origin in (list, tuple, Sequence):
-        return f"a list of {words(inner[0])}"
+        return "a list" if inner[0] is Any else f"a list of {words(inner[0])}"
     if origin in (dict, Mapping):
         return "an object" if inner[1] is Any else f"an object of {words(inner[1])}"
     return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))

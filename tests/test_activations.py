@@ -208,7 +208,9 @@ def test_derivatives_work_in_inference_mode_and_without_gradients() -> None:
     for name, function in ACTIVATIONS.items():
         want = function.derivative(z)
         with torch.inference_mode():
-            assert torch.allclose(function.derivative(z.clone()), want), name
+            got = function.derivative(z.clone())
+        # a few roundings of numbers up to 4, the largest slope here
+        assert torch.allclose(got, want, rtol=0, atol=8 * 4 * torch.finfo(z.dtype).eps), name
         with torch.no_grad():
             assert torch.equal(function.derivative(z), want), name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -95,6 +96,9 @@ def _llama(
     blocks = find_mlp_blocks(model, some)
     found = _arrange_gated(blocks, density, lambda: model(input_ids=text, use_cache=False))
     cache = StaticCache(config=model.config, max_cache_len=prompt + written)
+    # transformers 5.24 calls it cache, and warns of the name before
+    names = inspect.signature(model.forward).parameters
+    held = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
     token = text[:, :1].clone()
     following = text[0].clone()
 
@@ -102,14 +106,14 @@ def _llama(
         at = cache.layers[0].cumulative_length  # on the device: a CUDA graph moves on with it
         token.copy_(following.index_select(0, at.view(1)).view(1, 1))
         with torch.no_grad():
-            return own(input_ids=token, past_key_values=cache, use_cache=True).logits
+            return own(input_ids=token, **held).logits
 
     def back() -> None:
         for layer in cache.layers:
             layer.cumulative_length.fill_(prompt)
 
     with torch.no_grad():
-        model(input_ids=text[:, :prompt], past_key_values=cache, use_cache=True)
+        model(input_ids=text[:, :prompt], **held)
 
     def text_by(one: Program) -> Program:
         def write() -> None:

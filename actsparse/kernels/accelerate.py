@@ -55,6 +55,7 @@ def accelerate(
     Raises:
         ValueError: unknown mode; no block can be run so, with the reason for each.
 
+    >>> import torch
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> x = torch.randn(4, 8)
     >>> y = mlp(x)

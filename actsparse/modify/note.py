@@ -83,8 +83,10 @@ def noted(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
 
 
 def without_note(config: dict[str, Any]) -> dict[str, Any]:
-    """A config's values while a note is being asked, the note's place left out."""
-    return {key: value for key, value in config.items() if key != KEY or value is not None}
+    """A config's values without a note, which is None while it is being asked."""
+    held = config.get(KEY)
+    ours = held is None or (isinstance(held, dict) and held.get("quant_method") == METHOD)
+    return {key: value for key, value in config.items() if key != KEY or not ours}
 
 
 def _saved_alone(model: nn.Module) -> list[Any]:

@@ -180,7 +180,8 @@ def read_sidecar(folder: Path, *others: str) -> dict[str, Any]:
     sidecar = read_json(file) if note is None else _whole(*note)
     where = f"{file}: sidecar"
     if isinstance(sidecar, dict) and "unknown" in sidecar:
-        raise BadValue(f"{file} cannot say how its model was changed: {shown(sidecar['unknown'])}")
+        why = str(sidecar["unknown"])[:400].encode("unicode_escape").decode()
+        raise BadValue(f"{file} cannot say how its model was changed: {why}")
     check(where, sidecar, {"format": Any})
     if sidecar["format"] != _FORMAT:
         raise BadValue(

@@ -272,7 +272,7 @@ def test_the_command_writes_a_row_for_each_run_that_can_be(
     ]  # fmt: skip
     assert all(each["of"] == "trained" and each["value"] > 0 for each in speed["ratios"])
     assert speed["ran"].keys() == {"trained", "both"}
-    assert all(ran.startswith("2 of 2 blocks dense: too small: ") for ran in speed["ran"].values())
+    assert all("blocks dense: too small: " in ran for ran in speed["ran"].values())
 
 
 def test_the_command_says_what_would_be_right(runs: dict[str, Run]) -> None:

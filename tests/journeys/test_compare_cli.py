@@ -113,7 +113,7 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
         (["train", "--set", "model.typo=1"], "unknown setting 'typo' of the model; known: "),
         (["train", "--set", "warmup=soon"], "warmup='soon': expected a number"),
         (["train", "--set", "seed=1"], "--set seed: it has an option of its own, --seed"),
-        (["train", "--set", "report_to=wandb"], "report_to='wandb': expected a list of names"),
+        (["train", "--set", "report_to=wandb"], "report_to='wandb': expected a list of text"),
         (["train", "--set", "precision=fp16"], "precision='fp16' needs a GPU"),
         (["train", "--set", "micro_batch=7"], "micro_batch=7 does not divide the 64 rows"),
         (["train", "--task", "vit_imagenet"], "reads data of yours: say where, --data PATH"),

@@ -87,7 +87,7 @@ def test_torn_weights_say_so(folder: Path, keep: int) -> None:
     with pytest.raises(ValueError, match=r"model\.safetensors is not what was saved: its SHA-256"):
         load(folder)
     without_digests(folder)
-    with pytest.raises(ValueError, match=r"model\.safetensors does not fit"):
+    with pytest.raises(ValueError, match=r"model\.safetensors.*header"):
         load(folder)
 
 
@@ -109,7 +109,9 @@ def test_a_folder_without_digests_as_older_versions_wrote_it_loads(folder: Path)
 @pytest.mark.parametrize("digests", [None, {}, [], {"model.safetensors": None}], ids=str)
 def test_digests_that_make_no_sense_are_refused(folder: Path, digests: Any) -> None:
     rewrite(folder, sha256=digests)
-    with pytest.raises(ValueError, match=r"'sha256' is|is not what was saved"):
+    with pytest.raises(
+        ValueError, match=r"sha256. (must be|is)|is not what was saved"
+    ):
         load(folder)
 
 

@@ -25,7 +25,7 @@ from actsparse.train.loss import SoftCrossEntropy
 from actsparse.train.processes import unsharded
 from actsparse.train.run import run
 from actsparse.train.tasks import task_of
-from tests.train.test_survival import write_shards
+from tests.train.test_crashes import write_shards
 
 ROOT = Path(__file__).parents[2]
 
