@@ -101,4 +101,5 @@ def test_a_finder_sees_no_pass_of_another_thread_and_changes_none() -> None:
 
     together(finder, runner)
     assert len(got) == 2
-    assert all(torch.equal(y, want) for y in got)
+    # to rounding, since a thread may multiply by a number of threads of its own
+    assert all(torch.allclose(y, want, rtol=1e-5, atol=1e-6) for y in got)

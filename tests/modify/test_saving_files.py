@@ -109,9 +109,7 @@ def test_a_folder_without_digests_as_older_versions_wrote_it_loads(folder: Path)
 @pytest.mark.parametrize("digests", [None, {}, [], {"model.safetensors": None}], ids=str)
 def test_digests_that_make_no_sense_are_refused(folder: Path, digests: Any) -> None:
     rewrite(folder, sha256=digests)
-    with pytest.raises(
-        ValueError, match=r"sha256. (must be|is)|is not what was saved"
-    ):
+    with pytest.raises(ValueError, match=r"sha256.? (must be|is)|is not what was saved"):
         load(folder)
 
 
