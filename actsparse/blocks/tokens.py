@@ -228,9 +228,9 @@ class Tokens:
                 mask = keep[None] if keep.dim() == 1 else keep  # one unbatched sequence
         strangers: list[tuple[str, Tensor | None]] = [("attention_mask", None)] if unknown else []
         read = {"attention_mask", *_PADDING, *_POSITIONS}
-        # torch's own encoder attends by its mask and is told of padding apart
-        others = {} if set(_PADDING) & set(self._names) else call
-        for name, other in others.items():
+        if set(_PADDING) & set(self._names):  # torch's own, which attends by these
+            read |= {"mask", "src_mask", "tgt_mask"}
+        for name, other in call.items():
             if name in read or not isinstance(other, Tensor) or other.shape[:1] != shape[:1]:
                 continue
             if _STRANGER.search(name) and not _ELSEWHERE.search(name) and shape:
