@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from actsparse.blocks.block import MLPBlock
 
@@ -114,6 +116,14 @@ class _CatchActivation(TorchFunctionMode):
                 self.user, self.step = (user, 1) if len(steps) > 1 else (None, 0)
                 return user.compute_phi(args[0], call)
         return func(*args, **kwargs)
+
+
+def foreign_mode() -> bool:
+    """Whether operations run under a mode of somebody's, which sees or changes them."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        not isinstance(mode, _CatchActivation | DeviceContext) for mode in modes
+    )
 
 
 class Detour(Exchange):

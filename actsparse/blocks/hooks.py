@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.exchange import Detour, Interception, NoNestedTensors, Replacement
+from actsparse.blocks.ghost import Ghost
 from actsparse.blocks.reading import read_gradient
 from actsparse.blocks.running import Passes, asleep, unreadable
 from actsparse.blocks.stages import NORMS, token_norm
@@ -274,9 +275,10 @@ class Wiring:
                 f"block {self.block.name!r}: hooks give its layers another input than the block "
                 f"got, so that it cannot run sparse; accelerate it after they are attached"
             )
-        # NaN, so that whoever computes with it all the same cannot take it for a result
-        ghost = x.new_full((1,), float("nan"))
-        return ghost.expand(*x.shape[:-1], self.block.up.width)
+        width = self.block.up.width
+        if torch.compiler.is_compiling():
+            return x.new_full((1,), float("nan")).expand(*x.shape[:-1], width)
+        return Ghost.like(x, width, now, self.block.name)
 
     def _pass(self, original: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
         return a if self.passes.now.detours else original(a)
@@ -289,6 +291,14 @@ class Wiring:
         if not plan.runs:
             plan.passed(d)
             return original(d)
+        # a compiler sees strides alone: what was computed of a ghost has some
+        real = d.stride(-1) > 0 and not self.block.gated
+        if real if torch.compiler.is_compiling() else getattr(d, "of", None) is not now:
+            raise RuntimeError(
+                f"block {self.block.name!r} runs sparse, without its hidden layer, but down's "
+                f"input does not come from that, as was so when the block was found: is that in "
+                f"training mode alone, or do two calls overlap? accelerate() cannot serve it"
+            )
         assert now.changed is not None
         kept, now.kept = now.kept, {}  # checkpointing may break off its second pass here
         y = plan(self.site, now.changed, kept.update if self.site.wants_norms else None)

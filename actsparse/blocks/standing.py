@@ -31,7 +31,7 @@ class Standing:
             if parent._modules.get(name) is not module:
                 seen.append(name)
         for module in self._forwards:
-            seen += (module.__class__, module.__dict__.get("forward"))
+            seen += (module.__class__.forward, module.__dict__.get("forward"))
         return seen
 
     def changed(self) -> str | None:
@@ -45,12 +45,12 @@ class Standing:
         return None
 
 
-def forward_of(module: nn.Module) -> tuple[type[nn.Module], Any]:
-    """What a call of the module runs, but for us: its class, and a forward on the instance."""
+def forward_of(module: nn.Module) -> tuple[Any, Any]:
+    """What a call of the module runs, but for us: its class's forward, and the instance's."""
     forward: Any = module.__dict__.get("forward")
     while is_own(forward):
         forward = forward.__self__.own
-    return type(module), forward
+    return type(module).forward, forward
 
 
 def _parts(block: MLPBlock) -> Iterator[tuple[str, nn.Module]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 import threading
 from collections import deque
@@ -32,10 +33,11 @@ _MARKS = (
     *_IDS, "pixel_values", "grid_thw", "input_features", "input_values", *_PADDING[:2],
 )  # fmt: skip
 _POSITIONS = ("position_ids", "positions", "input_pos")
-_STRANGERS = (  # masks of other tokens than a block's, or of which nobody knows what is padding
-    "pixel_mask", "pixel_attention_mask", "patch_attention_mask", "input_features_mask",
-    "feature_attention_mask", "padding_mask", "input_mask", "inputs_mask", "mask",
-)  # fmt: skip
+# masks of other tokens than a block's, or of which nobody knows what is padding, by their names
+_STRANGER = re.compile(r"(?:^|_)(?:masks?|pad|padding|valid|(?:seq)?len(?:gth)?s?)$")
+_ELSEWHERE = re.compile(  # which say nothing of the stack's own padding
+    r"^(?:encoder|memory|global)_|_encoder_|cross|head_mask|pos(?:ition)?_masks?$"
+)
 _REMEMBERED = 64  # calls whose layers gradient checkpointing may run again
 
 
@@ -225,11 +227,13 @@ class Tokens:
                 keep = ~padding if padding.dtype == torch.bool else padding == 0
                 mask = keep[None] if keep.dim() == 1 else keep  # one unbatched sequence
         strangers: list[tuple[str, Tensor | None]] = [("attention_mask", None)] if unknown else []
-        for name in _STRANGERS:
-            other = call.get(name)
-            if name == "mask" and set(_PADDING) & set(self._names):
-                continue  # torch's own encoder, which attends by it
-            if isinstance(other, Tensor) and other.dim() > 1 and other.shape[0] == shape[0]:
+        read = {"attention_mask", *_PADDING, *_POSITIONS}
+        if set(_PADDING) & set(self._names):  # torch's own, which attends by these
+            read |= {"mask", "src_mask", "tgt_mask"}
+        for name, other in call.items():
+            if name in read or not isinstance(other, Tensor) or other.shape[:1] != shape[:1]:
+                continue
+            if _STRANGER.search(name) and not _ELSEWHERE.search(name) and shape:
                 strangers.append((name, other))
         positions = [_rows(call.get(name)) for name in _POSITIONS]
         labelled = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from actsparse.activations import identify
@@ -22,6 +23,9 @@ from actsparse.kernels.forms import is_silent
 _HOOKS = (
     "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks",
 )  # fmt: skip
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
+    getattr(every, f"_global{name}") for name in _HOOKS
+)
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DROPOUTS = (nn.Dropout, nn.Identity)  # others do more than keep or drop a value
 _PLAIN = (nn.Parameter, Tensor)
@@ -51,17 +55,21 @@ class Fit:
         seen = [function_of(self.block), *self.standing.look()]
         for module in self.standing.parts.values():
             own = module.__dict__
-            seen += (module.__class__, own.get("forward"))
+            kind = module.__class__
+            seen += (kind, kind.forward, own.get("forward"))
             for hooks in _HOOKS:
                 if own[hooks]:
                     seen += own[hooks]  # their numbers, which are given once
             for tensor in own["_parameters"].values():
                 if tensor is not None:
-                    seen += (tensor.__class__, tensor.is_meta)
+                    seen += (tensor.__class__, tensor.is_meta, tensor.layout)
         if self.block.activation.module is not None:  # its numbers are a part of φ
             for value in self.block.activation.module.__dict__.values():
                 if value.__class__ is float or value.__class__ is int:
                     seen.append(value)
+        for of_all in _GLOBAL_HOOKS:
+            if of_all:
+                seen += of_all
         return seen
 
     def refusal(self) -> str | None:
@@ -102,6 +110,8 @@ class Fit:
                     return f"{name} has a hook, which would miss its tensors"
             if forward_of(module)[1] is not None:
                 return f"{name} has a forward of its own on the instance"
+        if any(_GLOBAL_HOOKS):
+            return "a hook for all modules (register_module_forward_hook) would miss its tensors"
         if self.block.hidden_feeds:
             return f"its hidden layer also feeds {', '.join(self.block.hidden_feeds)}"
         return None
@@ -112,6 +122,8 @@ def _unfit_layer(layer: Layer) -> str | None:
     conv = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
     if kind not in _LINEAR and not conv:
         return f"{layer.name} is a {kind.__name__} of {kind.__module__}, no plain linear layer"
+    if kind.forward.__globals__["__name__"] not in [each.__module__ for each in kind.mro()]:
+        return f"the forward of {kind.__name__} was exchanged, for all layers"
     for name in ("weight", "bias"):
         tensor = getattr(layer.module, name, None)
         if tensor is None:

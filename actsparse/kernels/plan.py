@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.exchange import foreign_mode
 from actsparse.blocks.site import Site
 from actsparse.blocks.stages import OnNorms
 from actsparse.kernels import build, ops
@@ -159,7 +160,12 @@ class SparseRun:
     def plan(self, site: Site, x: Tensor) -> CallPlan:
         """How this call is to run."""
         tokens, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
-        keeps = self._fixed_reason() if compiling else self.fit.reason()
+        if compiling:
+            keeps = self._fixed_reason()
+        elif foreign_mode():
+            keeps = "under a TorchFunctionMode or TorchDispatchMode, which would miss operations"
+        else:
+            keeps = self.fit.reason()
         keeps = keeps or _unfit_call(site, x, self.block.up)
         if compiling:  # compiled code keeps to what it met
             fixed = self._last if self.mode == "auto" else self.mode

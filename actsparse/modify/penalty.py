@@ -147,7 +147,6 @@ class _Penalised(Weighted):
         mean = value.mean() if keep is None else (value * keep).sum() / keep.sum().clamp(min=1)
         if not site.recomputing:  # checkpointing must see the same operations, but count them once
             self.values.of_pass.append((mean, torch.is_grad_enabled()))
-            del self.values.of_pass[: -site.block.calls]  # a shared block runs several times
 
     @override
     def update(self, progress: Progress) -> None:

@@ -397,3 +397,28 @@ def test_reentrant_checkpointing_has_no_gradient_and_says_so() -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ActivationPenalty(**options)
+
+
+class Repeated(nn.Module):
+    """One block, as often as the call says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    def forward(self, x: Tensor, times: int = 2) -> Tensor:
+        for _ in range(times):
+            x = x + self.mlp(x)
+        return x
+
+
+@pytest.mark.parametrize("times", [1, 2, 5])
+def test_every_run_of_a_shared_block_counts_alike(times: int) -> None:
+    model, x, means = Repeated(), torch.randn(3, 4, 8), []
+    handle = sparsify(model, [ActivationPenalty("l1", 1.0)], inputs=x)
+    model.train()
+    model.mlp[2].register_forward_hook(lambda *call: means.append(call[2].abs().mean().item()))
+    for _ in range(2):  # a pass that nobody asked about leaves nothing
+        means.clear()
+        model(x, times=times)
+    assert handle.penalty().item() == pytest.approx(sum(means) / times, rel=1e-5)

@@ -53,3 +53,45 @@ def test_density_is_taken_before_a_dropout_that_works_in_place() -> None:
     assert summary is not None
     assert model.hidden is not None
     assert summary["density"] == (model.hidden != 0).double().mean().item()
+
+
+class Masked(nn.Module):
+    """A model that is told of padding under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mlp = nn.Embedding(40, 8), InPlace()
+
+    def forward(self, ids: Tensor, **told: Tensor) -> Tensor:
+        return self.mlp(self.embed(ids))
+
+
+@pytest.mark.parametrize(
+    "name", ["pad_mask", "src_mask", "valid", "is_pad", "lengths", "seq_lens", "token_masks"]
+)
+def test_padding_that_is_told_under_another_name_is_asked_for(name: str) -> None:
+    model, ids = Masked().eval(), torch.randint(0, 40, (3, 5))
+    lengths = torch.tensor([2, 3, 5])
+    keep = torch.arange(5) < lengths[:, None]
+    told = lengths if "len" in name else keep
+    with torch.no_grad(), observe(model, inputs={"ids": ids}):
+        with pytest.raises(ValueError, match=rf"called with {name} of shape"):
+            model(ids, **{name: told})
+        model(ids, **{name: torch.full_like(told, 5)})  # hides nothing
+    with torch.no_grad(), observe(model, inputs={"ids": ids}, mask=keep) as seen:
+        model(ids, **{name: told})
+    summary = seen.summary("inference")
+    assert summary is not None
+    assert summary["blocks"][0]["tokens"] == 10
+
+
+@pytest.mark.parametrize(
+    "name", ["encoder_attention_mask", "head_mask", "cross_mask", "global_attention_mask"]
+)
+def test_masks_of_other_things_than_padding_are_let_pass(name: str) -> None:
+    model, ids = Masked().eval(), torch.randint(0, 40, (3, 5))
+    with torch.no_grad(), observe(model, inputs={"ids": ids}) as seen:
+        model(ids, **{name: torch.rand(3, 5) > 0.5})
+    summary = seen.summary("inference")
+    assert summary is not None
+    assert summary["blocks"][0]["tokens"] == 15

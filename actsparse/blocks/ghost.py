@@ -1,0 +1,61 @@
+"""What stands for a hidden layer that an executor does not compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actsparse.blocks.flow import MOVES, MULTIPLIES
+from actsparse.blocks.running import Running
+
+_ASKS = {"dim", "ndimension", "size", "stride", "numel", "nelement", "is_floating_point"}
+
+
+class Ghost(Tensor):
+    """A tensor of NaN without memory, which nobody may compute with.
+
+    It may be moved, and in gated blocks multiplied by another one of the same pass. All else is
+    refused: then the block does more between up and down than when it was found, and its result
+    would be wrong.
+    """
+
+    of: Running
+    block: str
+
+    @classmethod
+    def like(cls, x: Tensor, width: int, of: Running, block: str) -> Ghost:
+        """In the place of a layer's output [..., width] on x."""
+        nan = x.new_full((1,), float("nan")).expand(*x.shape[:-1], width)
+        return _mark(nan, of, block)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Refuse what is computed with a ghost, before it is."""
+        name, given = getattr(func, "__name__", str(func)), [*args, *(kwargs or {}).values()]
+        ghosts = [each for each in given if isinstance(each, Ghost)]
+        product = name in MULTIPLIES and len(ghosts) == 2 and ghosts[0].of is ghosts[1].of
+        if not ghosts or not (product or name in MOVES or name in _ASKS):
+            block = f"block {ghosts[0].block!r}" if ghosts else "a block"
+            raise RuntimeError(
+                f"{block} runs sparse, without its hidden layer, but now {name}() reads that, as "
+                f"was not so when the block was found: is that in training mode alone, or did "
+                f"remove() come in the middle of a call? accelerate() cannot serve this block"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, tuple | list):
+                marked = [_mark(each, ghosts[0].of, ghosts[0].block) for each in result]
+                return type(result)(marked) if type(result) in (tuple, list) else result
+            return _mark(result, ghosts[0].of, ghosts[0].block)
+
+
+def _mark(result: Any, of: Running, block: str) -> Any:
+    if not isinstance(result, Tensor):
+        return result
+    ghost = result.as_subclass(Ghost)
+    ghost.of, ghost.block = of, block
+    return ghost
