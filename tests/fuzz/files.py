@@ -210,13 +210,18 @@ def tokenizers(folder: Path) -> Make:
 
 @kind(5)
 def sentencepiece_models(folder: Path) -> Make:
+    import sentencepiece
+
     from actsparse.data.tokenizer import load_tokenizer
 
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c ab abc cab bca", "the cat sat on a mat"] * 20),
+        model_writer=made, vocab_size=24, hard_vocab_limit=False, minloglevel=9,
+    )  # fmt: skip
     file = folder / "spiece.model"
-    file.write_bytes(
-        bytes.fromhex("0a0d0a053c756e6b3e15000000001802") + b"\n\x08\n\x01a\x15" + b"\0" * 4
-    )
-    return of_file(file, lambda: load_tokenizer(file), mutate.content)
+    file.write_bytes(made.getvalue())
+    return of_file(file, lambda: load_tokenizer(file).encode("ab a </s>"), mutate.content)
 
 
 @kind(9)

@@ -13,8 +13,8 @@ import pytest
 
 from actsparse.data.text import load_documents
 
-FAST = ("train kill 5", "train stop 2", "train full 2", "noise kill 6", "save kill 6",
-        "save,without_exchange kill 6", "save stop 3", "load,without_exchange kill 3")  # fmt: skip
+FAST = ("train kill 3", "train stop 1", "train full 1", "noise kill 2", "save kill 3",
+        "save,without_exchange kill 3", "load,without_exchange kill 2")  # fmt: skip
 SLOW = (
     "train kill all", "train,again kill all", "compare kill 60", "noise kill all",
     "train stop 60", "compare stop 20", "noise stop all",
