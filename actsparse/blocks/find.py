@@ -36,7 +36,10 @@ from actsparse.blocks.flow import (
     SCALES,
     back,
     chain,
+    common,
+    common_parent,
     consumers,
+    inside,
     origins,
     other_readers,
     residual_sum,
@@ -208,7 +211,7 @@ class _Finder:
         hidden = up[1][2] if up[1] else up[0].width
         if hidden != root_width(down):
             return None  # other rows of a fused layer than those seen here
-        name = _common_parent(up[0].name, down.name)
+        name = common_parent(up[0].name, down.name)
         activation = self._activation(branch, up[0], gate[0] if gate else None, down)
         between = self._between(cone, gating, act_nodes)
         norm_node = self._norm_before(up[0])
@@ -231,7 +234,7 @@ class _Finder:
                 norm_feeds=feeds,
                 input_shape=up[0].inputs[0].shape,
                 path=tuple(self.trace.modules[part] for part in up[0].path[:-1]),
-                around=len(_common(up[0].path[:-1], down.path[:-1])),
+                around=len(common(up[0].path[:-1], down.path[:-1])),
                 hidden_feeds=other_readers([*cone.layers, *cone.nodes], down, activation),
                 same_input=gate is None or gate[0].inputs[0] is up[0].inputs[0],
             ),
@@ -309,10 +312,10 @@ class _Finder:
     def _activation(self, nodes: list[Node], up: Node, gate: Node | None, down: Node) -> Activation:
         nodes = sorted(nodes, key=self.trace.nodes.index)
         held = [n.name for n in (up, gate, down) if n is not None]
-        path = _common(*(n.path for n in nodes))
+        path = common(*(n.path for n in nodes))
         owner_name = path[-1]
         module = self.trace.modules[owner_name]
-        if not any(_inside(owner_name, name) for name in held):
+        if not any(inside(owner_name, name) for name in held):
             in_place = works_in_place(module)
             return Activation(owner_name, identify(module), module, module, in_place=in_place)
         call = chain(nodes)
@@ -389,18 +392,3 @@ def _layer(node: Node, window: Any) -> Layer:
         start, step, size = window
         rows = slice(start, start + size) if step == 1 else slice(start, start + step * size, step)
     return Layer(node.name, node.module, layout, rows)  # type: ignore[arg-type]
-
-
-def _common(*paths: tuple[str, ...]) -> tuple[str, ...]:
-    shortest = min(len(p) for p in paths)
-    depth = next((i for i in range(shortest) if len({p[i] for p in paths}) > 1), shortest)
-    return paths[0][:depth]
-
-
-def _common_parent(first: str, second: str) -> str:
-    return ".".join(_common(tuple(first.split(".")[:-1]), tuple(second.split(".")[:-1])))
-
-
-def _inside(module_name: str, name: str) -> bool:
-    """Whether ``name`` is the module called ``module_name`` or a part of it."""
-    return module_name == "" or name == module_name or name.startswith(module_name + ".")

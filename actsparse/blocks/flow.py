@@ -174,3 +174,20 @@ def other_readers(hidden: list[Node], down: Node, activation: Activation) -> tup
     if type(activation.module).__module__.split(".")[0] in ("torch", "transformers"):
         others = (u for u in others if activation.name not in u.path)
     return tuple(dict.fromkeys(".".join((*u.path[-1:], u.name)).strip(".") for u in others))
+
+
+def common(*paths: tuple[str, ...]) -> tuple[str, ...]:
+    """What paths begin with together."""
+    shortest = min(len(p) for p in paths)
+    depth = next((i for i in range(shortest) if len({p[i] for p in paths}) > 1), shortest)
+    return paths[0][:depth]
+
+
+def common_parent(first: str, second: str) -> str:
+    """The name of the smallest module that holds both."""
+    return ".".join(common(tuple(first.split(".")[:-1]), tuple(second.split(".")[:-1])))
+
+
+def inside(module_name: str, name: str) -> bool:
+    """Whether ``name`` is the module called ``module_name`` or a part of it."""
+    return module_name == "" or name == module_name or name.startswith(module_name + ".")
