@@ -58,10 +58,14 @@ def tokens_for_inputs(inputs: int, noise_density: float = 0.15, mean_span: float
     """
     if inputs < span_lengths(2, noise_density, mean_span).inputs:
         raise ValueError(f"inputs={inputs} is too short: one kept token, one sentinel, eos")
-    tokens = 2
-    while span_lengths(tokens + 1, noise_density, mean_span).inputs <= inputs:
-        tokens += 1
-    return tokens
+    low, high = 2, 4  # `low` fits; lengths never fall as tokens grow
+    while span_lengths(high, noise_density, mean_span).inputs <= inputs:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = span_lengths(middle, noise_density, mean_span).inputs <= inputs
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 
 
 def noise_mask(

@@ -107,6 +107,7 @@ def test_the_share_of_noise_and_the_length_of_spans_are_those_asked_for(
 def test_t5s_own_lengths() -> None:
     # T5's C4 task: 512 inputs take 568 tokens and give 114 targets.
     assert tokens_for_inputs(512) == 568
+    assert span_lengths(tokens_for_inputs(10**12)).inputs == 10**12  # at once
     assert span_lengths(568)[-2:] == (512, 114)
 
 

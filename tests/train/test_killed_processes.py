@@ -40,8 +40,12 @@ def ended(name: str, out: Path) -> list[object]:
     with started(name, out) as process:
         _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
-    records = [run_path(out, arm, 0) for arm in ARMS[name]]
-    return [(weights_in(each.parent / "weights"), lines_of(each)) for each in records]
+    found: list[object] = []
+    for record in (run_path(out, arm, 0) for arm in ARMS[name]):
+        header, *lines = lines_of(record)
+        del header["git"]  # somebody may commit meanwhile
+        found += [weights_in(record.parent / "weights"), header, *lines]
+    return found
 
 
 def begun(out: Path, before: float) -> bool:
