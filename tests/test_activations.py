@@ -209,8 +209,7 @@ def test_derivatives_work_in_inference_mode_and_without_gradients() -> None:
         want = function.derivative(z)
         with torch.inference_mode():
             got = function.derivative(z.clone())
-        # a few roundings of numbers up to 4, the largest slope here
-        assert torch.allclose(got, want, rtol=0, atol=8 * 4 * torch.finfo(z.dtype).eps), name
+        assert torch.allclose(got, want, rtol=0, atol=4e-6), name  # roundings of slopes up to 4
         with torch.no_grad():
             assert torch.equal(function.derivative(z), want), name
 
