@@ -231,9 +231,9 @@ class Tokens:
         if set(_PADDING) & set(self._names):  # torch's own, which attends by these
             read |= {"mask", "src_mask", "tgt_mask"}
         for name, other in call.items():
-            if name in read or not isinstance(other, Tensor) or other.shape[:1] != shape[:1]:
+            if name in read or not _STRANGER.search(name) or _ELSEWHERE.search(name):
                 continue
-            if _STRANGER.search(name) and not _ELSEWHERE.search(name) and shape:
+            if isinstance(other, Tensor) and shape and other.shape[:1] == shape[:1]:
                 strangers.append((name, other))
         positions = [_rows(call.get(name)) for name in _POSITIONS]
         labelled = None
