@@ -24,6 +24,7 @@ def records(out: Path) -> dict[str, bytes]:
     return {path.parent.name: path.read_bytes() for path in out.glob("runs/*/record.jsonl")}
 
 
+@pytest.mark.slow
 def test_compare_stopped_and_called_again_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     words = ["compare", "--arms", "vanilla,paper", "--seeds", "2", "--steps", "120"]
     words += [
@@ -151,6 +152,7 @@ def test_a_setting_can_be_taken_back_and_wins_over_an_option() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_compare_asked_to_end_leaves_checkpoints(tmp_path: Path) -> None:
     words = ["compare", "--arms", "vanilla", "--seeds", "1", "--steps", "5000", "--eval-every"]
     words += ["5000", "--out", str(tmp_path)]

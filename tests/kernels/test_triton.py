@@ -50,6 +50,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- the laws of the CPU kernels ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=10, suppress_health_check=FIXTURE)
 @given(
     leading=st.sampled_from([(), (0,), (1,), (4,), (2, 3), (17,)]),
@@ -75,6 +76,7 @@ def test_every_entry_stays_within_its_a_priori_bound(
         assert gradient.shape == t.shape
 
 
+@pytest.mark.slow
 @settings(max_examples=10, suppress_health_check=FIXTURE)
 @given(
     n=st.sampled_from([0, 1, 2, 9, 17]),
@@ -204,6 +206,7 @@ def test_nan_is_active_in_any_dtype(fused: bool) -> None:
 # ---- products ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     n=st.sampled_from([1, 5, 17]),
