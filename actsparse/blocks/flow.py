@@ -168,9 +168,9 @@ def other_readers(hidden: list[Node], down: Node, activation: Activation) -> tup
 
     Of a fused layer all rows count: the ghost of an executor stands for the whole of its output.
     """
-    inside = {id(node) for node in hidden}
+    within = {id(node) for node in hidden}
     readers = (u for n in hidden for u in n.users)
-    others = (u for u in readers if u is not down and id(u) not in inside)
+    others = (u for u in readers if u is not down and id(u) not in within)
     if type(activation.module).__module__.split(".")[0] in ("torch", "transformers"):
         others = (u for u in others if activation.name not in u.path)
     return tuple(dict.fromkeys(".".join((*u.path[-1:], u.name)).strip(".") for u in others))
