@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.stages import Plan
+
+
+def on_stack(module: nn.Module, calls: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Those of a module's calls that still run where one more begins.
+
+    A keyboard interrupt ends calls without their hooks, so that Python's own stack must tell.
+    """
+    if not calls or torch.compiler.is_compiling():
+        return calls
+    return calls[: running_calls(module) - 1]
+
+
+def running_calls(module: nn.Module) -> int:
+    """How many calls of a module run in this thread, one inside another, by Python's stack."""
+    code, running = nn.Module._call_impl.__code__, 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        running += frame.f_code is code and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return running
 
 
 class Running:

@@ -11,18 +11,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-import sys
 import threading
 from collections import deque
 from dataclasses import replace
 from functools import partial
-from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.cache import past_of
+from actsparse.blocks.running import on_stack
 from actsparse.blocks.token_map import TokenMap
 
 _IDS = ("input_ids", "inputs_embeds")  # [B, T] and [B, T, D]
@@ -182,7 +182,7 @@ class Tokens:
 
     def _enter_root(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running = self._calls.running
-        running.labels = (*_on_stack(root, running.labels), kwargs.get("labels"))
+        running.labels = (*on_stack(root, running.labels), kwargs.get("labels"))
 
     def _leave_root(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         running = self._calls.running
@@ -194,7 +194,7 @@ class Tokens:
         call = dict(zip(self._names, args, strict=False))
         call.update(kwargs)
         read = self._read(call, labels[-1] if labels else None)
-        running.calls = (*_on_stack(stack, running.calls), (read, _next_number()))
+        running.calls = (*on_stack(stack, running.calls), (read, _next_number()))
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
             self._calls.tasks.clear()  # of one that was broken off
 
@@ -222,8 +222,8 @@ class Tokens:
         of_tokens = len(shape) == 2 if ids else bool(given) and len(shape) == 3
         mask, square, unknown = _mask(call.get("attention_mask"), shape)
         for name in _PADDING:
-            padding = call.get(name)
-            if isinstance(padding, Tensor):
+            padding = _numbers(call.get(name))
+            if padding is not None:
                 keep = ~padding if padding.dtype == torch.bool else padding == 0
                 mask = keep[None] if keep.dim() == 1 else keep  # one unbatched sequence
         strangers: list[tuple[str, Tensor | None]] = [("attention_mask", None)] if unknown else []
@@ -233,7 +233,8 @@ class Tokens:
         for name, other in call.items():
             if name in read or not _STRANGER.search(name) or _ELSEWHERE.search(name):
                 continue
-            if isinstance(other, Tensor) and shape and other.shape[:1] == shape[:1]:
+            other = _numbers(other)
+            if other is not None and shape and other.shape[:1] == shape[:1]:
                 strangers.append((name, other))
         positions = [_rows(call.get(name)) for name in _POSITIONS]
         labelled = None
@@ -256,21 +257,6 @@ class Tokens:
         )
 
 
-def _on_stack(module: nn.Module, calls: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Those of a module's calls that still run where one more begins.
-
-    A keyboard interrupt ends calls without their hooks, so that Python's own stack must tell.
-    """
-    if not calls or torch.compiler.is_compiling():
-        return calls
-    code, running = nn.Module._call_impl.__code__, -1
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        running += frame.f_code is code and frame.f_locals.get("self") is module
-        frame = frame.f_back
-    return calls[:running]
-
-
 def _next_number() -> int:
     """Which number autograd gives to the next node of this thread."""
     return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
@@ -280,6 +266,8 @@ def _mask(mask: Any, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | No
     """``attention_mask`` as [B, T], as [B, heads, T, S], or whether it is something else."""
     if isinstance(mask, dict):  # by kind of attention
         mask = next((each for each in mask.values() if each is not None), None)
+    if (numbers := _numbers(mask)) is not None:
+        mask = numbers
     if mask is None or (isinstance(mask, Tensor) and mask.dim() < 2):
         return None, None, False
     if not isinstance(mask, Tensor) or mask.dim() > 4:
@@ -291,9 +279,20 @@ def _mask(mask: Any, shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | No
     return mask != 0, None, False
 
 
+def _numbers(given: Any) -> Tensor | None:
+    """A tensor, or what lists and arrays of numbers hold as one; None: it is neither."""
+    if isinstance(given, Tensor):
+        return given
+    if isinstance(given, list | tuple | np.ndarray) and len(given):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # names, tensors, ragged
+            return torch.as_tensor(given)
+    return None
+
+
 def _rows(ids: Any) -> Tensor | None:
     """Positions as [B or 1, T]; other shapes (of several axes in space) are no table's rows."""
-    if not isinstance(ids, Tensor) or ids.dim() not in (1, 2):
+    ids = _numbers(ids)
+    if ids is None or ids.dim() not in (1, 2):
         return None
     return ids[None] if ids.dim() == 1 else ids
 

@@ -37,7 +37,8 @@ def accelerate(
     gradient's own gradient (Hessian products) needs the layers: ``remove()`` first. Under
     ``torch.compile`` a block keeps to what it met when it was compiled, and in a CUDA graph, of 16
     tokens at most, to what it met before: run two calls first, or give ``mode``, since trials see
-    what launches cost without a graph. Without gradients prepared copies of weights are used while
+    what launches cost without a graph. Compiled training runs sparse after one training call that
+    was not compiled. Without gradients prepared copies of weights are used while
     those do not change; a change of few entries through ``weight.data`` goes unnoticed, on a GPU
     any such change, one through the weight itself does not. Weights made in inference mode, whose
     changes leave no trace, are copied at each call. Threads may call one model at a time.

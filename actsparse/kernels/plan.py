@@ -100,6 +100,7 @@ class CallPlan:
         count: Callable[[int], None] | None = None
         prepared = None
         if met is not None:
+            self.of.proven |= block.up.module.training
             before = met.call(self.program)
             if (met.training or before % EVERY == 0) and self.looks:
                 entries = x.shape[:-1].numel() * block.d_hidden
@@ -149,6 +150,7 @@ class SparseRun:
         self.block, self.mode, self.trials = block, mode, trials
         self.fit = Fit(block)
         self._met: dict[Hashable, Met] = {}
+        self.proven = False  # whether a call in training mode ran by the kernels, not compiled
         self._last = "dense"  # the program of the last call, which compiled code keeps to
         self._promised: dict[Hashable, str] = {}
         self._ready: tuple[tuple[Any, ...], Prepared] | None = None
@@ -161,7 +163,7 @@ class SparseRun:
         """How this call is to run."""
         tokens, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
         if compiling:
-            keeps = self._fixed_reason()
+            keeps = self._fixed_reason() or self._unproven()
         elif foreign_mode():
             keeps = "under a TorchFunctionMode or TorchDispatchMode, which would miss operations"
         else:
@@ -195,6 +197,16 @@ class SparseRun:
 
     # a compiler takes the answer for granted: hooks and types are what it guards, or cannot see
     _fixed_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def _unproven(self) -> str | None:
+        """Why compiled code keeps to the layers in training mode, or None.
+
+        Blocks were found in evaluation. What a forward does to the hidden layer in training alone
+        shows in a call that is not compiled, by the ghost that it computes with.
+        """
+        if self.proven or not self.block.up.module.training:
+            return None
+        return "compiled code trains it sparse after one training call that is not compiled"
 
     def _too_small(self, x: Tensor, tokens: int) -> str | None:
         """Why ``auto`` tries nothing on this call, or None."""
@@ -257,7 +269,7 @@ class SparseRun:
 
     def __str__(self) -> str:
         said = [*map(str, self._met.values())] or ["no calls yet"]
-        reason = self.fit.reason()
+        reason = self.fit.reason() or self._unproven()
         if reason is not None and not any(reason in each for each in said):
             said.append(f"now its layers, {reason}")
         return "; ".join(said)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks, told
+from actsparse.blocks.running import running_calls
 from actsparse.blocks.sharding import sharded
 from actsparse.modify.clock import Clock
 from actsparse.modify.differentiate import differentiate
@@ -200,6 +201,8 @@ class Handle:
             if torch._C._current_graph_task_id() != -1:  # recomputed inside backward
                 return
             self._notice_steps()
+            if any(each.unclaimed for _, each in self._attached) and running_calls(self.model) > 1:
+                return  # a pass inside another one is a part of that
         for _, attached in self._attached:
             attached.forget()
 

@@ -160,7 +160,9 @@ class _Penalised(Weighted):
         self.values.of_pass.clear()
         if not (values and self.site.block.up.module.training):
             return None  # in evaluation: of a training pass that nobody asked about
-        if torch.is_grad_enabled() and not values[-1][1]:
+        if any(learns for _, learns in values):  # a pass without gradients inside it is no part
+            values = [value for value in values if value[1]]
+        elif torch.is_grad_enabled():
             raise RuntimeError(
                 f"the penalty at block {self.site.block.name!r} has no gradient: the forward ran "
                 f"without one (reentrant gradient checkpointing? use use_reentrant=False)"

@@ -132,6 +132,38 @@ def test_each_thread_has_the_penalty_of_its_own_pass(kind: str) -> None:
     assert [got[0], got[1]] == want
 
 
+@pytest.mark.parametrize("kind", ["l1", "hoyer"])
+@pytest.mark.parametrize("at", ["before", "between", "after"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_pass_inside_a_pass_is_a_part_of_its_penalty(kind: str, at: str, learns: bool) -> None:
+    model = nn.Sequential(plain(nn.ReLU), nn.Linear(8, 8), plain(nn.ReLU))
+    x, other = torch.randn(3, 8), 2 * torch.randn(5, 8)
+    handle = sparsify(model, [ActivationPenalty(kind, weight=1.0)], inputs=x)
+    model.train()
+
+    @torch.enable_grad()
+    def penalty(x: Tensor) -> Tensor:
+        model(x)
+        return handle.penalty()
+
+    outer, within = penalty(x), penalty(other)
+    depth = [0]
+
+    def call_again(*_: Any) -> None:
+        depth[0] += 1
+        if depth[0] == 1:
+            with torch.set_grad_enabled(learns):
+                model(other)
+        depth[0] -= 1
+
+    if at == "after":
+        model[2].register_forward_hook(call_again)
+    else:
+        model[0 if at == "before" else 1].register_forward_pre_hook(call_again)
+    want = (outer + within) / 2 if learns else outer  # a mean of means: of every call of a block
+    torch.testing.assert_close(penalty(x), want)
+
+
 @ways
 def test_a_call_inside_a_call_changes_nothing(
     make: Callable[[], nn.Module], attach: Attach

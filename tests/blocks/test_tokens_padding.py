@@ -99,6 +99,10 @@ RAGGED = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
         ({"src_key_padding_mask": RAGGED == 0}, "attention_mask"),
         ({"pixel_mask": torch.ones(2, 4, 4).tril()}, r"pixel_mask of shape \(2, 4, 4\)"),
         ({"padding_mask": RAGGED == 0}, "padding_mask"),
+        ({"lengths": [3, 6]}, "lengths"),
+        ({"seq_lens": (3, 6)}, "seq_lens"),
+        ({"valid": RAGGED.numpy()}, "valid"),
+        ({"src_key_padding_mask": (RAGGED == 0).tolist()}, "attention_mask"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -117,7 +121,8 @@ def test_a_mask_that_does_not_fit_is_refused_by_name(
 def test_a_mask_that_hides_nothing_is_never_refused(stack: Stack, shape: tuple[int, int]) -> None:
     for each in (
         {"attention_mask": torch.ones_like(RAGGED)}, {"pixel_mask": torch.ones(2, 4, 4)},
-        {"padding_mask": torch.zeros(2, 6, dtype=torch.bool)},
+        {"padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, {"lengths": [6, 6]},
+        {"lengths": [3, 6, 2]}, {"mask_names": ["a", "b"], "masks": [None, None]},
     ):  # fmt: skip
         tokens = stack(ids(2, 6), **each)
         assert tokens.keep(*shape) is None

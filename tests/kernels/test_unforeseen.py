@@ -71,6 +71,50 @@ def test_what_is_computed_with_the_hidden_layer_since_is_refused(way: str, gated
     model(X)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("way", ["shift", "scale", "loss", "other"])
+def test_what_is_computed_in_training_alone_is_never_compiled_away(way: str, gated: bool) -> None:
+    class Trained(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            self.way = way if self.training else "plain"
+            return super().forward(x)
+
+    model = Trained(gated)
+    model.eval()
+    plain = copy.deepcopy(model)
+    accelerate(model, inputs=X, mode="sparse")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), plain(X))
+    model.train()
+    plain.train()
+    try:
+        torch.testing.assert_close(compiled(X), plain(X))
+        if way == "loss":
+            torch.testing.assert_close(model.loss, plain.loss)
+    except RuntimeError as error:
+        assert "runs sparse, without its hidden layer" in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_block_trains_compiled_and_sparse_after_a_call_that_is_not_compiled(gated: bool) -> None:
+    model = MLP(gated)
+    handle = accelerate(model, inputs=X, mode="sparse")
+    model.train()
+    assert "compiled code trains it sparse after one training call" in str(handle)
+    want = model(X)
+    assert "compiled code" not in str(handle)
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def note(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.testing.assert_close(torch.compile(model, backend=note, fullgraph=True)(X), want)
+    assert any("actsparse" in str(node.target) for graph in graphs for node in graph.graph.nodes)
+
+
 def test_a_call_that_meets_remove_between_its_layers_is_refused() -> None:
     model = MLP()
     handle = accelerate(model, inputs=X, mode="sparse")
