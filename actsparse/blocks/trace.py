@@ -282,7 +282,7 @@ def _window(source: Tensor, output: Tensor) -> Window | None:
         return None
     start = (output.storage_offset() - source.storage_offset()) // stride
     step = output.stride(-1) // stride if output.shape[-1] > 1 else 1
-    return (start, step, output.shape[-1])
+    return (int(start), int(step), output.shape[-1])
 
 
 @contextlib.contextmanager

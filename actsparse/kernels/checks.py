@@ -146,7 +146,7 @@ def _is_there(t: Tensor) -> bool:
     steps = zip(t.shape, t.stride(), strict=True)
     last = t.storage_offset() + sum((size - 1) * stride for size, stride in steps)
     room = t.untyped_storage().nbytes() // t.element_size()
-    return t.numel() == 0 or last < room
+    return t.numel() == 0 or bool(last < room)
 
 
 def _it_is(t: Tensor) -> str:
