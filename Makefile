@@ -73,7 +73,7 @@ report: $(VENV)/.demo  ## a page from records; REPORT="..." passes arguments
 
 clean:  ## caches, build output and the environment; never runs/
 	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find actsparse tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find actsparse lab tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The usual venv; where Debian left out ensurepip, the pip that exists fills an empty one.
 $(PY):
@@ -82,17 +82,17 @@ $(PY):
 	  $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	  $(PYTHON) -m pip --python $(PY) install --quiet --disable-pip-version-check pip; }
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
-	@echo "installing $(TORCH) and actsparse[train,report]"
+$(VENV)/.demo: pyproject.toml lab/pyproject.toml constraints.txt | $(PY)
+	@echo "installing $(TORCH), actsparse and actsparse-lab"
 	@$(PIP) $(LOCK) $(TORCH)
-	@$(PIP) $(LOCK) -e ".[train,report]"
+	@$(PIP) $(LOCK) -e . -e lab
 	-@$(PY) -m actsparse.kernels
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
-	@echo "installing $(TORCH) and actsparse[train,report,finetune,dev]"
+$(VENV)/.dev: pyproject.toml lab/pyproject.toml constraints.txt | $(PY)
+	@echo "installing $(TORCH), actsparse[dev] and actsparse-lab"
 	@$(PIP) $(LOCK) $(TORCH)
-	@$(PIP) $(LOCK) -e ".[train,report,finetune,dev]"
+	@$(PIP) $(LOCK) -e ".[dev]" -e lab
 	-@$(PY) -m actsparse.kernels
 	@touch $(VENV)/.demo $@
 

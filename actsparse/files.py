@@ -43,6 +43,13 @@ def write(path: str | os.PathLike[str], data: bytes) -> None:
         put(work / _NEW, path)
 
 
+def refusal(path: str | os.PathLike[str], error: OSError) -> str:
+    """What to tell a user where the system would not write ``path``."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free some space or choose another folder" if full else "choose another folder"
+    return f"cannot write {path}: {error.strerror or error}; {remedy}"
+
+
 def put(file: Path, path: Path) -> None:
     """Move a finished file to its place on the same disk, where another may be."""
     sync(file)

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
-from actsparse.records import read_runs
-from actsparse.report.scoreboard import markdown_scoreboard
+from actsparse_lab.records import read_runs
+from actsparse_lab.report.scoreboard import markdown_scoreboard
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path("benchmarks/frontier")

@@ -13,37 +13,48 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "actsparse"
+LABORATORY = ROOT / "lab" / "actsparse_lab"
 
 # room → the rooms it may import from, besides itself. `__init__` is the public names.
 MATHS = {"blocks", "activations"}
 OUTSIDE = {"values", "untrusted"}  # what comes from outside is checked and read
-TOOLS = {"modify", "observe", "kernels"} | MATHS | OUTSIDE
-ENGINE = TOOLS | {"data", "files", "records", "__init__"}
-MAY_IMPORT: dict[str, set[str]] = {
+TOOLS = {"modify", "observe", "kernels"} | MATHS
+LIBRARY: dict[str, set[str]] = {
     "activations": set(),
     "blocks": {"activations"},
     "files": set(),
-    "modify": MATHS | OUTSIDE | {"files"},
-    "observe": MATHS | OUTSIDE,
-    "kernels": MATHS | {"files"},
-    "__init__": {"modify", "observe", "kernels"} | MATHS,
-    "data": OUTSIDE,
+    "environment": set(),
     "values": set(),
     "untrusted": {"values"},
     "terminal": {"values"},
-    "record_schema": {"values"},
-    "records": {"record_schema", "files"} | OUTSIDE,
-    "report": {"records", "record_schema"} | OUTSIDE,
-    "train": ENGINE,
-    "experiments": ENGINE | {"train"},
-    "bench": TOOLS | {"records", "__init__"},
-    "cli": ENGINE | {"train", "experiments", "bench", "report", "terminal"},
+    "modify": MATHS | OUTSIDE | {"files"},
+    "observe": MATHS | OUTSIDE,
+    "kernels": MATHS | {"files"},
+    "__init__": TOOLS,
+    "train": TOOLS,
+    "bench": TOOLS | {"__init__"},
+    "cli": TOOLS | OUTSIDE | {"__init__", "bench", "environment", "files", "terminal"},
     "__main__": {"cli"},
+}
+# The laboratory may use all of the library but its commands, which its own extend.
+LIBRARY_ROOMS = set(LIBRARY) - {"cli", "__main__"}
+ENGINE = {"data", "records", "record_schema", "engine"}
+IN_LABORATORY: dict[str, set[str]] = {
+    "__init__": set(),
+    "data": set(),
+    "record_schema": set(),
+    "records": {"record_schema"},
+    "engine": ENGINE,
+    "tasks": ENGINE,
+    "campaigns": ENGINE | {"tasks"},
+    "bench": set(),
+    "report": {"records", "record_schema"},
+    "cli": ENGINE | {"tasks", "campaigns", "bench", "report"},
 }
 # room → third-party packages it must do without.
 NO_TORCH = {"torch", "transformers", "accelerate", "datasets", "peft"}
 MAY_NOT_IMPORT = dict.fromkeys(
-    ("files", "values", "untrusted", "record_schema", "records", "report"), NO_TORCH
+    ("files", "values", "untrusted", "environment", "record_schema", "records", "report"), NO_TORCH
 )
 HEAVY = ["transformers", "matplotlib", "scipy", "sklearn", "datasets", "peft", "accelerate"]
 NO_ROOM = {"utils.py", "helpers.py", "common.py", "misc.py"}
@@ -75,9 +86,10 @@ def imported_names(path: Path, package: Path = PACKAGE) -> Iterator[tuple[int, s
 def violations(package: Path = PACKAGE) -> list[str]:
     """One line for each import that goes up or sideways, and for each file without a room."""
     found = []
+    rooms = LIBRARY if package.name == "actsparse" else IN_LABORATORY
     for path in sorted(package.rglob("*.py")):
         room, where = room_of(path, package), path.relative_to(package.parent)
-        if room not in MAY_IMPORT:
+        if room not in rooms:
             found.append(f"{where}: {room!r} is no room of the map in tests/test_imports.py")
             continue
         for line, name in imported_names(path, package):
@@ -85,14 +97,23 @@ def violations(package: Path = PACKAGE) -> list[str]:
             if top in MAY_NOT_IMPORT.get(room, ()):
                 found.append(f"{where}:{line}: {room} must do without {top}")
             if top == package.name:
-                target = rest[0] if rest and rest[0] in MAY_IMPORT else "__init__"
-                if target != room and target not in MAY_IMPORT[room]:
-                    found.append(f"{where}:{line}: {room} must not import {target} ({name})")
+                known, allowed = rooms, rooms[room] | {room}
+            elif top == "actsparse":
+                known, allowed = LIBRARY, LIBRARY_ROOMS | ({"cli"} if room == "cli" else set())
+            elif top == "actsparse_lab":
+                found.append(f"{where}:{line}: the library must not import the laboratory ({name})")
+                continue
+            else:
+                continue
+            target = rest[0] if rest and rest[0] in known else "__init__"
+            if target not in allowed:
+                found.append(f"{where}:{line}: {room} must not import {target} ({name})")
     return found
 
 
 def test_imports_go_down_only() -> None:
-    assert violations() == []
+    assert violations(PACKAGE) == []
+    assert violations(LABORATORY) == []
 
 
 @pytest.mark.parametrize(
@@ -101,36 +122,39 @@ def test_imports_go_down_only() -> None:
         ("blocks/site.py", "from actsparse.modify import decay", "blocks must not import modify"),
         ("modify/penalty.py", "from ..observe import density", "modify must not import observe"),
         ("observe/x.py", "def f():\n    import actsparse.kernels", "must not import kernels"),
-        ("data/x.py", "if TYPE_CHECKING:\n    from actsparse import train", "not import train"),
-        ("train/x.py", "from actsparse.experiments.a import b", "must not import experiments"),
+        ("bench/x.py", "if TYPE_CHECKING:\n    from actsparse import train", "not import train"),
+        ("train/x.py", "from actsparse_lab.tasks.a import b", "must not import the laboratory"),
         ("kernels/x.py", "import_module('actsparse.observe')", "must not import observe"),
         ("modify/x.py", "from actsparse import density", "modify must not import __init__"),
-        ("report/page.py", "import torch.nn as nn", "report must do without torch"),
-        ("records.py", "from transformers import Trainer", "records must do without transformers"),
-        ("report/page.py", "from actsparse.train import tasks", "report must not import train"),
+        ("lab/report/page.py", "import torch.nn as nn", "report must do without torch"),
+        ("lab/records.py", "from transformers import Trainer", "must do without transformers"),
+        ("lab/report/page.py", "from ..engine import run", "report must not import engine"),
+        ("lab/engine/run.py", "from actsparse.cli import bench", "engine must not import cli"),
         ("extra.py", "", "'extra' is no room of the map"),
     ],
 )
 def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, complaint: str) -> None:
-    planted = tmp_path / "actsparse" / file
-    planted.parent.mkdir(parents=True)
-    planted.write_text(line)
-    (found,) = violations(tmp_path / "actsparse")
+    laboratory, file = file.startswith("lab/"), file.removeprefix("lab/")
+    package = tmp_path / ("actsparse_lab" if laboratory else "actsparse")
+    (package / file).parent.mkdir(parents=True)
+    (package / file).write_text(line)
+    (found,) = violations(package)
     assert complaint in found
 
 
 def test_imports_going_down_are_not_complained_about(tmp_path: Path) -> None:
-    package = tmp_path / "actsparse"
-    (package / "cli").mkdir(parents=True)
-    (package / "cli" / "main.py").write_text(
-        "import torch\nfrom actsparse.report import page\nfrom .compare import run\n"
-        "from .. import data\nfrom actsparse import __version__\n"
-    )
-    assert violations(package) == []
+    for name, text in (
+        ("actsparse", "import torch\nfrom .. import kernels\nfrom actsparse import __version__\n"),
+        ("actsparse_lab", "from ..report import page\nfrom actsparse.cli import main\n"),
+    ):
+        package = tmp_path / name
+        (package / "cli").mkdir(parents=True)
+        (package / "cli" / "main.py").write_text(text)
+        assert violations(package) == []
 
 
 def test_files_are_short_and_say_what_they_are_for() -> None:
-    files = [path for top in ("actsparse", "tests") for path in (ROOT / top).rglob("*.py")]
+    files = [path for top in ("actsparse", "lab", "tests") for path in (ROOT / top).rglob("*.py")]
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     assert {str(path): length for path, length in lengths.items() if length >= 450} == {}
     assert [str(path) for path in files if path.name in NO_ROOM] == []

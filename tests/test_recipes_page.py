@@ -11,10 +11,10 @@ import pytest
 import typer
 
 from actsparse.cli.main import app
-from actsparse.cli.options import chosen
-from actsparse.experiments import EXPERIMENTS, arm_named, run_config
-from actsparse.records import read_runs
-from actsparse.report import compare, markdown_table
+from actsparse_lab.cli.options import chosen
+from actsparse_lab.records import read_runs
+from actsparse_lab.report import compare, markdown_table
+from actsparse_lab.tasks import EXPERIMENTS, arm_named, run_config
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -12,8 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actsparse import records
-from actsparse.records import RecordError, RecordWriter, read_run, read_runs, run_path, write_whole
+from actsparse_lab import records
+from actsparse_lab.records import (
+    RecordError,
+    RecordWriter,
+    read_run,
+    read_runs,
+    run_path,
+    write_whole,
+)
 
 HEADER: dict[str, Any] = {
     "task": "digits",
@@ -286,7 +293,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_line(tmp_path: Path) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from actsparse.records import RecordError, RecordWriter
+from actsparse_lab.records import RecordError, RecordWriter
 path = Path({str(path)!r})
 with RecordWriter(path, {HEADER!r}) as record:
     record.write("failed", step=1, reason="fits")
@@ -379,7 +386,7 @@ def test_records_need_only_the_standard_library() -> None:
         "import sys, types\n"
         "sys.modules['actsparse'] = package = types.ModuleType('actsparse')\n"
         "package.__path__ = [sys.argv[1]]\n"
-        "import actsparse.records\n"
+        "import actsparse_lab.records\n"
         "print(sorted({'torch', 'numpy', 'scipy', 'matplotlib'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", program, str(Path(records.__file__).parent)]

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
-from actsparse.records import read_runs
-from actsparse.report import CLAIMS, findings_in, reproductions_in
+from actsparse_lab.records import read_runs
+from actsparse_lab.report import CLAIMS, findings_in, reproductions_in
 
 ROOT = Path(__file__).parents[1]
 PLACES = reproductions_in(ROOT / "benchmarks" / "reproduce")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actsparse.records import RecordError, RecordWriter, environment, read_run
+from actsparse_lab.records import RecordError, RecordWriter, environment, read_run
 
 HEADER = {"task": "digits", "arm": "paper", "seed": 0, "config": {}, **environment()}
 EVAL: dict[str, Any] = {"split": "validation", "loss": 1.0, "quality": 0.9, "measures": None}

@@ -15,13 +15,13 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from actsparse import load, save, sparsify
-from actsparse.data.images import FORMATS, opened
-from actsparse.data.shards import texts
 from actsparse.modify.foreign import bounded, check_adapter, check_config, model_class
 from actsparse.terminal import Terminal
-from actsparse.train.start import pretrained
 from actsparse.untrusted import read_json, safetensors_shapes
 from actsparse.values import BadValue
+from actsparse_lab.data.images import FORMATS, opened
+from actsparse_lab.data.shards import texts
+from actsparse_lab.engine.start import pretrained
 
 SIZES = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_inner": 16, "n_positions": 8, "vocab_size": 16}
 

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from actsparse import find_mlp_blocks, handle_of, observe
-from actsparse.bench import measures
 from actsparse.bench.arranged import Subject, arranged, check
 from actsparse.bench.mlp import bench_mlp
-from actsparse.bench.timing import interleaved, ratio
+from actsparse.bench.timing import high_water, interleaved, ratio
 from actsparse.kernels import accelerate, build
 from actsparse.kernels.accelerate import Accelerated, Mode
 from actsparse.observe.watch import Phase
@@ -302,7 +301,7 @@ def _peak(
     if mode is not None:
         accelerate(subject.model, inputs=subject.inputs, mode=mode)
     program = _program(subject, subject.model, [])
-    before = measures.high_water()
+    before = high_water()
     for _ in range(3):
         program()
-    return {"peak_mib": measures.high_water(), "step_mib": measures.high_water() - before}
+    return {"peak_mib": high_water(), "step_mib": high_water() - before}

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -63,3 +64,9 @@ def ratio(times: Mapping[str, list[float]], of: str, to: str, seed: int = 0) -> 
     low, high = np.quantile(ratios, [0.025, 0.975])
     value = statistics.median(times[of]) / statistics.median(times[to])
     return Ratio(of, to, value, float(low), float(high))
+
+
+def high_water() -> float:
+    """This process's largest resident set, MiB; getrusage's would begin with the parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if "VmHWM" in line)

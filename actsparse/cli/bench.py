@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from actsparse.cli.gpu import gpu
+from actsparse.cli.laboratory import laboratory
 from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
-from actsparse.cli.slim import slim
 
 bench = typer.Typer(
     help="Time actsparse on this machine.",
@@ -22,83 +21,6 @@ bench = typer.Typer(
 @bench.callback()
 def _bench() -> None:
     """Timings run interleaved in one process and are reported as ratios of medians."""
-
-
-@bench.command()
-def step(
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 21,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 2,
-    compiled: Annotated[bool, typer.Option(help="Time torch.compile too (slow to start).")] = True,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """What the paper recipe and observation cost in a training step of a ViT-S.
-
-    Example: actsparse bench step --rounds 11 --out benchmarks/training_step.json
-    """
-    import torch
-    from rich.progress import Progress
-    from rich.table import Table
-
-    from actsparse.bench.training_step import bench_training_step
-    from actsparse.terminal import Terminal
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    log = Terminal(stderr=True)
-    with Progress(console=log, disable=not log.is_terminal) as bar:
-        task = bar.add_task("training steps", total=rounds)
-        result: dict[str, Any] = bench_training_step(
-            rounds, batch, compiled, lambda done: bar.update(task, completed=done)
-        )
-    if keep_record(result, out, json):
-        return
-    table = Table("training step", "ratio", "95 % interval", title="ViT-S, ratios of medians")
-    for row in result["ratios"]:
-        interval = f"{row['low']:.3f} … {row['high']:.3f}"
-        table.add_row(f"{row['of']} ÷ {row['to']}", f"{row['value']:.3f}", interval)
-    Terminal().print(table)
-
-
-@bench.command()
-def measures(
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 15,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
-    probes: Annotated[int, typer.Option(min=2, help="Of the Gauss–Newton trace.")] = 10,
-    activation: Annotated[str, typer.Option(help="relu, gelu, ….")] = "relu",
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """What the measures cost in a training step of a ViT-S, and a Gauss–Newton trace of it.
-
-    Example: actsparse bench measures --out benchmarks/measures.json
-    """
-    import torch
-    from rich.table import Table
-
-    from actsparse.bench.measures import bench_measures
-    from actsparse.terminal import Terminal
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    log = Terminal(stderr=True)
-    result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
-    if keep_record(result, out, json):
-        return
-    table = Table("observed", "time", "95 % interval", "peak memory", title="÷ the plain step")
-    plain = result["memory"]["plain"]["peak_mib"]
-    for row in result["ratios"]:
-        interval = f"{row['low']:.3f} … {row['high']:.3f}"
-        peak = result["memory"][row["of"]]["peak_mib"] / plain
-        table.add_row(row["of"], f"{row['value']:.3f}", interval, f"{peak:.3f}")
-    Terminal().print(table)
-    trace = result["gauss_newton"]
-    Terminal().print(
-        f"Gauss–Newton trace, {trace['probes']} probes, {trace['samples']} images: "
-        f"{trace['value']:.4g} ± {trace['standard_error']:.2g} in {trace['seconds']:.1f} s"
-    )
 
 
 @bench.command()
@@ -139,8 +61,8 @@ def mlp(
     result = bench_mlp(
         d,
         h,
-        _numbers("--densities", densities, float),
-        _numbers("--tokens", tokens, int),
+        numbers("--densities", densities, float),
+        numbers("--tokens", tokens, int),
         activation,
         rounds,
         training,
@@ -168,48 +90,6 @@ def mlp(
         for tokens_, density in found.items():
             at = "beyond the densities timed" if density is None else f"at density {density:.2g}"
             wide_console().print(f"break-even, {kind}, T = {tokens_}: {at}", highlight=False)
-
-
-@bench.command()
-def auto(
-    d: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 768,
-    h: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 3072,
-    tokens: Annotated[str, typer.Option(help="With commas between.")] = "1,16,197,1576",
-    densities: Annotated[
-        str, typer.Option(help="With commas between.")
-    ] = "0,.01,.03,.1,.2,.25,.3,.4,.5,.75,1",
-    rounds: Annotated[int, typer.Option(min=3, help="Timed pairs.")] = 101,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Whether `accelerate` is ever slower than the layers, at any density.
-
-    Example: actsparse bench auto --threads 1 --out benchmarks/auto.json
-    """
-    import torch
-    from rich.table import Table
-
-    from actsparse.bench.auto import bench_auto
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    result = bench_auto(
-        d,
-        h,
-        _numbers("--densities", densities, float),
-        _numbers("--tokens", tokens, int),
-        rounds,
-        tell,
-    )
-    if keep_record(result, out, json):
-        return
-    title = f"dense ÷ accelerated, d = {d}, H = {h}"
-    table = Table("tokens", "density", "chosen", "gain", title=title)
-    for row in result["rows"]:
-        cells = [row["program"], ratio_text(row["ratio"])]
-        table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
-    wide_console().print(table)
 
 
 @bench.command()
@@ -241,65 +121,22 @@ def model(
     import torch
 
     from actsparse.bench.model import bench_model, bench_trained
-    from actsparse.cli.trained import trained_of
 
     if (name is None) == (run is None):
         raise ValueError("give a model (vit-b, gpt2 or t5-base), or --run with a run's folder")
     if threads is not None:
         torch.set_num_threads(threads)
     if run is not None:
-        trained, where = trained_of(run)
+        if laboratory() is None:
+            raise ValueError("--run needs the laboratory: pip install ./lab")
+        trained, where = laboratory().trained_of(run)
         result = {**bench_trained(**trained, rounds=rounds, progress=tell), **where}
     else:
         assert name is not None
-        wanted = _numbers("--densities", densities, float)
+        wanted = numbers("--densities", densities, float)
         result = bench_model(name, wanted, rounds, memory=memory, progress=tell)
     if not keep_record(result, out, json):
         _print_trained(result) if run is not None else _print_model(result)
-
-
-@bench.command()
-def run(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders of runs, each with record.jsonl and weights/.")
-    ],
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each program.")] = 21,
-    threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
-    """Dense time ÷ accelerated time of trained checkpoints in inference, on a batch of test data.
-
-    In the folder of a frontier task, as speed.json, the scoreboard shows it. Runs without MLPs, or
-    whose weights are gone, are passed over with a line.
-
-    Example:
-
-      actsparse bench run runs/frontier/text/runs/*-seed0 --out benchmarks/frontier/text/speed.json
-    """
-    import torch
-    from rich.table import Table
-
-    from actsparse.cli.trained import speed_of
-
-    torch.set_num_threads(threads)
-    rows = [row for folder in runs if (row := speed_of(folder, rounds, tell)) is not None]
-    if not rows:
-        raise ValueError("none of these runs can be timed, see above")
-    result = {"benchmark": "speed", "threads": threads, "rounds": rounds, "runs": rows}
-    if keep_record(result, out, json):
-        return
-    names = ["task", "arm", "seed", "density", "MLPs alone", "model", "blocks"]
-    table = Table(*names, title=f"dense ÷ accelerated, inference, threads: {threads}")
-    for row in rows:
-        times = [ratio_text(row["mlps"]), ratio_text(row["model"])]
-        where = [row["task"], row["arm"], str(row["seed"]), f"{row['density']:.4f}"]
-        table.add_row(*where, *times, row["why"])
-    wide_console().print(table)
-
-
-bench.command()(slim)
-bench.command()(gpu)
 
 
 def _print_model(result: dict[str, Any]) -> None:
@@ -342,7 +179,8 @@ def _print_trained(result: dict[str, Any]) -> None:
     wide_console().print(f"{result['quality_name']}: {told}", highlight=False)
 
 
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The numbers of an option, with commas between."""
     try:
         return [kind(each) for each in text.split(",")]
     except ValueError:

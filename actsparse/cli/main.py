@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-VERBS = ("blocks", "train", "compare", "reproduce", "frontier", "measure", "report", "bench")
+from actsparse.cli.laboratory import laboratory
+
+VERBS = ("blocks", "measure", "bench")
 
 
 class Verbs(typer.core.TyperGroup):
@@ -58,6 +60,8 @@ for _verb in VERBS:
         app.add_typer(_function, name=_verb)
     else:
         app.command(_verb)(_function)
+if laboratory() is not None:
+    laboratory().add_verbs(app)
 
 if __name__ == "__main__":
     app()

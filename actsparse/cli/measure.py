@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from actsparse.cli.laboratory import laboratory
+
 DEFAULT = "density,flatness,gradient,spectrum,gauss_newton,token_copies"
 
 
@@ -15,8 +17,8 @@ def measure(
     target: Annotated[
         Path,
         typer.Argument(
-            help="A run's folder (its record.jsonl and weights/), or a checkpoint: a folder that "
-            "actsparse.save or Hugging Face's save_pretrained wrote."
+            help="A checkpoint: a folder that actsparse.save or Hugging Face's save_pretrained "
+            "wrote; or a run's folder (its record.jsonl and weights/)."
         ),
     ],
     task: Annotated[
@@ -75,15 +77,28 @@ def measure(
     import torch
     from rich.progress import Progress
 
-    from actsparse.records import environment, run_measures_path, write_whole
+    from actsparse.cli.result import write_result
+    from actsparse.environment import environment
     from actsparse.terminal import Terminal
-    from actsparse.train.folder import alone
 
     log = Terminal(stderr=True)
-    if out is None and (target / "record.jsonl").is_file():
-        context.with_resource(alone(target))  # or they could be of weights that were replaced
-    model, run = model_at(target)
-    loss_fn, batches, where, info = batches_of(model, run, task, data, split, rows, batch_size)
+    run = None
+    if laboratory() is not None and (run := laboratory().run_at(target)) is not None:
+        if out is None:  # or they could be of weights that were replaced
+            context.with_resource(run.alone())
+            out = run.measures
+        target = run.weights
+    model = model_at(target)
+    if data is not None:
+        if task is not None:
+            raise ValueError("give --task or --data, not both")
+        loss_fn, batches, where, info = batches_of(data)
+    elif laboratory() is None:
+        raise ValueError("say on what to measure: give --data (--task needs the laboratory, ./lab)")
+    else:
+        loss_fn, batches, where, info = laboratory().task_batches(
+            model, run and run.record, task, split, rows, batch_size
+        )
     asked = asked_of(measures)
     with Progress(console=log, disable=not log.is_terminal, transient=True) as bar:
         bars: dict[str, Any] = {}
@@ -96,7 +111,7 @@ def measure(
             bar.update(bars[name], completed=done)
 
         from actsparse.observe import measure as measure_model
-        from actsparse.train.config import within_bounds
+        from actsparse.observe.measure import within_bounds
 
         found = measure_model(
             model,
@@ -109,11 +124,10 @@ def measure(
             seed=seed,
             progress=told,
         )
-    header = {} if run is None else {"task": run.task, "arm": run.arm, "seed": run.seed}
     record = {
         "kind": "measures",
         "schema": 1,
-        **header,
+        **({} if run is None else run.said),
         **found.to_json(),
         **environment(torch.get_num_threads()),
     }
@@ -125,10 +139,9 @@ def measure(
         console = Terminal(width=None if stdout.isatty() else 120)
         for table in found.tables():
             console.print(table)
-    place = out or (None if run is None else run_measures_path(target))
-    if place is not None:
-        write_whole(place, text.encode())
-        log.print(f"measures: {place}", highlight=False, soft_wrap=True)
+    if out is not None:
+        write_result(out, text)
+        log.print(f"measures: {out}", highlight=False, soft_wrap=True)
 
 
 def asked_of(measures: str) -> Any:
@@ -144,20 +157,18 @@ def asked_of(measures: str) -> Any:
     return parse_json(measures.encode(), f"--measures {measures!r}")
 
 
-def model_at(target: Path) -> tuple[Any, Any]:
-    """The model, and the run it is from or None."""
-    from actsparse import LeaveOutMLP, handle_of, load
-    from actsparse.records import read_run
-    from actsparse.train.start import pretrained
+def model_at(target: Path) -> Any:
+    """The model of a checkpoint.
 
-    run = None
-    if (target / "record.jsonl").is_file():
-        run, target = read_run(target / "record.jsonl"), target / "weights"
-        if not target.is_dir():
-            raise ValueError(f"{target.parent} has no weights/: nothing to measure")
-    elif not (target / "actsparse.json").is_file():
+    Raises:
+        ValueError: there is none, it cannot be loaded, or it leaves its MLPs out.
+    """
+    from actsparse import LeaveOutMLP, handle_of, load
+    from actsparse.modify.pretrained import pretrained
+
+    if not (target / "actsparse.json").is_file():
         if (target / "config.json").is_file():
-            return pretrained(target), None
+            return pretrained(target)
         runs = sorted(path.parent for path in target.glob("runs/*/record.jsonl"))
         hint = f"; it holds runs: give one, as {runs[0]}" if runs else ""
         raise ValueError(
@@ -173,50 +184,14 @@ def model_at(target: Path) -> tuple[Any, Any]:
         isinstance(change, LeaveOutMLP) for change in handle.recipe.modifications
     ):
         raise ValueError(f"{target} leaves its MLPs out ({handle.recipe.name}): nothing to measure")
-    return model, run
+    return model
 
 
-def batches_of(
-    model: Any,
-    run: Any,
-    task: str | None,
-    data: str | None,
-    split: str,
-    rows: int,
-    batch_size: int,
-) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
+def batches_of(data: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
     """A loss function, batches, what they are in words, and what the data say of themselves."""
-    if data is not None:
-        if task is not None:
-            raise ValueError("give --task or --data, not both")
-        from actsparse.cli.models import called
+    from actsparse.cli.models import called
 
-        made = called(data)
-        if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
-            raise ValueError(f"{data} returned {type(made).__name__}; expected (loss_fn, batches)")
-        return *made, {"data": data}, {}
-    if run is None and task is None:
-        raise ValueError("a checkpoint does not say on what to measure it: give --task or --data")
-    from torch import no_grad
-
-    from actsparse.experiments import run_config
-    from actsparse.train.config import recorded_config
-    from actsparse.train.run import batches_of
-    from actsparse.train.tasks import task_of
-
-    chosen = task_of(task or run.task)
-    name = task or run.task
-    start = {"start": "-"} if name.endswith("_finetune") else {}
-    config = run_config(name, "vanilla", 0, **start)  # type: ignore[arg-type]
-    if run is not None and run.task == config.task:
-        config = recorded_config(run)
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"unknown split {split!r}; known: train, validation, test")
-    splits = chosen.splits(config)
-    batches = batches_of(getattr(splits, split), rows, batch_size)
-    try:
-        with no_grad():
-            chosen.predict(model, batches[0])
-    except Exception as error:  # whatever a model does with data that are not its own
-        raise ValueError(f"the model does not run on the data of {config.task}: {error}") from error
-    return chosen.predict, batches, {"data": config.task, "split": split}, splits.info
+    made = called(data)
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
+        raise ValueError(f"{data} returned {type(made).__name__}; expected (loss_fn, batches)")
+    return *made, {"data": data}, {}

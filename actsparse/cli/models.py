@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsparse.experiments import EXPERIMENTS, run_config
+from actsparse.cli.laboratory import laboratory
 from actsparse.modify.foreign import bounded, check_config, model_class
 from actsparse.untrusted import read_json
 from actsparse.values import BadValue, check
@@ -25,14 +25,12 @@ _LENGTH = 16  # tokens
 def model_named(name: str) -> tuple[nn.Module, Any]:
     """The model and inputs it runs on; weights are random.
 
-    ``name`` is a built-in task's, the path of a Hugging Face folder or config, or
+    ``name`` is the laboratory's name of a task, the path of a Hugging Face folder or config, or
     ``package.module:factory``. Raises `ValueError` that says what would be right.
     """
-    built = [each for each in EXPERIMENTS if not each.endswith("_finetune")]
-    if name in built:
-        from actsparse.train.tasks import task_of
-
-        model: nn.Module = task_of(name).model(run_config(name, "vanilla", 0), {"classes": 1000})
+    tasks = () if laboratory() is None else laboratory().MODELS
+    if name in tasks:
+        model: nn.Module = laboratory().task_model(name)
         return model, inputs_of(model)
     if os.path.exists(name):
         model = _from_config(Path(name))
@@ -40,8 +38,8 @@ def model_named(name: str) -> tuple[nn.Module, Any]:
     if ":" in name:
         return _from_factory(name)
     raise ValueError(
-        f"no model {name!r}: expected one of {', '.join(built)}, the path of a local "
-        f"Hugging Face folder or config.json, or package.module:factory"
+        f"no model {name!r}: expected {', '.join(['one of', *tasks, '']) if tasks else ''}"
+        f"the path of a local Hugging Face folder or config.json, or package.module:factory"
     )
 
 

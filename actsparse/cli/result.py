@@ -38,13 +38,27 @@ def keep_record(result: dict[str, Any], out: Path | None, json: bool) -> bool:
     """Keep a benchmark's result with where it ran; True where JSON was printed, and no table is."""
     import torch
 
-    from actsparse.records import environment, write_whole
+    from actsparse.environment import environment
 
     record = {**environment(threads=torch.get_num_threads()), **result}
     text = jsonlib.dumps(record, indent=1) + "\n"
     if out is not None:
-        write_whole(out, text.encode())
+        write_result(out, text)
         typer.echo(f"record: {out}", err=True)
     if json:
         typer.echo(text, nl=False)
     return json
+
+
+def write_result(out: Path, text: str) -> None:
+    """Write a result's file whole.
+
+    Raises:
+        ValueError: the disk refuses, and what to do.
+    """
+    from actsparse import files
+
+    try:
+        files.write(out, text.encode())
+    except OSError as error:
+        raise ValueError(files.refusal(out, error)) from error

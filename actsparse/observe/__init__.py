@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from actsparse.observe.accumulated import Accumulated
 from actsparse.observe.attack import Attack, perturb
 from actsparse.observe.covering import covering
 from actsparse.observe.measure import CURVATURES, Measures, measure, spectra_of
@@ -17,7 +16,6 @@ __all__ = [
     "CURVATURES",
     "MEASURES",
     "TRIALS",
-    "Accumulated",
     "Attack",
     "Measures",
     "RelativeNoise",

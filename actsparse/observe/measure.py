@@ -269,6 +269,19 @@ def checked_options(measures: Names, probes: int = 10) -> dict[str, dict[str, An
     return options
 
 
+def within_bounds(measures: Names, info: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Measures as name → options, attacks within the ``bounds`` of the data that ``info`` is of.
+
+    >>> within_bounds(["density", "covering"], {"bounds": [0, 1]})
+    {'density': {}, 'covering': {'bounds': [0, 1]}}
+    """
+    attacks = ("robustness", "covering")
+    return {
+        name: {"bounds": info.get("bounds"), **own} if name in attacks else own
+        for name, own in checked_options(measures).items()
+    }
+
+
 def _of_gradients(name: str) -> bool:
     return issubclass(MEASURES[name], GradientMeasure)
 

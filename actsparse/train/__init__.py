@@ -1,8 +1,7 @@
-"""Training on Hugging Face's Trainer: a callback for anyone's Trainer, and one run of one arm.
+"""Training on Hugging Face's Trainer: a callback for anyone's Trainer.
 
-``from actsparse.train import SparsityCallback``; the built-in tasks are in ``train.tasks``, one
-run of one arm is ``train.run.run``. Names are imported when first used: transformers takes
-seconds, and telling whether a run is done needs none of it.
+``from actsparse.train import SparsityCallback``. Names are imported when first used: transformers
+takes seconds.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actsparse.train.callback import SparsityCallback
-    from actsparse.train.config import RunConfig
     from actsparse.train.loss import TrainingFailed
 
-__all__ = ["RunConfig", "SparsityCallback", "TrainingFailed"]
+__all__ = ["SparsityCallback", "TrainingFailed"]
 
-_HOMES = {"RunConfig": "config", "SparsityCallback": "callback", "TrainingFailed": "loss"}
+_HOMES = {"SparsityCallback": "callback", "TrainingFailed": "loss"}
 
 
 def __getattr__(name: str) -> Any:

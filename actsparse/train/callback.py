@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,18 @@ from actsparse.modify import Handle
 from actsparse.modify.annotate import annotate, stands_at
 from actsparse.observe import Measures, Seen, observe
 from actsparse.observe.watch import Phase
-from actsparse.records import RecordWriter
 from actsparse.train.loss import JoinedLoss, TrainingFailed
 from actsparse.train.place import handle_in, place_of
 from actsparse.train.processes import everywhere, together, unsharded
 
 LAST = 0.8  # "training density" is measured from here to the end of the steps
+
+
+class Record(Protocol):
+    """Where lines of a training go: the laboratory's ``RecordWriter``, or anything alike."""
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Keep one line, of kind ``train``, ``eval`` or ``measured``."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class SparsityCallback(TrainerCallback):
         self,
         handle: Handle,
         seen: Seen | None = None,
-        record: RecordWriter | None = None,
+        record: Record | None = None,
         *,
         quality: str = "loss",
         loss: str = "loss",

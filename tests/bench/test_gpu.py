@@ -15,9 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from actsparse.bench import gpu, gpu_mlp, gpu_models
-from actsparse.bench.gpu import Budget, bench_gpu, chosen, targets
-from actsparse.bench.gpu_mlp import (
+from actsparse.cli.main import app
+from actsparse_lab.bench import gpu, gpu_mlp, gpu_models
+from actsparse_lab.bench.gpu import Budget, bench_gpu, chosen, targets
+from actsparse_lab.bench.gpu_mlp import (
     Block,
     Place,
     by_events,
@@ -28,7 +29,6 @@ from actsparse.bench.gpu_mlp import (
     train,
     tune,
 )
-from actsparse.cli.main import app
 
 D, H, T = 16, 32, 4
 SECONDS = {"dense": 24.0, "compiled": 16.0, "sparse": 12.0, "screened": 8.0, "auto": 20.0}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from actsparse.bench.auto import bench_auto
 from actsparse.bench.mlp import Layer, bench_mlp, break_even, zipf
 from actsparse.cli.main import app
+from actsparse_lab.bench.auto import bench_auto
 
 
 @pytest.mark.parametrize("pattern", ["even", "zipf"])

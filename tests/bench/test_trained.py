@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from actsparse import SwapActivation, sparsify
-from actsparse.bench.trained import bench_speed
+from actsparse_lab.bench.trained import bench_speed
 
 
 def model(d: int, h: int, bias: float, function: type[nn.Module] = nn.ReLU) -> nn.Module:

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from actsparse.data import augment
-from actsparse.data.augment import (
+from actsparse_lab.data import augment
+from actsparse_lab.data.augment import (
     OPERATIONS,
     Mixed,
     Stream,

@@ -7,8 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from actsparse.data import bigram_nats, fit_bigram, lm_splits, load_digits_splits
-from actsparse.data.bigram import Pairs
+from actsparse_lab.data import bigram_nats, fit_bigram, lm_splits, load_digits_splits
+from actsparse_lab.data.bigram import Pairs
 
 TRAIN, HELD_OUT = b"the cat sat on the mat, the rat sat", b"that mat sat on the hat"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from actsparse.data import decoded_image_splits, image_splits
+from actsparse_lab.data import decoded_image_splits, image_splits
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actsparse.data import Splits, TensorRows, load_digits_splits
+from actsparse_lab.data import Splits, TensorRows, load_digits_splits
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from actsparse.data.augment import Mixed, View
-from actsparse.data.images import FolderPictures, ImageRows, check, image_splits
+from actsparse_lab.data.augment import Mixed, View
+from actsparse_lab.data.images import FolderPictures, ImageRows, check, image_splits
 
 SIZES = [(8, 8), (40, 30), (30, 64), (12, 9)]
 

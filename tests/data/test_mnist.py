@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from actsparse.data.mnist import TEST, TRAIN, mnist_splits
+from actsparse_lab.data.mnist import TEST, TRAIN, mnist_splits
 
 
 def arrays(n: int, seed: int) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actsparse.data.shards import Corpus, corpus, describe, name_of, shards, texts
+from actsparse_lab.data.shards import Corpus, corpus, describe, name_of, shards, texts
 
 # U+2028, U+0085 and \r end a line for `str.splitlines` but not in a file of JSON lines
 DOCUMENTS = ["first", "", "two\nlines", "a\u2028b\x85c\rd", "naïve ∑"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actsparse.data.span_corruption import (
+from actsparse_lab.data.span_corruption import (
     apply_mask,
     corrupt,
     noise_mask,

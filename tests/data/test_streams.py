@@ -19,10 +19,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actsparse.data.rows import CausalRows, Rows, SpanRows
-from actsparse.data.shards import Corpus, corpus
-from actsparse.data.span_corruption import corrupt, span_lengths
-from actsparse.data.streams import (
+from actsparse_lab.data.rows import CausalRows, Rows, SpanRows
+from actsparse_lab.data.shards import Corpus, corpus
+from actsparse_lab.data.span_corruption import corrupt, span_lengths
+from actsparse_lab.data.streams import (
     HELD_SPANS,
     SPANS,
     START,
@@ -32,7 +32,7 @@ from actsparse.data.streams import (
     held_rows,
     text_splits,
 )
-from actsparse.data.tokenizer import Tokenizer
+from actsparse_lab.data.tokenizer import Tokenizer
 
 # a machine with one core would complain of two workers
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from actsparse.data import bigram_nats, lm_splits, span_corruption_splits, text
-from actsparse.data.text import EOS, SENTINEL_START, VOCAB_SIZE, decode, encode, load_documents
+from actsparse_lab.data import bigram_nats, lm_splits, span_corruption_splits, text
+from actsparse_lab.data.text import EOS, SENTINEL_START, VOCAB_SIZE, decode, encode, load_documents
 
 
 def paragraphs(documents: dict[str, bytes]) -> list[str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from actsparse.data.rows import SpanRows
-from actsparse.data.text import load_documents
-from actsparse.data.tokenizer import Tokenizer, load_tokenizer
+from actsparse_lab.data.rows import SpanRows
+from actsparse_lab.data.text import load_documents
+from actsparse_lab.data.tokenizer import Tokenizer, load_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 sentencepiece = pytest.importorskip("sentencepiece")

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from actsparse.experiments import ARMS, default_arms, run_config
-from actsparse.experiments.compare import Event, compare
 from actsparse.modify import Recipe
-from actsparse.records import RecordError, read_runs
-from actsparse.train import RunConfig
+from actsparse_lab.campaigns.compare import Event, compare
+from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.records import RecordError, read_runs
+from actsparse_lab.tasks import ARMS, default_arms, run_config
 
 TINY: dict[str, Any] = {"steps": 4, "batch_size": 8, "log_every": 2, "eval_every": 2}
 

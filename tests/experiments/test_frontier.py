@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from actsparse.experiments import ARMS, EXPERIMENTS
-from actsparse.experiments import frontier as plans
-from actsparse.experiments.frontier import (
+from actsparse_lab.campaigns import frontier as plans
+from actsparse_lab.campaigns.frontier import (
     CONTROLS,
     HALF,
     RACE,
@@ -19,6 +18,7 @@ from actsparse.experiments.frontier import (
     frontier,
     race,
 )
+from actsparse_lab.tasks import ARMS, EXPERIMENTS
 
 
 def given(task: str) -> dict[str, str]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from actsparse.experiments.reproduce import REPRODUCTIONS, SPARED, Form, reproduction
 from actsparse.modify import Recipe
-from actsparse.records import Run
-from actsparse.report import CLAIMS
-from actsparse.report.findings import Arms
-from actsparse.train.config import RunConfig
-from actsparse.train.gradient_noise import GradientNoiseConfig
+from actsparse_lab.campaigns.reproduce import REPRODUCTIONS, SPARED, Form, reproduction
+from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.gradient_noise import GradientNoiseConfig
+from actsparse_lab.records import Run
+from actsparse_lab.report import CLAIMS
+from actsparse_lab.report.findings import Arms
 
 TRAINED = [name for name in REPRODUCTIONS if name != "noise"]
 

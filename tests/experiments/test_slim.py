@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from actsparse import handle_of, load, save
 from actsparse.cli.main import app
-from actsparse.experiments import run_config
-from actsparse.experiments.slim import BUDGET, FORMS, rounding, slim
-from actsparse.records import Run, read_run, run_path
-from actsparse.train.run import run
-from actsparse.train.tasks import task_of
+from actsparse_lab.campaigns.slim import BUDGET, FORMS, rounding, slim
+from actsparse_lab.engine.run import run
+from actsparse_lab.engine.tasks import task_of
+from actsparse_lab.records import Run, read_run, run_path
+from actsparse_lab.tasks import run_config
 
 KILLED = 40  # of the 192 hidden units of either block
 QUICK: dict[str, Any] = {"steps": 4, "log_every": 4, "eval_every": 4, "batch_size": 32}

@@ -21,11 +21,11 @@ from tests.fuzz.kinds import ROOT, Action, Make, clear, json_of, kind, odd, of_f
 
 @kind(120)
 def records(folder: Path) -> Make:
-    from actsparse.records import read_run
-    from actsparse.report import compare, markdown_table
-    from actsparse.report.card import model_card
-    from actsparse.report.facts import differences, facts
-    from actsparse.report.words import lead, markdown_theory, remarks, title
+    from actsparse_lab.records import read_run
+    from actsparse_lab.report import compare, markdown_table
+    from actsparse_lab.report.card import model_card
+    from actsparse_lab.report.facts import differences, facts
+    from actsparse_lab.report.words import lead, markdown_theory, remarks, title
 
     source = ROOT / "benchmarks/digits-measures/runs/paper-seed0/record.jsonl"
     every = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
@@ -62,7 +62,7 @@ def records(folder: Path) -> Make:
 @kind(0.2)
 def pages(folder: Path) -> Make:
     """The whole page, with plots, of records made wrong."""
-    from actsparse.report import write_report
+    from actsparse_lab.report import write_report
 
     make = records(folder / "runs/x") if (folder / "runs/x").mkdir(parents=True) is None else None
     assert make is not None
@@ -76,9 +76,9 @@ def pages(folder: Path) -> Make:
 
 @kind(40)
 def measures(folder: Path) -> Make:
-    from actsparse.records import read_run
-    from actsparse.report import compare
-    from actsparse.report.measures import read_measures, read_spectra, theory_of
+    from actsparse_lab.records import read_run
+    from actsparse_lab.report import compare
+    from actsparse_lab.report.measures import read_measures, read_spectra, theory_of
 
     source = ROOT / "benchmarks/digits-measures/runs/paper-seed0"
     every = (source / "record.jsonl").read_bytes().splitlines(keepends=True)
@@ -94,8 +94,8 @@ def measures(folder: Path) -> Make:
 
 @kind(60)
 def benchmarks(folder: Path) -> Make:
-    from actsparse.report.benchmarks import payoff_of
-    from actsparse.report.payoff import markdown_payoff, payoff_lead, payoff_title
+    from actsparse_lab.report.benchmarks import payoff_of
+    from actsparse_lab.report.payoff import markdown_payoff, payoff_lead, payoff_title
 
     names = ("mlp-2-threads.json", "vit-b-1-thread.json")
     sources = [
@@ -117,7 +117,7 @@ def benchmarks(folder: Path) -> Make:
 
 @kind(10)
 def manifests(folder: Path) -> Make:
-    from actsparse.train.checkpoint import facts, flaw, seal
+    from actsparse_lab.engine.checkpoint import facts, flaw, seal
 
     (folder / "checkpoint-5").mkdir()
     (folder / "checkpoint-5/model").write_bytes(b"1234")
@@ -135,7 +135,7 @@ def manifests(folder: Path) -> Make:
 
 @kind(60)
 def shards(folder: Path) -> Make:
-    from actsparse.data.shards import texts
+    from actsparse_lab.data.shards import texts
 
     lines = "".join(json.dumps({"text": f"word {n}", "n": n}) + "\n" for n in range(20)).encode()
     packed = {"jsonl": lines, "jsonl.gz": gzip.compress(lines), "json.xz": lzma.compress(lines)}
@@ -161,8 +161,8 @@ def shards(folder: Path) -> Make:
 def images(folder: Path) -> Make:
     from PIL import Image
 
-    from actsparse.data.augment import View
-    from actsparse.data.images import FORMATS, FolderPictures, ImageRows
+    from actsparse_lab.data.augment import View
+    from actsparse_lab.data.images import FORMATS, FolderPictures, ImageRows
 
     made = {}
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -183,7 +183,7 @@ def images(folder: Path) -> Make:
 def tokenizers(folder: Path) -> Make:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from actsparse.data.tokenizer import load_tokenizer
+    from actsparse_lab.data.tokenizer import load_tokenizer
 
     vocab = {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}
     fast = Tokenizer(models.BPE(vocab, [("a", "b")]))
@@ -212,7 +212,7 @@ def tokenizers(folder: Path) -> Make:
 def sentencepiece_models(folder: Path) -> Make:
     import sentencepiece
 
-    from actsparse.data.tokenizer import load_tokenizer
+    from actsparse_lab.data.tokenizer import load_tokenizer
 
     made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -226,7 +226,7 @@ def sentencepiece_models(folder: Path) -> Make:
 
 @kind(9)
 def mnist(folder: Path) -> Make:
-    from actsparse.data.mnist import TEST, TRAIN, mnist_splits
+    from actsparse_lab.data.mnist import TEST, TRAIN, mnist_splits
 
     for name in (TRAIN, TEST):
         images = np.zeros((12, 28, 28), np.uint8)

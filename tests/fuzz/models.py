@@ -66,7 +66,7 @@ def _header(right: bytes, random: Random) -> bytes:
 
 @kind(15)
 def pretrained_configs(folder: Path) -> Make:
-    from actsparse.train.start import pretrained
+    from actsparse_lab.engine.start import pretrained
 
     _gpt2().save_pretrained(folder / "plain")
     return of_file(folder / "plain/config.json", lambda: pretrained(folder / "plain"), json_of)

@@ -36,9 +36,9 @@ def recipes(folder: Path) -> Make:
 
 @kind(220)
 def run_configs(folder: Path) -> Make:
-    from actsparse.experiments import run_config
-    from actsparse.train.config import RunConfig
     from actsparse.values import checked
+    from actsparse_lab.engine.config import RunConfig
+    from actsparse_lab.tasks import run_config
 
     right = run_config("digits", "best", 0, active=("hessian", "pruning")).to_json()
 
@@ -52,9 +52,9 @@ def run_configs(folder: Path) -> Make:
 @kind(60)
 def settings(folder: Path) -> Make:
     """``--set NAME=VALUE``."""
-    from actsparse.cli.options import chosen
-    from actsparse.experiments import EXPERIMENTS, run_config
-    from actsparse.train.config import RunConfig
+    from actsparse_lab.cli.options import chosen
+    from actsparse_lab.engine.config import RunConfig
+    from actsparse_lab.tasks import EXPERIMENTS, run_config
 
     tasks = [each for each in EXPERIMENTS if not each.endswith("_finetune")]
     names = [
@@ -80,9 +80,9 @@ def settings(folder: Path) -> Make:
 @kind(40)
 def data_settings(folder: Path) -> Make:
     """Settings of data and of models that a record's config names."""
-    from actsparse.data.text import load_documents
-    from actsparse.experiments import run_config
-    from actsparse.train.tasks import task_of
+    from actsparse_lab.data.text import load_documents
+    from actsparse_lab.engine.tasks import task_of
+    from actsparse_lab.tasks import run_config
 
     load_documents()  # once for all
     tasks = ("digits", "lm", "text", "vit_cifar10", "t5_web", "lm_web", "cifar10")
@@ -121,7 +121,7 @@ def command_lines(folder: Path) -> Make:
     trains = ("train", "compare")  # a last option says something wrong, or training would begin
 
     def once(random: Random) -> Action:
-        verb = random.choice([each for each in VERBS if each not in ("reproduce", "frontier")])
+        verb = random.choice(["report", *trains, *VERBS])
         given = [verb]
         for _ in range(random.randint(0, 4)):
             given += [random.choice(options), random.choice(words)]

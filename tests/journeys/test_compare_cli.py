@@ -137,8 +137,8 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], said: str) -> N
 
 
 def test_a_setting_can_be_taken_back_and_wins_over_an_option() -> None:
-    from actsparse.cli.options import chosen, given_of
-    from actsparse.experiments import run_config
+    from actsparse_lab.cli.options import chosen, given_of
+    from actsparse_lab.tasks import run_config
 
     words = ["lora=null", "clip=null", "steps=7", "data.held_out=0.2", "start=x"]
     overrides = given_of(steps=5, lr=None)

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
-from actsparse.experiments import frontier as plans
-from actsparse.records import read_runs
+from actsparse_lab.campaigns import frontier as plans
+from actsparse_lab.records import read_runs
 
 ARMS = "vanilla,vanilla-no-1d-decay,half-steps,l1-no-1d-decay,no-mlp"
 SMALL = ["--steps", "4", "--seeds", "1", "--workers", "1"]

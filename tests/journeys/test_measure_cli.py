@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from actsparse.cli.main import app
 from actsparse.modify import load
 from actsparse.observe import measure
-from actsparse.records import Run, read_run
-from actsparse.train.run import batches_of
-from actsparse.train.tasks import task_of
+from actsparse_lab.engine.run import batches_of
+from actsparse_lab.engine.tasks import task_of
+from actsparse_lab.records import Run, read_run
 
 QUICK = ["--rows", "16", "--batch-size", "16", "--probes", "3"]
 DATA = """
@@ -100,7 +100,7 @@ def test_a_runs_measures_lie_beside_its_record_and_are_printed(folder: Path) -> 
     run = record(folder)
     model = load(folder / "weights")
     task = task_of("digits")
-    from actsparse.train import RunConfig
+    from actsparse_lab.engine.config import RunConfig
 
     rows = task.splits(RunConfig(**run.header["config"])).validation
     expected = measure(
@@ -135,7 +135,7 @@ def test_trials_are_printed_and_kept(folder: Path) -> None:
     told = called("measure", folder, *QUICK, *names, "--json")
     assert json.loads(told.stdout)["trials"] == kept["trials"]
     task, run = task_of("digits"), record(folder)
-    from actsparse.train import RunConfig
+    from actsparse_lab.engine.config import RunConfig
 
     splits = task.splits(RunConfig(**run.header["config"]))
     bounded = {"covering": {"bounds": splits.info["bounds"]}}
@@ -332,7 +332,7 @@ def test_a_record_torn_at_its_end_is_measured_still(folder: Path) -> None:
 
 def test_a_model_without_mlps_has_nothing_to_measure(tmp_path: Path) -> None:
     from actsparse import LeaveOutMLP, save, sparsify
-    from actsparse.experiments import run_config
+    from actsparse_lab.tasks import run_config
 
     config = run_config("digits", "vanilla", 0)
     model = task_of("digits").model(config, {"classes": 10})

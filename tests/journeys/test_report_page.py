@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from actsparse.report import CLAIMS, write_report
-from actsparse.report.page import PICTURES
-from actsparse.report.payoff import PAYOFF
-from actsparse.report.reproduction import EFFECTS
-from actsparse.report.theory import THEORY
+from actsparse_lab.report import CLAIMS, write_report
+from actsparse_lab.report.page import PICTURES
+from actsparse_lab.report.payoff import PAYOFF
+from actsparse_lab.report.reproduction import EFFECTS
+from actsparse_lab.report.theory import THEORY
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "reproduce"
 QUIET = (

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
-from actsparse.report import CLAIMS
+from actsparse_lab.report import CLAIMS
 
 SMALL = ["--seeds", "1", "--steps", "8"]
 
@@ -68,7 +68,7 @@ def test_a_folder_of_another_form_is_refused_and_left_as_it_was(tmp_path: Path) 
 def test_what_failed_is_told_and_no_later_stage_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actsparse.experiments import reproduce as plans
+    from actsparse_lab.campaigns import reproduce as plans
 
     bad = plans.GradientNoiseConfig("p4-decay0", 0, 4, lr=1e25, steps=3)
     good = plans.GradientNoiseConfig("p8-decay0", 0, 8, lr=0.1, steps=3)

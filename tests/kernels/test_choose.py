@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actsparse.bench.auto import bench_auto
 from actsparse.kernels import build
 from actsparse.kernels.choose import MARGIN, NEAR, ROUNDS, Trial, Trials, apart
+from actsparse_lab.bench.auto import bench_auto
 
 densities = st.floats(0, 1)
 seconds = st.floats(1e-6, 10)

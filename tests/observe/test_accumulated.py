@@ -14,8 +14,8 @@ from scipy import stats
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from actsparse.observe import Accumulated
 from actsparse.observe.spectrum import MarchenkoPastur, spectrum
+from actsparse_lab.engine.accumulated import Accumulated
 
 U = 2.0**-53
 EPS = torch.finfo(torch.float64).eps

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import actsparse
-from actsparse import records
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import observe, session
 from actsparse.values import check
+from actsparse_lab import records
 from tests.observe.brute import Recorder, same
 from tests.zoo import BY_ID, call
 

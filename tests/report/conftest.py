@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from actsparse.records import Entry, RecordWriter, Run, environment, read_runs, run_path
+from actsparse_lab.records import Entry, RecordWriter, Run, environment, read_runs, run_path
 
 # arm: accuracy, inference density at the end, share of dead units
 ARMS: dict[str, tuple[float, float | None, float]] = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.records import Entry, RecordWriter, environment, run_path
-from actsparse.report.frontier import write_manifest
+from actsparse_lab.records import Entry, RecordWriter, environment, run_path
+from actsparse_lab.report.frontier import write_manifest
 
 UNITS = 1000
 WHERE = environment(threads=1)  # once: it asks git

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from actsparse.bench.mlp import bench_mlp
 from actsparse.bench.model import bench_model
-from actsparse.records import RecordError, environment
-from actsparse.report.benchmarks import (
+from actsparse_lab.records import RecordError, environment
+from actsparse_lab.report.benchmarks import (
     Payoff,
     Ratio,
     Whole,

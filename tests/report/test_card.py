@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard
 
 import actsparse
 from actsparse.modify import Recipe
-from actsparse.records import RecordError, RecordWriter, Run, environment, read_run
-from actsparse.report import model_card
+from actsparse_lab.records import RecordError, RecordWriter, Run, environment, read_run
+from actsparse_lab.report import model_card
 
 RECORDS = Path(__file__).parents[2] / "benchmarks"
 PAPER = read_run(RECORDS / "digits" / "runs" / "paper-seed0" / "record.jsonl")

@@ -13,9 +13,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actsparse.records import RecordError, Run, read_runs
-from actsparse.report.compare import Table, compare, loss_drop, t_interval, to_json
-from actsparse.report.page import markdown_table
+from actsparse_lab.records import RecordError, Run, read_runs
+from actsparse_lab.report.compare import Table, compare, loss_drop, t_interval, to_json
+from actsparse_lab.report.page import markdown_table
 
 AddRun = Callable[..., Run]
 Measured = Callable[..., dict[str, Any] | None]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from actsparse.records import RecordError, Run, read_runs
-from actsparse.report import findings_in, markdown_reproduction, write_report
-from actsparse.report.claims import CLAIMS
-from actsparse.report.compare import INFERENCE, QUALITY
-from actsparse.report.findings import (
+from actsparse_lab.records import RecordError, Run, read_runs
+from actsparse_lab.report import findings_in, markdown_reproduction, write_report
+from actsparse_lab.report.claims import CLAIMS
+from actsparse_lab.report.compare import INFERENCE, QUALITY
+from actsparse_lab.report.findings import (
     Arms,
     Experiment,
     Finding,
@@ -29,8 +29,8 @@ from actsparse.report.findings import (
     within,
     write_manifest,
 )
-from actsparse.report.reproduction import counts, effects_plot
-from actsparse.report.verdict import Claim, Verdict
+from actsparse_lab.report.reproduction import counts, effects_plot
+from actsparse_lab.report.verdict import Claim, Verdict
 
 MANIFEST: dict[str, Any] = {
     "name": "ratio",

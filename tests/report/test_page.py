@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from actsparse.cli.report import report
-from actsparse.records import RecordError, RecordWriter, Run, read_runs, run_path
-from actsparse.report import compare, print_table, to_json, write_report
-from actsparse.report.page import PICTURES
-from actsparse.report.words import lead, remarks, title
+from actsparse_lab.cli.report import report
+from actsparse_lab.records import RecordError, RecordWriter, Run, read_runs, run_path
+from actsparse_lab.report import compare, print_table, to_json, write_report
+from actsparse_lab.report.page import PICTURES
+from actsparse_lab.report.words import lead, remarks, title
 
 AddRun = Callable[..., Run]
 Measured = Callable[..., dict[str, Any] | None]
@@ -249,9 +249,9 @@ def test_without_the_extra_the_command_says_what_to_install(
 ) -> None:
     import sys
 
-    for name in [name for name in sys.modules if name.startswith("actsparse.report")]:
+    for name in [name for name in sys.modules if name.startswith("actsparse_lab.report")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     done = CliRunner().invoke(cli, [str(copy)])
     assert done.exit_code == 2
-    assert "a report needs jinja2: pip install 'actsparse[report]'" in done.stderr
+    assert "a report needs jinja2: pip install ./lab" in done.stderr

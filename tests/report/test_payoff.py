@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
-from actsparse.cli.report import report
-from actsparse.records import RecordError, Run, read_runs
-from actsparse.report import (
+from actsparse_lab.cli.report import report
+from actsparse_lab.records import RecordError, Run, read_runs
+from actsparse_lab.report import (
     compare,
     gather,
     markdown_payoff,
@@ -32,8 +32,8 @@ from actsparse.report import (
     to_json,
     write_report,
 )
-from actsparse.report.benchmarks import Payoff, payoff_of
-from actsparse.report.payoff import PAYOFF, payoff_lead, payoff_tables, payoff_title
+from actsparse_lab.report.benchmarks import Payoff, payoff_of
+from actsparse_lab.report.payoff import PAYOFF, payoff_lead, payoff_tables, payoff_title
 
 ROOT = Path(__file__).parents[2]
 Draw = Callable[..., Figure | None]

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from actsparse.records import read_runs
-from actsparse.report import markdown_frontier, write_report
-from actsparse.report.frontier_page import sections
-from actsparse.report.race import Race, race_note, race_row, races
-from actsparse.report.speed import factor
+from actsparse_lab.records import read_runs
+from actsparse_lab.report import markdown_frontier, write_report
+from actsparse_lab.report.frontier_page import sections
+from actsparse_lab.report.race import Race, race_note, race_row, races
+from actsparse_lab.report.speed import factor
 from tests.report.frontier_records import ordinary, write_run, write_task
 
 Curve = list[tuple[float, float]]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from scipy.stats import t as student
 
-from actsparse.experiments.slim import FORMS
-from actsparse.records import RecordError
-from actsparse.report import markdown_frontier, scoreboard
-from actsparse.report.slim import SLIM_RULE, TITLE, WORDS, Form, Slim, read_slim, slim_text
+from actsparse_lab.campaigns.slim import FORMS
+from actsparse_lab.records import RecordError
+from actsparse_lab.report import markdown_frontier, scoreboard
+from actsparse_lab.report.slim import SLIM_RULE, TITLE, WORDS, Form, Slim, read_slim, slim_text
 from tests.report.frontier_records import ordinary, write_task
 
 

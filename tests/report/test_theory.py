@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from actsparse.observe.spectrum import MarchenkoPastur
-from actsparse.records import Run, read_run, read_runs
-from actsparse.report import plots, theory, write_report
-from actsparse.report.compare import compare
-from actsparse.report.theory import THEORY, marchenko_pastur
+from actsparse_lab.records import Run, read_run, read_runs
+from actsparse_lab.report import plots, theory, write_report
+from actsparse_lab.report.compare import compare
+from actsparse_lab.report.theory import THEORY, marchenko_pastur
 
 AddRun = Callable[..., Run]
 MeasuredBy = Callable[..., dict[str, Any] | None]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actsparse.train.interrupt import Interrupted
+from actsparse_lab.engine.interrupt import Interrupted
 
 # of Python's audit events, with where their paths stand among the arguments
 CHANGES = {"open": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.mkdir": 0,

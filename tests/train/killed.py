@@ -28,18 +28,19 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from actsparse import files, load, records, save, sparsify
-from actsparse.data.text import load_documents
-from actsparse.experiments import compare as compare_module
-from actsparse.experiments import run_config
-from actsparse.experiments.compare import compare
+from actsparse import files, load, save, sparsify
 from actsparse.modify import weights as weights_module
-from actsparse.records import RecordWriter, run_path
-from actsparse.train import trainer as trainer_module
-from actsparse.train.checkpoint import newest_whole
-from actsparse.train.config import RunConfig
-from actsparse.train.gradient_noise import GradientNoiseConfig, run_gradient_noise
-from actsparse.train.run import run
+from actsparse_lab import records
+from actsparse_lab.campaigns import compare as compare_module
+from actsparse_lab.campaigns.compare import compare
+from actsparse_lab.data.text import load_documents
+from actsparse_lab.engine import trainer as trainer_module
+from actsparse_lab.engine.checkpoint import newest_whole
+from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, run_gradient_noise
+from actsparse_lab.engine.run import run
+from actsparse_lab.records import RecordWriter, run_path
+from actsparse_lab.tasks import run_config
 from tests.train.crash import Operations, announced, in_child, lose_power
 
 LOSSES = (None, "all", "content", "half")

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from actsparse.data import TensorRows
-from actsparse.experiments import run_config
 from actsparse.kernels import mlp
 from actsparse.modify import Handle, load, sparsify
 from actsparse.observe import measure, observe
-from actsparse.records import RecordWriter, Run, environment, read_run
 from actsparse.train import SparsityCallback, TrainingFailed
-from actsparse.train.run import run
-from actsparse.train.tasks import TASKS
+from actsparse_lab.data import TensorRows
+from actsparse_lab.engine.run import run
+from actsparse_lab.engine.tasks import TASKS
+from actsparse_lab.records import RecordWriter, Run, environment, read_run
+from actsparse_lab.tasks import run_config
 
 EPS = torch.finfo(torch.float32).eps
 TINY: dict[str, Any] = {"steps": 6, "batch_size": 8, "log_every": 3, "eval_every": 3}

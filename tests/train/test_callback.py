@@ -17,11 +17,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from actsparse.data import TensorRows
 from actsparse.modify import ActivationPenalty, ZerothBias, sparsify
 from actsparse.observe import measure, observe
-from actsparse.records import RecordWriter, Run, environment, read_run
 from actsparse.train import SparsityCallback, TrainingFailed
+from actsparse_lab.data import TensorRows
+from actsparse_lab.records import RecordWriter, Run, environment, read_run
 
 PENALTY = ActivationPenalty("l1", weight=10.0)
 

@@ -13,9 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actsparse.records import RecordError
-from actsparse.train import checkpoint
-from actsparse.train.checkpoint import (
+from actsparse_lab.engine import checkpoint
+from actsparse_lab.engine.checkpoint import (
     MANIFEST,
     checkpoints,
     drop_after,
@@ -25,6 +24,7 @@ from actsparse.train.checkpoint import (
     prune,
     seal,
 )
+from actsparse_lab.records import RecordError
 
 FILES = {
     "model.safetensors": bytes(range(40)),

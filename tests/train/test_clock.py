@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from actsparse.experiments import run_config
-from actsparse.record_schema import SCHEMA
-from actsparse.records import Run, read_run, run_path
-from actsparse.train.interrupt import Interrupted
-from actsparse.train.run import run
 from actsparse.values import check
+from actsparse_lab.engine.interrupt import Interrupted
+from actsparse_lab.engine.run import run
+from actsparse_lab.record_schema import SCHEMA
+from actsparse_lab.records import Run, read_run, run_path
+from actsparse_lab.tasks import run_config
 
 TINY: dict[str, Any] = {"steps": 6, "batch_size": 8, "log_every": 2, "eval_every": 2}
 TINY |= {"save_every": 2, "validate_on": 16}

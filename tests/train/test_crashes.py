@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from actsparse.data.text import load_documents
+from actsparse_lab.data.text import load_documents
 
 FAST = ("train kill 3", "train stop 1", "train full 1", "noise kill 2", "save kill 3",
         "save,without_exchange kill 3", "load,without_exchange kill 2")  # fmt: skip

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from actsparse import handle_of, load
 from actsparse.cli.main import app
-from actsparse.data import load_digits_splits
-from actsparse.experiments import run_config
-from actsparse.records import Run, run_path
-from actsparse.train.interrupt import Interrupted
-from actsparse.train.run import run
-from actsparse.train.start import model_from
-from actsparse.train.tasks import task_of
+from actsparse_lab.data import load_digits_splits
+from actsparse_lab.engine.interrupt import Interrupted
+from actsparse_lab.engine.run import run
+from actsparse_lab.engine.start import model_from
+from actsparse_lab.engine.tasks import task_of
+from actsparse_lab.records import Run, run_path
+from actsparse_lab.tasks import run_config
 
 TINY: dict[str, Any] = {"steps": 9, "batch_size": 8, "log_every": 4, "eval_every": 5}
 LORA = {"r": 2, "targets": "all-linear", "keep": ["classifier"]}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from actsparse.records import run_path
+from actsparse_lab.records import run_path
 from tests.train.killed import weights_in
 from tests.train.test_survival import lines_of
 

@@ -16,15 +16,15 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from actsparse.experiments import EXPERIMENTS, run_config
 from actsparse.modify import Recipe, decay_groups, recipe_named, sparsify
-from actsparse.records import Run, read_run, run_path
-from actsparse.train.arguments import schedule_of
-from actsparse.train.config import RunConfig
 from actsparse.train.loss import SoftCrossEntropy
 from actsparse.train.processes import unsharded
-from actsparse.train.run import run
-from actsparse.train.tasks import task_of
+from actsparse_lab.engine.arguments import schedule_of
+from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.run import run
+from actsparse_lab.engine.tasks import task_of
+from actsparse_lab.records import Run, read_run, run_path
+from actsparse_lab.tasks import EXPERIMENTS, run_config
 from tests.train.test_crashes import write_shards
 
 ROOT = Path(__file__).parents[2]

@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from actsparse.data import image_splits, load_digits_splits
-from actsparse.experiments import default_arms, run_config
-from actsparse.experiments.digits import digits
 from actsparse.modify import Recipe, load, sparsify
 from actsparse.observe import CURVATURES, MEASURES, TRIALS, measure
-from actsparse.records import RecordError, read_run, run_path
-from actsparse.train import RunConfig, TrainingFailed
-from actsparse.train.run import batches_of, run
-from actsparse.train.tasks import TASKS, task_of
+from actsparse.train import TrainingFailed
+from actsparse_lab.data import image_splits, load_digits_splits
+from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.run import batches_of, run
+from actsparse_lab.engine.tasks import TASKS, task_of
+from actsparse_lab.records import RecordError, read_run, run_path
+from actsparse_lab.tasks import default_arms, run_config
+from actsparse_lab.tasks.digits import digits
 
 EMBEDDED = ("digits", "text", "lm")
 TINY: dict[str, Any] = {"steps": 6, "batch_size": 8, "log_every": 3, "eval_every": 3}

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from actsparse.experiments import run_config
-from actsparse.records import RecordError, run_path
-from actsparse.train import gradient_noise
-from actsparse.train import run as run_module
-from actsparse.train.folder import alone
-from actsparse.train.run import run
+from actsparse_lab.engine import gradient_noise
+from actsparse_lab.engine import run as run_module
+from actsparse_lab.engine.folder import alone
+from actsparse_lab.engine.run import run
+from actsparse_lab.records import RecordError, run_path
+from actsparse_lab.tasks import run_config
 from tests.train.test_survival import TINY, lines_of, stopped
 
 

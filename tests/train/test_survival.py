@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from actsparse.experiments import run_config
-from actsparse.records import RecordError, read_run, run_path
-from actsparse.train.checkpoint import checkpoints
-from actsparse.train.interrupt import Interrupted
-from actsparse.train.run import run
-from actsparse.train.trainer import RunTrainer
+from actsparse_lab.engine.checkpoint import checkpoints
+from actsparse_lab.engine.interrupt import Interrupted
+from actsparse_lab.engine.run import run
+from actsparse_lab.engine.trainer import RunTrainer
+from actsparse_lab.records import RecordError, read_run, run_path
+from actsparse_lab.tasks import run_config
 
 TINY: dict[str, Any] = {
     "steps": 12, "batch_size": 8, "log_every": 5, "eval_every": 6, "save_every": 4,
@@ -94,7 +94,7 @@ def test_a_run_is_one_processs_at_a_time(tmp_path: Path) -> None:
     config = run_config("digits", "vanilla", 0, **TINY)
     folder = run_path(tmp_path, "vanilla", 0).parent
     folder.mkdir(parents=True)
-    script = "import sys; from pathlib import Path; from actsparse.train.folder import alone\n"
+    script = "import sys; from pathlib import Path; from actsparse_lab.engine.folder import alone\n"
     script += "with alone(Path(sys.argv[1])): print('in', flush=True); input()"
     words = [sys.executable, "-c", script, str(folder)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

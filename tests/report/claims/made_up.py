@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from actsparse.record_schema import SCHEMA, Entry
-from actsparse.records import Run
-from actsparse.report.findings import Experiment, Finding, findings
 from actsparse.values import check
+from actsparse_lab.record_schema import SCHEMA, Entry
+from actsparse_lab.records import Run
+from actsparse_lab.report.findings import Experiment, Finding, findings
 
 MANIFEST: Entry = {"full": False, "seeds": 5, "command": "actsparse reproduce", "time": {}}
 UNITS = 1000

@@ -8,12 +8,12 @@ import random
 import pytest
 from matplotlib.figure import Figure
 
-from actsparse.records import Run
-from actsparse.report.claims import dots
-from actsparse.report.claims.finetune import EXPERIMENT, FROM_SPARED, HOYER, PLAIN, RECIPE, ROWS
-from actsparse.report.claims.sparser import SPARED
-from actsparse.report.findings import Arms
-from actsparse.report.verdict import fewest_seeds
+from actsparse_lab.records import Run
+from actsparse_lab.report.claims import dots
+from actsparse_lab.report.claims.finetune import EXPERIMENT, FROM_SPARED, HOYER, PLAIN, RECIPE, ROWS
+from actsparse_lab.report.claims.sparser import SPARED
+from actsparse_lab.report.findings import Arms
+from actsparse_lab.report.verdict import fewest_seeds
 from tests.report.claims.made_up import answers, density_of, made_up
 
 INFERENCE, TRAINING, KEPT, LIVING, BESIDE_SPARED, FROM, ALL_SPARED = range(7)

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from actsparse.records import Entry, RecordWriter, environment, read_runs, run_path
-from actsparse.report.claims.manipulate import EXPERIMENT, SHIFTS
-from actsparse.report.claims.sparser import SPARED
-from actsparse.report.findings import Arms, Finding
-from actsparse.report.plots import Picture
+from actsparse_lab.records import Entry, RecordWriter, environment, read_runs, run_path
+from actsparse_lab.report.claims.manipulate import EXPERIMENT, SHIFTS
+from actsparse_lab.report.claims.sparser import SPARED
+from actsparse_lab.report.findings import Arms, Finding
+from actsparse_lab.report.plots import Picture
 from tests.report.claims import made_up
 
 (

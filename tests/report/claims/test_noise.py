@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from actsparse.records import Entry, Run
-from actsparse.report.claims import noise
-from actsparse.report.claims.noise import EXPERIMENT, grid
-from actsparse.report.findings import Arms, Effects
+from actsparse_lab.records import Entry, Run
+from actsparse_lab.report.claims import noise
+from actsparse_lab.report.claims.noise import EXPERIMENT, grid
+from actsparse_lab.report.findings import Arms, Effects
 from tests.report.claims.made_up import answers, made_up
 
 (

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from actsparse.records import Entry, RecordWriter, environment, read_runs, run_path
-from actsparse.report.claims.pruning import BASES, DROPPED, EXPERIMENT, SPARED, dropping
-from actsparse.report.findings import Arms, Finding
-from actsparse.report.plots import Picture
+from actsparse_lab.records import Entry, RecordWriter, environment, read_runs, run_path
+from actsparse_lab.report.claims.pruning import BASES, DROPPED, EXPERIMENT, SPARED, dropping
+from actsparse_lab.report.findings import Arms, Finding
+from actsparse_lab.report.plots import Picture
 from tests.report.claims import made_up
 
 SAVED, SAVED_PAPER, MORE, MORE_SPARED, KEPT, KEPT_PAPER, KEPT_ONE, SOME, FEWER, ERROR, MATTER = (

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from actsparse.records import Run, read_runs
-from actsparse.report.claims import ratio
-from actsparse.report.claims.ratio import EXPERIMENT, spread
-from actsparse.report.findings import Arms, Effects, findings
+from actsparse_lab.records import Run, read_runs
+from actsparse_lab.report.claims import ratio
+from actsparse_lab.report.claims.ratio import EXPERIMENT, spread
+from actsparse_lab.report.findings import Arms, Effects, findings
 
 AddRun = Callable[..., Run]
 QUESTIONS = EXPERIMENT.questions

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from actsparse.records import Entry, Run
-from actsparse.report.claims import robustness
-from actsparse.report.claims.robustness import (
+from actsparse_lab.records import Entry, Run
+from actsparse_lab.report.claims import robustness
+from actsparse_lab.report.claims.robustness import (
     CONTROL,
     EXPERIMENT,
     SHOWN,
@@ -25,8 +25,8 @@ from actsparse.report.claims.robustness import (
     goes_with,
     moves,
 )
-from actsparse.report.findings import Arms
-from actsparse.report.verdict import verdict
+from actsparse_lab.report.findings import Arms
+from actsparse_lab.report.verdict import verdict
 from tests.report.claims.made_up import answers
 
 # the questions, by place: paper against vanilla, both sparing, paper against that, and the rest

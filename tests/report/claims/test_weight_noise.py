@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from actsparse.records import Entry, Run
-from actsparse.report.claims import weight_noise
-from actsparse.report.claims.weight_noise import EXPERIMENT
-from actsparse.report.findings import Arms, Effects, findings
+from actsparse_lab.records import Entry, Run
+from actsparse_lab.report.claims import weight_noise
+from actsparse_lab.report.claims.weight_noise import EXPERIMENT
+from actsparse_lab.report.findings import Arms, Effects, findings
 
 AddRun = Callable[..., Run]
 Planted = Callable[..., list[Run]]

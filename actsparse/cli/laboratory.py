@@ -1,0 +1,19 @@
+"""What actsparse-lab adds to the commands, where it is installed."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
+
+
+@cache
+def laboratory() -> Any:
+    """The laboratory's module for the commands (``actsparse_lab.cli``), or None.
+
+    Its functions: ``add_verbs`` (train, compare, …), ``task_model`` (the model of a task),
+    ``task_batches`` (a task's data), ``run_at`` (a run's record and weights) and ``trained_of``.
+    """
+    for found in entry_points(group="actsparse", name="laboratory"):
+        return found.load()
+    return None

@@ -1,0 +1,1 @@
+"""The laboratory of actsparse: runs, records, campaigns and pages."""

@@ -1,0 +1,1 @@
+"""What the laboratory's programs and trained models cost."""

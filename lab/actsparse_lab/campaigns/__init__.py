@@ -1,0 +1,1 @@
+"""Many runs side by side, each campaign in one file."""

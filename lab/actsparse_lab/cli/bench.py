@@ -1,0 +1,176 @@
+"""The laboratory's part of ``actsparse bench``: what its own runs and programs cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from actsparse.cli.bench import bench, numbers
+from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
+from actsparse_lab.cli.gpu import gpu
+from actsparse_lab.cli.slim import slim
+
+
+@bench.command()
+def step(
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 21,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 2,
+    compiled: Annotated[bool, typer.Option(help="Time torch.compile too (slow to start).")] = True,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What the paper recipe and observation cost in a training step of a ViT-S.
+
+    Example: actsparse bench step --rounds 11 --out benchmarks/training_step.json
+    """
+    import torch
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from actsparse.terminal import Terminal
+    from actsparse_lab.bench.training_step import bench_training_step
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    log = Terminal(stderr=True)
+    with Progress(console=log, disable=not log.is_terminal) as bar:
+        task = bar.add_task("training steps", total=rounds)
+        result: dict[str, Any] = bench_training_step(
+            rounds, batch, compiled, lambda done: bar.update(task, completed=done)
+        )
+    if keep_record(result, out, json):
+        return
+    table = Table("training step", "ratio", "95 % interval", title="ViT-S, ratios of medians")
+    for row in result["ratios"]:
+        interval = f"{row['low']:.3f} … {row['high']:.3f}"
+        table.add_row(f"{row['of']} ÷ {row['to']}", f"{row['value']:.3f}", interval)
+    Terminal().print(table)
+
+
+@bench.command()
+def measures(
+    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 15,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
+    probes: Annotated[int, typer.Option(min=2, help="Of the Gauss–Newton trace.")] = 10,
+    activation: Annotated[str, typer.Option(help="relu, gelu, ….")] = "relu",
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What the measures cost in a training step of a ViT-S, and a Gauss–Newton trace of it.
+
+    Example: actsparse bench measures --out benchmarks/measures.json
+    """
+    import torch
+    from rich.table import Table
+
+    from actsparse.terminal import Terminal
+    from actsparse_lab.bench.measures import bench_measures
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    log = Terminal(stderr=True)
+    result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
+    if keep_record(result, out, json):
+        return
+    table = Table("observed", "time", "95 % interval", "peak memory", title="÷ the plain step")
+    plain = result["memory"]["plain"]["peak_mib"]
+    for row in result["ratios"]:
+        interval = f"{row['low']:.3f} … {row['high']:.3f}"
+        peak = result["memory"][row["of"]]["peak_mib"] / plain
+        table.add_row(row["of"], f"{row['value']:.3f}", interval, f"{peak:.3f}")
+    Terminal().print(table)
+    trace = result["gauss_newton"]
+    Terminal().print(
+        f"Gauss–Newton trace, {trace['probes']} probes, {trace['samples']} images: "
+        f"{trace['value']:.4g} ± {trace['standard_error']:.2g} in {trace['seconds']:.1f} s"
+    )
+
+
+@bench.command()
+def auto(
+    d: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 768,
+    h: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 3072,
+    tokens: Annotated[str, typer.Option(help="With commas between.")] = "1,16,197,1576",
+    densities: Annotated[
+        str, typer.Option(help="With commas between.")
+    ] = "0,.01,.03,.1,.2,.25,.3,.4,.5,.75,1",
+    rounds: Annotated[int, typer.Option(min=3, help="Timed pairs.")] = 101,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Whether `accelerate` is ever slower than the layers, at any density.
+
+    Example: actsparse bench auto --threads 1 --out benchmarks/auto.json
+    """
+    import torch
+    from rich.table import Table
+
+    from actsparse_lab.bench.auto import bench_auto
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = bench_auto(
+        d,
+        h,
+        numbers("--densities", densities, float),
+        numbers("--tokens", tokens, int),
+        rounds,
+        tell,
+    )
+    if keep_record(result, out, json):
+        return
+    title = f"dense ÷ accelerated, d = {d}, H = {h}"
+    table = Table("tokens", "density", "chosen", "gain", title=title)
+    for row in result["rows"]:
+        cells = [row["program"], ratio_text(row["ratio"])]
+        table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
+    wide_console().print(table)
+
+
+@bench.command()
+def run(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs, each with record.jsonl and weights/.")
+    ],
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each program.")] = 21,
+    threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Dense time ÷ accelerated time of trained checkpoints in inference, on a batch of test data.
+
+    In the folder of a frontier task, as speed.json, the scoreboard shows it. Runs without MLPs, or
+    whose weights are gone, are passed over with a line.
+
+    Example:
+
+      actsparse bench run runs/frontier/text/runs/*-seed0 --out benchmarks/frontier/text/speed.json
+    """
+    import torch
+    from rich.table import Table
+
+    from actsparse_lab.cli.trained import speed_of
+
+    torch.set_num_threads(threads)
+    rows = [row for folder in runs if (row := speed_of(folder, rounds, tell)) is not None]
+    if not rows:
+        raise ValueError("none of these runs can be timed, see above")
+    result = {"benchmark": "speed", "threads": threads, "rounds": rounds, "runs": rows}
+    if keep_record(result, out, json):
+        return
+    names = ["task", "arm", "seed", "density", "MLPs alone", "model", "blocks"]
+    table = Table(*names, title=f"dense ÷ accelerated, inference, threads: {threads}")
+    for row in rows:
+        times = [ratio_text(row["mlps"]), ratio_text(row["model"])]
+        where = [row["task"], row["arm"], str(row["seed"]), f"{row['density']:.4f}"]
+        table.add_row(*where, *times, row["why"])
+    wide_console().print(table)
+
+
+bench.command()(slim)
+bench.command()(gpu)

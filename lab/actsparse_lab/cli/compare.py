@@ -1,0 +1,142 @@
+"""``actsparse compare``: arms × seeds, side by side, and the page."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actsparse_lab.cli.options import (
+    Accelerate,
+    BatchSize,
+    Data,
+    EvalEvery,
+    LogEvery,
+    Lr,
+    MeasureEvery,
+    Measures,
+    Model,
+    Quick,
+    Settings,
+    Start,
+    Steps,
+    Task,
+    Threads,
+    Tokenizer,
+    WeightDecay,
+    chosen,
+    given_of,
+    names,
+)
+
+
+def compare(
+    task: Task = "digits",
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Arms, with commas between; all of them: `--arms help`.",
+            show_default="four or five",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Paired seeds for each arm, from 0.", min=1)] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for records, weights and the page.", show_default="runs/TASK"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Runs at a time.", min=1, show_default="cores"),
+    ] = None,
+    threads: Threads = 1,
+    quick: Quick = False,
+    data: Data = None,
+    tokenizer: Tokenizer = None,
+    start: Start = None,
+    steps: Steps = None,
+    lr: Lr = None,
+    weight_decay: WeightDecay = None,
+    batch_size: BatchSize = None,
+    model: Model = None,
+    log_every: LogEvery = None,
+    eval_every: EvalEvery = None,
+    measures: Measures = None,
+    measure_every: MeasureEvery = None,
+    accelerate: Accelerate = False,
+    given: Settings = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print the table as JSON; progress goes to stderr.")
+    ] = False,
+) -> None:
+    """Train arms × seeds on a task and write a page that compares them.
+
+    Stopped or failed, it goes on where it was when called again: finished runs are not repeated,
+    others go on from their last checkpoint. Exits with 1 if a run failed, with 130 after Ctrl-C.
+
+    Examples:
+
+      actsparse compare --task digits --out runs/demo
+
+      actsparse compare --task lm --arms vanilla,paper,norm-floor --seeds 5
+
+      actsparse compare --arms vanilla,paper --measures flatness,gradient,spectrum
+
+      actsparse compare --arms vanilla,paper --steps 100 --json
+
+      actsparse compare --task vit_cifar10 --quick --data cifar10
+
+      actsparse compare --task digits_finetune --from "runs/digits/runs/vanilla-seed{seed}/weights"
+    """
+    from actsparse.terminal import Terminal
+    from actsparse_lab.campaigns.compare import compare as compare_runs
+    from actsparse_lab.cli.progress import keep_card, show, stoppable
+    from actsparse_lab.records import read_runs
+    from actsparse_lab.report import compare as table_of
+    from actsparse_lab.report import print_table, to_json, write_report
+    from actsparse_lab.tasks import ARMS, default_arms, run_config
+
+    if arms == "help":
+        typer.echo("\n".join(ARMS))
+        return
+    asked = default_arms(task) if arms is None else tuple(dict.fromkeys(arms.split(",")))
+    out = out or Path("runs") / task
+    overrides = given_of(
+        steps=steps,
+        lr=lr,
+        weight_decay=weight_decay,
+        batch_size=batch_size,
+        start=start,
+        log_every=log_every,
+        eval_every=eval_every,
+        measures=names(measures),
+        active_every=measure_every,
+        accelerate=accelerate,
+    )
+    overrides |= chosen(task, quick, model, data, tokenizer, given)
+    configs = [
+        run_config(task, arm.strip(), seed, **overrides) for seed in range(seeds) for arm in asked
+    ]
+    console = Terminal(stderr=json)
+    command = shlex.join(["actsparse", *sys.argv[1:]])
+    events = compare_runs(configs, out, workers=workers, threads=threads, command=command)
+    console.print(f"{len(asked)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
+    with stoppable(command):
+        failed = show(events, len(configs), str(out), console)
+    page = write_report(out)
+    runs = read_runs(out)
+    for run in runs:
+        if run.finished:
+            keep_card(run)
+    if json:
+        typer.echo(to_json(table_of(runs)))
+    else:
+        print_table(runs, console)
+    console.print(f"page: {page}", highlight=False, soft_wrap=True)
+    if failed:
+        typer.echo(
+            f"{len(failed)} of {len(configs)} runs failed; to try them again: {command}", err=True
+        )
+        raise typer.Exit(1)

@@ -1,0 +1,144 @@
+"""``actsparse report``: the page and the tables of records, of runs and of benchmarks."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from actsparse.terminal import Terminal
+from actsparse.values import printable
+from actsparse_lab.records import RecordError
+
+
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The folder that `actsparse compare --out` wrote, records of `actsparse bench "
+            "mlp` or `bench model`, or both. Such records inside the folder are shown too."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the page.",
+            show_default="the folder given; of records alone one named as the first",
+        ),
+    ] = None,
+    json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print the table as JSON instead (arms, if any), and nothing else."
+        ),
+    ] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the tables as Markdown, and nothing else.")
+    ] = False,
+) -> None:
+    """Rebuild a page from its records alone; nothing is trained or timed.
+
+    Writes report.html, plots/ and table.json, theory.json where the runs hold measures of
+    gradients, payoff.json where there are benchmarks, and verdicts.json where the runs are an
+    experiment's of the papers.
+
+    Of a folder of the papers' experiments (`actsparse reproduce`) --markdown prints them all. Of a
+    folder of frontier tasks (`actsparse frontier`) it writes every task's page, scoreboard.json and
+    scoreboard.md.
+
+    Examples:
+
+      actsparse report out
+
+      actsparse report benchmarks/reproduce --markdown > docs/reproduction.md
+
+      actsparse report benchmarks/frontier --markdown > docs/frontier.md
+
+      actsparse report benchmarks/mlp-1-thread.json benchmarks/mlp-2-threads.json --out out/payoff
+    """
+    if json and markdown:
+        typer.echo("Error: --json and --markdown exclude each other", err=True)
+        raise typer.Exit(2)
+    try:
+        from actsparse_lab.report import (
+            compare,
+            frontiers_in,
+            gather,
+            markdown_findings,
+            markdown_frontier,
+            markdown_payoff,
+            markdown_reproduction,
+            markdown_table,
+            markdown_theory,
+            plain,
+            print_findings,
+            print_payoff,
+            print_table,
+            reproductions_in,
+            scoreboard,
+            to_json,
+            write_report,
+        )
+    except ModuleNotFoundError as error:
+        message = f"Error: a report needs {error.name}: pip install ./lab"
+        typer.echo(message, err=True)
+        raise typer.Exit(2) from error
+    try:
+        if markdown and len(paths) == 1 and reproductions_in(paths[0]):
+            typer.echo(markdown_reproduction(paths[0], link=_from_docs(paths[0])), nl=False)
+            return
+        tasks = frontiers_in(paths[0]) if len(paths) == 1 else []
+        if markdown and tasks:
+            typer.echo(markdown_frontier(paths[0], link=_from_docs(paths[0])), nl=False)
+            return
+        if tasks and tasks != [paths[0]]:
+            if json:
+                typer.echo(dumps(scoreboard(paths[0]), indent=2))
+            else:
+                _print_frontier(paths[0], out)
+            return
+        page = write_report(*paths, out=out)
+        found = gather(*paths)
+    except RecordError as error:
+        typer.echo(f"Error: {printable(str(error))}", err=True)
+        raise typer.Exit(2) from error
+    runs, payoff = found.runs, found.payoff
+    if json and found.findings is not None:
+        verdicts = found.findings.to_json()
+        typer.echo(dumps(verdicts | {"arms": plain(compare(runs))}, indent=2))
+        return
+    if json:
+        typer.echo(to_json(compare(runs) if runs else payoff))
+        return
+    if markdown:
+        parts = [markdown_findings(found.findings)] if found.findings else []
+        parts += [markdown_table(compare(runs)), markdown_theory(runs)] if runs else []
+        parts += [markdown_payoff(payoff)] if payoff else []
+        typer.echo("\n".join(filter(None, parts)), nl=False)
+        return
+    if found.findings is not None:
+        print_findings(found.findings, Terminal())
+    if runs:
+        print_table(runs, Terminal(), titled=found.findings is None)
+    if payoff:
+        print_payoff(payoff, Terminal())
+    typer.echo(str(page))
+
+
+def _print_frontier(folder: Path, out: Path | None) -> None:
+    """Every task's page and line, and where the scoreboard lies."""
+    from actsparse_lab.report import boards, print_board, write_report, write_scoreboard
+
+    if out is not None:
+        raise RecordError(f"--out {out}: pages of frontier tasks go beside their records")
+    for place, judged in boards(folder).items():
+        print_board(judged, Terminal())
+        typer.echo(str(write_report(place)))
+    typer.echo(str(write_scoreboard(folder)))
+
+
+def _from_docs(folder: Path) -> str:
+    """The way from docs/ to a folder of the repository; any other stays as it is."""
+    return f"{'' if folder.is_absolute() else '../'}{folder.as_posix().rstrip('/')}/"

@@ -1,0 +1,61 @@
+"""What `actsparse bench` times of a run: its trained model, on its own data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actsparse.cli.measure import model_at
+from actsparse_lab.cli.runs import record_at, task_batches, trained_at, weights_in
+
+
+def trained_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``bench_trained`` takes, from a run's folder, and where it is from."""
+    import sys
+
+    import torch
+    from transformers import EvalPrediction
+
+    from actsparse_lab.engine.config import recorded_config
+    from actsparse_lab.engine.tasks import task_of
+
+    run = record_at(folder)
+    model = model_at(weights_in(folder))
+    task, size = task_of(run.task), recorded_config(run).batch_size
+    predict, test, *_ = task_batches(model, run, None, "test", sys.maxsize, size)
+    _, (batch, *_), *_ = task_batches(model, run, None, "train", size, size)
+
+    def infer(model: Any) -> None:
+        for each in test:
+            predict(model, each)
+
+    def score(model: Any) -> dict[str, float]:
+        kept = [task.reduce(model(**each).logits, each["labels"]) for each in test]
+        return task.score(EvalPrediction(torch.cat(kept).numpy(), None))
+
+    trained = {
+        "model": model,
+        "inputs": batch,
+        "loss": lambda model: model(**batch).loss,
+        "infer": infer,
+        "score": score,
+    }
+    where = {"task": run.task, "arm": run.arm, "seed": run.seed, "quality_name": task.quality_name}
+    return trained, where | {"batch": size, "rows": sum(len(each["labels"]) for each in test)}
+
+
+def speed_of(folder: Path, rounds: int, told: Callable[[str], None]) -> dict[str, Any] | None:
+    """A run's row of ``speed.json``; None where it cannot be timed, and ``told`` is why."""
+    from actsparse_lab.bench.trained import bench_speed
+    from actsparse_lab.engine.config import recorded_config
+
+    found = trained_at(folder, told)
+    if found is None:
+        return None
+    model, run = found
+    told(f"{run.task}, {run.arm}, seed {run.seed}")
+    size = recorded_config(run).batch_size
+    predict, (batch, *_), *_ = task_batches(model, run, None, "test", size, size)
+    row = bench_speed(model, batch, lambda model: predict(model, batch), rounds)
+    return {"task": run.task, "arm": run.arm, "seed": run.seed, "rows": size, **row}

@@ -1,0 +1,1 @@
+"""One run of one arm on Hugging Face's Trainer, killed and resumed."""

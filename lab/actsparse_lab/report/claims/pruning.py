@@ -1,0 +1,408 @@
+"""Backward pruning: what zero derivatives let the backward pass skip, and small gradients besides.
+
+Where φ′(z) = 0 the effective gradient η = g_a ⊙ φ′(z) is zero, and so are its products: leaving
+them out is exact. Beyond that, training may drop entries of η up to τ times their rms (over
+entries that are not zero); what that does to the gradient is measured at the start and at the end
+of runs that drop nothing, and what it does to quality by runs that drop all along (arXiv
+2605.25612, "v2").
+
+What it cannot tell: seconds, for multiplications are counted and not timed. Dead units are among
+the zeros; to prune them away would save the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from actsparse_lab.records import Entry, Run
+from actsparse_lab.report.claims.ends import final
+from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
+from actsparse_lab.report.compare import CONTROL, MARGIN, QUALITY, REFERENCE, SUBJECT, TRAINING
+from actsparse_lab.report.findings import (
+    OURS,
+    V2,
+    Arms,
+    Effects,
+    Experiment,
+    Question,
+    difference,
+    log_ratio,
+    paired,
+    within,
+)
+from actsparse_lab.report.measures import number
+from actsparse_lab.report.plots import (
+    DARK,
+    INK,
+    LIGHT,
+    SERIES_INK,
+    WIDTH,
+    Picture,
+    new_figure,
+    render,
+)
+from actsparse_lab.report.verdict import Claim
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BASES = (REFERENCE, SUBJECT)
+DROPPED = (0.3, 1.0, 3.0)  # multiples of rms(η) that arms drop up to
+SMALL = 0.3
+NONE = "vanilla-drop-all"  # its up layers get no gradient at all
+TOLERATED = 0.1  # relative error of the gradient
+Means = Callable[[Arms, str], Effects]
+
+
+# -- what is read ---------------------------------------------------------------------------------
+
+
+def dropping(base: str, threshold: float) -> str:
+    """The arm that is ``base`` but for dropping entries of η."""
+    plain = base.removesuffix(SPARED)
+    return f"{plain}-drop-{threshold:g}{base[len(plain) :]}"
+
+
+def backward(run: Run) -> float | None:
+    """The share of the MLPs' backward multiplications that exact zeros make needless."""
+    return number(run.result, "skippable", "backward")
+
+
+def trials(entry: Entry | None) -> dict[float, Entry]:
+    """The rows of a line's pruning trial, by threshold."""
+    rows = ((entry or {}).get("trials") or {}).get("pruning") or []
+    return {float(row["threshold"]): row for row in rows}
+
+
+def at_end(run: Run) -> dict[float, Entry]:
+    """The trial at the last step."""
+    return trials(final(run, "measured"))
+
+
+def at_start(run: Run) -> dict[float, Entry]:
+    """The trial before the first step."""
+    return trials(next((entry for entry in run.measured if entry["step"] == 0), None))
+
+
+def _error(run: Run) -> float | None:
+    return number(at_end(run).get(SMALL), "error")
+
+
+def _exceeding(row: Entry | None) -> float | None:
+    """Of the entries whose derivative is not zero, the share that is kept."""
+    share, whole = number(row, "kept"), number(row, "derivative_density")
+    return share / whole if share is not None and whole else None
+
+
+def _shrinking(run: Run) -> float | None:
+    first, last = (_exceeding(found(run).get(SMALL)) for found in (at_start, at_end))
+    return None if first is None or last is None else log_ratio(last, first)
+
+
+def quality_kept(threshold: float) -> Means:
+    """Quality of the arm that drops − that of its base, for each seed."""
+
+    def effects(arms: Arms, base: str) -> Effects:
+        return paired(arms, dropping(base, threshold), base, QUALITY, difference)
+
+    return effects
+
+
+def _mean(read: Means, *bases: str) -> Callable[[Arms], Effects]:
+    """The mean over ``bases`` within a seed; seeds that lack one of them are left out."""
+
+    def effects(arms: Arms) -> Effects:
+        each = [read(arms, base) for base in bases]
+        seeds = set.intersection(*map(set, each))
+        return {seed: fmean(own[seed] for own in each) for seed in seeds}
+
+    return effects
+
+
+def _saves_more(text: str, source: str, arm: str, other: str) -> Question:
+    return Question(
+        Claim(text, source, "rises"),
+        lambda arms: paired(arms, arm, other, backward, difference),
+        "share of the MLPs' four backward products that zeros spare, last fifth of training: "
+        f"{arm} minus {other}",
+        "points",
+    )
+
+
+def _kept(base: str, said: str) -> Question:
+    claim = f"To drop η up to {SMALL:g} rms costs less than a point: {said}"
+    return Question(
+        Claim(claim, _BAR_OURS, "rises", -MARGIN),
+        _mean(quality_kept(SMALL), base),
+        f"test accuracy of {dropping(base, SMALL)} − that of {base}",
+        "points",
+    )
+
+
+_BAR_OURS = f"{V2}; bar ours"
+_IDLE = "Zeros spare more of backward than in a net whose up layers learn nothing"
+_THREE = (REFERENCE, SUBJECT, REFERENCE + SPARED)
+QUESTIONS = (
+    _saves_more(f"{_IDLE}: plain ReLU", _BAR_OURS, REFERENCE, NONE),
+    _saves_more(f"{_IDLE}: the papers' recipe", _BAR_OURS, SUBJECT, NONE),
+    _saves_more("The papers' recipe spares more than plain ReLU", V2, SUBJECT, REFERENCE),
+    _saves_more(
+        "… and more than plain ReLU without decay of 1-D parameters",
+        OURS,
+        SUBJECT,
+        REFERENCE + SPARED,
+    ),
+    _kept(REFERENCE, "plain ReLU"),
+    _kept(SUBJECT, "the papers' recipe"),
+    Question(
+        Claim("To drop η up to 1 rms costs less than a point", _BAR_OURS, "rises", -MARGIN),
+        _mean(quality_kept(1.0), *_THREE),
+        f"test accuracy of the arm that drops − that of its base, mean over {', '.join(_THREE)}",
+        "points",
+    ),
+    Question(
+        Claim("To drop η up to 1 rms costs less than to drop all of it", OURS, "rises"),
+        lambda arms: paired(arms, dropping(REFERENCE, 1.0), NONE, QUALITY, difference),
+        f"test accuracy of {dropping(REFERENCE, 1.0)} − that of {NONE}, in which the layers before "
+        f"the activation learn nothing",
+        "points",
+    ),
+    Question(
+        Claim(
+            f"Fewer entries of η exceed {SMALL:g} rms at the end than at the start, among those "
+            "whose derivative is not zero",
+            OURS,
+            "falls",
+        ),
+        _mean(lambda arms, base: within(arms, base, _shrinking), *BASES),
+        f"ln of the share of entries of η above {SMALL:g} rms, over derivative density, at the "
+        f"end, over the same at step 0; mean over {' and '.join(BASES)}",
+        "log",
+    ),
+    Question(
+        Claim(
+            f"At the end, to drop η up to {SMALL:g} rms changes the gradient by less than a tenth",
+            _BAR_OURS,
+            "falls",
+            -TOLERATED,
+        ),
+        _mean(lambda arms, base: within(arms, base, _error), *BASES),
+        "norm of the change of the gradient of the MLPs' weights over its norm, at the last step; "
+        f"mean over {' and '.join(BASES)}",
+    ),
+    mlps_matter(),
+)
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def against_threshold(arms: Arms, dark: bool = False) -> bytes | None:
+    """Quality, error of the gradient and share of η kept against the threshold, stacked."""
+    tried = {base: [at_end(run) for run in arms[base].values()] for base in BASES}
+    thresholds = {0.0, *DROPPED, *(t for own in tried.values() for rows in own for t in rows)}
+    places = {threshold: at for at, threshold in enumerate(sorted({*thresholds, math.inf}))}
+    quality = {base: _qualities(arms, base) for base in BASES}
+    error = {base: _curves(tried[base], "error", 0.0) for base in BASES}
+    kept = {base: _curves(tried[base], "kept") for base in BASES}
+    active = {base: _densities(arms, base) for base in BASES}
+    panels = [
+        (label, level, found)
+        for label, level, found in (
+            ("change of accuracy, points", -100 * MARGIN, quality),
+            ("error of the gradient", TOLERATED, error),
+            ("η kept, % of all entries", None, kept),
+            ("training density, % of units", None, active),
+        )
+        if any(found.values())
+    ]
+    if not panels:
+        return None
+    figure, every = new_figure(dark, rows=len(panels), size=(WIDTH, 0.9 + 1.75 * len(panels)))
+    lines: dict[str, Any] = {}
+    for axes, (label, level, found) in zip(every, panels, strict=True):
+        axes.set_title(label, loc="left", fontsize=12, color=INK[dark])
+        for base, curves in found.items():
+            lines |= _draw(axes, base, curves, places, dark)
+        if level is not None:
+            axes.axhline(level, color=INK[dark], linestyle=":", linewidth=1.4)
+        if found is quality:
+            _costs(axes, arms, places, dark)
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_xticks(range(len(places)), [_tick(threshold) for threshold in places])
+        axes.set_xlim(-0.25, len(places) - 0.75)
+        axes.tick_params(labelbottom=axes is every[-1])
+    every[-1].set_xlabel("entries dropped up to, multiples of rms(η)")
+    return render(figure, lines)
+
+
+def _costs(axes: Axes, arms: Arms, places: dict[float, int], dark: bool) -> None:
+    """What to drop all of η costs, and to have no MLPs; an axis that shows a point and thirty."""
+    losses = [100 * own for own in paired(arms, NONE, REFERENCE, QUALITY, difference).values()]
+    at, colour = places[math.inf], _colours(dark)[REFERENCE]
+    axes.plot([at] * len(losses), losses, "o", color=colour, alpha=0.35, markersize=3)
+    if losses:
+        axes.plot([at], [fmean(losses)], "o", color=colour, markersize=6)
+    if without := paired(arms, CONTROL, REFERENCE, QUALITY, difference).values():
+        said = f"without MLPs: {100 * fmean(without):+.1f}".replace("-", "−")
+        axes.set_title(said, loc="right", fontsize=11, color=INK[dark])
+    low, high = axes.get_ylim()
+    axes.set_yscale("symlog", linthresh=2, linscale=0.9)
+    ticks = [tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3, 10) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(low, high)
+
+
+def _tick(threshold: float) -> str:
+    return {0.0: "none", math.inf: "all"}.get(threshold, f"{threshold:g}")
+
+
+def _qualities(arms: Arms, base: str) -> list[dict[float, float]]:
+    """For each seed the change of accuracy by threshold, in points, where it has all of them."""
+    each = {threshold: quality_kept(threshold)(arms, base) for threshold in DROPPED}
+    seeds = sorted(set.intersection(*map(set, each.values())))
+    return [{0.0: 0.0} | {t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+
+
+def _densities(arms: Arms, base: str) -> list[dict[float, float]]:
+    """For each seed the training density by the threshold it was trained with, in per cent."""
+    each = {0.0: within(arms, base, TRAINING)}
+    each |= {t: within(arms, dropping(base, t), TRAINING) for t in DROPPED}
+    seeds = sorted(set.intersection(*map(set, each.values())))
+    return [{t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+
+
+def _curves(
+    tried: Iterable[dict[float, Entry]], key: str, none: float | None = None
+) -> list[dict[float, float]]:
+    """For each seed a number of its trial by threshold; ``none``: where nothing is dropped."""
+    curves = []
+    for rows in tried:
+        unit = 100 if key == "kept" else 1
+        found = {t: value for t, row in rows.items() if (value := number(row, key)) is not None}
+        first = none if none is not None else _whole(rows.values())
+        if found and first is not None:
+            found = {0.0: first} | found
+        if found:
+            curves.append({t: unit * value for t, value in sorted(found.items())})
+    return curves
+
+
+def _whole(rows: Iterable[Entry]) -> float | None:
+    """The share of entries whose derivative is not zero."""
+    return next((number(row, "derivative_density") for row in rows), None)
+
+
+def _draw(
+    axes: Axes, base: str, curves: list[dict[float, float]], places: dict[float, int], dark: bool
+) -> dict[str, Any]:
+    """Thin lines for seeds and a thick one for their mean, which is returned by its name."""
+    colour = _colours(dark)[base]
+    for curve in curves:
+        at = [places[threshold] for threshold in curve]
+        axes.plot(at, list(curve.values()), color=colour, alpha=0.35, linewidth=1)
+    shared = [t for t in places if curves and all(t in curve for curve in curves)]
+    if not shared:
+        return {}
+    mean = [fmean(curve[threshold] for curve in curves) for threshold in shared]
+    at, marker = [places[t] for t in shared], "o" if base == REFERENCE else "s"
+    (line,) = axes.plot(at, mean, color=colour, marker=marker, markersize=6, linewidth=2.6)
+    return {base: line}
+
+
+def products(arms: Arms, dark: bool = False) -> bytes | None:
+    """The exact shares as bars: each product, or forward and backward where records hold no more.
+
+    Dots are seeds.
+    """
+    found = {arm: [_shares(run) for run in arms[arm].values()] for arm in (*_THREE, NONE)}
+    found = {arm: [each for each in own if each] for arm, own in found.items()}
+    found = {arm: own for arm, own in found.items() if own}
+    if not found:
+        return None
+    every = [shares for own in found.values() for shares in own]
+    names = [name for name in every[0] if all(name in shares for shares in every)]
+    figure, (axes,) = new_figure(dark, size=(WIDTH, 1.4 + 0.28 * len(found) * len(names)))
+    thick = 0.84 / len(found)
+    lines: dict[str, Any] = {}
+    for at, (arm, own) in enumerate(found.items()):
+        colour = _colours(dark)[arm]
+        for row, name in enumerate(names):
+            values = [100 * shares[name] for shares in own]
+            y, mean = row + thick * (at - (len(found) - 1) / 2), fmean(values)
+            lines[arm] = axes.barh(y, mean, 0.88 * thick, color=colour, alpha=0.85)
+            axes.plot(values, [y] * len(values), ".", color=INK[dark], markersize=3, alpha=0.7)
+            axes.annotate(
+                f"{mean:.0f} %", (max(values), y), (5, 0), textcoords="offset points",
+                va="center", fontsize=10, color=INK[dark],
+            )  # fmt: skip
+    axes.grid(visible=False)
+    axes.set_xlim(0, 109)
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("multiplications by zero, %")
+    return render(figure, lines)
+
+
+def _shares(run: Run) -> dict[str, float]:
+    skippable = (run.result or {})["skippable"] or {}
+    given = skippable.get("products") or {
+        key: skippable[key] for key in ("forward", "backward") if key in skippable
+    }
+    return {name: share for name in given if (share := number(given, name)) is not None}
+
+
+def _colours(dark: bool) -> dict[str, str]:
+    palette = DARK if dark else LIGHT
+    rest = {SUBJECT: palette[0], REFERENCE + SPARED: palette[2], NONE: palette[4]}
+    return {REFERENCE: SERIES_INK[dark]} | rest
+
+
+PICTURES = (
+    Picture(
+        "pruning-threshold",
+        against_threshold,
+        "What dropping small gradients costs",
+        "Top: accuracy of training that drops entries of η up to the threshold, against the same "
+        "seed without; the dotted line is a point lost, and beyond 2 points the axis is "
+        "logarithmic. “All” is vanilla whose up layers get no gradient. Below: relative error of "
+        "the gradient (dotted: a tenth) and how much of η is kept, tried at the end of training "
+        "that drops nothing. Bottom: active units in training that drops. At “none” zeros of the "
+        "derivative alone are left out. Thick: mean over seeds.",
+    ),
+    Picture(
+        "pruning-exact",
+        products,
+        "What zeros spare exactly",
+        "Share of multiplications that have a zero factor, mean over seeds (dots): forward on "
+        "held-out data, backward in the last fifth of training. Leaving them out changes no "
+        "result. In vanilla-drop-all the up layers learn nothing.",
+    ),
+)
+EXPERIMENT = Experiment(
+    name="pruning",
+    title="What the backward pass can skip",
+    about="Where the derivative of the activation is zero, products with the effective gradient η "
+    "need not be computed: those multiplications are counted. Training that also drops small "
+    "entries of η, up to 0.3, 1 and 3 times their rms, is compared with training that does not.",
+    questions=QUESTIONS,
+    pictures=PICTURES,
+    limits="Where the MLPs hardly matter, quality that is kept says little. Multiplications are "
+    "counted, not timed, and those of the MLPs alone. Under ReLU and JSReLU the share that zeros "
+    "spare of backward is 1 − training density, so these rows are of density; dead units are among "
+    "the zeros, and pruning them away would save the same. The net whose up layers learn nothing "
+    "is plain ReLU’s: they decay, but get no gradient. The rule that drops is ours, as are 0.3 and "
+    "1 rms, the point and the tenth. Which entries of η are small is known only once η has been "
+    "computed, so dropping spares more in two of the four backward products at most. The largest "
+    "entries set the rms: that fewer exceed a part of it says that entries are more unequal, not "
+    "that they are smaller. Start and end alone are compared. At step 0 the error is larger, 0.09 "
+    "to 0.33 in runs of the quick form. It is that of the gradient of the MLPs' weights over 128 "
+    "validation rows, not of one training batch, whose noise may hide it.",
+)

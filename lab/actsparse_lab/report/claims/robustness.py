@@ -1,0 +1,399 @@
+"""Robustness at checkpoints of training (Peng et al. 2023, arXiv 2309.03004, "v1").
+
+v1 takes sparse gradients for a step to robustness against perturbed hidden features and
+parameters, as attacks on inputs perturb the former inside the net. Checkpoints are measured on
+validation rows, clean and under attacks on the inputs (fgsm, pgd), noise on the hidden features
+that enter (x) and leave (d) the MLPs' hidden layer, and noise on their weights; of each
+disturbance the largest size is read. *Kept* is the accuracy under it over the clean one.
+
+A net that is right more often is often the more robust, so arms are compared where they are
+equally good (`matched`). That robustness and sparse gradients move together over training shows
+neither to be the cause: both move with the loss and the learning rate. Attacks that find nothing
+do not prove that there is nothing to be found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import StatisticsError, correlation, fmean
+from typing import TYPE_CHECKING, Any
+
+from actsparse_lab.records import Entry, Run
+from actsparse_lab.report import plots
+from actsparse_lab.report.claims.ends import final
+from actsparse_lab.report.claims.sparser import SPARED
+from actsparse_lab.report.compare import MARGIN
+from actsparse_lab.report.findings import OURS, V1, Arms, Effects, Experiment, Question, within
+from actsparse_lab.report.measures import number
+from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH, Picture
+from actsparse_lab.report.verdict import Claim
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CONTROL = f"vanilla{SPARED}"
+SPARING = f"paper{SPARED}"
+TRAINED = ("vanilla", CONTROL, "paper", SPARING)  # none of them for noise or penalties
+FEATURES = ("x", "d")
+COVERED = {"disturbance": "fgsm", "size": 0.1, "rho": 0.1}  # of the records' rows
+FEWEST = 4  # changes from checkpoint to checkpoint: ranks of 3 are in order in 1 of 6 by chance
+NAMES = {
+    "fgsm": "inputs: FGSM ± {:g}",
+    "pgd": "inputs: PGD ± {:g}",
+    "x": "features in: noise × {:g}",
+    "d": "features out: noise × {:g}",
+    "weights": "weights: noise × {:g}",
+}
+SHOWN = {  # arm: number of the colour; None is grey
+    "vanilla": None,
+    CONTROL: 5,
+    "paper": 1,
+    "weight-noise": 2,
+    "hoyer-no-1d-decay": 3,
+}
+
+
+def accuracies(entry: Entry) -> dict[str, tuple[float, float]]:
+    """Size and accuracy by disturbance, of each its largest size; ``clean`` among them.
+
+    >>> row = {"disturbance": "noise", "at": "x", "size": 0.1, "accuracy": 0.9}
+    >>> accuracies({"trials": {"robustness": [row | {"size": 0.3, "accuracy": 0.7}, row]}})
+    {'x': (0.3, 0.7)}
+    """
+    rows = (entry.get("trials") or {}).get("robustness") or []
+    by_size = sorted(rows, key=lambda row: row["size"])  # what comes later stays
+    return {row.get("at", row["disturbance"]): (row["size"], row["accuracy"]) for row in by_size}
+
+
+def kept(entry: Entry, *disturbances: str) -> float | None:
+    """The mean accuracy under the disturbances, over the clean one.
+
+    None where one was not tried, or nothing is right to begin with.
+    """
+    found = {name: accuracy for name, (_, accuracy) in accuracies(entry).items()}
+    if not found.get("clean") or any(name not in found for name in disturbances):
+        return None
+    return fmean(found[name] for name in disturbances) / found["clean"]
+
+
+def matched(own: Run, other: Run) -> tuple[Entry, Entry] | None:
+    """The two runs' checkpoints at which they are compared.
+
+    Of all pairs of a checkpoint of each, in the last half of its run, whose clean accuracies differ
+    by at most a point, the latest: with the largest sum of steps; of several the nearest in clean
+    accuracy, then that with the later checkpoint of ``own``. None where there is no such pair.
+    """
+    apart = {
+        (first["step"], second["step"]): (round(abs(a - b), 9), first, second)
+        for first, a in _late(own)
+        for second, b in _late(other)
+        if round(abs(a - b), 9) <= MARGIN  # 0.97 − 0.96 in binary is more than 0.01
+    }
+    if not apart:
+        return None
+    _, first, second = apart[max(apart, key=lambda at: (sum(at), -apart[at][0], at))]
+    return first, second
+
+
+def _late(run: Run) -> list[tuple[Entry, float]]:
+    """The checkpoints of the last half, with their clean accuracy."""
+    done = run.result["step"] if run.result else 0
+    clean = [(entry, accuracies(entry).get("clean")) for entry in run.measured]
+    return [(entry, at[1]) for entry, at in clean if at and 2 * entry["step"] >= done]
+
+
+def _keeps_more(arm: str, other: str, *disturbances: str) -> Callable[[Arms], Effects]:
+    """By seed: what ``arm`` keeps minus what ``other`` keeps, where they are matched."""
+
+    def effects(arms: Arms) -> Effects:
+        found = {}
+        for seed, run in arms[arm].items():
+            pair = matched(run, arms[other][seed]) if seed in arms[other] else None
+            own, others = (kept(each, *disturbances) for each in pair) if pair else (None, None)
+            if own is not None and others is not None:
+                found[seed] = own - others
+        return found
+
+    return effects
+
+
+def sparsity(entry: Entry) -> float | None:
+    """``−ln participation`` of the effective gradient: how few units share it.
+
+    Participation is a ratio of moments of the gradient: one that is smaller everywhere has the
+    same. The share of entries up to a fixed ε rises as a gradient shrinks, as it does with the
+    loss, without any change of shape.
+    """
+    share = number(entry, "measures", "participation")
+    return -math.log(share) if share else None
+
+
+Moves = dict[tuple[int, int], tuple[float, float]]
+
+
+def moves(run: Run) -> Moves:
+    """Changes of `sparsity` and of accuracy `kept` under noise on features, from one checkpoint to
+    the next; not from step 0, for an untrained net has no accuracy to lose."""
+    levels = [
+        (entry["step"], level, share)
+        for entry in run.measured
+        if entry["step"] > 0
+        and (level := sparsity(entry)) is not None
+        and (share := kept(entry, *FEATURES)) is not None
+    ]
+    return {(a[0], b[0]): (b[1] - a[1], b[2] - a[2]) for a, b in pairwise(levels)}
+
+
+def goes_with(own: Moves, other: Moves) -> float | None:
+    """Spearman's correlation of ``own``'s changes of sparsity with ``other``'s of robustness.
+
+    Changes, since levels of anything that moves in training correlate; ranks, since the first
+    changes are many times the later ones and would decide Pearson's alone. None for fewer than 4
+    changes between the same steps, or where all are alike.
+    """
+    shared = sorted(own.keys() & other.keys())
+    if len(shared) < FEWEST:
+        return None
+    changes = [own[at][0] for at in shared], [other[at][1] for at in shared]
+    try:
+        return correlation(*map(_ranks, changes))
+    except StatisticsError:  # no change differs from another
+        return None
+
+
+def _ranks(values: list[float]) -> list[float]:
+    """From 1; equal ones share their mean rank. Rounding tells no two apart."""
+    near = [round(value, 12) for value in values]
+    return [sum(v < own for v in near) + (near.count(own) + 1) / 2 for own in near]
+
+
+def beyond_the_step(arms: Arms, arm: str) -> Effects:
+    """By seed: its `goes_with`, minus the mean of that with the robustness of the other seeds.
+
+    Seeds share the schedule and nothing else that moves, so theirs is what the step alone gives.
+    """
+    each = {seed: moves(run) for seed, run in arms[arm].items()}
+    found = {}
+    for seed, own in each.items():
+        whole = goes_with(own, own)
+        others = [goes_with(own, theirs) for other, theirs in each.items() if other != seed]
+        if whole is not None and (known := [r for r in others if r is not None]):
+            found[seed] = whole - fmean(known)
+    return found
+
+
+def _correlations(arms: Arms) -> Effects:
+    each = [beyond_the_step(arms, arm) for arm in TRAINED]
+    return {seed: fmean(own[seed] for own in each) for seed in set.intersection(*map(set, each))}
+
+
+def covered(run: Run) -> float | None:
+    """The share of tokens at up that weight noise covers as `COVERED` says, at the run's end."""
+    rows = ((final(run, "measured") or {}).get("trials") or {}).get("covering") or []
+    asked = [row for row in rows if COVERED.items() <= row.items()]
+    shares = [row["covered"] for row in asked if row["layer"] == "up"]
+    return fmean(shares) if shares else None
+
+
+_MATCHED = (
+    "at their latest two checkpoints of the last half whose clean accuracies differ by at most a "
+    "point (largest sum of steps, then nearest in clean accuracy, then the first arm’s later)"
+)
+
+
+def _compared(
+    text: str, source: str, arm: str, other: str, under: str, *disturbances: str
+) -> Question:
+    return Question(
+        Claim(text, source, "rises"),
+        _keeps_more(arm, other, *disturbances),
+        f"accuracy under {under}, over clean accuracy (validation rows, largest size recorded), "
+        f"{arm} minus {other}, {_MATCHED}",
+        "points",
+    )
+
+
+_ATTACK = f"FGSM ± {COVERED['size']}"
+_UNDER = {
+    "attacks on inputs": ("PGD", "pgd"),
+    "noise on hidden features": ("noise, mean of that on x and on d", *FEATURES),
+    "noise on weights": ("noise on weights", "weights"),
+}
+_INSIDE = ("noise on hidden features", "noise on weights")
+_PAIRS = (
+    ("The modified net is the more robust", V1, "paper", "vanilla", tuple(_UNDER)),
+    ("… also where neither decays norms and biases", OURS, SPARING, CONTROL, tuple(_UNDER)),
+    ("… also than plain nets without decay of norms and biases", OURS, "paper", CONTROL, _INSIDE),
+    ("Training with weight noise makes robust", OURS, "weight-noise", "vanilla", _INSIDE[1:]),
+)
+QUESTIONS = (
+    *(
+        _compared(f"{said}: {what}", source, arm, other, *_UNDER[what])
+        for said, source, arm, other, disturbed in _PAIRS
+        for what in disturbed
+    ),
+    Question(
+        Claim(
+            "Where gradients grow sparser, nets grow robust to noise on features: changes of both "
+            "go together beyond what the step alone gives",
+            V1,
+            "rises",
+        ),
+        _correlations,
+        "Spearman’s correlation, over a run’s successive checkpoints from the second on, of the "
+        "change of −ln participation of the effective gradient (validation rows) and the change of "
+        "accuracy under noise, mean of that on x and on d, over clean accuracy; minus the mean of "
+        "its correlations with those changes of accuracy in the arm’s other seeds; mean over the "
+        f"seed’s runs of {', '.join(TRAINED)}",
+    ),
+    Question(
+        Claim(
+            f"Weight noise covers what an attack, {_ATTACK}, does inside, for most tokens",
+            f"{V1}; bar ours",
+            "rises",
+            least=0.5,
+        ),
+        lambda arms: within(arms, "weight-noise", covered),
+        f"weight-noise: share of tokens at up whose change under {_ATTACK} on inputs (`covering` "
+        f"in the records) is no longer than the noise of ρ = {COVERED['rho']} in training, mean "
+        "over blocks, at the end",
+        "share",
+    ),
+)
+
+
+# -- pictures ---------------------------------------------------------------------------------
+
+Path = dict[int, tuple[float, float]]  # by step: where on either axis
+
+
+def against_clean(arms: Arms, dark: bool = False) -> bytes | None:
+    """Accuracy under each disturbance against clean accuracy: a path for each arm.
+
+    The mean over seeds, from the first checkpoint after the start (hollow) to the last; small dots
+    are the seeds there.
+    """
+    runs = [run for arm in SHOWN for run in arms[arm].values()]
+    known = [accuracies(entry) for run in runs for entry in run.measured if entry["step"] > 0]
+    sizes = {name: found[name][0] for name in NAMES for found in known if name in found}
+    if not sizes:
+        return None
+    rows = (len(sizes) + 1) // 2
+    figure, every = plots.new_figure(dark, rows, 2, (WIDTH, 0.7 + 2.05 * rows))
+    lines: dict[str, Any] = {}
+    for axes, (name, size) in zip(every, sizes.items(), strict=False):
+
+        def read(entry: Entry, name: str = name) -> tuple[float, float] | None:
+            found = accuracies(entry)
+            return (100 * found["clean"][1], 100 * found[name][1]) if name in found else None
+
+        lines |= _paths(axes, arms, read, dark)
+        axes.set_title(NAMES[name].format(size), loc="left", fontsize=11, color=INK[dark])
+        axes.tick_params(labelsize=10)
+        axes.locator_params(nbins=4)
+    for axes in every[len(sizes) - 2 : len(sizes)]:
+        axes.set_xlabel("accuracy, clean, %", fontsize=11)
+    figure.supylabel("accuracy, disturbed, %", color=INK[dark], fontsize=13)
+    if len(sizes) % 2 == 0:
+        return plots.render(figure, lines)
+    every[-1].set_axis_off()
+    words = {"frameon": False, "fontsize": 11.5, "labelcolor": "linecolor"}
+    every[-1].legend(list(lines.values()), list(lines), loc="center", **words)
+    return plots.render(figure, {})
+
+
+def against_sparsity(arms: Arms, dark: bool = False) -> bytes | None:
+    """Accuracy kept under noise on features against two measures of sparse gradients."""
+    panels = (
+        ("units that share a gradient, %  (right: few, sparse)", "participation"),
+        ("gradients that are nearly 0, %  (right: sparse)", "gradient_sparsity"),
+    )
+    figure, every = plots.new_figure(dark, rows=len(panels), size=(WIDTH, 6.6))
+    lines: dict[str, Any] = {}
+    for axes, (label, key) in zip(every, panels, strict=True):
+
+        def read(entry: Entry, key: str = key) -> tuple[float, float] | None:
+            share, robust = number(entry, "measures", key), kept(entry, *FEATURES)
+            return None if share is None or robust is None else (100 * share, 100 * robust)
+
+        lines |= _paths(axes, arms, read, dark)
+        axes.set_xlabel(label)
+        if key == "participation" and axes.lines:
+            plots.log_axis(axes, "x", few=True)
+            axes.invert_xaxis()
+    figure.supylabel("accuracy kept under noise, %", color=INK[dark], fontsize=13)
+    return plots.render(figure, lines) if lines else None
+
+
+def _paths(
+    axes: Axes, arms: Arms, read: Callable[[Entry], tuple[float, float] | None], dark: bool
+) -> dict[str, Any]:
+    """A path for each arm that has one; its last marks by arm."""
+    lines: dict[str, Any] = {}
+    for place, (arm, number_) in enumerate(SHOWN.items()):
+        color = SERIES_INK[dark] if number_ is None else (DARK if dark else LIGHT)[number_]
+        paths = [path for run in arms[arm].values() if (path := _path(run, read))]
+        common = sorted(set.intersection(*map(set, paths))) if paths else []
+        if not common:
+            continue
+        mean = [tuple(map(fmean, zip(*(path[s] for path in paths), strict=True))) for s in common]
+        style: dict[str, Any] = {"color": color, "marker": MARKS[place]}
+        axes.plot(*zip(*mean, strict=True), color=color, linewidth=2.2)
+        axes.plot(*mean[0], **style, markersize=7, markerfacecolor=axes.get_facecolor())
+        ends = [path[common[-1]] for path in paths]
+        axes.plot(*zip(*ends, strict=True), "o", color=color, alpha=0.35, markersize=3)
+        (lines[arm],) = axes.plot(*mean[-1], **style, linestyle="", markersize=8)
+    return lines
+
+
+def _path(run: Run, read: Callable[[Entry], tuple[float, float] | None]) -> Path:
+    """Of the checkpoints after the start."""
+    points = {entry["step"]: read(entry) for entry in run.measured if entry["step"] > 0}
+    return {step: point for step, point in points.items() if point is not None}
+
+
+EXPERIMENT = Experiment(
+    name="robustness",
+    title="Are nets of sparse gradients robust?",
+    about="A ViT is trained plainly, with the three modifications, with weight noise and "
+    "with a sparsity penalty. At checkpoints inputs of validation rows are attacked, and hidden "
+    "features and weights get noise. Kept is the accuracy under a disturbance over the clean one; "
+    "arms are compared at checkpoints that are equally good on clean rows.",
+    questions=QUESTIONS,
+    pictures=(
+        Picture(
+            "robustness-paths",
+            against_clean,
+            "Robust for its accuracy",
+            "Each arm from its first checkpoint (hollow) to its last, mean over seeds; dots are "
+            "seeds. Of two paths the higher is the more robust where both are equally accurate. "
+            "Inputs are in standard deviations of a pixel, noise in root mean squares of what it "
+            "is added to.",
+        ),
+        Picture(
+            "robustness-gradients",
+            against_sparsity,
+            "Robust as gradients grow sparse",
+            "Noise on the hidden features. A path that rises towards sparse gradients is what the "
+            "paper expects, but in training everything moves at once. Nearly 0 is up to a fixed "
+            "size: that share rises as gradients shrink with the loss.",
+        ),
+    ),
+    limits="Matching leaves up to a point of clean accuracy, and may set a checkpoint from before "
+    "the end beside a final one; arms as accurate still differ in margins and norms, which move "
+    "robustness too. No arm is without MLPs: the pages on pruning and ratio say how far the task "
+    "needs them; digits hardly do. Noise is relative to what it disturbs, so it does not see how "
+    "large that is. Over a run robustness and sparsity change fast at first and slowly as the "
+    "learning rate ends; the other seeds’ correlations, as high as a run’s own in the quick form, "
+    "take out what comes of that alone. Seeds so share runs, and their effects are not quite "
+    "independent. Across arms it is the reverse in the quick form: at the end the modified net has "
+    "the sparser gradients in every seed, and keeps less under noise on features. Read is "
+    "participation, which has no scale; the paper counts gradients near 0, whose share at a fixed "
+    "size rises as gradients shrink with the loss. Of 300 validation rows, which trials see, one "
+    "is a third of a point. The attack’s size decides whether weight noise covers it: in the quick "
+    "form the median of r (`r50` in the records) is 1.6 to 2.2 at up, so that at about half the "
+    "size half the tokens would be covered. As many are covered in vanilla, so that training with "
+    "noise has no part in it. The attacks are simple ones.",
+)

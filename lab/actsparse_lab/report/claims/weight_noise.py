@@ -1,0 +1,207 @@
+"""Training with weight noise (Peng et al. 2023, arXiv 2309.03004, "v1").
+
+In training each token sees its own draw of up's and down's weights, with Gaussian noise of ρ times
+the weights' root mean square. v1 derives sparsity from flatness by such noise: it should lead to
+flatter minima, and these to sparser MLPs. How much noise, its quality and its controls are asked by
+us.
+
+Flat is a small trace of the Gauss–Newton matrix of the MLPs' weights, shared by all tokens or each
+token with a copy of its own. The latter is what augmented flatness (`measures` of the same lines)
+estimates from other draws of labels, so that one is not asked twice.
+
+It cannot tell flat from small: weights scaled down before a norm, outputs unchanged, have a larger
+trace. Nor do two things that move together show which moves the other.
+"""
+
+from __future__ import annotations
+
+from statistics import fmean, geometric_mean
+from typing import Any
+
+from actsparse_lab.report.claims.ends import at_end
+from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
+from actsparse_lab.report.compare import INFERENCE, QUALITY
+from actsparse_lab.report.findings import (
+    OURS,
+    V1,
+    Arms,
+    Experiment,
+    Question,
+    Reader,
+    log_ratio,
+    paired,
+    within,
+)
+from actsparse_lab.report.plots import (
+    DARK,
+    INK,
+    LIGHT,
+    SERIES_INK,
+    WIDTH,
+    Picture,
+    log_axis,
+    new_figure,
+    render,
+)
+from actsparse_lab.report.verdict import Claim
+
+CONTROL = f"vanilla{SPARED}"
+RHO = {"vanilla": 0.0, "weight-noise": 0.1, "weight-noise-0.3": 0.3}
+GAUSS_NEWTON = at_end("measured", "curvature", "gauss_newton", "value")
+TOKEN_COPIES = at_end("measured", "curvature", "token_copies", "value")
+ENDINGS = {  # of the arms' names: name, dash, number of the colour
+    "": ("decay of all", "-", 0),
+    SPARED: ("norms, biases spared", "--", 1),
+}
+
+
+def _flatter(
+    text: str, source: str, arm: str, other: str, read: Reader = GAUSS_NEWTON, of: str = ""
+) -> Question:
+    return Question(
+        Claim(text, source, "falls"),
+        lambda arms: paired(arms, arm, other, read, log_ratio),
+        f"ln of the Gauss–Newton trace of up’s and down’s weights{of} at the end (validation "
+        f"rows), {arm} over {other}",
+        "log",
+    )
+
+
+QUESTIONS = (
+    _flatter(
+        "Training with weight noise (ρ = 0.1) ends in flatter minima", V1, "weight-noise", "vanilla"
+    ),
+    _flatter(
+        "Flatter minima, too, where each token has its own copy of the weights",
+        OURS,
+        "weight-noise",
+        "vanilla",
+        TOKEN_COPIES,
+        ", a copy for each token,",
+    ),
+    _flatter(
+        "Flatter also where weight decay spares norms and biases",
+        OURS,
+        f"weight-noise{SPARED}",
+        CONTROL,
+    ),
+    sparser(
+        "Training with weight noise (ρ = 0.1) ends in sparser MLPs", V1, "weight-noise", "vanilla"
+    ),
+    sparser(
+        "Sparser also where weight decay spares norms and biases",
+        OURS,
+        f"weight-noise{SPARED}",
+        CONTROL,
+    ),
+    sparser(
+        "Noise with decay of all makes MLPs sparser than sparing norms and biases alone does",
+        OURS,
+        "weight-noise",
+        CONTROL,
+    ),
+    sparser(
+        "More noise, sparser MLPs: ρ = 0.3 against 0.1", OURS, "weight-noise-0.3", "weight-noise"
+    ),
+    sparser(
+        "Sparser with ρ = 0.3 than with 0.1 also where weight decay spares norms and biases",
+        OURS,
+        f"weight-noise-0.3{SPARED}",
+        f"weight-noise{SPARED}",
+    ),
+    sparser("Sparser MLPs with ρ = 0.3 than without noise", OURS, "weight-noise-0.3", "vanilla"),
+    sparser(
+        "Sparser with ρ = 0.3 than without also where weight decay spares norms and biases",
+        OURS,
+        f"weight-noise-0.3{SPARED}",
+        CONTROL,
+    ),
+    quality_kept("Accuracy falls by less than a point (ρ = 0.1)", OURS, "weight-noise", "vanilla"),
+    mlps_matter(),
+)
+
+
+def against_noise(arms: Arms, dark: bool = False) -> bytes | None:
+    """Density, trace and accuracy at the end against ρ, with decay of 1-D parameters and without.
+
+    Thin lines are seeds, thick ones their mean (of the trace the geometric one).
+    """
+    panels: tuple[tuple[str, Reader, bool], ...] = (
+        ("inference density", INFERENCE, False),
+        ("Gauss–Newton trace  (down is flatter)", GAUSS_NEWTON, True),
+        ("accuracy", QUALITY, False),
+    )
+    shown = [panel for panel in panels if any(_series(arms, end, *panel[1:]) for end in ENDINGS)]
+    if not any(read is not QUALITY for _, read, _ in shown):
+        return None
+    size = (WIDTH, 0.9 + 1.75 * len(shown))
+    figure, every = new_figure(dark, rows=len(shown), size=size)
+    lines = {}
+    for axes, (title, read, log) in zip(every, shown, strict=True):
+        for ending, (name, dash, color) in ENDINGS.items():
+            style: dict[str, Any] = {"color": (DARK if dark else LIGHT)[color], "linestyle": dash}
+            seeds = _series(arms, ending, read, log)
+            for points in seeds:
+                axes.plot(list(points), list(points.values()), **style, alpha=0.3, linewidth=1)
+            mean = _mean(seeds, log)
+            if mean:
+                (lines[name],) = axes.plot(
+                    list(mean), list(mean.values()), **style, marker="o", linewidth=2.4
+                )
+        if read is QUALITY and (without := within(arms, "no-mlp", QUALITY)):
+            level = sum(without.values()) / len(without)
+            lines["without MLPs"] = axes.axhline(level, color=SERIES_INK[dark], linestyle=":")
+        if log:
+            log_axis(axes, "y", few=True)
+        elif read is INFERENCE:
+            axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
+        axes.set_title(title, loc="left", fontsize=12, color=INK[dark])
+        axes.set_xticks(list(RHO.values()), [f"{rho:g}" for rho in RHO.values()])
+        axes.tick_params(labelbottom=axes is every[-1])
+    every[-1].set_xlabel("noise ρ, of the weights’ root mean square")
+    return render(figure, lines)
+
+
+def _series(arms: Arms, ending: str, read: Reader, log: bool) -> list[dict[float, float]]:
+    """Of each seed its values by ρ."""
+    found: dict[int, dict[float, float]] = {}
+    for arm, rho in RHO.items():
+        for seed, value in within(arms, f"{arm}{ending}", read).items():
+            if value > 0 or not log:
+                found.setdefault(seed, {})[rho] = value
+    return list(found.values())
+
+
+def _mean(seeds: list[dict[float, float]], log: bool) -> dict[float, float]:
+    """Over the seeds that have a value, at each ρ."""
+    by_rho = {rho: [s[rho] for s in seeds if rho in s] for rho in RHO.values()}
+    mean = geometric_mean if log else fmean
+    return {rho: mean(each) for rho, each in by_rho.items() if each}
+
+
+EXPERIMENT = Experiment(
+    name="weight-noise",
+    title="Does weight noise in training make MLPs flat and sparse?",
+    about="A ViT is trained with noise on the MLPs’ weights, drawn afresh for each "
+    "token, of 0.1 and 0.3 times their root mean square, and without; each also without weight "
+    "decay of norms and biases. Curvature is measured at the end on validation rows with labels "
+    "drawn from the model, density on test data; both without noise.",
+    questions=QUESTIONS,
+    pictures=(
+        Picture(
+            "weight-noise",
+            against_noise,
+            "Density and flatness against noise",
+            "At the end of training. Thick lines are means over seeds, thin lines seeds. If noise "
+            "makes minima flat and MLPs sparse, both upper panels fall with it.",
+        ),
+    ),
+    limits="The traces cannot decide much: each is estimated by 10 probes on 128 rows, with "
+    "standard errors of 9 to 60 % in the quick form (`curvature.*.standard_error`), so undecided "
+    "does not mean that nothing changed. A trace depends on the scale of the weights and inputs, "
+    "also where a rescaling changes no output, and it shrinks as predictions grow sure: flat may "
+    "only mean small or sure. That flatness and density move together does not say that one moves "
+    "the other. What holds with decay of norms and biases, and is undecided without it, may need "
+    "both noise and decay. The paper has ρ = 0.1; 0.3 is ours. Units that die would lower density, "
+    "too; the table of arms counts them apart (the quick form has none).",
+)

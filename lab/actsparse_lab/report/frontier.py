@@ -1,0 +1,351 @@
+"""The frontier's numbers and rules: which arm is sparsest at the best vanilla's quality?
+
+A folder of frontier tasks has one folder for each, with ``frontier.json``, ``runs/`` and where
+speed was measured ``speed.json``; `board` reads one of them, from records alone.
+
+Every rule has three outcomes. An interval is a 95 % t-interval over seeds; changes and improvements
+are paired, seed by seed, with the *best vanilla*: of the two, with weight decay on norms and biases
+or without, the one with the better mean quality on validation rows when training ended. All other
+numbers are of the test split. "yes" where the interval lies wholly on the right side of the bar,
+"no" where it lies wholly on the other, else "undecided"; and undecided wherever fewer than 5 seeds,
+or fewer than were planned, have the number: those left would be a choice.
+
+Each arm is judged by itself. Of many arms that are exactly at a bar, one in forty passes by chance.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from actsparse.values import Count, Name, Text
+from actsparse_lab.records import Entry, Run, read_runs, write_whole
+from actsparse_lab.report.compare import (
+    CONTROL,
+    INFERENCE,
+    QUALITY,
+    TRAINING,
+    Estimate,
+    Reader,
+    t_interval,
+)
+from actsparse_lab.report.findings import Arms, difference, paired, within
+from actsparse_lab.report.speed import Speed, read_checked, read_speeds
+from actsparse_lab.report.verdict import fewest_seeds
+
+MANIFEST = "frontier.json"
+VANILLAS = ("vanilla", "vanilla-no-1d-decay")
+HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"
+POINTS = 0.003  # of accuracy: so much worse is still within noise
+LOSS = 0.01  # likewise of any other quality, as a share of the best vanilla's mean
+# A task is at the knee where the second half of the training, with a schedule of its own for either
+# length, brings less than so many of those margins: 1.5 points, or 5 % of the loss. Not 1: curves
+# of language models never get there. On the steep part of a curve it brings several times that.
+KNEE = 5
+SPARSE = 0.03  # target (a): both densities, within noise
+FEWER = 0.6  # target (b): relative improvement of both over the best vanilla
+
+Word = Literal["yes", "no", "undecided"]
+_SHAPE = {
+    "task": Name, "seeds": Count, "steps": (Count, None), "command": Text,
+    "time": {"seconds": float},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm; None where it has no such number (no MLPs, no best vanilla, or itself).
+
+    ``change`` and ``validation_change`` are of quality in its own unit. ``sparse`` is target (a),
+    ``fewer`` target (b).
+    """
+
+    arm: str
+    seeds: int  # finished
+    lost: int  # failed or not finished
+    quality: Estimate | None
+    validation: Estimate | None
+    change: Estimate | None
+    validation_change: Estimate | None
+    within_noise: Word | None
+    validation_within: Word | None
+    inference: Estimate | None
+    training: Estimate | None
+    living: Estimate | None
+    dead: Estimate | None
+    fewer_inference: Estimate | None
+    fewer_training: Estimate | None
+    sparse: Word | None
+    fewer: Word | None
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class Board:
+    """A frontier task. ``rows`` go from dense to sparse, the control without MLPs last.
+
+    ``margin`` is the loss of quality that is still within noise, in quality's own unit; ``knee``
+    the gain in test quality from half of the steps to all, and ``at_knee`` whether it is below
+    `KNEE` margins; ``needs_mlps`` whether the control is worse by more than the margin; ``counts``
+    whether both hold. ``chosen``: of the arms within noise on *validation* rows the one sparsest
+    there; the test split has no say in the choice.
+    """
+
+    task: str
+    command: str
+    seeds: int
+    quality_name: str
+    higher_is_better: bool
+    best: str | None
+    margin: float | None
+    knee: Estimate | None
+    at_knee: Word
+    needs_mlps: Word
+    counts: Word
+    chosen: str | None
+    rows: tuple[Row, ...]
+
+    def row(self, arm: str | None) -> Row | None:
+        """The row of an arm, None where there is none."""
+        return next((row for row in self.rows if row.arm == arm), None)
+
+
+def write_manifest(folder: str | Path, **fields: Any) -> None:
+    """Say what the runs in ``folder`` are of; written whole or not at all."""
+    text = json.dumps(fields, indent=2) + "\n"
+    write_whole(Path(folder) / MANIFEST, text.encode())
+
+
+def read_manifest(folder: str | Path) -> Entry | None:
+    """What `write_manifest` wrote; None where there is none. `RecordError` for another file."""
+    path = Path(folder) / MANIFEST
+    return read_checked(path, _SHAPE) if path.is_file() else None
+
+
+def frontiers_in(folder: str | Path) -> list[Path]:
+    """The folders of frontier tasks: ``folder`` itself, or those in it; in the order of names."""
+    if (Path(folder) / MANIFEST).is_file():
+        return [Path(folder)]
+    return [path.parent for path in sorted(Path(folder).glob(f"*/{MANIFEST}"))]
+
+
+def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None:
+    """The judgement of one frontier task; None for a folder that is none, or has no finished run.
+
+    Raises `RecordError` for a broken manifest, ``speed.json`` or record.
+    """
+    manifest = read_manifest(folder)
+    runs = read_runs(folder) if runs is None else runs
+    first = next((run.result for run in runs if run.result is not None), None)
+    if manifest is None or first is None:
+        return None
+    arms, higher, planned = Arms(runs), higher_is_better(runs), int(manifest["seeds"])
+    best = best_vanilla(arms)
+    margin = None if best is None else _margin(first["quality_name"], arms[best])
+    speeds = read_speeds(folder)
+    early = None if best is None else _margin(first["quality_name"], arms[best], _validation)
+    judged = _Judge(arms, best, margin, early, higher, planned)
+    lost = Counter(run.arm for run in runs if not run.finished)
+    names = dict.fromkeys(run.arm for run in runs)
+    rows = [judged.row(arm, lost[arm], speeds.get(arm)) for arm in names]
+    rows.sort(key=lambda row: (row.inference is None, -_mean(row.inference), row.arm))
+    gain = judged.gain(paired(arms, WHOLE, HALF, QUALITY, difference))
+    bar = None if margin is None else -KNEE * margin
+    at_knee = beyond(_turned(gain), bar, planned)
+    without = next((row.within_noise for row in rows if row.arm == CONTROL), None)
+    opposite: dict[Word | None, Word] = {"yes": "no", "no": "yes"}
+    needs_mlps = opposite.get(without, "undecided")
+    return Board(
+        task=manifest["task"],
+        command=manifest["command"],
+        seeds=planned,
+        quality_name=first["quality_name"],
+        higher_is_better=higher,
+        best=best,
+        margin=margin,
+        knee=gain,
+        at_knee=at_knee,
+        needs_mlps=needs_mlps,
+        counts=every(at_knee, needs_mlps),
+        chosen=_chosen(arms, rows, best),
+        rows=tuple(rows),
+    )
+
+
+def beyond(found: Estimate | None, bar: float | None, planned: int) -> Word:
+    """Does what was found lie above the bar? The rule of all of them.
+
+    >>> beyond(Estimate(0.5, 0.1, 5), 0.3, 5), beyond(Estimate(0.5, 0.3, 5), 0.3, 5)
+    ('yes', 'undecided')
+    >>> beyond(Estimate(0.5, 0.1, 5), 0.7, 5), beyond(Estimate(0.5, 0.1, 4), 0.3, 5)
+    ('no', 'undecided')
+    """
+    if found is None or bar is None or found.low is None or found.high is None:
+        return "undecided"
+    if found.n < max(planned, fewest_seeds()):
+        return "undecided"
+    if found.low >= bar:
+        return "yes"
+    return "no" if found.high < bar else "undecided"
+
+
+def every(*words: Word) -> Word:
+    """ "yes" where all are, "no" where any is; else "undecided".
+
+    >>> every("yes", "undecided"), every("undecided", "no")
+    ('undecided', 'no')
+    """
+    if "no" in words:
+        return "no"
+    return "undecided" if "undecided" in words else "yes"
+
+
+def final(run: Run) -> Entry | None:
+    """A finished run's last validation."""
+    return run.evals[-1] if run.finished and run.evals else None
+
+
+def best_vanilla(arms: Arms) -> str | None:
+    """The one of `VANILLAS` with the better mean quality at the last validation; None for none.
+
+    Over the seeds that both have, where there are some.
+    """
+    ends = {
+        name: {seed: end for seed, run in arms[name].items() if (end := final(run)) is not None}
+        for name in VANILLAS
+    }
+    ends = {name: each for name, each in ends.items() if each}
+    if not ends:
+        return None
+    shared = set.intersection(*(set(each) for each in ends.values()))
+    higher = higher_is_better([run for name in ends for run in arms[name].values()])
+
+    def mean(name: str) -> float:
+        seeds = shared or set(ends[name])
+        quality = statistics.fmean(ends[name][seed]["quality"] for seed in seeds)
+        return quality if higher else -quality
+
+    return max(ends, key=mean)
+
+
+def higher_is_better(runs: Sequence[Run]) -> bool:
+    """Which way quality goes, as the first finished run says."""
+    return next((bool(run.result["higher_is_better"]) for run in runs if run.result), True)
+
+
+# -- one arm -----------------------------------------------------------------------------------
+
+
+def _validation(run: Run) -> float | None:
+    end = final(run)
+    return None if end is None else float(end["quality"])
+
+
+def _living(run: Run) -> float | None:
+    found = (run.result or {}).get("inference") or {}
+    return found.get("living_density")
+
+
+def _dead(run: Run) -> float | None:
+    found = (run.result or {}).get("inference") or {}
+    return found["dead"] / found["units"] if found.get("units") else None
+
+
+def _fewer(own: float, other: float) -> float | None:
+    return (other - own) / other if other > 0 else None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    arms: Arms
+    best: str | None
+    margin: float | None
+    validation_margin: float | None
+    higher: bool
+    planned: int
+
+    def row(self, arm: str, lost: int, speed: Speed | None) -> Row:
+        change, on_validation = (self.over_best(arm, r, difference) for r in (QUALITY, _validation))
+        bars = (None if m is None else -m for m in (self.margin, self.validation_margin))
+        rival = arm != self.best and self.best is not None
+        noise, validation_noise = (
+            beyond(self.turn(found), bar, self.planned) if rival else None
+            for found, bar in zip((change, on_validation), bars, strict=True)
+        )
+        inference, training = self.mean(arm, INFERENCE), self.mean(arm, TRAINING)
+        fewer = [self.over_best(arm, read, _fewer) for read in (INFERENCE, TRAINING)]
+        words = [beyond(_turned(found), -SPARSE, self.planned) for found in (inference, training)]
+        dense = inference is None or not rival
+        return Row(
+            arm=arm,
+            seeds=len(self.arms[arm]),
+            lost=lost,
+            quality=self.mean(arm, QUALITY),
+            validation=self.mean(arm, _validation),
+            change=change,
+            validation_change=on_validation,
+            within_noise=noise,
+            validation_within=validation_noise,
+            inference=inference,
+            training=training,
+            living=self.mean(arm, _living),
+            dead=self.mean(arm, _dead),
+            fewer_inference=fewer[0],
+            fewer_training=fewer[1],
+            sparse=None if dense or noise is None else every(*words, noise),
+            fewer=None if dense else every(*(beyond(f, FEWER, self.planned) for f in fewer)),
+            speed=speed,
+        )
+
+    def mean(self, arm: str, read: Reader) -> Estimate | None:
+        return t_interval(within(self.arms, arm, read).values())
+
+    def over_best(
+        self, arm: str, read: Reader, combine: Callable[[float, float], float | None]
+    ) -> Estimate | None:
+        if self.best is None or arm == self.best:
+            return None
+        return t_interval(paired(self.arms, arm, self.best, read, combine).values())
+
+    def turn(self, change: Estimate | None) -> Estimate | None:
+        """A change of quality such that more is better."""
+        return change if self.higher else _turned(change)
+
+    def gain(self, effects: dict[int, float]) -> Estimate | None:
+        """The same of effects by seed."""
+        return self.turn(t_interval(effects.values()))
+
+
+def _turned(found: Estimate | None) -> Estimate | None:
+    return None if found is None else Estimate(-found.mean, found.half, found.n)
+
+
+def _mean(found: Estimate | None) -> float:
+    return 0.0 if found is None else found.mean
+
+
+def _margin(quality_name: str, runs: dict[int, Run], read: Reader = QUALITY) -> float | None:
+    if quality_name == "accuracy":
+        return POINTS
+    mean = t_interval(value for value in map(read, runs.values()) if value is not None)
+    return None if mean is None else LOSS * abs(mean.mean)
+
+
+def _chosen(arms: Arms, rows: Sequence[Row], best: str | None) -> str | None:
+    """Sparsest on validation rows of the arms that are within noise there, if sparser than best."""
+    densities = {}
+    for row in rows:
+        ends = [end for run in arms[row.arm].values() if (end := final(run)) is not None]
+        seen = [end["measures"]["density"] for end in ends if end["measures"]]
+        if seen and (row.arm == best or row.validation_within == "yes"):
+            densities[row.arm] = sum(seen) / len(seen)
+    bar = densities.get(best or "", 0.0)
+    densities = {
+        arm: each for arm, each in densities.items() if arm not in (*VANILLAS, HALF) and each < bar
+    }
+    return min(densities, key=lambda arm: densities[arm], default=None)

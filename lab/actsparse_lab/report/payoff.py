@@ -1,0 +1,386 @@
+"""The section of what silence pays: seconds and memory of dense programs beside sparse ones.
+
+Times are told as dense ÷ a program's, so above 1 the program is faster. Amdahl's value: where the
+MLPs take the share f of the dense time and one alone is r times as fast, the whole is
+``1 / (1 − f + f / r)`` times as fast, and without any MLP ``1 / (1 − f)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from actsparse_lab.report.benchmarks import KINDS, OURS, Payoff, Ratio, Row
+from actsparse_lab.report.plots import (
+    DARK,
+    HEIGHT,
+    INK,
+    LIGHT,
+    MARKS,
+    PAPER,
+    WIDTH,
+    Picture,
+    log_axis,
+    new_figure,
+    render,
+)
+from actsparse_lab.report.words import NONE, amount
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DASH: dict[str, Any] = {"sparse": "--", "screened": "-", "compiled": ":"}  # of programs
+LEGEND, PANEL = 1.7, 2.9  # inches below, and of each record's panel
+BAR = 0.52  # inches of a whole model's bar
+BRIEF = 8  # columns that fit a terminal
+KEPT = "memory kept for backward, dense = 1"
+FASTER = "dense ÷ own time  ({} is faster)"
+GAIN = {"forward": "forward", "training": "forward + backward"}
+
+
+# Numbers as text
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table: ``heads`` of all columns; a row is its first cell and those beside it, in lines."""
+
+    name: str
+    title: str
+    heads: list[str]
+    rows: list[tuple[str, list[list[str]]]]
+
+
+def payoff_title(payoff: Payoff) -> str:
+    """The finding in one line: from the worst to the best of all that was measured."""
+    gains = [gain for layer in payoff.layers for row in layer.rows for gain in _best(row)]
+    said = [f"one MLP {_range(gains)}"] if gains else []
+    wholes = [whole.ratio.value for whole in payoff.wholes]
+    said += [f"a whole model {_range(wholes)}"] if wholes else []
+    return f"Dense time ÷ sparse time: {'; '.join(said)}"
+
+
+def payoff_lead(payoff: Payoff) -> str:
+    """What the title's numbers are of."""
+    said = []
+    rows = [row for layer in payoff.layers for row in layer.rows]
+    if rows:
+        densities = _range([row.density for row in rows], 3)
+        tokens = _range([row.tokens for row in rows], 0)
+        said.append(
+            f"One MLP at densities {densities} and T = {tokens}: at each the faster of the "
+            f"programs, sparse and screened, also where dense is faster than both."
+        )
+    if payoff.wholes:
+        densities = _range([whole.density for whole in payoff.wholes], 3)
+        said.append(f"Whole models at densities {densities}, as accelerated.")
+    return " ".join(said)
+
+
+def payoff_tables(payoff: Payoff) -> list[Cells]:
+    """The charts' numbers: one MLP, the densities at which it breaks even, whole models."""
+    tables = (_layer_table(payoff), _break_even_table(payoff), _whole_table(payoff))
+    return [table for table in tables if table.rows]
+
+
+def markdown_payoff(payoff: Payoff) -> str:
+    """The tables, for a README or a lab log; intervals are in brackets."""
+    tables = []
+    for table in payoff_tables(payoff):
+        rows = [[first, *map(_inline, cells)] for first, cells in table.rows]
+        lines = [table.heads, ["---"] * len(table.heads), *rows]
+        tables.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(tables)
+
+
+def print_payoff(payoff: Payoff, console: Console) -> None:
+    """The finding and the tables' first columns, for the terminal; the page has the intervals."""
+    console.print(Text(payoff_title(payoff), style="bold"))
+    console.print(Text(payoff_lead(payoff)))
+    for table in payoff_tables(payoff):
+        grid = Grid(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
+        rows = [[first, *(cell[0] for cell in cells)] for first, cells in table.rows]
+        for at, head in enumerate(table.heads[:BRIEF]):
+            justify: Any = "right" if at else "left"
+            words = " ".join([head, *(row[at] for row in rows)]).split()
+            grid.add_column(head, justify=justify, min_width=max(map(len, words)))
+        for row in rows:
+            grid.add_row(*map(Text, row[:BRIEF]))
+        console.print(grid)
+        console.print()
+
+
+def _layer_table(payoff: Payoff) -> Cells:
+    several = len(payoff.layers) > 1
+    rows = [row for layer in payoff.layers for row in layer.rows]
+    timed = [(k, p) for k in KINDS for p in DASH if any(p in r.ratios.get(k, {}) for r in rows)]
+    kept = [program for program in OURS if any(program in row.memory for row in rows)]
+    heads = [*(["record"] if several else []), "T", "density"]
+    heads += [f"{GAIN[kind]}: {program}" for kind, program in timed]
+    heads += [f"memory kept: {program}" for program in kept]
+    table = Cells("mlp-table", "One MLP, dense ÷ own time", heads, [])
+    for layer in payoff.layers:
+        for row in layer.rows:
+            cells = [[str(row.tokens)]] if several else []
+            cells += [_figure(row.density, 3)]
+            cells += [_ratio(row.ratios.get(kind, {}).get(program)) for kind, program in timed]
+            cells += [_figure(row.memory.get(program)) for program in kept]
+            table.rows.append((layer.label if several else str(row.tokens), cells))
+    return table
+
+
+def _break_even_table(payoff: Payoff) -> Cells:
+    known = [
+        (layer, kind) for layer in payoff.layers for kind in KINDS if layer.break_even.get(kind)
+    ]
+    tokens = sorted({t for layer, kind in known for t in layer.break_even[kind]})
+    heads = ["break-even density", *(f"T = {t}" for t in tokens)]
+    rows = []
+    for layer, kind in known:
+        name = ", ".join(filter(None, [layer.label, GAIN[kind]]))
+        rows.append((name, [_figure(layer.break_even[kind].get(t), 3) for t in tokens]))
+    return Cells("break-even-table", "Break-even", heads, rows)
+
+
+def _whole_table(payoff: Payoff) -> Cells:
+    columns: dict[str, Callable[[Any], list[str]]] = {
+        "density": lambda whole: [f"{whole.density:.3f}"],
+        "dense, s": lambda whole: [amount(whole.dense)],
+        "dense ÷ accelerated": lambda whole: _ratio(whole.ratio),
+        "Amdahl": lambda whole: _figure(whole.amdahl),
+        "reached": lambda whole: _percent(whole.reached),
+        "limit: without MLPs": lambda whole: _ratio(whole.limit),
+        "one MLP alone": lambda whole: _figure(whole.mlp_ratio),
+        "peak memory": lambda whole: _figure(whole.memory),
+        "error of logits": lambda whole: [NONE if whole.error is None else amount(whole.error)],
+    }
+    shown = {
+        head: read
+        for head, read in columns.items()
+        if any(read(whole) != [NONE] for whole in payoff.wholes)
+    }
+    rows = [(whole.label, [read(whole) for read in shown.values()]) for whole in payoff.wholes]
+    return Cells("model-table", "Whole models", ["model", *shown], rows)
+
+
+def _best(row: Row) -> Iterator[float]:
+    """Of each kind, dense ÷ the faster of our programs."""
+    for ratios in row.ratios.values():
+        ours = [ratios[program].value for program in OURS if program in ratios]
+        yield from [max(ours)] if ours else []
+
+
+def _range(values: Sequence[float], digits: int = 2) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _ratio(ratio: Ratio | None) -> list[str]:
+    if ratio is None:
+        return [NONE]
+    return [f"{ratio.value:.2f}", f"{ratio.low:.2f} … {ratio.high:.2f}"]
+
+
+def _figure(value: float | None, digits: int = 2) -> list[str]:
+    return [NONE if value is None else f"{value:.{digits}f}"]
+
+
+def _percent(share: float | None) -> list[str]:
+    return [NONE if share is None else f"{100 * share:.0f} %"]
+
+
+def _inline(cell: list[str]) -> str:
+    return cell[0] + "".join(f" [{line}]" for line in cell[1:])
+
+
+# Plots
+
+
+def gains(kind: str) -> Callable[[Payoff, bool], bytes | None]:
+    """The plot of dense time ÷ program time by density, a line for each T and program."""
+
+    def read(row: Row) -> dict[str, Ratio]:
+        return row.ratios.get(kind, {})
+
+    def plot(payoff: Payoff, dark: bool = False) -> bytes | None:
+        return _by_density(payoff, dark, read, FASTER.format("up"), kind)
+
+    return plot
+
+
+def memory(payoff: Payoff, dark: bool = False) -> bytes | None:
+    """What each program keeps for backward over what dense keeps, by density."""
+
+    def read(row: Row) -> dict[str, Ratio]:
+        return {program: Ratio(kept, kept, kept) for program, kept in row.memory.items()}
+
+    return _by_density(payoff, dark, read, KEPT)
+
+
+def _by_density(
+    payoff: Payoff,
+    dark: bool,
+    read: Callable[[Row], dict[str, Ratio]],
+    label: str,
+    timed: str | None = None,
+) -> bytes | None:
+    """A panel for each record: lines over density, and the break-even of the kind ``timed``."""
+    from matplotlib.lines import Line2D
+
+    layers = [
+        (layer, rows)
+        for layer in payoff.layers
+        if (rows := [row for row in layer.rows if row.density > 0 and read(row)])
+    ]
+    if not layers:
+        return None
+    size = (WIDTH, LEGEND + PANEL * len(layers))
+    figure, every = new_figure(dark, rows=len(layers), size=size)
+    styles = _styles(payoff, dark)
+    for axes, (layer, rows) in zip(every, layers, strict=True):
+        if axes is not every[0]:
+            axes.sharex(every[0])
+            axes.sharey(every[0])
+        for tokens, style in styles.items():
+            own = sorted((r for r in rows if r.tokens == tokens), key=lambda row: row.density)
+            _draw(axes, own, read, style)
+        axes.axhline(1, color=INK[dark], linestyle=":", linewidth=1.2)
+        if timed:
+            log_axis(axes, "y", few=True)
+            _mark_break_even(axes, layer.break_even.get(timed, {}), styles, dark)
+        log_axis(axes, "x", few=True)
+        axes.set_title(layer.label, loc="left", fontsize=12, color=INK[dark])
+    every[-1].set_xlabel("density  (left is sparser)")
+    if not timed:
+        every[0].set_ylim(bottom=0)
+    if len(every) == 1:
+        every[0].set_ylabel(label)
+    else:
+        figure.supylabel(label, color=INK[dark], fontsize=13)
+    shown = {row.tokens for _, rows in layers for row in rows}
+    drawn = {program for _, rows in layers for row in rows for program in read(row)}
+    marked = [layer.break_even.get(timed or "", {}).values() for layer, _ in layers]
+    lines = {f"T = {t}": Line2D([], [], **style) for t, style in styles.items() if t in shown}
+    programs = {
+        program: Line2D([], [], color=INK[dark], linestyle=dash, linewidth=2)
+        for program, dash in DASH.items()
+        if program in drawn
+    }
+    if any(density for found in marked for density in found):
+        cross = Line2D([], [], color=INK[dark], marker="X", markersize=9, linestyle="")
+        programs["break-even"] = cross
+    for at in range(len(programs) - len(lines)):  # so that T has a column of its own
+        lines[" " * (at + 1)] = Line2D([], [], linestyle="")
+    return render(figure, {**lines, **programs})
+
+
+def _draw(
+    axes: Axes, rows: list[Row], read: Callable[[Row], dict[str, Ratio]], style: dict[str, Any]
+) -> None:
+    """The lines of one T, with their intervals."""
+    for program, dash in DASH.items():
+        points = [(row.density, read(row)[program]) for row in rows if program in read(row)]
+        if points:
+            at = [density for density, _ in points]
+            axes.plot(at, [ratio.value for _, ratio in points], linestyle=dash, **style)
+            low, high = [ratio.low for _, ratio in points], [ratio.high for _, ratio in points]
+            axes.vlines(at, low, high, color=style["color"], linewidth=1.4)
+
+
+def _mark_break_even(
+    axes: Axes, found: dict[int, float | None], styles: dict[int, dict[str, Any]], dark: bool
+) -> None:
+    for tokens, density in found.items():
+        if density is not None and tokens in styles:
+            style = {**styles[tokens], "marker": "X", "markersize": 12, "linestyle": ""}
+            axes.plot(density, 1, **style, markeredgecolor=PAPER[dark], zorder=3)
+
+
+def _styles(payoff: Payoff, dark: bool) -> dict[int, dict[str, Any]]:
+    """Colour and mark of every T, the same in all plots."""
+    palette = DARK if dark else LIGHT
+    every = sorted({row.tokens for layer in payoff.layers for row in layer.rows})
+    return {
+        tokens: {
+            "color": palette[at % len(palette)],
+            "marker": MARKS[at % len(MARKS)],
+            "markersize": 6,
+            "linewidth": 2,
+        }
+        for at, tokens in enumerate(every)
+    }
+
+
+def whole_models(payoff: Payoff, dark: bool = False) -> bytes | None:
+    """A bar for each model and density, beside it Amdahl's value and the model without MLPs."""
+    from matplotlib.lines import Line2D
+
+    if not payoff.wholes:
+        return None
+    labels = list(dict.fromkeys(whole.label for whole in payoff.wholes))
+    lines = [(label, whole) for label in labels for whole in [None, *payoff.wholes]
+             if whole is None or whole.label == label]  # fmt: skip
+    size = (WIDTH, max(HEIGHT, 1.6 + BAR * len(lines)))
+    figure, (axes,) = new_figure(dark, size=size)
+    bar, mark, ink = (DARK if dark else LIGHT)[0], (DARK if dark else LIGHT)[1], INK[dark]
+    handles: dict[str, Any] = {}
+    for y, (label, whole) in enumerate(lines):
+        if whole is None:
+            across = axes.get_yaxis_transform()
+            axes.text(0.01, y + 0.2, label, transform=across, va="center", color=ink, fontsize=12)
+            continue
+        ratio, limit = whole.ratio, whole.limit
+        axes.barh(y, ratio.value, height=0.62, color=bar, alpha=0.55)
+        axes.hlines(y, ratio.low, ratio.high, color=bar, linewidth=2.4)
+        axes.hlines(y, limit.low, limit.high, color=ink, linewidth=1.2)
+        (handles["limit: without MLPs"],) = axes.plot(
+            limit.value, y, "|", color=ink, markersize=16, markeredgewidth=2.4
+        )
+        if whole.amdahl is not None:
+            (handles["Amdahl"],) = axes.plot(whole.amdahl, y, "D", color=mark, markersize=9)
+    accelerated = Line2D([], [], color=bar, linewidth=8)
+    axes.axvline(1, color=ink, linestyle=":", linewidth=1.2)
+    densities = {y: f"{whole.density:.3f}" for y, (_, whole) in enumerate(lines) if whole}
+    axes.set_yticks(list(densities), list(densities.values()))
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(lines) - 0.4, -0.6)  # from the top
+    axes.set_xlim(left=0)
+    axes.set_xlabel(FASTER.format("right"))
+    axes.set_ylabel("density")
+    return render(figure, {"accelerated": accelerated, **handles})
+
+
+PAYOFF = (
+    Picture(
+        "payoff-forward",
+        gains("forward"),
+        "One MLP, forward",
+        "By density and number of tokens T. Above the dotted line sparse execution is faster; bars "
+        "are 95 % intervals. Weights of few tokens come from memory, as in a decoder.",
+    ),
+    Picture(
+        "payoff-training",
+        gains("training"),
+        "One MLP, forward and backward",
+        "The same for a training step of the MLP, in which nothing may be prepared: weights "
+        "change at every step.",
+    ),
+    Picture(
+        "payoff-memory",
+        memory,
+        "Memory kept for backward",
+        "What autograd holds between forward and backward, beside the input and the weights.",
+    ),
+    Picture(
+        "payoff-models",
+        whole_models,
+        "Whole models",
+        "MLPs are a part of the time, and what they gain is bounded by it. Amdahl: if all MLPs ran "
+        "as much faster as one alone. Limit: the model with its MLPs cut out.",
+    ),
+)

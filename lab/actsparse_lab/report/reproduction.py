@@ -1,0 +1,250 @@
+"""An experiment's verdicts, for the terminal, the page, and docs/reproduction.md."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+from rich.text import Text
+
+from actsparse_lab.records import RecordError, Run, read_runs
+from actsparse_lab.report import plots
+from actsparse_lab.report.claims import CLAIMS
+from actsparse_lab.report.findings import (
+    MANIFEST,
+    OURS,
+    Finding,
+    Findings,
+    findings,
+    read_manifest,
+)
+from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, Picture
+from actsparse_lab.report.words import amount, code, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RULE = (
+    "A claim holds where the 95 % t-interval of its effects over paired seeds lies wholly beyond "
+    "the bar and so many seeds do that a fair coin would give as many in fewer than 1 of 20; it "
+    "does not hold here where both are so on the other side; else, and where any seed has no such "
+    "number, it is undecided. Fewer than 5 seeds decide nothing. Where the typical seed’s effect "
+    "lies at the bar, at most 1 of 32 such verdicts of 5 seeds is a false “holds”. Seeds change "
+    "the initialisation and the order of the data: all share one split, so that intervals say "
+    "nothing of other test data."
+)
+STYLES = {"holds": "green", "does not hold here": "red", "undecided": "yellow"}
+ROW = 0.62  # inches of a question in the plot
+
+
+def findings_in(folder: str | Path, runs: list[Run] | None = None) -> Findings | None:
+    """The verdicts on the runs of a folder; None unless they are an experiment's.
+
+    Raises `RecordError` for an experiment that is not known, and what reading raises.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return None
+    if manifest["name"] not in CLAIMS:
+        raise RecordError(
+            f"{Path(folder) / MANIFEST}: unknown experiment {manifest['name']!r}; known: "
+            f"{', '.join(CLAIMS)}"
+        )
+    runs = read_runs(folder) if runs is None else runs
+    return findings(CLAIMS[manifest["name"]], runs, manifest)
+
+
+def counts(found: Findings) -> str:
+    """How many of the papers' claims got which verdict; checks and controls of ours apart.
+
+    ``3 of 5 claims hold here, 1 does not, 1 undecided; 2 of 4 checks of ours hold``
+    """
+    theirs = [each for each in found.findings if each.question.claim.source != OURS]
+    words = [each.verdict.word for each in theirs]
+    holds, fails = words.count("holds"), words.count("does not hold here")
+    said = f"{holds} of {len(words)} claims hold here"
+    said += f", {fails} {'does' if fails == 1 else 'do'} not" if fails else ""
+    rest = len(words) - holds - fails
+    said += f", {rest} undecided" if rest else ""
+    own = [each.verdict.word for each in found.findings if each not in theirs]
+    return said + (f"; {own.count('holds')} of {len(own)} checks of ours hold" if own else "")
+
+
+def heading(found: Findings) -> dict[str, str]:
+    """Title and lead of the experiment's page."""
+    experiment = found.experiment
+    mark = "" if experiment.title.endswith("?") else ":"
+    return {"title": f"{experiment.title}{mark} {counts(found)}", "lead": experiment.about}
+
+
+def print_findings(found: Findings, console: Console) -> None:
+    """The verdicts, for the terminal."""
+    console.print(Text(heading(found)["title"], style="bold"))
+    grid = Grid(box=None, pad_edge=False, header_style="bold")
+    for head, wrap in (("claim", True), ("effect, 95 % interval", True), ("bar", True)):
+        grid.add_column(head, no_wrap=not wrap)
+    grid.add_column("verdict", no_wrap=True)
+    for each in found.findings:
+        word = each.verdict.word
+        grid.add_row(
+            each.question.claim.text, each.figure, each.bar, Text(word, style=STYLES[word])
+        )
+    console.print(grid)
+
+
+def effects_plot(found: Findings, dark: bool = False) -> bytes | None:
+    """Every question's effects: a mark a seed, the interval, and the bar they must lie beyond."""
+    shown = [each for each in found.findings if each.effects]
+    if not shown:
+        return None
+    heights = (WIDTH, ROW * len(shown) * 1.6 + 0.6)
+    figure, every = plots.new_figure(dark, rows=len(shown), size=heights)
+    colours = dict(zip(STYLES, _colours(dark), strict=True))
+    lines: dict[str, Any] = {}
+    for axes, each in zip(every, shown, strict=True):
+        word, mean = each.verdict.word, each.verdict.estimate
+        # a logarithm is drawn as the ratio that it is of
+        place = math.exp if (log := each.question.scale == "log") else float
+        colour = colours[word]
+        bar, rises = place(each.question.claim.bar), each.question.claim.direction == "rises"
+        axes.axvline(bar, color=INK[dark], linestyle=":", linewidth=1.2)
+        values = [place(effect) for effect in each.effects.values()]
+        axes.plot(values, [0] * len(values), "o", color=colour, alpha=0.45, markersize=6)
+        if mean is not None:
+            ends = [mean.low, mean.mean, mean.high] if mean.half else [mean.mean]
+            (lines[word],) = axes.plot(
+                [place(end) for end in ends if end is not None], [0] * len(ends), "|-",
+                color=colour, linewidth=2.4, markersize=14, markeredgewidth=2.4,
+            )  # fmt: skip
+        axes.set_yticks([])
+        axes.grid(visible=False)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(labelsize=9)
+        if log:
+            plots.log_axis(axes, "x", few=True)
+        _ticks(axes, each)
+        title = textwrap.fill(each.question.claim.text, 66)
+        axes.set_title(title, loc="left", fontsize=9.5, color=INK[dark])
+        axes.margins(x=0.08, y=1)
+        low, high = axes.get_xlim()
+        axes.axvspan(bar if rises else low, high if rises else bar, color=INK[dark], alpha=0.07)
+        axes.set_xlim(low, high)
+    return plots.render(figure, lines)
+
+
+EFFECTS = Picture(
+    "effects",
+    effects_plot,
+    "Effects and their bars",
+    "A dot a seed; line: mean and 95 % interval; shaded: where effects must lie for the claim to "
+    "hold. A logarithm is drawn as the ratio that it is of.",
+)
+
+
+def _colours(dark: bool) -> Iterable[str]:
+    palette = DARK if dark else LIGHT
+    return palette[2], palette[1], plots.SERIES_INK[dark]
+
+
+def _ticks(axes: Axes, found: Finding) -> None:
+    """Few, and labelled as effects are shown; of ratios at round ones."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    if found.question.scale == "log":
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"× {amount(ratio)}"))
+        return
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: found.value(value)))
+
+
+# -- docs/reproduction.md -----------------------------------------------------------------------
+
+
+def reproductions_in(folder: str | Path) -> dict[str, Path]:
+    """The experiments whose folders lie in ``folder``, in the order of `CLAIMS`."""
+    found: dict[str, Path] = {}
+    for path in sorted(Path(folder).glob(f"*/{MANIFEST}")):
+        manifest = read_manifest(path.parent)
+        assert manifest is not None
+        if (name := str(manifest["name"])) in found:
+            raise RecordError(f"{found[name]} and {path.parent} both hold {name}; keep one of them")
+        found[name] = path.parent
+    return {name: found[name] for name in CLAIMS if name in found}
+
+
+def markdown_reproduction(folder: str | Path, link: str = "") -> str:
+    """The page of all experiments in ``folder``; ``link`` is what leads to it from the page."""
+    places = reproductions_in(folder)
+    if not places:
+        raise RecordError(
+            f"no {MANIFEST} in a folder under {folder}; `actsparse reproduce` makes them"
+        )
+    every: dict[str, tuple[Findings, list[Run]]] = {}
+    for name, place in places.items():
+        runs = read_runs(place)
+        found = findings_in(place, runs)
+        assert found is not None
+        every[name] = found, runs
+    lines = [
+        _INTRODUCTION,
+        "",
+        "| experiment | claim | source | our figure | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for name, (found, _) in every.items():
+        for each in found.findings:
+            claim = each.question.claim
+            cells = (f"[{name}](#{name})", claim.text, claim.source, each.figure)
+            lines.append(_row(*cells, each.verdict.word))
+    total = sum(len(found.findings) for found, _ in every.values())
+    lines += ["", f"{total} verdicts, of claims and of checks of ours. {RULE}"]
+    for name, (found, runs) in every.items():
+        lines += ["", *_section(name, found, runs, f"{link}{places[name].name}")]
+    return "\n".join(lines) + "\n"
+
+
+_INTRODUCTION = """# The papers' experiments, small
+
+Made from records by `actsparse report benchmarks/reproduce --markdown`; do not edit. v1 is
+arXiv 2309.03004, v2 is arXiv 2605.25612 (Peng et al.)."""
+
+
+def _section(name: str, found: Findings, runs: list[Run], place: str) -> list[str]:
+    experiment = found.experiment
+    mark = "" if experiment.title.endswith("?") else "."
+    lines = [f"## {name}", "", f"**{experiment.title}{mark}** {experiment.about}", ""]
+    for picture in (*experiment.pictures, EFFECTS):
+        lines += [f"![{picture.title}]({place}/plots/{picture.name}.png)", ""]
+    lines += [markdown_findings(found)]
+    if experiment.limits:
+        lines += [f"*Limits.* {experiment.limits}", ""]
+    return [*lines, *_made(found.manifest, runs)]
+
+
+def markdown_findings(found: Findings) -> str:
+    """The verdicts on one experiment, as a table."""
+    lines = ["| claim | source | effect of a seed | bar | our figure | verdict | why |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for each in found.findings:
+        question, judged = each.question, each.verdict
+        cells = [question.claim.text, question.claim.source, question.effect, each.bar]
+        lines.append(_row(*cells, each.figure, f"**{judged.word}**", judged.why))
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    """A row of a table; an upright stroke in a cell, as in |η|, would end it."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _made(manifest: dict[str, Any], runs: list[Run]) -> list[str]:
+    hardware = runs[0].header["hardware"] if runs else {}
+    where = hardware.get("gpu") or hardware.get("cpu")
+    took = f"{manifest['time']['seconds'] / 60:.1f} min in all, {len(runs)} runs judged"
+    on = markdown(f"{hardware.get('cores')} cores ({where})")
+    return [f"{code(manifest['command'])}: {took}, on {on}."]

@@ -1,0 +1,337 @@
+"""The plots of why it is sparse: density taken apart by its identity with flatness, the effective
+gradient, its noise, and the spectra of the weights. Each is drawn where records hold its numbers.
+
+The identity, with AF augmented flatness and c the coefficient: ``density = AF / (T · H · c)``
+(Peng et al. 2026, arXiv 2605.25612). The measures themselves are defined in `actsparse.observe`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from actsparse_lab.records import Entry, Run
+from actsparse_lab.report.compare import Table
+from actsparse_lab.report.measures import number, read_spectra
+from actsparse_lab.report.plots import (
+    INK,
+    WIDTH,
+    Axis,
+    Panel,
+    Picture,
+    Plot,
+    log_axis,
+    new_figure,
+    over_steps,
+    png,
+    styles,
+)
+from actsparse_lab.report.words import counted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LAYERS = ("up", "gate", "down")
+ROW = 2.1  # inches of a row of spectra
+BAR = {False: "#9CC4E4", True: "#2D5F87"}  # as in page.html.jinja
+LAW = {False: "#D55E00", True: "#F07F3C"}
+FAR = 5  # times the law's upper edge: outliers that need a log axis
+SPECTRAL: tuple[tuple[str, str, Axis], ...] = (
+    ("spectral concentration", "concentration", "log"),
+    ("KS distance from random entries", "ks", "zero"),
+)
+SIDES = {"outliers": "↑", "below": "↓"}  # of the law's edges
+
+
+def training(key: str, positive: bool = False) -> Callable[[Run], dict[int, float]]:
+    """Reads a measure of the training lines, step → value; ``positive`` ones alone."""
+
+    def read(run: Run) -> dict[int, float]:
+        found = {entry["step"]: number(entry["measures"], key) for entry in run.train}
+        return {s: v for s, v in found.items() if v is not None and (v > 0 or not positive)}
+
+    return read
+
+
+def _over_blocks(key: str) -> Callable[[Run], dict[int, float]]:
+    """Reads the mean over blocks of what their rows alone hold."""
+
+    def read(run: Run) -> dict[int, float]:
+        rows = {e["step"]: e["measures"]["blocks"] for e in run.train if e["measures"]}
+        found = {step: [number(row, key) for row in each] for step, each in rows.items()}
+        known = {step: [v for v in each if v is not None] for step, each in found.items()}
+        return {step: sum(each) / len(each) for step, each in known.items() if each}
+
+    return read
+
+
+def _panel(label: str, key: str, axis: Axis = "zero") -> Panel:
+    return Panel(label, training(key, positive=axis == "log"), axis)
+
+
+def what_moves(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    """Density, then numerator and denominator of the identity, and what the latter is made of."""
+    parts = (
+        _panel("numerator: flatness AF  (down is sparser)", "flatness", "log"),
+        _panel("denominator: coefficient c  (up is sparser)", "coefficient", "log"),
+        _panel("part of c: input norm ‖x‖²", "input_norm", "log"),
+        _panel("part of c: effective gradient η², active units", "effective_gradient", "log"),
+    )
+    if not any(part.read(run) for part in parts for run in runs):
+        return None
+    return over_steps(table, runs, dark, _panel("density, measured", "density"), *parts)
+
+
+def flatness_and_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    """Training density against flatness: a path for each arm, from a hollow to a filled mark."""
+    figure, (axes,) = new_figure(dark)
+    flatness, density = training("flatness", positive=True), training("density")
+    for name, style in styles(table, dark):
+        line = {"color": style["color"], "linestyle": style["linestyle"]}
+        paths = []
+        for run in runs:
+            if run.arm != name:
+                continue
+            up = density(run)
+            path = {step: (value, up[step]) for step, value in flatness(run).items() if step in up}
+            if path:
+                axes.plot(*zip(*path.values(), strict=True), **line, alpha=0.3, linewidth=1)
+                paths += [path] if run.finished else []
+        common = sorted(set.intersection(*map(set, paths))) if paths else []
+        if not common:
+            continue
+        mean = np.mean([[path[step] for step in common] for path in paths], axis=0).T
+        axes.plot(*mean, **line, linewidth=2.4, label=name)
+        mark = {"color": style["color"], "marker": style["marker"], "markersize": 9}
+        axes.plot(*mean[:, :1], **mark, markerfacecolor=axes.get_facecolor(), markeredgewidth=2)
+        axes.plot(*mean[:, -1:], **mark)
+    if not axes.lines:
+        return None
+    log_axis(axes, "x", few=True)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    axes.set_xlabel("flatness AF  (left is flatter)")
+    axes.set_ylabel("training density")
+    return png(figure, table)
+
+
+def separable_ratio(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    """AF over the product of mean input norm and mean gradient, and how far that is density."""
+    ratio, density = training("ratio"), training("derivative_density")
+
+    def over_density(run: Run) -> dict[int, float]:
+        of = density(run)
+        return {step: value / of[step] for step, value in ratio(run).items() if of.get(step)}
+
+    return over_steps(
+        table,
+        runs,
+        dark,
+        Panel("ratio: AF / (T · H · mean ‖x‖² · mean η²)", ratio),
+        Panel("ratio / density  (dotted: they agree)", over_density, "fit", level=1.0),
+    )
+
+
+def effective_gradient(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    """How sparse the effective gradient is, and where the gradient gathers."""
+    return over_steps(
+        table,
+        runs,
+        dark,
+        _panel("gradient sparsity: share of η that is 0", "gradient_sparsity"),
+        _panel("concentration: share of g² on active units", "concentration"),
+        _panel("participation: share of units that carry η²", "participation"),
+    )
+
+
+def noise(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    """Anisotropy of the effective gradients and of the hidden features, and the noise scale."""
+    return over_steps(
+        table,
+        runs,
+        dark,
+        _panel("anisotropy of effective gradients", "gradient_anisotropy", "fit"),
+        _panel("anisotropy of features", "feature_anisotropy", "fit"),
+        _panel("noise scale: samples", "noise_scale", "log"),
+    )
+
+
+def concentration(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    """How far apart the weights' eigenvalues lie, and how far they are from those of noise."""
+    panels = [
+        Panel(f"{label} of {layer}", _over_blocks(f"{layer}_{key}"), axis)
+        for label, key, axis in SPECTRAL
+        for layer in LAYERS
+    ]
+    return over_steps(table, runs, dark, *panels)
+
+
+def curvature(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    """Traces of the curvature and its largest eigenvalue, where runs stopped to measure them."""
+
+    def read(name: str) -> Callable[[Run], dict[int, float]]:
+        def values(run: Run) -> dict[int, float]:
+            found = {e["step"]: number(e, "curvature", name, "value") for e in run.measured}
+            return {step: value for step, value in found.items() if value is not None and value > 0}
+
+        return values
+
+    labels = {
+        "gauss_newton": "Gauss–Newton trace",
+        "token_copies": "Gauss–Newton trace, a weight for each token",
+        "hessian": "Hessian trace, where positive",
+        "top_eigenvalue": "largest eigenvalue",
+    }
+    panels = [Panel(label, read(name), "log") for name, label in labels.items()]
+    return over_steps(table, runs, dark, *panels)
+
+
+def spectra(which: Callable[[Table], str | None]) -> Plot:
+    """The plot of the eigenvalues of the weights, in the arm that ``which`` picks: one seed, and of
+    its blocks the first, one in the middle and the last."""
+
+    def plot(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+        own = [run for run in runs if run.finished and run.arm == which(table)]
+        run, entries = next(((r, found) for r in own if (found := read_spectra(r))), (None, []))
+        if run is None:
+            return None
+        shown = {(entry["block"], entry["layer"]): entry for entry in entries}
+        blocks = list(dict.fromkeys(block for block, _ in shown))
+        rows = sorted({0, len(blocks) // 2, len(blocks) - 1})
+        layers = [layer for layer in LAYERS if any(own == layer for _, own in shown)]
+        size = (WIDTH, 0.6 + ROW * len(rows))
+        figure, every = new_figure(dark, len(rows), len(layers), size)
+        places = [(row, layer) for row in rows for layer in layers]
+        for axes, (row, layer) in zip(every, places, strict=True):
+            entry = shown.get((blocks[row], layer))
+            if entry is None:
+                axes.set_axis_off()
+                continue
+            _spectrum(axes, entry, f"{layer}, block {row + 1}", dark)
+        figure.supxlabel("eigenvalue of WWᵀ", color=INK[dark], fontsize=12)
+        title = f"{run.arm}, seed {run.seed}, of {counted(len(blocks), 'block')}"
+        figure.suptitle(title, color=INK[dark], fontsize=12)
+        return png(figure, table)
+
+    return plot
+
+
+def _spectrum(axes: Axes, entry: Entry, title: str, dark: bool) -> None:
+    """The share of eigenvalues per unit, and the law of Marchenko and Pastur over it."""
+    bins, counts = np.array(entry["bins"]), np.array(entry["counts"])
+    law = entry["marchenko_pastur"]
+    lower, upper = law["lower"], law["upper"]
+    # Of few eigenvalues, wider bins up to the edge; beyond it each bin is an outlier or two.
+    merged = max(1, round(len(counts) / (2 * np.sqrt(counts.sum()))))
+    edge = int(np.searchsorted(bins[:-1], upper * (1 - 1e-4)))
+    starts = np.r_[0:edge:merged, edge : len(counts)]
+    wide = np.append(bins[starts], bins[-1])
+    x, law_at = marchenko_pastur(lower, upper)
+    widths = np.diff(wide)
+    far = bins[-1] > FAR * upper  # the law would be a spike at the left
+    if far:
+        wide[0] = wide[0] if wide[0] > 0 else x[0]
+        widths, law_at = np.diff(np.log(wide)), law_at * x
+    heights = np.add.reduceat(counts, starts) / counts.sum() / widths
+    axes.stairs(heights, wide, fill=True, color=BAR[dark])
+    axes.plot(x, law_at, color=LAW[dark], linewidth=2)
+    for limit in (x[0], x[-1]):
+        axes.axvline(limit, color=LAW[dark], linestyle=":", linewidth=1.2)
+    outliers = (counts[::-1].cumsum()[::-1] <= law["outliers"]) & (counts > 0)
+    at = ((bins[1:] + bins[:-1]) / 2)[outliers]
+    if at.size:  # of no points and not clipped, the layout would see one in the figure's corner
+        axes.plot(at, np.zeros_like(at), "v", color=INK[dark], markersize=7, clip_on=False)
+    axes.tick_params(labelsize=10)
+    axes.set_yticks([])  # their places are too narrow for two scales
+    if far:
+        log_axis(axes, "x", few=True)
+        axes.locator_params(axis="x", numticks=3)
+    else:
+        axes.locator_params(axis="x", nbins=3)
+    verdict = "fits" if law["accepted"] else "no fit"
+    beyond = " ".join(f"{mark}{law[side]}" for side, mark in SIDES.items() if law[side])
+    title += f"\n{verdict}, KS {law['ks']:.2f}" + (f"\n{beyond}" if beyond else "")
+    axes.set_title(title, loc="left", fontsize=11, color=INK[dark])
+
+
+def marchenko_pastur(lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
+    """The law's density between its edges: points x and ``f(x) = √((upper − x)(x − lower)) /
+    (2π p σ² x)``, whose integral is 1; ``p σ²`` follows from the edges ``σ² (√N ∓ √p)²``.
+
+    >>> x, f = marchenko_pastur(1.0, 9.0)  # p σ² = 1
+    >>> round(float(f.mean()) * (9.0 - 1.0), 2)
+    1.0
+    """
+    x = np.linspace(lower, upper, 402)[1:-1]
+    scale = (np.sqrt(upper) - np.sqrt(lower)) ** 2 / 4
+    return x, np.sqrt((upper - x) * (x - lower)) / (2 * np.pi * scale * x)
+
+
+THEORY = (
+    Picture(
+        "what-moves",
+        what_moves,
+        "What moves",
+        "Density is AF over c, but for a constant, at every step: it falls where AF falls faster. "
+        "Both shrink with the gradients as the loss does, so neither panel alone says that units "
+        "fell silent.",
+    ),
+    Picture(
+        "flatness-and-density",
+        flatness_and_density,
+        "Density beside flatness",
+        "Each arm from its start (hollow mark) to its end (filled). Where a path runs sideways, "
+        "flatness changed and density did not; a path is no proof that one drives the other.",
+    ),
+    Picture(
+        "separable-ratio",
+        separable_ratio,
+        "Flatness over norm and gradient apart",
+        "The same quotient with a product of two means in place of c. Near density, input norm and "
+        "gradient hardly vary together and may be read one by one; away from it they may not.",
+    ),
+    Picture(
+        "effective-gradient",
+        effective_gradient,
+        "The effective gradient",
+        "η is the gradient before the activation function, zero where its derivative is. "
+        "Concentration above density: the gradient gathers on active units; below: on silent ones.",
+    ),
+    Picture(
+        "noise",
+        noise,
+        "Anisotropy and noise",
+        "Anisotropy is 0 where all directions are alike, and about the width where there is one; a "
+        "mean other than zero is a direction too. Noise scale: the batch size at which noise and "
+        "signal weigh alike; gaps where noise hides the signal.",
+    ),
+    Picture(
+        "curvature",
+        curvature,
+        "Curvature",
+        "Of the loss at the MLPs’ weights, on held-out data, eval mode. Low is flat. Traces add up "
+        "all directions; a rescaling of the weights that changes no output changes them too.",
+    ),
+    Picture(
+        "spectral-concentration",
+        concentration,
+        "Spectral concentration",
+        "Largest over smallest eigenvalue of WWᵀ that is not near zero, mean over blocks, and the "
+        "distance of all of them from the law of random entries. Most weights start by that law.",
+    ),
+    Picture(
+        "spectra-reference",
+        spectra(lambda table: table.reference),
+        "Eigenvalues of the weights, reference",
+        "At the end of training, one seed. Bars: eigenvalues per unit, or per factor on a log "
+        "axis; line and dotted edges: the law of Marchenko and Pastur for random entries; ↑ ↓ and "
+        "triangles: outliers. A fit does not prove a weight random; a misfit does not say why.",
+    ),
+    Picture(
+        "spectra-subject",
+        spectra(lambda table: table.subject),
+        "Eigenvalues of the weights, arm under test",
+        "The same for the arm under test, on scales of its own.",
+    ),
+)
