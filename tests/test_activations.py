@@ -124,7 +124,6 @@ def test_jsrelu_works_under_vmap_and_grad() -> None:
     assert torch.equal(slope, (z + 1) * (z > 0))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own imports
 def test_jsrelu_has_a_forward_mode_derivative() -> None:
     z = torch.randn(9, dtype=torch.float64)
     value, push = torch.func.jvp(jsrelu, (z,), (2 * torch.ones_like(z),))

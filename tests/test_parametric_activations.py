@@ -155,7 +155,6 @@ def test_second_derivatives_are_those_of_the_pieces(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own imports
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("jsrelu")])
 def test_jsrelus_numbers_work_under_vmap_forward_mode_and_compile(name: str) -> None:
     phi, z = named(name), torch.randn(4, 7, dtype=torch.float64)

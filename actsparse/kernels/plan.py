@@ -269,7 +269,8 @@ class SparseRun:
 
     def __str__(self) -> str:
         said = [*map(str, self._met.values())] or ["no calls yet"]
-        reason = self.fit.reason() or self._unproven()
+        trained = any(met.training for met in self._met.values())
+        reason = self.fit.reason() or (None if trained else self._unproven())
         if reason is not None and not any(reason in each for each in said):
             said.append(f"now its layers, {reason}")
         return "; ".join(said)

@@ -320,7 +320,6 @@ class Resets:
         torch._dynamo.reset = self.reset
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("transform", ["vmap", "grad", "trace"])
 def test_stages_that_have_no_values_yet_are_refused_by_name(transform: str) -> None:
     model, x = plain(nn.ReLU), torch.randn(4, 3, 8)

@@ -291,7 +291,6 @@ def test_a_strangers_activation_is_known_by_its_values(swap: str | None) -> None
     assert handle.table()[0]["program"] == "sparse"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("reason", "run"),
     [

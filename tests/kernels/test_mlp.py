@@ -293,7 +293,6 @@ def test_compiles_as_one_graph(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_compiles_through_inductor() -> None:
     w, x = weights(16, 400, torch.float32), torch.randn(3, 5, 16).requires_grad_()
     compiled = torch.compile(lambda x: sparse_mlp(x, **w, activation="jsrelu"), fullgraph=True)

@@ -257,7 +257,6 @@ def test_the_whole_graph_compiles_and_computes_the_same(name: str) -> None:
 
 
 @dynamo
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own imports
 def test_compiled_by_inductor_it_computes_the_same() -> None:
     compiled_agrees("sequential-relu-in-place", "inductor")
 

@@ -247,8 +247,6 @@ def test_a_wrong_scale_would_show() -> None:
 # torch's own compiler makes an instance, of which torch's Function warns
 MESSAGE = "ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning"
 
-INDUCTOR = "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"  # its own imports
-
 
 def compiled(model: nn.Module, backend: str, late: bool, **options: Any) -> tuple[Any, Any]:
     """Three steps eagerly and three compiled, observed before or after compiling."""
@@ -288,7 +286,6 @@ def test_compiled_before_it_is_observed(kind: Any) -> None:
 
 
 @pytest.mark.filterwarnings(MESSAGE)
-@pytest.mark.filterwarnings(INDUCTOR)
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_as_sparsify_leaves_it(backend: str) -> None:
@@ -299,7 +296,6 @@ def test_compiled_as_sparsify_leaves_it(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings(MESSAGE)
-@pytest.mark.filterwarnings(INDUCTOR)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_to_machine_code(kind: Any) -> None:
