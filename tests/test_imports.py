@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -179,3 +181,28 @@ def test_import_is_light() -> None:
         seconds.append(float(time_line))
         assert set(modules.split()).isdisjoint(HEAVY), modules
     assert statistics.median(seconds) < 1.0, f"import actsparse took {seconds} s beyond torch"
+
+
+def test_the_commands_help_needs_no_torch() -> None:
+    script = "import sys; from actsparse.cli.main import app; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, check=True)
+    assert said.stdout.split() == [b"False"]
+
+
+def test_every_public_name_is_there_and_no_room_hides_one() -> None:
+    import actsparse
+    import actsparse.observe.density
+
+    for name in actsparse.__all__:
+        assert callable(getattr(actsparse, name)), name
+    assert set(actsparse.__all__) <= set(dir(actsparse))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        actsparse.nothing  # noqa: B018
+
+
+def test_no_function_hides_a_module() -> None:
+    for package in (PACKAGE, LABORATORY):
+        for path in package.rglob("*.py"):
+            room = importlib.import_module(".".join(path.parent.relative_to(package.parent).parts))
+            found = vars(room).get(path.stem)
+            assert found is None or path.stem == "__init__" or isinstance(found, ModuleType), path

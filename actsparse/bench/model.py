@@ -23,7 +23,7 @@ from actsparse.bench.arranged import Subject, arranged, check
 from actsparse.bench.mlp import bench_mlp
 from actsparse.bench.timing import high_water, interleaved, ratio
 from actsparse.kernels import accelerate, build
-from actsparse.kernels.accelerate import Accelerated, Mode
+from actsparse.kernels.accelerated import Accelerated, Mode
 from actsparse.observe.watch import Phase
 
 Progress = Callable[[str], None]

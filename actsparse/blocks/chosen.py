@@ -11,6 +11,13 @@ from torch import nn
 from actsparse.blocks.block import Blocks, MLPBlock, told, unwrap
 from actsparse.blocks.find import find_mlp_blocks
 
+HANDLE = "_actsparse_handle"  # a model's attribute
+
+
+def handle_on(model: nn.Module) -> Any:
+    """The handle of what ``sparsify`` has attached to a model, wrapped or not, or None."""
+    return unwrap(model).__dict__.get(HANDLE)
+
 
 def found_with(model: nn.Module, inputs: Any, caller: str, stacklevel: int = 3) -> Blocks:
     """The blocks that ``inputs`` show, with a warning where parts of the model did not run.
@@ -43,7 +50,7 @@ def blocks_of(
     if inputs is not None:
         return list(found_with(model, inputs, caller, stacklevel=4))
     if blocks is None:
-        handle = unwrap(model).__dict__.get("_actsparse_handle")
+        handle = handle_on(model)
         if handle is None:
             raise ValueError(
                 f"{caller} needs inputs= (a batch to find the MLP blocks with) or blocks= (from "

@@ -29,7 +29,7 @@ def measure(
         str | None,
         typer.Option(
             help="package.module:function that returns (loss_fn, batches), as "
-            "actsparse.observe.measure takes them."
+            "actsparse.measure takes them."
         ),
     ] = None,
     measures: Annotated[
@@ -82,13 +82,11 @@ def measure(
     from actsparse.terminal import Terminal
 
     log = Terminal(stderr=True)
-    run = None
-    if laboratory() is not None and (run := laboratory().run_at(target)) is not None:
-        if out is None:  # or they could be of weights that were replaced
-            context.with_resource(run.alone())
-            out = run.measures
-        target = run.weights
-    model = model_at(target)
+    run = None if laboratory() is None else laboratory().run_at(target)
+    if run is not None and out is None:
+        context.with_resource(run.alone())  # or they could be of weights that were replaced
+        out = run.measures
+    model = model_at(target) if run is None else saved_model(run.weights)
     if data is not None:
         if task is not None:
             raise ValueError("give --task or --data, not both")
@@ -111,7 +109,7 @@ def measure(
             bar.update(bars[name], completed=done)
 
         from actsparse.observe import measure as measure_model
-        from actsparse.observe.measure import within_bounds
+        from actsparse.observe.measuring import within_bounds
 
         found = measure_model(
             model,
@@ -158,12 +156,11 @@ def asked_of(measures: str) -> Any:
 
 
 def model_at(target: Path) -> Any:
-    """The model of a checkpoint.
+    """The model of a checkpoint, of `actsparse.save` or of Hugging Face.
 
     Raises:
         ValueError: there is none, it cannot be loaded, or it leaves its MLPs out.
     """
-    from actsparse import LeaveOutMLP, handle_of, load
     from actsparse.modify.pretrained import pretrained
 
     if not (target / "actsparse.json").is_file():
@@ -175,6 +172,17 @@ def model_at(target: Path) -> Any:
             f"{target} is neither a run's folder (record.jsonl) nor a checkpoint (actsparse.json, "
             f"or Hugging Face's config.json){hint}"
         )
+    return saved_model(target)
+
+
+def saved_model(target: Path) -> Any:
+    """The model that `actsparse.save` wrote.
+
+    Raises:
+        ValueError: it cannot be loaded, or it leaves its MLPs out.
+    """
+    from actsparse import LeaveOutMLP, handle_of, load
+
     try:
         model = load(target)
     except FileNotFoundError as error:

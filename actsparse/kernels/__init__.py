@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actsparse.kernels.accelerate import Accelerated, accelerate
+from actsparse.kernels.accelerated import Accelerated, accelerate
 from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
 
 __all__ = ["Accelerated", "Prepared", "accelerate", "prepare", "sparse_mlp"]

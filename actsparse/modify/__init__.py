@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actsparse.modify.adapters import load_adapter, lora_config, merge_adapter, save_adapter
+from actsparse.modify.apply import sparsify
 from actsparse.modify.decay import decay_groups
 from actsparse.modify.flatness_penalty import FlatnessPenalty
 from actsparse.modify.handle import Handle, handle_of
@@ -14,7 +15,6 @@ from actsparse.modify.prune_gradient import PruneGradient
 from actsparse.modify.prune_units import Pruned, prune_dead_units
 from actsparse.modify.recipe import RECIPES, Recipe, recipe_named
 from actsparse.modify.saving import load, save
-from actsparse.modify.sparsify import sparsify
 from actsparse.modify.swap_activation import SwapActivation
 from actsparse.modify.thresholds import Thresholds, calibrate_thresholds, thresholds_of
 from actsparse.modify.top_k import TopK

@@ -25,6 +25,7 @@ from actsparse import files
 from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.chosen import found_with
 from actsparse.blocks.trace import is_linear
+from actsparse.modify.apply import is_peft_model, sparsify
 from actsparse.modify.foreign import bounded, check_adapter, check_files
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import removed_on_failure
@@ -38,7 +39,6 @@ from actsparse.modify.sidecar import (
     same_blocks,
     write_sidecar,
 )
-from actsparse.modify.sparsify import is_peft_model, sparsify
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD
 from actsparse.untrusted import read_json, safetensors_shapes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks, told
+from actsparse.blocks.chosen import HANDLE
 from actsparse.blocks.running import running_calls
 from actsparse.blocks.sharding import sharded
 from actsparse.modify.clock import Clock
@@ -20,8 +21,6 @@ from actsparse.modify.modification import Attached, Modification, Progress
 from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.zeroth_bias import CHILD
-
-_ATTRIBUTE = "_actsparse_handle"
 
 
 class Handle:
@@ -300,8 +299,8 @@ class Handle:
         for _, attached in reversed(self._attached):
             attached.remove()
         self._attached.clear()
-        if self.model.__dict__.get(_ATTRIBUTE) is self:
-            del self.model.__dict__[_ATTRIBUTE]
+        if self.model.__dict__.get(HANDLE) is self:
+            del self.model.__dict__[HANDLE]
             note_changes(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -363,7 +362,7 @@ def _alike(text: str) -> str:
 
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle attached to a model, if it has been sparsified."""
-    handle: Handle | None = model.__dict__.get(_ATTRIBUTE)
+    handle: Handle | None = model.__dict__.get(HANDLE)
     if handle is not None:
         handle.look()
     return handle
@@ -371,4 +370,4 @@ def handle_of(model: nn.Module) -> Handle | None:
 
 def keep_handle(model: nn.Module, handle: Handle) -> None:
     """Note the handle on its model, so that ``save`` and ``observe`` find it."""
-    model.__dict__[_ATTRIBUTE] = handle
+    model.__dict__[HANDLE] = handle

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from actsparse.blocks.sharding import own_class
+from actsparse.modify.apply import is_peft_model
 from actsparse.modify.foreign import (
     Shapes,
     bounded,
@@ -20,7 +21,6 @@ from actsparse.modify.foreign import (
     model_class,
 )
 from actsparse.modify.note import without_note
-from actsparse.modify.sparsify import is_peft_model
 from actsparse.values import BadValue, shown
 
 

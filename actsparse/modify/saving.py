@@ -14,6 +14,7 @@ from torch import nn
 from actsparse import files
 from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.sharding import gathered_state, sharded
+from actsparse.modify.apply import is_peft_model, sparsify
 from actsparse.modify.clock import BUFFER
 from actsparse.modify.handle import Handle
 from actsparse.modify.prune_units import Pruned, cut
@@ -29,7 +30,6 @@ from actsparse.modify.sidecar import (
     same_blocks,
     write_sidecar,
 )
-from actsparse.modify.sparsify import is_peft_model, sparsify
 from actsparse.modify.thresholds import put_thresholds
 from actsparse.modify.weights import (
     WEIGHTS,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from actsparse.observe.attack import Attack, perturb
-from actsparse.observe.covering import covering
-from actsparse.observe.measure import CURVATURES, Measures, measure, spectra_of
-from actsparse.observe.pruning import pruning
-from actsparse.observe.robustness import RelativeNoise, robustness
+from actsparse.observe.coverage import covering
+from actsparse.observe.disturbances import RelativeNoise, robustness
+from actsparse.observe.magnitude_pruning import pruning
+from actsparse.observe.measuring import CURVATURES, Measures, measure, spectra_of
 from actsparse.observe.session import Seen, observe
-from actsparse.observe.skippable import skippable, skippable_products
+from actsparse.observe.skipped import skippable, skippable_products
 from actsparse.observe.trials import TRIALS
 from actsparse.observe.watch import MEASURES
 

@@ -120,7 +120,7 @@ def perturb(
     sample that still has no gradient takes no step.
 
     Args:
-        model, predict: as in :func:`actsparse.observe.robustness.robustness`.
+        model, predict: as in :func:`actsparse.observe.robustness`.
         batch: a dict, tuple or list that holds the inputs, a float tensor [B, ...].
         attack: which.
         key: of the inputs in ``batch``; None: its only float tensor.

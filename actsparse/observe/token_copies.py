@@ -60,7 +60,7 @@ def token_copies(
 ) -> CopiesTrace:
     """The trace for up, gate and down of ``blocks``, as a mean over ``probes`` draws.
 
-    Arguments are those of :func:`actsparse.observe.measure.measure`; ``parameters`` tell the
+    Arguments are those of :func:`actsparse.measure`; ``parameters`` tell the
     device and that the loss depends on the model, and change no number.
 
     Raises:

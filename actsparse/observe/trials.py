@@ -1,6 +1,6 @@
 """Trials: what comes of disturbing a model's inputs, features, weights or gradients on purpose.
 
-Each is asked of :func:`actsparse.observe.measure.measure` by name, with options that are plain
+Each is asked of :func:`actsparse.measure` by name, with options that are plain
 values, so that they can stand in a run's config and in its record. What was tried and what came
 of it are rows of plain values.
 """
@@ -20,10 +20,10 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.attack import Attack, Bounds, perturb
-from actsparse.observe.covering import covering
+from actsparse.observe.coverage import covering
+from actsparse.observe.disturbances import RelativeNoise, robustness
 from actsparse.observe.loss import LossFn, Reduction
-from actsparse.observe.pruning import pruning
-from actsparse.observe.robustness import RelativeNoise, robustness
+from actsparse.observe.magnitude_pruning import pruning
 from actsparse.observe.watch import Mask
 
 Rows = list[dict[str, Any]]
@@ -59,7 +59,7 @@ class On:
 
 @dataclass(frozen=True)
 class RobustnessTrial(Trial):
-    """Loss and accuracy, clean and disturbed: :func:`actsparse.observe.robustness.robustness`.
+    """Loss and accuracy, clean and disturbed: :func:`actsparse.observe.robustness`.
 
     ``against`` holds what :func:`disturbance_of` takes; ``bounds`` what :func:`bounds_of` does.
     """
@@ -107,7 +107,7 @@ class RobustnessTrial(Trial):
 
 @dataclass(frozen=True)
 class CoveringTrial(Trial):
-    """How far weight noise covers an attack: :func:`actsparse.observe.covering.covering`.
+    """How far weight noise covers an attack: :func:`actsparse.observe.covering`.
 
     The twins that ``attack`` makes of all batches are kept until the end. Rows say which attack,
     and ``rho``.
@@ -158,7 +158,7 @@ class CoveringTrial(Trial):
 
 @dataclass(frozen=True)
 class PruningTrial(Trial):
-    """Small effective gradients dropped: :func:`actsparse.observe.pruning.pruning`.
+    """Small effective gradients dropped: :func:`actsparse.observe.pruning`.
 
     In all parameters that require gradients, so not of a model that is frozen as a whole.
     """

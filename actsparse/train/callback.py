@@ -62,7 +62,7 @@ class SparsityCallback(TrainerCallback):
     - ``on_step`` is called with the number of optimizer steps done, after each; ``interrupted`` is
       asked whether to end there, with a checkpoint.
     - ``accelerate`` lets the MLP blocks of ``handle`` run sparse in training, exactly
-      (:func:`actsparse.kernels.accelerate`): True where that is faster, ``"sparse"`` at any
+      (:func:`actsparse.accelerate`): True where that is faster, ``"sparse"`` at any
       density. ``accelerated`` is its handle, to print, also after training. What ``seen`` reads
       needs the whole hidden layer, so its blocks run dense while it watches: in evaluations that
       Trainer schedules, and of the training steps in every ``logging_steps``-th and the last. The

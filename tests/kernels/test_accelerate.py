@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from actsparse import SwapActivation, ZerothBias, find_mlp_blocks, observe, sparsify
 from actsparse.kernels import accelerate, build
-from actsparse.kernels.accelerate import Accelerated
+from actsparse.kernels.accelerated import Accelerated
 from actsparse.kernels.choose import Trial, Trials
 from actsparse.kernels.plan import EVERY, MANY
 from tests.zoo import BY_ID, call

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.observe.attack import Attack, perturb
+from actsparse.observe.disturbances import robustness
 from actsparse.observe.loss import sample_losses
-from actsparse.observe.robustness import robustness
 from tests.observe.test_robustness import Batch, net, predict
 
 C = 4

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from actsparse import ZerothBias, find_mlp_blocks, sparsify
 from actsparse.observe.attack import Attack, perturb
-from actsparse.observe.covering import covering
+from actsparse.observe.coverage import covering
 from tests.observe.brute import D, H
 from tests.observe.test_curvature_models import gpt2
 from tests.observe.test_robustness import Batch, T, net, predict

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from actsparse import ZerothBias, find_mlp_blocks, sparsify
 from actsparse.kernels import accelerate
 from actsparse.observe.attack import Attack, perturb
-from actsparse.observe.covering import covering
+from actsparse.observe.coverage import covering
+from actsparse.observe.disturbances import RelativeNoise, robustness
 from actsparse.observe.loss import IGNORE
-from actsparse.observe.robustness import RelativeNoise, robustness
 from tests.observe.brute import D, Mlp
 from tests.observe.test_measure import half_way, state
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actsparse_lab.records import RecordError, Run, read_runs
-from actsparse_lab.report.compare import Table, compare, loss_drop, t_interval, to_json
+from actsparse_lab.report.comparison import Table, compare, loss_drop, t_interval, to_json
 from actsparse_lab.report.page import markdown_table
 
 AddRun = Callable[..., Run]

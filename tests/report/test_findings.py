@@ -14,7 +14,7 @@ import pytest
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report import findings_in, markdown_reproduction, write_report
 from actsparse_lab.report.claims import CLAIMS
-from actsparse_lab.report.compare import INFERENCE, QUALITY
+from actsparse_lab.report.comparison import INFERENCE, QUALITY
 from actsparse_lab.report.findings import (
     Arms,
     Experiment,

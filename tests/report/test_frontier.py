@@ -20,10 +20,10 @@ from actsparse_lab.campaigns import frontier as plans
 from actsparse_lab.records import RecordError, RecordWriter, read_runs, run_path
 from actsparse_lab.report import boards, markdown_frontier, markdown_scoreboard, write_report
 from actsparse_lab.report import frontier as rules
-from actsparse_lab.report.compare import t_interval
+from actsparse_lab.report.board import summary
+from actsparse_lab.report.comparison import t_interval
 from actsparse_lab.report.frontier import Board, beyond, board
 from actsparse_lab.report.frontier_page import sections
-from actsparse_lab.report.scoreboard import summary
 from actsparse_lab.tasks import ARMS
 from tests.report.frontier_records import WHERE, Made, ordinary, write_task
 

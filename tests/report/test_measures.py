@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from actsparse_lab.cli.report import report
 from actsparse_lab.records import RecordError, RecordWriter, Run, read_run, read_runs, run_path
-from actsparse_lab.report.compare import compare, to_json
+from actsparse_lab.report.comparison import compare, to_json
 from actsparse_lab.report.measures import Measured, Theory, read_measures, read_spectra, theory_of
 from actsparse_lab.report.words import curvature_table, how_text, identity_text
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from actsparse.observe.spectrum import MarchenkoPastur
 from actsparse_lab.records import Run, read_run, read_runs
 from actsparse_lab.report import plots, theory, write_report
-from actsparse_lab.report.compare import compare
+from actsparse_lab.report.comparison import compare
 from actsparse_lab.report.theory import THEORY, marchenko_pastur
 
 AddRun = Callable[..., Run]

@@ -21,7 +21,7 @@ from actsparse import MLPBlock, find_mlp_blocks
 from actsparse.bench.arranged import arrange, arranged, thresholds
 from actsparse.bench.model import _step
 from actsparse.kernels import accelerate
-from actsparse.kernels.accelerate import Mode
+from actsparse.kernels.accelerated import Mode
 from actsparse_lab.bench.gpu_mlp import Place, Program, Row
 
 MODELS = (("llama", 0.05), ("vit-b", 0.01), ("vit-b", 0.05), ("llama", 0.01))

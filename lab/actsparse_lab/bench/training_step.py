@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsparse import observe, sparsify
+from actsparse import observe
 from actsparse.bench.timing import interleaved, ratio
+from actsparse.modify import sparsify
 
 # ViT-S/16 at 224: 12 blocks, D = 384, H = 1536, T = 197
 VIT_S = {

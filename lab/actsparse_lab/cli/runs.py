@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.cli.measure import model_at
+from actsparse.cli.measure import saved_model
 from actsparse_lab.records import Run, read_run, run_measures_path
 
 
@@ -79,7 +79,7 @@ def trained_at(folder: Path, told: Callable[[str], None]) -> tuple[Any, Run] | N
     """
     run = record_at(folder)
     try:
-        return model_at(weights_in(folder)), run
+        return saved_model(weights_in(folder)), run
     except ValueError as error:
         told(f"passed over: {error}")
         return None

@@ -83,8 +83,8 @@ def _times(models: dict[str, Any], infer: Callable[[Any], object], rounds: int) 
 
     import torch
 
-    from actsparse import accelerate
     from actsparse.bench.timing import interleaved, ratio
+    from actsparse.kernels import accelerate
     from actsparse_lab.bench.trained import WARM, in_words
 
     programs: dict[str, Callable[[], object]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actsparse.cli.measure import model_at
+from actsparse.cli.measure import saved_model
 from actsparse_lab.cli.runs import record_at, task_batches, trained_at, weights_in
 
 
@@ -21,7 +21,7 @@ def trained_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from actsparse_lab.engine.tasks import task_of
 
     run = record_at(folder)
-    model = model_at(weights_in(folder))
+    model = saved_model(weights_in(folder))
     task, size = task_of(run.task), recorded_config(run).batch_size
     predict, test, *_ = task_batches(model, run, None, "test", sys.maxsize, size)
     _, (batch, *_), *_ = task_batches(model, run, None, "train", size, size)

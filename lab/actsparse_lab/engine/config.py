@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from actsparse.modify import Recipe, recipe_named
 from actsparse.observe import CURVATURES, MEASURES, TRIALS
-from actsparse.observe.measure import checked_options
+from actsparse.observe.measuring import checked_options
 from actsparse.values import (
     Above0,
     AtLeast0,

@@ -35,7 +35,7 @@ from actsparse.modify import (
     sparsify,
 )
 from actsparse.observe import Measures, measure, observe, skippable, skippable_products, spectra_of
-from actsparse.observe.measure import within_bounds
+from actsparse.observe.measuring import within_bounds
 from actsparse.train.callback import SparsityCallback
 from actsparse.train.loss import TrainingFailed
 from actsparse.train.processes import gathered, launched, meet, of_the_first

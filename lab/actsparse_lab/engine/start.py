@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from actsparse.modify import handle_of, load, merge_adapter
+from actsparse.modify.apply import is_peft_model
 from actsparse.modify.pretrained import pretrained
-from actsparse.modify.sparsify import is_peft_model
 
 
 def model_from(folder: str | Path) -> nn.Module:

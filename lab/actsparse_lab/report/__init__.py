@@ -5,9 +5,10 @@ Reads records only.
 
 from __future__ import annotations
 
+from actsparse_lab.report.board import boards, markdown_scoreboard, print_board
 from actsparse_lab.report.card import model_card
 from actsparse_lab.report.claims import CLAIMS
-from actsparse_lab.report.compare import Table, compare, plain, to_json
+from actsparse_lab.report.comparison import Table, compare, plain, to_json
 from actsparse_lab.report.frontier import frontiers_in
 from actsparse_lab.report.frontier_page import (
     markdown_frontier,
@@ -23,7 +24,6 @@ from actsparse_lab.report.reproduction import (
     print_findings,
     reproductions_in,
 )
-from actsparse_lab.report.scoreboard import boards, markdown_scoreboard, print_board
 from actsparse_lab.report.words import markdown_theory
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.benchmarks import Payoff
-from actsparse_lab.report.compare import Table
+from actsparse_lab.report.comparison import Table
 
 
 def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]]:

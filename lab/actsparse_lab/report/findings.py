@@ -18,7 +18,7 @@ from typing import Any, Literal
 from actsparse.untrusted import read_json
 from actsparse.values import Count, Name, Text, check
 from actsparse_lab.records import Entry, Run, write_whole
-from actsparse_lab.report.compare import Estimate
+from actsparse_lab.report.comparison import Estimate
 from actsparse_lab.report.plots import Picture
 from actsparse_lab.report.verdict import Claim, Verdict, verdict
 from actsparse_lab.report.words import amount

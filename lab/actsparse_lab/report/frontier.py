@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from actsparse.values import Count, Name, Text
 from actsparse_lab.records import Entry, Run, read_runs, write_whole
-from actsparse_lab.report.compare import (
+from actsparse_lab.report.comparison import (
     CONTROL,
     INFERENCE,
     QUALITY,

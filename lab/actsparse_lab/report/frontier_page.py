@@ -10,11 +10,7 @@ from typing import Any
 
 from actsparse_lab.records import Run, read_runs, write_whole
 from actsparse_lab.report import plots
-from actsparse_lab.report.compare import Table, compare, plain
-from actsparse_lab.report.frontier import HALF, Board, board
-from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.race import HEADS, race_note, race_picture, race_row, race_text, races
-from actsparse_lab.report.scoreboard import (
+from actsparse_lab.report.board import (
     RULE,
     boards,
     cells_of,
@@ -26,6 +22,10 @@ from actsparse_lab.report.scoreboard import (
     summary,
     table_line,
 )
+from actsparse_lab.report.comparison import Table, compare, plain
+from actsparse_lab.report.frontier import HALF, Board, board
+from actsparse_lab.report.plots import Picture
+from actsparse_lab.report.race import HEADS, race_note, race_picture, race_row, race_text, races
 from actsparse_lab.report.slim import SLIM_RULE, TITLE, markdown_slim, read_slim
 from actsparse_lab.report.words import markdown
 

@@ -15,7 +15,7 @@ from typing import Any
 from actsparse.untrusted import read_json
 from actsparse.values import Name, check
 from actsparse_lab.records import Entry, RecordError, Run, run_measures_path
-from actsparse_lab.report.compare import Estimate, Table, t_interval
+from actsparse_lab.report.comparison import Estimate, Table, t_interval
 
 SCHEMA = 1  # of measures.json
 KEYS = (

@@ -21,7 +21,7 @@ from actsparse.values import printable
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
 from actsparse_lab.report import plots
 from actsparse_lab.report.benchmarks import Payoff, benchmark_files, payoff_of
-from actsparse_lab.report.compare import Arm, Estimate, Table, compare, to_json
+from actsparse_lab.report.comparison import Arm, Estimate, Table, compare, to_json
 from actsparse_lab.report.facts import differences, facts
 from actsparse_lab.report.findings import Arms, Findings
 from actsparse_lab.report.frontier_page import Section, sections

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.compare import Estimate, Table
+from actsparse_lab.report.comparison import Estimate, Table
 from actsparse_lab.report.words import amount
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
-from actsparse_lab.report.compare import Table
+from actsparse_lab.report.comparison import Table
 from actsparse_lab.report.findings import Arms
 from actsparse_lab.report.frontier import best_vanilla, higher_is_better
 from actsparse_lab.report.plots import Picture

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from actsparse.values import Above0, Count, Name, Share, check
 from actsparse_lab.record_schema import Entry
-from actsparse_lab.report.compare import Estimate, t_interval
+from actsparse_lab.report.board import change_text, quality_text, table_line
+from actsparse_lab.report.comparison import Estimate, t_interval
 from actsparse_lab.report.frontier import Board
-from actsparse_lab.report.scoreboard import change_text, quality_text, table_line
 from actsparse_lab.report.speed import Factor, factor, factor_text, read_checked
 from actsparse_lab.report.words import NONE, amount, markdown
 

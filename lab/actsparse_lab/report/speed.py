@@ -12,7 +12,7 @@ from typing import Any, Literal
 from actsparse.untrusted import read_json
 from actsparse.values import Above0, Count, Name, Share, Text, check
 from actsparse_lab.record_schema import Entry
-from actsparse_lab.report.compare import t_interval
+from actsparse_lab.report.comparison import t_interval
 
 SPEED = "speed.json"
 _RATIO = {"value": Above0, "low": Above0, "high": Above0}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.compare import Table
+from actsparse_lab.report.comparison import Table
 from actsparse_lab.report.measures import number, read_spectra
 from actsparse_lab.report.plots import (
     INK,

@@ -60,7 +60,7 @@ from typing import Literal
 
 from scipy.special import stdtrit
 
-from actsparse_lab.report.compare import Estimate, t_interval
+from actsparse_lab.report.comparison import Estimate, t_interval
 
 SAME = 2.0**-40  # what float64 leaves of differences a few thousand times less than their terms
 RARER_THAN = 20  # a false *holds* in fewer than 1 of so many

@@ -8,7 +8,7 @@ from typing import Any
 
 from actsparse.values import printable
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.compare import Arm, Estimate, Table, t_interval
+from actsparse_lab.report.comparison import Arm, Estimate, Table, t_interval
 from actsparse_lab.report.measures import Drawn, Identity, Measured, Theory, number, read_measures
 
 NONE = "–"

@@ -9,27 +9,17 @@ from typing import Any
 from actsparse.observe import CURVATURES, TRIALS
 from actsparse.values import checked_arguments
 from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.tasks import digits, finetune, lm, t5, text, vit
 from actsparse_lab.tasks.arms import ARMS, Arm, arm_named, default_arms, ramped
-from actsparse_lab.tasks.digits import digits
-from actsparse_lab.tasks.finetune import digits_finetune, lm_finetune
-from actsparse_lab.tasks.lm import lm, lm_web
-from actsparse_lab.tasks.t5 import t5_c4, t5_c4_finetune, t5_web
-from actsparse_lab.tasks.text import text
-from actsparse_lab.tasks.vit import (
-    cifar10,
-    vit_cifar10,
-    vit_cifar10_finetune,
-    vit_imagenet,
-    vit_imagenet_finetune,
-)
 
 __all__ = ["ARMS", "EXPERIMENTS", "Arm", "arm_named", "default_arms", "run_config"]
 
 EXPERIMENTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     each.__name__: each
     for each in (
-        digits, text, lm, digits_finetune, lm_finetune, cifar10, vit_cifar10, t5_web, lm_web,
-        vit_cifar10_finetune, vit_imagenet, vit_imagenet_finetune, t5_c4, t5_c4_finetune,
+        digits.digits, text.text, lm.lm, finetune.digits_finetune, finetune.lm_finetune,
+        vit.cifar10, vit.vit_cifar10, t5.t5_web, lm.lm_web, vit.vit_cifar10_finetune,
+        vit.vit_imagenet, vit.vit_imagenet_finetune, t5.t5_c4, t5.t5_c4_finetune,
     )
 }  # fmt: skip
 

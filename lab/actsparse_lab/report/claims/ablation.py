@@ -24,7 +24,7 @@ from itertools import product
 
 from actsparse_lab.report.claims.dots import dots
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
-from actsparse_lab.report.compare import INFERENCE
+from actsparse_lab.report.comparison import INFERENCE
 from actsparse_lab.report.findings import (
     OURS,
     V2,

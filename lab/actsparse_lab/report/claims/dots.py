@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.compare import INFERENCE, QUALITY
+from actsparse_lab.report.comparison import INFERENCE, QUALITY
 from actsparse_lab.report.findings import Arms
 from actsparse_lab.report.measures import number
 from actsparse_lab.report.plots import DARK, INK, LIGHT, PAPER, WIDTH, new_figure, render

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from actsparse_lab.records import Run
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.compare import CONTROL, MARGIN, QUALITY, REFERENCE
+from actsparse_lab.report.comparison import CONTROL, MARGIN, QUALITY, REFERENCE
 from actsparse_lab.report.findings import (
     OURS,
     V1,

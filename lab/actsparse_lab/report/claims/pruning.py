@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.claims.ends import final
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.compare import CONTROL, MARGIN, QUALITY, REFERENCE, SUBJECT, TRAINING
+from actsparse_lab.report.comparison import CONTROL, MARGIN, QUALITY, REFERENCE, SUBJECT, TRAINING
 from actsparse_lab.report.findings import (
     OURS,
     V2,

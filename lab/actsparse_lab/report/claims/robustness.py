@@ -24,7 +24,7 @@ from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
 from actsparse_lab.report.claims.ends import final
 from actsparse_lab.report.claims.sparser import SPARED
-from actsparse_lab.report.compare import MARGIN
+from actsparse_lab.report.comparison import MARGIN
 from actsparse_lab.report.findings import OURS, V1, Arms, Effects, Experiment, Question, within
 from actsparse_lab.report.measures import number
 from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH, Picture

@@ -9,7 +9,7 @@ import math
 from typing import Literal
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.compare import CONTROL, INFERENCE, MARGIN, QUALITY, REFERENCE, TRAINING
+from actsparse_lab.report.comparison import CONTROL, INFERENCE, MARGIN, QUALITY, REFERENCE, TRAINING
 from actsparse_lab.report.findings import OURS, Question, difference, log_ratio, paired
 from actsparse_lab.report.measures import number
 from actsparse_lab.report.verdict import Claim

@@ -20,7 +20,7 @@ from typing import Any
 
 from actsparse_lab.report.claims.ends import at_end
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
-from actsparse_lab.report.compare import INFERENCE, QUALITY
+from actsparse_lab.report.comparison import INFERENCE, QUALITY
 from actsparse_lab.report.findings import (
     OURS,
     V1,

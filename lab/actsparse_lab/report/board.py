@@ -11,7 +11,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from actsparse_lab.records import RecordError
-from actsparse_lab.report.compare import BEST, Estimate
+from actsparse_lab.report.comparison import BEST, Estimate
 from actsparse_lab.report.frontier import (
     CONTROL,
     FEWER,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsparse.blocks.block import MLPBlock, base_layer, on_meta, unwrap
-from actsparse.blocks.chosen import blocks_of, found_with
+from actsparse.blocks.block import MLPBlock, base_layer, on_meta
+from actsparse.blocks.chosen import blocks_of, found_with, handle_on
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.curvature_product import LossSurface
@@ -289,8 +289,7 @@ def _of_gradients(name: str) -> bool:
 def _blocks(
     model: nn.Module, inputs: Any, blocks: Iterable[MLPBlock] | None, first: Any
 ) -> list[MLPBlock]:
-    handle = unwrap(model).__dict__.get("_actsparse_handle")
-    if inputs is not None or blocks is not None or handle is not None:
+    if inputs is not None or blocks is not None or handle_on(model) is not None:
         return blocks_of(model, inputs, blocks, "measure")
     try:
         return list(found_with(model, first, "measure", stacklevel=4))
