@@ -10,26 +10,14 @@ from typing import Annotated
 import typer
 
 from actsparse_lab.cli.options import (
-    Accelerate,
-    BatchSize,
+    Config,
     Data,
-    EvalEvery,
-    LogEvery,
-    Lr,
-    MeasureEvery,
-    Measures,
-    Model,
     Quick,
     Settings,
     Start,
     Steps,
     Task,
-    Threads,
-    Tokenizer,
-    WeightDecay,
     chosen,
-    given_of,
-    names,
 )
 
 
@@ -51,21 +39,11 @@ def compare(
         int | None,
         typer.Option(help="Runs at a time.", min=1, show_default="cores"),
     ] = None,
-    threads: Threads = 1,
     quick: Quick = False,
     data: Data = None,
-    tokenizer: Tokenizer = None,
     start: Start = None,
     steps: Steps = None,
-    lr: Lr = None,
-    weight_decay: WeightDecay = None,
-    batch_size: BatchSize = None,
-    model: Model = None,
-    log_every: LogEvery = None,
-    eval_every: EvalEvery = None,
-    measures: Measures = None,
-    measure_every: MeasureEvery = None,
-    accelerate: Accelerate = False,
+    config: Config = None,
     given: Settings = None,
     json: Annotated[
         bool, typer.Option("--json", help="Print the table as JSON; progress goes to stderr.")
@@ -82,7 +60,7 @@ def compare(
 
       actsparse compare --task lm --arms vanilla,paper,norm-floor --seeds 5
 
-      actsparse compare --arms vanilla,paper --measures flatness,gradient,spectrum
+      actsparse compare --arms vanilla,paper --set measures=flatness,gradient,spectrum
 
       actsparse compare --arms vanilla,paper --steps 100 --json
 
@@ -103,19 +81,7 @@ def compare(
         return
     asked = default_arms(task) if arms is None else tuple(dict.fromkeys(arms.split(",")))
     out = out or Path("runs") / task
-    overrides = given_of(
-        steps=steps,
-        lr=lr,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        start=start,
-        log_every=log_every,
-        eval_every=eval_every,
-        measures=names(measures),
-        active_every=measure_every,
-        accelerate=accelerate,
-    )
-    overrides |= chosen(task, quick, model, data, tokenizer, given)
+    overrides, threads = chosen(task, quick, data, start, steps, config, given)
     configs = [
         run_config(task, arm.strip(), seed, **overrides) for seed in range(seeds) for arm in asked
     ]

@@ -102,7 +102,7 @@ def frontier(
             plans[name] = race(seeds=seeds, steps=steps, data=places.get(task))
         else:
             plans[name] = runs_of(
-                name, arms=names(arms), seeds=seeds, steps=steps, data=places.get(task)
+                name, arms=arms and names(arms), seeds=seeds, steps=steps, data=places.get(task)
             )
     if not plans:
         raise ValueError("nothing to do: no task that was asked for has its data")

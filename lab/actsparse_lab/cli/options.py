@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from actsparse.untrusted import parse_json
-from actsparse.values import shown
+from actsparse.untrusted import parse_json, read_bytes
+from actsparse.values import Count, check, shown
 
 Task = Annotated[
     str,
@@ -27,10 +31,6 @@ Data = Annotated[
         "shards of text: a folder, file, glob or address of JSON lines, as C4's."
     ),
 ]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="For text: T5's spiece.model, vocab.json by merges.txt, a folder, or bytes."),
-]
 Start = Annotated[
     str | None,
     typer.Option(
@@ -39,46 +39,22 @@ Start = Annotated[
         "stands for the seed.",
     ),
 ]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the task's")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Any other setting, such as --set micro_batch=64 --set data.repeats=1 --set "
-        "lora=null; values as in JSON. It wins over an option.",
+        help="Any other setting of a run, such as --set lr=1e-3 --set batch_size=64 --set "
+        "model.hidden_size=256 --set data.tokenizer=spiece.model --set measures=flatness,gradient "
+        "--set lora=null --set threads=2; values as in JSON. `--set help` lists them.",
         metavar="NAME=VALUE",
     ),
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="The same settings from a TOML or JSON file; --set wins over it."),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads of a run.", min=1, show_default="1")]
-_OWN = "the task's"
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default=_OWN)]
-Lr = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default=_OWN)]
-WeightDecay = Annotated[float | None, typer.Option(help="AdamW's.", show_default=_OWN)]
-BatchSize = Annotated[int | None, typer.Option(help="Rows in a batch.", show_default=_OWN)]
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="Settings of the model to change, such as hidden_size=256,intermediate_size=1024.",
-        show_default=_OWN,
-    ),
-]
-LogEvery = Annotated[int | None, typer.Option(help="Steps between logs.", show_default=_OWN)]
-EvalEvery = Annotated[
-    int | None, typer.Option(help="Steps between validations.", show_default=_OWN)
-]
-Measures = Annotated[
-    str | None,
-    typer.Option(
-        help="With commas between: density, flatness, gradient, noise, spectrum, magnitudes, "
-        "occupancy (of S-shapes), read in each pass; gauss_newton, hessian, token_copies, "
-        "top_eigenvalue, robustness, covering, pruning, "
-        'by passes of their own. With options: --set \'active={"gradient": {"epsilon": 1e-4}}\'.',
-        show_default="density",
-    ),
-]
-MeasureEvery = Annotated[
-    int | None,
-    typer.Option(help="Steps between the latter.", min=1, show_default="start and end alone"),
-]
 Accelerate = Annotated[
     bool,
     typer.Option(
@@ -87,60 +63,82 @@ Accelerate = Annotated[
         "tasks' own, stay dense. Training density is then that of the logged steps.",
     ),
 ]
+_GROUPS = ("model", "data", "lora")
+_OWN_OPTION = {"task", "arm", "seed", "quick"}
 
 
-def names(text: str | None) -> tuple[str, ...] | None:
-    """The names in ``a,b``; None stays None."""
-    return None if text is None else tuple(name.strip() for name in text.split(","))
+def names(text: str) -> tuple[str, ...]:
+    """The names in ``a,b``."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def chosen(
     task: str,
     quick: bool,
-    model: str | None,
     data: str | None,
-    tokenizer: str | None,
+    start: str | None,
+    steps: int | None,
+    file: Path | None,
     given: list[str] | None,
-) -> dict[str, Any]:
-    """Overrides of `run_config` out of options; a ``name=value`` wins over its own option.
+) -> tuple[dict[str, Any], int]:
+    """Overrides of `run_config` out of options, and the threads of a run.
 
     Raises:
-        ValueError: text that is no ``name=value``, or a name that the task does not have.
+        ValueError: text that is no ``name=value``, a file that is no table of settings, or a name
+            that the task does not have.
     """
+    from actsparse_lab.engine.config import RunConfig
     from actsparse_lab.tasks import EXPERIMENTS
 
     if task not in EXPERIMENTS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(EXPERIMENTS)}")
+    if "help" in (given or ()):
+        known = {each.name for each in fields(RunConfig)} - {*_OWN_OPTION, "recipe"}
+        typer.echo("\n".join(sorted({*known, "threads"})))
+        raise typer.Exit
     own = EXPERIMENTS[task](quick)
-    found: dict[str, Any] = {"quick": quick}
-    known = own["model"]
-    if model is not None and not known:
-        raise ValueError(f"{task} takes the model that --from names, as it is; --model is not its")
-    for part in () if model is None else model.split(","):
-        name, value = _pair("--model", part)
-        if name not in known:
-            raise ValueError(
-                f"unknown setting {name!r} of {task}'s model; known: {', '.join(known)}"
-            )
-        found.setdefault("model", {})[name] = value
-    place = "path" if "path" in own.get("data", {}) else "shards"
-    for name, path in ((place, data), ("tokenizer", tokenizer)):
-        if path is not None:
-            if name not in own.get("data", {}):
-                raise ValueError(f"{task} brings its own data; --data and --tokenizer are not its")
-            found.setdefault("data", {})[name] = path
-    for part in given or ():
-        name, value = _pair("--set", part)
+    found: dict[str, Any] = {"quick": quick} | given_of(steps=steps, start=start)
+    if data is not None:
+        place = "path" if "path" in own.get("data", {}) else "shards"
+        if place not in own.get("data", {}):
+            raise ValueError(f"{task} brings its own data; --data is not its")
+        found["data"] = {place: data}
+    in_file = () if file is None else _settings_in(file)
+    for where, name, value in (*in_file, *(("--set", *_pair(each)) for each in given or ())):
+        if name in _OWN_OPTION:
+            raise ValueError(f"{where} {name}: it has an option of its own, --{name}")
         group, _, inner = name.partition(".")
-        if name in ("task", "arm", "seed", "quick"):
-            raise ValueError(f"--set {name}: it has an option of its own, --{name}")
-        if inner and group in ("model", "data", "lora"):
+        if inner and group in _GROUPS:
+            if group == "model" and not own["model"]:
+                raise ValueError(f"{where} {name}: {task} takes the model that --from names")
             if not isinstance(held := found.setdefault(group, {}), dict):
-                raise ValueError(f"--set {name}: {group} was set to {shown(held)} before")
+                raise ValueError(f"{where} {name}: {group} was set to {shown(held)} before")
             held[inner] = value
+        elif name == "measures" and isinstance(value, str):
+            found[name] = names(value)
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
-    return found
+    threads: int = found.pop("threads", 1)
+    check("--set threads", threads, Count)
+    return found, threads
+
+
+def _settings_in(file: Path) -> Iterator[tuple[str, str, Any]]:
+    """Each setting of a file: where it stands, its name and its value."""
+    where, content = f"{file}:", read_bytes(file)
+    try:
+        table = tomllib.loads(content.decode()) if file.suffix == ".toml" else None
+    except ValueError as error:
+        raise ValueError(f"{file} is no TOML: {error}") from error
+    table = parse_json(content, str(file)) if table is None else table
+    if not isinstance(table, dict):
+        raise ValueError(f"{file}: expected a table of settings, such as lr = 1e-3")
+    for name, value in table.items():
+        if name in _GROUPS and isinstance(value, dict):
+            for inner, each in value.items():
+                yield where, f"{name}.{inner}", each
+        else:
+            yield where, name, value
 
 
 def given_of(**options: Any) -> dict[str, Any]:
@@ -152,11 +150,11 @@ def given_of(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _pair(option: str, text: str) -> tuple[str, Any]:
+def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = (each.strip() for each in text.partition("="))
     if not (name and equals and value):
-        raise ValueError(f"{option} {text!r}: expected name=value, such as hidden_size=256")
+        raise ValueError(f"--set {text!r}: expected name=value, such as model.hidden_size=256")
     try:
-        return name, parse_json(value.encode(), option)
+        return name, parse_json(value.encode(), "--set")
     except ValueError:
         return name, value

@@ -11,25 +11,14 @@ import typer
 
 from actsparse_lab.cli.options import (
     Accelerate,
-    BatchSize,
+    Config,
     Data,
-    EvalEvery,
-    LogEvery,
-    Lr,
-    MeasureEvery,
-    Measures,
-    Model,
     Quick,
     Settings,
     Start,
     Steps,
     Task,
-    Threads,
-    Tokenizer,
-    WeightDecay,
     chosen,
-    given_of,
-    names,
 )
 
 
@@ -48,22 +37,10 @@ def train(
     ] = None,
     quick: Quick = False,
     data: Data = None,
-    tokenizer: Tokenizer = None,
     start: Start = None,
     steps: Steps = None,
-    lr: Lr = None,
-    weight_decay: WeightDecay = None,
-    batch_size: BatchSize = None,
-    model: Model = None,
-    log_every: LogEvery = None,
-    eval_every: EvalEvery = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.", show_default="the task's")
-    ] = None,
-    measures: Measures = None,
-    measure_every: MeasureEvery = None,
     accelerate: Accelerate = False,
-    threads: Threads = 1,
+    config: Config = None,
     given: Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -81,7 +58,7 @@ def train(
 
       torchrun --nproc_per_node 8 -m actsparse train --task vit_imagenet --data imagenet
 
-      torchrun --nproc_per_node 8 -m actsparse train --task t5_c4 --data c4 --tokenizer t5.model
+      torchrun --nproc_per_node 8 -m actsparse train --task t5_c4 --data c4 --config t5.toml
     """
     from json import dumps
 
@@ -95,23 +72,11 @@ def train(
     out = out or Path("runs") / task
     if arm is None:
         arm = "paper-finetune" if task.endswith("_finetune") else "best"
-    overrides = given_of(
-        steps=steps,
-        lr=lr,
-        weight_decay=weight_decay,
-        batch_size=batch_size,
-        start=start,
-        log_every=log_every,
-        eval_every=eval_every,
-        save_every=save_every,
-        measures=names(measures),
-        active_every=measure_every,
-        accelerate=accelerate,
-    )
-    overrides |= chosen(task, quick, model, data, tokenizer, given)
-    config = run_config(task, arm, seed, **overrides)
+    overrides, threads = chosen(task, quick, data, start, steps, config, given)
+    overrides |= {"accelerate": True} if accelerate else {}
+    asked = run_config(task, arm, seed, **overrides)
     place = run_path(out, arm, seed)
-    run = finished_run(config, out)
+    run = finished_run(asked, out)
     before = run is not None
     first = launched()[0] == 0
     console = Terminal(stderr=json, quiet=not first)
@@ -129,10 +94,14 @@ def train(
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()  # it remarks on configs that were made up
         command = shlex.join(["actsparse", *sys.argv[1:]])
-        with following(config, console) as tell:
+        with following(asked, console) as tell:
             try:
                 run = train_run(
-                    config, out, command=command, on_step=tell, told=lambda said: _warn(said, first)
+                    asked,
+                    out,
+                    command=command,
+                    on_step=tell,
+                    told=lambda said: _warn(said, first),
                 )
             except Interrupted as interrupted:
                 _warn(f"Stopped: {interrupted}", first)
