@@ -66,10 +66,20 @@ def room_of(path: Path, package: Path = PACKAGE) -> str:
     return path.relative_to(package).parts[0].removesuffix(".py")
 
 
-def imported_names(path: Path, package: Path = PACKAGE) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, wherever it stands."""
+def imported_names(
+    path: Path, package: Path = PACKAGE, typing: bool = True
+) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a file, wherever it stands; ``typing``: also those
+    for type checkers alone."""
     here = (package.name, *path.relative_to(package).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if not typing:
+        tree.body = [
+            node
+            for node in tree.body
+            if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        ]
+    for node in ast.walk(tree):
         match node:
             case ast.Import():
                 for alias in node.names:
@@ -153,6 +163,28 @@ def test_imports_going_down_are_not_complained_about(tmp_path: Path) -> None:
         (package / "cli").mkdir(parents=True)
         (package / "cli" / "main.py").write_text(text)
         assert violations(package) == []
+
+
+@pytest.mark.parametrize("package", [PACKAGE, LABORATORY], ids=lambda path: path.name)
+def test_no_module_imports_itself_through_others(package: Path) -> None:
+    paths = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts): path
+        for path in package.rglob("*.py")
+        if path.stem != "__init__"
+    }
+    above = {}
+    for name, path in paths.items():
+        wanted = [each for _, each in imported_names(path, package, typing=False)]
+        above[name] = {
+            module
+            for each in wanted
+            for module in (each, each.rpartition(".")[0])
+            if module in paths
+        }
+    while lowest := [name for name, wanted in above.items() if not wanted & set(above)]:
+        for name in lowest:
+            del above[name]
+    assert sorted(above) == []  # what is left imports itself, or what does
 
 
 def test_files_are_short_and_say_what_they_are_for() -> None:

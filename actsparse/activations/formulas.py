@@ -28,14 +28,6 @@ class ActivationFunction:
     silent: bool = False
     same_zeros: bool = False
 
-    def __reduce__(self) -> Any:
-        from actsparse.activations.names import known_as, named  # names are made of functions
-
-        # ours pickle by name, so that models that use them pickle
-        if known_as(self.name) is self:
-            return named, (self.name,)
-        return super().__reduce__()
-
 
 def _above(z: Tensor, threshold: float) -> Tensor:
     """z where z > threshold ≥ 0, else 0; NaN where z is NaN."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from actsparse.activations.formulas import (
     ACTIVATIONS,
@@ -227,3 +228,13 @@ def shifted_s_shape(
     's_shape(dx=0, dy=1.6)'
     """
     return with_numbers("s_shape", dx=dx, dy=dy, half_width=half_width)
+
+
+def _pickled(function: ActivationFunction) -> Any:
+    """Ours pickle and copy by name, so that models that use them do."""
+    if known_as(function.name) is function:
+        return named, (function.name,)
+    return object.__reduce_ex__(function, 4)
+
+
+copyreg.pickle(ActivationFunction, _pickled)

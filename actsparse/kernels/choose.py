@@ -14,8 +14,8 @@ from torch import Tensor
 from actsparse.activations import named
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.stages import NORMS, token_norm
-from actsparse.kernels.forms import form_of
-from actsparse.kernels.mlp import FEW, prepare, sparse_mlp
+from actsparse.kernels.forms import FEW, form_of
+from actsparse.kernels.mlp import prepare, sparse_mlp
 
 NEAR = 1.25  # densities within this factor of each other share a trial
 MARGIN = 1.05  # a program takes over from dense where it is faster by this much, leaves below 1

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from actsparse.activations import known_as, numbers_of
 
+FEW = 16  # tokens, up to which a GPU decodes
 FUSED = ("relu", "jsrelu", "squared_relu")  # in the order of cpu/kernels.h
 
 

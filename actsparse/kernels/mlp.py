@@ -16,10 +16,8 @@ from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
 from actsparse.kernels import ops
-from actsparse.kernels.forms import Form, form_of
+from actsparse.kernels.forms import FEW, Form, form_of
 from actsparse.kernels.row_norms import row_norms
-
-FEW = 16  # tokens, up to which a GPU decodes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from actsparse.blocks.stages import OnNorms
 from actsparse.kernels import build, ops
 from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
 from actsparse.kernels.fit import Fit
-from actsparse.kernels.mlp import FEW, Prepared, prepare, sparse_mlp
+from actsparse.kernels.forms import FEW
+from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
 
 Mode = Literal["auto", "sparse", "screened"]
 EVERY = 64  # calls between two looks at the density where looking costs something

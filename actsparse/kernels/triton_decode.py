@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.library import custom_op
 
 from actsparse.activations import named
+from actsparse.kernels.forms import FEW as MOST
 from actsparse.kernels.forms import form_of
-from actsparse.kernels.mlp import FEW as MOST
 from actsparse.kernels.triton_launch import INTERPRETED, on_its_device, tuned
 
 TILE = 64

@@ -8,6 +8,7 @@ with the note's own words, and :func:`actsparse.load` reads the rest of it.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ class Note:
     """Stands in a config, and describes its model as it is when somebody asks."""
 
     quant_method = METHOD
+    # Both of the sidecar, which sets them: what it describes sets notes itself.
+    describe: Callable[[nn.Module], dict[str, Any]]
+    is_due: Callable[[nn.Module], bool]
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -30,15 +34,12 @@ class Note:
 
     def to_dict(self) -> dict[str, Any] | None:
         """What a process without actsparse takes for a quantisation it cannot have."""
-        # here, as the changes that this describes set notes themselves
-        from actsparse.modify.sidecar import describe_noted
-
         model = self._model()
         if model is None or self._asked:  # describing a model asks for its config
             return None
         self._asked = True
         try:
-            said = describe_noted(model)
+            said = self.describe(model)
         finally:
             self._asked = False
         # transformers skips an unknown method, with a log line at most. With load_in_8bit it reads
@@ -60,9 +61,7 @@ class Note:
 
 def note_changes(model: nn.Module) -> None:
     """Let configs in ``model`` say whether its function is changed; call it after each change."""
-    from actsparse.modify.sidecar import changed
-
-    is_changed = changed(model)
+    is_changed = Note.is_due(model)
     for part in _saved_alone(model):
         own = vars(part.config).get(KEY)
         if own is None and is_changed:

@@ -16,7 +16,7 @@ from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.inputs import dummy_inputs
 from actsparse.modify.apply import is_peft_model
 from actsparse.modify.handle import handle_of
-from actsparse.modify.note import noted
+from actsparse.modify.note import Note, noted
 from actsparse.modify.prune_units import pruned_layers
 from actsparse.modify.rebuild import adapter_configs, how_to_build
 from actsparse.modify.recipe import Recipe
@@ -60,6 +60,10 @@ def changed(root: nn.Module) -> bool:
     handle, found = handle_of(root), thresholds_of(root)
     by_recipe = handle is not None and handle.changes_function
     return bool(by_recipe or (found is not None and found.in_force()) or pruned_layers(root))
+
+
+Note.describe = staticmethod(describe_noted)
+Note.is_due = staticmethod(changed)
 
 
 def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[str, Any]:

@@ -9,15 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from actsparse import files
 from actsparse_lab.engine.checkpoint import checkpoints, newest_whole
 from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.gradient_noise_config import GradientNoiseConfig
 from actsparse_lab.records import RecordError, Run, read_run, refusals, run_path
-
-if TYPE_CHECKING:
-    from actsparse_lab.engine.gradient_noise import GradientNoiseConfig
 
 ROOM = 64 * 2**20  # bytes that must be free before any run starts
 

@@ -134,7 +134,7 @@ def _soft_labels(model: PreTrainedModel, config: RunConfig) -> None:
 def _image_splits(config: RunConfig) -> Splits[Any]:
     ways = {name: value for name, value in config.data.items() if name not in _MIXING}
     ways |= {"steps": config.steps, "batch": config.batch_size, "seed": config.seed}
-    return image_splits(**checked_arguments(image_splits, _from_disk(ways, path="--data PATH"), "data"))
+    return image_splits(**checked_arguments(image_splits, _from_disk(ways, "path"), "data"))
 
 
 _MIXING = ("mixup", "cutmix")
@@ -208,7 +208,7 @@ def _bigram(splits: Splits[Any]) -> Scores:
 
 
 def _read(config: RunConfig) -> tuple[Corpus, Tokenizer, SpanRows | CausalRows]:
-    ways = dict(_from_disk(config.data, shards="--data PATH", tokenizer="--set data.tokenizer=PATH"))
+    ways = dict(_from_disk(config.data, "shards", "tokenizer"))
     check("data", ways, _SHARDS)
     found = corpus(ways.pop("shards"), ways.pop("validation", None))
     tokenizer, length = load_tokenizer(ways.pop("tokenizer")), ways.pop("length")
@@ -255,15 +255,22 @@ def _nats(kept: EvalPrediction) -> Scores:
     return {"loss": loss, "quality": loss}
 
 
-def _from_disk(ways: dict[str, Any], **needed: str) -> dict[str, Any]:
-    """``ways``, if they say where the data lie; ``needed`` are names and their options.
+_SAID_BY = {
+    "path": "--data PATH",
+    "shards": "--data PATH",
+    "tokenizer": "--set data.tokenizer=PATH",
+}
+
+
+def _from_disk(ways: dict[str, Any], *needed: str) -> dict[str, Any]:
+    """``ways``, if they say where the data lie.
 
     Raises:
         ValueError: it does not.
     """
-    for name, option in needed.items():
+    for name in needed:
         if not ways.get(name):
-            raise ValueError(f"this task reads data of yours: say where, {option}")
+            raise ValueError(f"this task reads data of yours: say where, {_SAID_BY[name]}")
     return ways
 
 
@@ -282,7 +289,7 @@ _DECODED = replace(
     _IMAGES,
     model=_beit,
     splits=lambda config: decoded_image_splits(
-        **checked_arguments(image_splits, _from_disk(config.data, path="--data PATH"), "data")
+        **checked_arguments(image_splits, _from_disk(config.data, "path"), "data")
     ),
     adapt=lambda model, config: None,
     collate=lambda config, info: default_data_collator,
