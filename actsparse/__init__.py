@@ -10,7 +10,6 @@ from actsparse.blocks import Blocks, MLPBlock, NoMLPFound, find_mlp_blocks
 from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import (
     ActivationPenalty,
-    FlatnessPenalty,
     Handle,
     LeaveOutMLP,
     NormFloor,
@@ -41,7 +40,6 @@ __all__ = [
     "Accelerated",
     "ActivationPenalty",
     "Blocks",
-    "FlatnessPenalty",
     "Handle",
     "LeaveOutMLP",
     "MLPBlock",

@@ -12,7 +12,7 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.running import OfThread
 from actsparse.blocks.site import Site, site_of
-from actsparse.modify.modification import Attached, Modification, Progress, Weighted
+from actsparse.modify.modification import Attached, Modification, Progress
 from actsparse.modify.schedule import Over, Ramp, Release, ramp_note
 from actsparse.values import AtLeast0
 
@@ -125,10 +125,12 @@ class _Values(OfThread):
         self.of_pass: list[tuple[Tensor, bool]] = []
 
 
-class _Penalised(Weighted):
+class _Penalised(Attached):
+    """``weight`` is the configured one times its schedules; at 0 it reads nothing."""
+
     def __init__(self, site: Site, note: str, config: ActivationPenalty) -> None:
-        super().__init__(site, note, config.weight, config.ramps())
-        self.config = config
+        super().__init__(site, note)
+        self.config, self.weight, self.reads = config, 0.0, False
         self.values = _Values()
         site.tap(self.collect, self.stages, in_training=True)
         self.update(Progress(0, None))
@@ -152,7 +154,15 @@ class _Penalised(Weighted):
     def update(self, progress: Progress) -> None:
         if progress.steps is not None:
             self.config.check_room(progress.steps)
-        super().update(progress)
+        self.weight = self.config.weight
+        for ramp in self.config.ramps():
+            self.weight *= ramp.value(progress.step, progress.steps)
+
+    @override
+    def settle(self) -> None:
+        if self.reads != bool(self.weight):
+            self.reads = bool(self.weight)
+            self.site.refresh()
 
     @override
     def penalty(self) -> Tensor | None:

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 from actsparse.activations import ActivationFunction
-from actsparse.modify.flatness_penalty import FlatnessPenalty
 from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification
 from actsparse.modify.norm_floor import NormFloor
@@ -23,7 +22,7 @@ MODIFICATIONS: dict[str, type[Modification]] = {
     cls.__name__: cls
     for cls in (
         ZerothBias, NormFloor, SwapActivation, TopK, WeightNoise, ActivationPenalty,
-        FlatnessPenalty, PruneGradient, LeaveOutMLP,
+        PruneGradient, LeaveOutMLP,
     )
 }  # fmt: skip
 
