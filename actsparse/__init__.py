@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from actsparse.kernels.accelerated import Accelerated, accelerate
     from actsparse.modify import (
         ActivationPenalty,
-        FlatnessPenalty,
         Handle,
         LeaveOutMLP,
         NormFloor,
@@ -47,7 +46,6 @@ __all__ = [
     "Accelerated",
     "ActivationPenalty",
     "Blocks",
-    "FlatnessPenalty",
     "Handle",
     "LeaveOutMLP",
     "MLPBlock",

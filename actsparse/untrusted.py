@@ -64,7 +64,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = JSON_LIMIT) -> bytes:
     return content
 
 
-def read_json(path: str | os.PathLike[str], limit: int = JSON_LIMIT) -> Any:
+def read_json(path: str | os.PathLike[str]) -> Any:
     """The plain values in a JSON file.
 
     Raises:
@@ -77,7 +77,7 @@ def read_json(path: str | os.PathLike[str], limit: int = JSON_LIMIT) -> Any:
     actsparse.values.BadValue: cannot read /dev/null: is a device, not a regular file
     """
     try:
-        content = read_bytes(path, limit)
+        content = read_bytes(path)
     except FileNotFoundError:
         raise
     except OSError as error:

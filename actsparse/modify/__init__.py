@@ -5,7 +5,6 @@ from __future__ import annotations
 from actsparse.modify.adapters import load_adapter, lora_config, merge_adapter, save_adapter
 from actsparse.modify.apply import sparsify
 from actsparse.modify.decay import decay_groups
-from actsparse.modify.flatness_penalty import FlatnessPenalty
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification, NotApplicable
@@ -24,7 +23,6 @@ from actsparse.modify.zeroth_bias import ZerothBias
 __all__ = [
     "RECIPES",
     "ActivationPenalty",
-    "FlatnessPenalty",
     "Handle",
     "LeaveOutMLP",
     "Modification",

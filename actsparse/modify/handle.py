@@ -15,7 +15,6 @@ from actsparse.blocks.chosen import HANDLE
 from actsparse.blocks.running import running_calls
 from actsparse.blocks.sharding import sharded
 from actsparse.modify.clock import Clock
-from actsparse.modify.differentiate import differentiate
 from actsparse.modify.follow import Changes, Following, optimizers_in
 from actsparse.modify.modification import Attached, Modification, Progress
 from actsparse.modify.note import note_changes
@@ -177,12 +176,10 @@ class Handle:
             attached.settle()
 
     def _say_unclaimed(self, whose: str, stacklevel: int) -> None:
-        unclaimed = [config for config, attached in self._attached if attached.unclaimed]
-        if unclaimed and not self._asked:
-            given = "loss" if any(config.needs_loss for config in unclaimed) else ""
+        if not self._asked and any(attached.unclaimed for _, attached in self._attached):
             self._warn_once(
                 f"recipe {self.recipe.name!r} has a penalty that {whose} loss lacked: "
-                f"loss = loss + handle.penalty({given}), before backward",
+                "loss = loss + handle.penalty(), before backward",
                 stacklevel,
             )
 
@@ -234,16 +231,12 @@ class Handle:
             self._warned.add(message)
             warnings.warn(message, stacklevel=stacklevel)
 
-    def penalty(self, loss: Tensor | None = None) -> Tensor:
+    def penalty(self) -> Tensor:
         """What the penalties add to the loss of the last forward pass, a 0-dim tensor.
 
-        ``loss = loss + handle.penalty(loss)``; zero without penalties or outside training mode.
-        Each call takes the values of one forward pass. ``loss``, a mean over the batch's samples,
-        is needed by penalties on its gradients (``FlatnessPenalty``) alone. Warns, once, where
-        schedules stand still in training since no optimizer is attached.
-
-        Raises:
-            ValueError: a penalty needs the loss, which is missing, not 0-dim or without a graph.
+        ``loss = loss + handle.penalty()``; zero without penalties or outside training mode.
+        Each call takes the values of one forward pass. Warns, once, where schedules stand still in
+        training since no optimizer is attached.
         """
         self._asked = True
         self.look()
@@ -255,7 +248,6 @@ class Handle:
                     f"handle.attach(optimizer, steps=...)",
                     stacklevel=3,
                 )
-        differentiate(self._attached, loss)
         sums: dict[int, list[Tensor]] = {}
         for modification, attached in self._attached:
             value = attached.penalty()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
@@ -32,7 +31,6 @@ class Attached:
     def __init__(self, site: Site, note: str) -> None:
         self.site = site
         self.note = note
-        self.gradients: list[Tensor | None] = []
 
     def update(self, progress: Progress) -> None:
         """Follow a schedule; called wherever training moves on or back, between passes or
@@ -43,13 +41,6 @@ class Attached:
 
     def project(self, progress: Progress) -> None:
         """Bring parameters back to where they are allowed, after each optimizer step."""
-
-    def differentiated(self) -> list[Tensor]:
-        """Stages of the last forward pass at which :meth:`penalty` needs the loss's gradients.
-
-        They are in ``self.gradients`` when it is called, None where the loss does not depend on it.
-        """
-        return []
 
     def penalty(self) -> Tensor | None:
         """The last forward pass's share of the loss, or None."""
@@ -68,38 +59,15 @@ class Attached:
         self.site.release()
 
 
-class Weighted(Attached):
-    """A penalty at one block: ``weight`` is ``full`` times its schedules; at 0 it reads nothing."""
-
-    def __init__(self, site: Site, note: str, full: float, ramps: list[Ramp]) -> None:
-        super().__init__(site, note)
-        self.full, self.ramps, self.weight = full, ramps, 0.0
-        self.reads = False
-
-    @override
-    def update(self, progress: Progress) -> None:
-        self.weight = self.full
-        for ramp in self.ramps:
-            self.weight *= ramp.value(progress.step, progress.steps)
-
-    @override
-    def settle(self) -> None:
-        if self.reads != bool(self.weight):
-            self.reads = bool(self.weight)
-            self.site.refresh()
-
-
 @dataclass(frozen=True)
 class Modification:
     """Base of the configs; the annotations of its fields say what they must be.
 
-    ``order``: projections of lower order run first. ``needs_loss``: its penalty is of the loss's
-    gradients, ``handle.penalty(loss)``. ``changes_function``: in evaluation the block computes
-    something else with it, whatever its parameters.
+    ``order``: projections of lower order run first. ``changes_function``: in evaluation the block
+    computes something else with it, whatever its parameters.
     """
 
     order: ClassVar[int] = 0
-    needs_loss: ClassVar[bool] = False
     changes_function: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -12,8 +12,8 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.running import OfThread
 from actsparse.blocks.site import Site, site_of
-from actsparse.modify.modification import Attached, Modification, Progress, Weighted
-from actsparse.modify.schedule import Over, Ramp, Release, ramp_note
+from actsparse.modify.modification import Attached, Modification, Progress
+from actsparse.modify.schedule import Over, Ramp, ramp_note
 from actsparse.values import AtLeast0
 
 
@@ -31,29 +31,13 @@ def hoyer(units: int, one: Tensor, two: Tensor) -> Tensor:
     >>> hoyer(2, torch.tensor([2.0, 3.0, 0.0]), torch.tensor([2.0**0.5, 3.0, 0.0]))
     tensor([1.0000, 0.5000, 0.0000])
     """
-    return _ratio(one, two).square() / units
-
-
-def hoyer_root(units: int, one: Tensor, two: Tensor) -> Tensor:
-    """``‖a‖₁ / (√H·‖a‖₂)``, the root of :func:`hoyer`: presses on where few units are left.
-
-    The ratio in the sparseness of Hoyer 2004 (JMLR 5, 1457).
-
-    >>> hoyer_root(4, torch.tensor([4.0, 3.0, 0.0]), torch.tensor([2.0, 3.0, 0.0]))
-    tensor([1.0000, 0.5000, 0.0000])
-    """
-    return _ratio(one, two) / units**0.5
-
-
-def _ratio(one: Tensor, two: Tensor) -> Tensor:
     # the where keeps the gradient of a silent token 0 instead of NaN
-    return one / torch.where(two > 0, two, torch.ones_like(two))
+    return (one / torch.where(two > 0, two, torch.ones_like(two))).square() / units
 
 
 # formula, and of which norms of a; nothing else of a is read, so that blocks may run sparse
 PENALTIES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "hoyer": (hoyer, ("l1", "l2")),
-    "hoyer_root": (hoyer_root, ("l1", "l2")),
     "l1": (l1, ("l1",)),
 }
 
@@ -62,25 +46,22 @@ PENALTIES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 class ActivationPenalty(Modification):
     """``weight ·`` the mean over blocks and unpadded tokens of a penalty on a, in training mode.
 
-    ``kind`` is ``"hoyer"``, ``"hoyer_root"`` or ``"l1"``, each a formula of ‖a‖₁ and ‖a‖₂, which
-    sparse blocks know (:func:`actsparse.accelerate`). With ``ramp`` the weight rises linearly from
-    0 over the first so many steps (int) or that fraction of all steps (float); with ``release`` it
-    falls linearly back to 0 over the last so many, and is 0 after the last one. While it is 0
-    blocks run as without a penalty. The penalty enters the loss by ``loss = loss +
-    handle.penalty()`` or by the training callback.
+    ``kind`` is ``"hoyer"`` or ``"l1"``, each a formula of ‖a‖₁ and ‖a‖₂, which sparse blocks know
+    (:func:`actsparse.accelerate`). With ``ramp`` the weight rises linearly from 0 over the first so
+    many steps (int) or that fraction of all steps (float). While it is 0 blocks run as without a
+    penalty. The penalty enters the loss by ``loss = loss + handle.penalty()`` or by the training
+    callback.
 
     Raises:
-        ValueError: unknown kind, negative weight, or ramp and release longer than training; where
-            these are numbers of steps that shows in ``handle.attach(optimizer, steps=...)``.
+        ValueError: unknown kind, negative weight, impossible ramp.
 
-    >>> print(*ActivationPenalty(ramp=0.5, release=100).ramps(), sep="; ")
-    over 50% of the steps; released over the last 100 steps
+    >>> print(*ActivationPenalty(ramp=0.5).ramps())
+    over 50% of the steps
     """
 
     kind: str = "hoyer"
     weight: AtLeast0 = 0.5
     ramp: Over | None = None
-    release: Over | None = None
 
     @override
     def __post_init__(self) -> None:
@@ -88,27 +69,10 @@ class ActivationPenalty(Modification):
         if self.kind not in PENALTIES:
             known = ", ".join(sorted(PENALTIES))
             raise ValueError(f"unknown penalty {self.kind!r}; known: {known}")
-        if all(isinstance(ramp.over, float) for ramp in self.ramps()):
-            self.check_room(1)
 
     @override
     def ramps(self) -> list[Ramp]:
-        rise = [] if self.ramp is None else [Ramp(self.ramp)]
-        return rise if self.release is None else [*rise, Release(self.release)]
-
-    def check_room(self, steps: int) -> None:
-        """Whether ramp and release have room in ``steps`` steps.
-
-        Raises:
-            ValueError: the release begins before the ramp has ended, or before training.
-        """
-        if self.release is None:
-            return
-        if sum(ramp.length(steps) for ramp in self.ramps()) > steps * (1 + 1e-9):  # 0.7 + 0.3
-            raise ValueError(
-                f"ActivationPenalty(ramp={self.ramp!r}, release={self.release!r}): together they "
-                f"must not be longer than training" + (f", {steps} steps" if steps > 1 else "")
-            )
+        return [] if self.ramp is None else [Ramp(self.ramp)]
 
     @override
     def apply(self, block: MLPBlock) -> Attached:
@@ -125,10 +89,12 @@ class _Values(OfThread):
         self.of_pass: list[tuple[Tensor, bool]] = []
 
 
-class _Penalised(Weighted):
+class _Penalised(Attached):
+    """``weight`` is the configured one times its schedules; at 0 it reads nothing."""
+
     def __init__(self, site: Site, note: str, config: ActivationPenalty) -> None:
-        super().__init__(site, note, config.weight, config.ramps())
-        self.config = config
+        super().__init__(site, note)
+        self.config, self.weight, self.reads = config, 0.0, False
         self.values = _Values()
         site.tap(self.collect, self.stages, in_training=True)
         self.update(Progress(0, None))
@@ -150,9 +116,15 @@ class _Penalised(Weighted):
 
     @override
     def update(self, progress: Progress) -> None:
-        if progress.steps is not None:
-            self.config.check_room(progress.steps)
-        super().update(progress)
+        self.weight = self.config.weight
+        for ramp in self.config.ramps():
+            self.weight *= ramp.value(progress.step, progress.steps)
+
+    @override
+    def settle(self) -> None:
+        if self.reads != bool(self.weight):
+            self.reads = bool(self.weight)
+            self.site.refresh()
 
     @override
     def penalty(self) -> Tensor | None:

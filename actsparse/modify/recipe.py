@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from actsparse.activations import ActivationFunction
-from actsparse.modify.flatness_penalty import FlatnessPenalty
 from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification
 from actsparse.modify.norm_floor import NormFloor
@@ -23,7 +22,7 @@ MODIFICATIONS: dict[str, type[Modification]] = {
     cls.__name__: cls
     for cls in (
         ZerothBias, NormFloor, SwapActivation, TopK, WeightNoise, ActivationPenalty,
-        FlatnessPenalty, PruneGradient, LeaveOutMLP,
+        PruneGradient, LeaveOutMLP,
     )
 }  # fmt: skip
 
@@ -59,6 +58,8 @@ class Recipe:
     def from_json(cls, values: Any, where: str = "the recipe") -> Recipe:
         """The inverse of :meth:`to_json`; ``where`` the values are from, for the message.
 
+        An option that no longer exists is dropped where it is null, as it changed nothing.
+
         Raises:
             ValueError: no recipe, an unknown modification or option, or a wrong value of one.
         """
@@ -71,8 +72,14 @@ class Recipe:
             if name not in MODIFICATIONS:
                 known = ", ".join(MODIFICATIONS)
                 raise BadValue(f"{at}: unknown modification {shown(name)}; known: {known}")
-            options = {key: value for key, value in item.items() if key != "modification"}
-            modifications.append(checked(MODIFICATIONS[name], options, f"{at} ({name})"))
+            made = MODIFICATIONS[name]
+            known_options = {field.name for field in fields(made)}
+            options = {
+                key: value
+                for key, value in item.items()
+                if key != "modification" and (value is not None or key in known_options)
+            }
+            modifications.append(checked(made, options, f"{at} ({name})"))
         return cls(values["name"], tuple(modifications))
 
 

@@ -1,11 +1,9 @@
-"""How far a change has come: a ramp over the first steps of training, a release over the last."""
+"""How far a change has come: a ramp over the first steps of training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
-
-from typing_extensions import override
 
 from actsparse.values import Rule, check_fields
 
@@ -41,14 +39,13 @@ class Ramp:
         Raises:
             ValueError: ``over`` is a fraction and the number of steps unknown.
         """
-        return self.over * self._known(steps) if isinstance(self.over, float) else self.over
-
-    def _known(self, steps: int | None) -> int:
+        if isinstance(self.over, int):
+            return self.over
         if steps is None:
             raise ValueError(
                 f"{self!r} needs the number of steps: handle.attach(optimizer, steps=...)"
             )
-        return steps
+        return self.over * steps
 
     def value(self, step: int, steps: int | None) -> float:
         """The ramp after ``step`` optimizer steps out of ``steps``.
@@ -60,41 +57,9 @@ class Ramp:
             return 0.0
         return min(1.0, step / self.length(steps))
 
-    def _steps(self) -> str:
-        return (
-            f"{self.over:.0%} of the steps"
-            if isinstance(self.over, float)
-            else f"{self.over} steps"
-        )
-
     def __str__(self) -> str:
-        return f"over {self._steps()}"
-
-
-class Release(Ramp):
-    """Stays at 1 and falls linearly to 0 over the last ``over`` steps of training.
-
-    ``over`` as in :class:`Ramp`; either way the number of all steps must be known. After the last
-    step it is 0, and stays there.
-
-    >>> [Release(over=0.2).value(step, steps=100) for step in (0, 80, 90, 100)]
-    [1.0, 1.0, 0.5, 0.0]
-    """
-
-    @override
-    def value(self, step: int, steps: int | None) -> float:
-        """The release after ``step`` optimizer steps out of ``steps``.
-
-        Raises:
-            ValueError: the number of steps is unknown, and ``step`` not 0.
-        """
-        if step == 0:  # wherever it begins
-            return 1.0
-        return min(1.0, max(0, self._known(steps) - step) / self.length(steps))
-
-    @override
-    def __str__(self) -> str:
-        return f"released over the last {self._steps()}"
+        share = isinstance(self.over, float)
+        return f"over {self.over:.0%} of the steps" if share else f"over {self.over} steps"
 
 
 def ramp_note(ramps: list[Ramp]) -> str:

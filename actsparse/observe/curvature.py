@@ -231,9 +231,9 @@ def top_eigenvalue(
     ``|β_m s_m|`` of λ (Parlett 1998, *The Symmetric Eigenvalue Problem*, section 13.2). Stops when
     that is at most ``tolerance`` times the largest |λ|.
 
-    Costs one product over all batches a step, as
-    :func:`actsparse.observe.curvature_product.hessian_vector_product`, and keeps as many vectors
-    of the size of the parameters as it takes steps.
+    Costs one product over all batches a step, and keeps as many vectors of the size of the
+    parameters as it takes steps. A product with the Hessian is a forward, a backward and a second
+    backward pass over each batch; one with G a forward and three backward passes.
 
     Args:
         model, loss_fn, batches, parameters, reduction: as in :func:`hessian_trace`;

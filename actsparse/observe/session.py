@@ -110,7 +110,6 @@ class Seen:
         always: bool = False,
     ) -> None:
         self.measures = tuple(options)
-        self.options = options
         self.weighing = weighing or Weighing()
         called = [block.name for block in blocks]
         self._watches: dict[str, Watch] = {}

@@ -65,7 +65,6 @@ class JoinedLoss:
 
     def __init__(self, handle: Handle, seen: Seen | None) -> None:
         self.handle, self.seen = handle, seen
-        self.needs_loss = any(change.needs_loss for change in handle.recipe.modifications)
         self.step, self.group, self.devices = 0, 1, 1
         self.scaler: Any = None
         self.shared: bool | None = None  # whether the model divides by the step's items
@@ -104,14 +103,11 @@ class JoinedLoss:
 
     def _on_call(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Say whose gradients the readings of this pass are."""
-        reads = self.seen is not None and self.seen.leaves("train")
-        if not model.training or not (reads or self.needs_loss):
+        if not model.training or self.seen is None or not self.seen.leaves("train"):
             return
         items = kwargs.get("num_items_in_batch")
         if items is not None and self.shared is None and self.group * self.devices > 1:
             self.shared = divides_by_items(model, args, kwargs)
-        if self.seen is None or not reads:
-            return
         weighing = self.seen.weighing
         amp = 1.0 if self.scaler is None else self.scaler.get_scale()
         if items is None:
@@ -128,8 +124,7 @@ class JoinedLoss:
         shared = kwargs.get("num_items_in_batch") is not None
         share = self.group * self.devices if shared else 1
         loss = loss_of(output)
-        mean = loss if loss is None or self.shared is False else loss * share
-        penalty = self.handle.penalty(mean)
+        penalty = self.handle.penalty()
         if loss is None:
             self.missing = True
             if penalty.requires_grad:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from actsparse_lab.data.augment import Mixed, View
-from actsparse_lab.data.images import FolderPictures, ImageRows, check, image_splits
+from actsparse_lab.data.images import FolderPictures, ImageRows, image_splits
 
 SIZES = [(8, 8), (40, 30), (30, 64), (12, 9)]
 
@@ -300,7 +300,8 @@ def test_damaged_images_are_found_named_and_left_out(tmp_path: Path) -> None:
     root, bad = broken(tmp_path)
     rows = read(root).train.rows
     calls: list[tuple[int, int]] = []
-    assert check(rows, lambda done, of: calls.append((done, of))) == bad[:4]
+    found = rows.damaged(lambda done, of: calls.append((done, of)))
+    assert [rows.name(index) for index in found] == bad[:4]
     assert calls == [(len(rows), len(rows))]
     splits = read(root, damaged="skip")
     assert splits.info["damaged"] == {"policy": "skip", "left_out": 5, "names": bad}

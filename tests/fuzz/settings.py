@@ -19,7 +19,6 @@ def recipes(folder: Path) -> Make:
     from actsparse.modify.recipe import MODIFICATIONS, recipe_named
 
     changes = [
-        {"modification": "FlatnessPenalty", "weight": 1.0},
         {"modification": "PruneGradient", "threshold": 0.1},
         *({"modification": name} for name in ("TopK", "WeightNoise", "LeaveOutMLP")),
     ]

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import forms, ops, prepare, reference, row_norms, sparse_mlp
+from actsparse.kernels import forms, ops, prepare, row_norms, sparse_mlp
 from actsparse.kernels import pack as packing
+from tests.kernels import reference
 
 TWO_MASKS = [
     named("relu6"), named("hardtanh"), shifted_s_shape(1.5, 0.0), shifted_s_shape(0.0, -1.0),

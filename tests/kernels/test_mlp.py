@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import forms, ops, prepare, reference, sparse_mlp
+from actsparse.kernels import forms, ops, prepare, sparse_mlp
 from actsparse.kernels import pack as packing
+from tests.kernels import reference
 
 TWO_MASKS = [named("relu6"), named("hardtanh"), shifted_s_shape(0.4, 1.6), shifted_s_shape(-1.6)]
 THRESHOLDS = [named("relu(threshold=0.5)"), named("jsrelu(jump=0.5, cap=2, threshold=0.25)")]

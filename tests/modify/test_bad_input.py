@@ -298,7 +298,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "activation a function": (lambda: SwapActivation(torch.relu), ValueError, "a name, or an"),
     "mix zero": (lambda: SwapActivation(mix=0), ValueError, "mix=0"),
     "mix over 1": (lambda: SwapActivation(mix=2.0), ValueError, "mix=2.0"),
-    "penalty": (lambda: ActivationPenalty("l7"), ValueError, "'l7'; known: hoyer, hoyer_root, l1"),
+    "penalty": (lambda: ActivationPenalty("l7"), ValueError, "'l7'; known: hoyer, l1"),
     "penalty negative": (lambda: ActivationPenalty(weight=-1), ValueError, "weight=-1"),
     "penalty nan": (lambda: ActivationPenalty(weight=float("nan")), ValueError, "weight=nan"),
     "ramp zero": (lambda: ActivationPenalty(ramp=0), ValueError, "ramp=0"),

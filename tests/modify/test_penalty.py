@@ -33,7 +33,6 @@ def l1_by_hand(a: list[float]) -> float:
 
 BY_HAND: dict[str, Callable[[list[float]], float]] = {
     "hoyer": hoyer_by_hand,
-    "hoyer_root": lambda a: hoyer_by_hand(a) ** 0.5,
     "l1": l1_by_hand,
 }
 KINDS = list(BY_HAND)
@@ -114,7 +113,6 @@ def test_gradient_is_the_derivative_of_the_formula_and_zero_for_a_silent_token(k
             expected = {
                 "l1": sign / 6,
                 "hoyer": (2 * one * sign / two - 2 * v * one**2 / two**2) / 6,
-                "hoyer_root": (sign / two**0.5 - v * one / two**1.5) / 6**0.5,
             }[kind]
             assert a.grad[t, h].item() == pytest.approx(expected, rel=64 * EPS64, abs=64 * EPS64)
 
@@ -157,7 +155,6 @@ def check_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) ->
 
 EXPLICIT: dict[str, Callable[[Tensor], Tensor]] = {
     "hoyer": lambda a: (a.abs().sum(-1) ** 2 / (a.shape[-1] * (a**2).sum(-1))).mean(),
-    "hoyer_root": lambda a: (a.abs().sum(-1) / (a.shape[-1] * (a**2).sum(-1)).sqrt()).mean(),
     "l1": lambda a: a.abs().mean(),
 }
 
@@ -388,7 +385,7 @@ def test_reentrant_checkpointing_has_no_gradient_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "l2"}, "unknown penalty 'l2'; known: hoyer, hoyer_root, l1"),
+        ({"kind": "l2"}, "unknown penalty 'l2'; known: hoyer, l1"),
         ({"weight": -1.0}, "weight=-1.0"),
         ({"weight": float("nan")}, "weight=nan"),
         ({"ramp": 0}, "ramp=0"),

@@ -307,6 +307,15 @@ def made_of(**modification: Any) -> dict[str, Any]:
         (dict(recipe={"name": "x"}), "sidecar.recipe lacks 'modifications'"),
         (dict(recipe=made_of(kind="NormFloor")), r"modifications\[0\] lacks 'modification'"),
         (dict(recipe=made_of(modification="Dropconnect")), "unknown modification 'Dropconnect'"),
+        (dict(recipe=made_of(modification="FlatnessPenalty")), "unknown modification 'Flatness"),
+        (
+            dict(recipe=made_of(modification="ActivationPenalty", kind="hoyer_root")),
+            "unknown penalty 'hoyer_root'; known: hoyer, l1",
+        ),
+        (
+            dict(recipe=made_of(modification="ActivationPenalty", release=0.5)),
+            "unknown field 'release'; known: kind",
+        ),
         (dict(recipe=made_of(modification="NormFloor", c=1)), "unknown field 'c'; known: floor"),
         (dict(blocks=["transformer.h.0.mlp.c_fc"], widths=[40]), "does not fit the model"),
         (dict(widths=None), "sidecar.widths must be a list; got None"),
@@ -382,3 +391,14 @@ def test_a_recipe_survives_json(recipe: Recipe) -> None:
     again = Recipe.from_json(json.loads(json.dumps(recipe.to_json())))
     assert again == recipe
     assert hash(again) == hash(recipe)
+
+
+def test_an_option_that_no_longer_exists_is_read_where_it_was_not_set() -> None:
+    """Recipes of 2026 have ``"release": null``."""
+    penalty = ActivationPenalty("l1", ramp=0.5)
+    values = Recipe("old", (penalty,)).to_json()
+    values["modifications"][0]["release"] = None
+    assert Recipe.from_json(values) == Recipe("old", (penalty,))
+    values["modifications"][0]["kind"] = None  # which exists
+    with pytest.raises(ValueError, match="kind=None"):
+        Recipe.from_json(values)

@@ -28,7 +28,7 @@ from actsparse import (
     sparsify,
 )
 from actsparse.blocks.site import site_of
-from actsparse.modify.schedule import Ramp, Release
+from actsparse.modify.schedule import Ramp
 
 B, T, D, H = 2, 5, 8, 32
 EPS64 = torch.finfo(torch.float64).eps
@@ -80,31 +80,15 @@ def test_impossible_ramps_are_refused_wherever_they_are_given(over: float) -> No
         lambda over: NormFloor(uplift=over),
         lambda over: SwapActivation(mix=over),
         lambda over: ActivationPenalty(ramp=over),
-        lambda over: ActivationPenalty(release=over),
     ):
         with pytest.raises(ValueError, match=r"\w+\(\w+=.*number of steps.*fraction"):
             build(over)
-
-
-@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(0, 2 * 10**6))
-def test_a_release_is_a_ramp_read_from_the_end(over: int, steps: int, step: int) -> None:
-    exact = min(Fraction(1), Fraction(max(0, steps - step), over)) if step else Fraction(1)
-    # one division, correctly rounded
-    assert Release(over).value(step, steps) == float(exact)
-
-
-def test_a_release_over_a_fraction_is_that_share_of_all_steps_at_the_end() -> None:
-    values = [Release(0.2).value(step, 100) for step in (0, 1, 79, 80, 85, 95, 99, 100, 101)]
-    # a difference, a product and a division
-    assert values == pytest.approx([1, 1, 1, 1, 0.75, 0.25, 0.05, 0, 0], rel=4 * EPS64)
 
 
 FRACTIONS = {
     "uplift": NormFloor(uplift=0.5),
     "mix": SwapActivation(mix=0.5),
     "ramp": ActivationPenalty(ramp=0.5),
-    "release": ActivationPenalty(release=0.5),
-    "release over 3 steps": ActivationPenalty(release=3),
 }
 
 

@@ -169,7 +169,8 @@ def test_no_larger_share_is_within_budget_where_loss_grows_with_what_is_dropped(
     parts = [seen.part(name, "inference", "magnitudes") for name in seen.blocks]
 
     def cost(thresholds: list[float]) -> float:
-        return sum(part.dropped(t) for part, t in zip(parts, thresholds, strict=True))
+        left = [part.density(t) for part, t in zip(parts, thresholds, strict=True)]
+        return sum(part.density(0.0) for part in parts) - sum(left)
 
     def evaluate() -> float:
         return cost([row["threshold"] for row in thresholds_of(model).rows()])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actsparse import ActivationPenalty, FlatnessPenalty, handle_of, sparsify
+from actsparse import ActivationPenalty, handle_of, sparsify
 
 D, H = 8, 12
 STILL = r"schedules stand still \(ActivationPenalty\): handle\.attach\(optimizer, steps=...\)"
@@ -74,19 +74,4 @@ def test_a_forward_beside_the_one_that_was_penalised_is_no_alarm() -> None:
     optimizer.step()
     model(x).sum().backward()
     with pytest.warns(UserWarning, match=r"handle\.penalty\(\), before backward"):
-        optimizer.step()
-
-
-def test_a_flatness_penalty_that_no_loss_has_is_told_with_the_call_it_needs() -> None:
-    model, x = block(), stream()
-    optimizer = sgd(model)
-    handle = sparsify(model, FlatnessPenalty(0.1), inputs=x, optimizer=optimizer)
-    loss = model(x).square().mean()
-    (loss + handle.penalty(loss)).backward()
-    optimizer.step()
-    with torch.no_grad():
-        model(x)  # a pass that trains nothing
-    optimizer.step()
-    model(x).square().mean().backward()
-    with pytest.warns(UserWarning, match=r"handle\.penalty\(loss\), before backward"):
         optimizer.step()

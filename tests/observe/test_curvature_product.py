@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,16 +16,30 @@ from torch.func import functional_call, jacrev
 from torch.utils.data import DataLoader, TensorDataset
 
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
-from actsparse.observe.curvature_product import (
-    Matrix,
-    gauss_newton_vector_product,
-    hessian_vector_product,
-)
+from actsparse.observe.curvature_product import LossSurface, Matrix
 from actsparse.observe.loss import IGNORE, Reduction
 
 Batch = tuple[Tensor, Tensor]
-PRODUCTS = {"hessian": hessian_vector_product, "gauss_newton": gauss_newton_vector_product}
 MATRICES: list[Matrix] = ["hessian", "gauss_newton"]
+
+
+def multiplied(
+    matrix: Matrix,
+    model: nn.Module,
+    loss_fn: Any,
+    batches: Any,
+    vector: dict[str, Tensor],
+    reduction: Reduction = "mean",
+) -> dict[str, Tensor]:
+    """The matrix times ``vector``, by parameter."""
+    surface = LossSurface(model, loss_fn, batches, vector, reduction)
+    with surface.still():
+        flat = surface.flat([vector[name][None] for name in surface.parameters])
+        product = surface.split(surface.multiply(matrix, flat))
+    return {name: part[0] for name, part in zip(surface.parameters, product, strict=True)}
+
+
+PRODUCTS = {matrix: partial(multiplied, matrix) for matrix in MATRICES}
 
 
 def pair(model: nn.Module, batch: Batch) -> Batch:
@@ -138,7 +153,7 @@ def test_a_vector_chooses_its_parameters() -> None:
     model, batches = classifier()
     whole = exact(model, batches, "hessian", "mean")
     last = {"3.weight": torch.randn(3, 4).double()}
-    product = hessian_vector_product(model, pair, batches, last)
+    product = PRODUCTS["hessian"](model, pair, batches, last)
     assert list(product) == ["3.weight"]
     expected = whole[-12:, -12:] @ last["3.weight"].flatten()
     assert (columns(product) - expected).abs().max() < tolerance(expected, terms=6 * 3 * 4 * 12)
@@ -165,8 +180,8 @@ def test_a_scalar_loss_weighs_its_batch_by_the_samples_in_it() -> None:
         return nn.functional.cross_entropy(model(batch["x"][0]), batch["y"])
 
     batches = [{"note": "text", "x": [x[:1]], "y": y[:1]}, {"x": [x[1:]], "y": y[1:]}]
-    expected = columns(hessian_vector_product(model, pair, [(x, y)], v))
-    actual = columns(hessian_vector_product(model, scalar, batches, v))
+    expected = columns(PRODUCTS["hessian"](model, pair, [(x, y)], v))
+    actual = columns(PRODUCTS["hessian"](model, scalar, batches, v))
     assert (actual - expected).abs().max() < tolerance(expected, terms=6 * 3 * 4 * 24)
 
 
@@ -202,7 +217,7 @@ def test_parameters_that_are_unused_or_frozen(matrix: Matrix) -> None:
     def linear(model: Unused, x: Tensor) -> Tensor:
         return model.linear(x).mean()
 
-    none = hessian_vector_product(model, linear, [batch[0]], v)  # type: ignore[arg-type]
+    none = PRODUCTS["hessian"](model, linear, [batch[0]], v)  # type: ignore[arg-type]
     assert all(not part.any() for part in none.values())
 
 
@@ -255,8 +270,8 @@ def calls() -> dict[str, Callable[..., Any]]:
         return run
 
     return {
-        "hvp": product(hessian_vector_product),
-        "gnvp": product(gauss_newton_vector_product),
+        "hvp": product(PRODUCTS["hessian"]),
+        "gnvp": product(PRODUCTS["gauss_newton"]),
         "gauss_newton_trace": gauss_newton_trace,
         "hutchinson": hessian_trace,
         "hutch++": lambda *a, **k: hessian_trace(*a, method="hutch++", **k),
@@ -335,7 +350,6 @@ W = {"0.weight": torch.zeros(3, 2)}
         ((MODEL, pair, {"x": 1}, W), "a list of at least one batch, got a dict"),
         ((MODEL, pair, GOOD, {"0.wait": W["0.weight"]}), "of the model is called '0.wait'"),
         ((MODEL, pair, GOOD, {}), "no parameters: none is named"),
-        ((MODEL, pair, GOOD, {"0.weight": torch.zeros(3)}), r"shape \[3\]; .* has \[3, 2\]"),
         ((TIED, pair, GOOD, W | {"1.weight": W["0.weight"]}), "name a tied tensor once"),
         ((MODEL, lambda m, b: one(m, b).detach(), GOOD, W), "on batch 0 .* no chosen parameter"),
         ((MODEL, one, [("text",)], W), "no tensor whose length tells its number of samples"),
@@ -346,12 +360,12 @@ def test_errors_name_what_is_wrong(arguments: tuple[Any, ...], complaint: str) -
     if "length tells" in complaint:
         arguments = (MODEL, lambda m, b: one(m, GOOD[0]), *arguments[2:])
     with pytest.raises(ValueError, match=complaint):
-        hessian_vector_product(*arguments)
+        PRODUCTS["hessian"](*arguments)
 
 
 def test_gauss_newton_needs_logits() -> None:
     with pytest.raises(ValueError, match="Gauss–Newton needs logits: loss_fn on batch 0 must"):
-        gauss_newton_vector_product(MODEL, one, GOOD, W)
+        PRODUCTS["gauss_newton"](MODEL, one, GOOD, W)
     with pytest.raises(ValueError, match="Gauss–Newton needs logits"):
         gauss_newton_trace(MODEL, one, GOOD)
 
@@ -362,6 +376,6 @@ def test_a_curvature_that_is_not_finite_names_its_batch() -> None:
 
     batches = [torch.ones(1, 2), torch.zeros(1, 2)]
     with pytest.raises(ArithmeticError, match="the curvature of batch 1 is NaN or infinite"):
-        hessian_vector_product(MODEL, norm, batches, {"0.bias": torch.ones(3)})
+        PRODUCTS["hessian"](MODEL, norm, batches, {"0.bias": torch.ones(3)})
     with pytest.raises(ArithmeticError, match="the curvature of batch 1 is NaN or infinite"):
         hessian_trace(MODEL, norm, batches, parameters=["0.bias"])

@@ -17,7 +17,7 @@ from actsparse.modify import Recipe, load, sparsify
 from actsparse.observe import CURVATURES, MEASURES, TRIALS, measure
 from actsparse.train import TrainingFailed
 from actsparse_lab.data import image_splits, load_digits_splits
-from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.config import RunConfig, recorded_config
 from actsparse_lab.engine.run import batches_of, run
 from actsparse_lab.engine.tasks import TASKS, task_of
 from actsparse_lab.records import RecordError, read_run, run_path
@@ -135,6 +135,26 @@ def test_a_finished_run_of_another_config_is_not_taken_for_this_one(tmp_path: Pa
     run(config(), tmp_path)
     with pytest.raises(ValueError, match=r"lr=0.005 \(now 0.1\).*--out"):
         run(config(lr=0.1), tmp_path)
+
+
+def test_options_that_no_longer_exist_and_were_not_set_make_no_other_config(tmp_path: Path) -> None:
+    path = run(config("best"), tmp_path).path
+    first, rest = path.read_text().split("\n", 1)
+
+    def recorded(**options: Any) -> bytes:
+        header = json.loads(first)
+        header["config"]["recipe"]["modifications"][1] |= options
+        path.write_text(json.dumps(header) + "\n" + rest)
+        return path.read_bytes()
+
+    whole = recorded(release=None)  # as in records of 2026
+    run(config("best"), tmp_path)
+    assert path.read_bytes() == whole
+    run(recorded_config(read_run(path)), tmp_path)
+    assert path.read_bytes() == whole
+    recorded(kind="hoyer_root")
+    with pytest.raises(ValueError, match=r"recipe=.*hoyer_root.*\(now .*--out"):
+        run(config("best"), tmp_path)
 
 
 def test_a_nan_leaves_a_failed_record_and_the_last_good_weights(tmp_path: Path) -> None:

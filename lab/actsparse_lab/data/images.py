@@ -155,7 +155,11 @@ class ImageRows(Dataset[dict[str, Tensor]]):
             ) from error
 
     def damaged(self, progress: Progress | None = None) -> list[int]:
-        """Indices of the images that cannot be read. Decodes all, in as many threads as cores."""
+        """Indices of the images that cannot be read. Decodes all, in as many threads as cores.
+
+        JPEGs at 1/8, which still reads all their bytes: Pillow's `verify` looks at a JPEG's header
+        only and passes truncated ones. `progress(done, of)` is called as it goes.
+        """
         found = []
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(self), 1024):
@@ -172,15 +176,6 @@ class ImageRows(Dataset[dict[str, Tensor]]):
         except ValueError:
             return False
         return True
-
-
-def check(rows: ImageRows, progress: Progress | None = None) -> list[str]:
-    """Names of the images that cannot be read, before a training finds them one by one.
-
-    Decodes every image (JPEGs at 1/8, which still reads all their bytes): Pillow's `verify` looks
-    at a JPEG's header only and passes truncated ones. `progress(done, of)` is called as it goes.
-    """
-    return [rows.name(index) for index in rows.damaged(progress)]
 
 
 def image_splits(

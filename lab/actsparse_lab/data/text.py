@@ -68,16 +68,6 @@ def encode(text: bytes) -> Ids:
     return np.frombuffer(text, dtype=np.uint8).astype(np.int64) + FIRST_BYTE
 
 
-def decode(ids: Ids | Tensor) -> bytes:
-    """Ids to bytes; pad, eos, sentinels and −100 are left out.
-
-    >>> decode(np.array([319, 74, 107, 1]))
-    b'Hi'
-    """
-    array = np.asarray(ids).reshape(-1) - FIRST_BYTE
-    return array[(array >= 0) & (array < 256)].astype(np.uint8).tobytes()
-
-
 @lru_cache(maxsize=1)
 def load_documents() -> dict[str, dict[str, bytes]]:
     """The text, as `{split: {document: bytes}}`, in sorted order; reads for about a second.

@@ -56,13 +56,13 @@ class Accumulated:
 
     tau: ClassVar[float] = 1e-3
 
-    def __init__(self, p: int, decay: float = 1.0, *, device: torch.device | None = None) -> None:
+    def __init__(self, p: int, decay: float = 1.0) -> None:
         if p < 1:
             raise ValueError(f"p={p!r}: expected a number of features, 1 or more")
         if not 0 < decay <= 1:
             raise ValueError(f"decay={decay!r}: expected r above 0 and up to 1, as in 1 − lr·wd")
         self.decay = decay
-        self.moment = torch.zeros(p, p, dtype=torch.float64, device=device)
+        self.moment = torch.zeros(p, p, dtype=torch.float64)
         self.batches = self.rows = 0
         self._weights = self._squares = 0.0  # Σ w and Σ w² over the rows
 

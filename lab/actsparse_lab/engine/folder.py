@@ -6,11 +6,13 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 
 from actsparse import files
+from actsparse.modify import Recipe
+from actsparse.values import BadValue
 from actsparse_lab.engine.checkpoint import checkpoints, newest_whole
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.engine.gradient_noise_config import GradientNoiseConfig
@@ -159,6 +161,9 @@ def _differences(config: RunConfig | GradientNoiseConfig, run: Run) -> str:
         starts = {Path(each["start"]).resolve() for each in (now, then) if each["start"]}
         if now["start"] and then["start"] and len(starts) == 1:
             then["start"] = now["start"]  # the same place, spelt otherwise
+        for each in (now, then):
+            with suppress(BadValue):  # a recipe that can no longer be made stays another one
+                each["recipe"] = Recipe.from_json(each["recipe"]).to_json()
     for data in (now["data"], then["data"]):
         if "shards" in data:  # places keep their meaning where damage is skipped
             data.pop("damaged", None)

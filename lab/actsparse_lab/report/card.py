@@ -80,7 +80,11 @@ def _what(run: Run, result: Entry, data: str) -> str:
 
 
 def _call(change: Entry) -> str:
-    options = (f"{key}={value!r}" for key, value in change.items() if key != "modification")
+    options = (
+        f"{key}={value!r}"
+        for key, value in change.items()
+        if key != "modification" and value is not None  # not set; it may no longer exist
+    )
     return f"{change['modification']}({', '.join(options)})"
 
 

@@ -1,4 +1,4 @@
-"""A penalty on the loss's gradients gets the batch's mean loss, however the step's loss is made."""
+"""A penalty joins the loss in the same share, however the step's loss is made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actsparse import FlatnessPenalty, sparsify
+from actsparse import ActivationPenalty, sparsify
 from actsparse.train.loss import JoinedLoss
 
 B, T, D, H, CLASSES = 2, 3, 4, 6, 5
@@ -46,15 +46,15 @@ def batch() -> tuple[Tensor, Tensor]:
 def test_a_step_pays_the_mean_of_its_batches_penalties(heeds: bool | None, group: int) -> None:
     model = Model(bool(heeds))
     batches = [batch() for _ in range(group)]
-    by_hand = copy.deepcopy(model)
-    handle = sparsify(by_hand, FlatnessPenalty(50.0), inputs=batches[0][0])
+    by_hand, config = copy.deepcopy(model), ActivationPenalty("l1", weight=50.0)
+    handle = sparsify(by_hand, config, inputs=batches[0][0])
     penalties, losses = [], []
     for x, labels in batches:
         loss = by_hand(x, labels)["loss"]
         losses.append(loss.item())
-        penalties.append(handle.penalty(loss).item())
+        penalties.append(handle.penalty().item())
 
-    joined = JoinedLoss(sparsify(model, FlatnessPenalty(50.0), inputs=batches[0][0]), None)
+    joined = JoinedLoss(sparsify(model, config, inputs=batches[0][0]), None)
     joined.group = group
     joined.attach(model)
     given = {} if heeds is None else {"num_items_in_batch": group * B * T}
@@ -65,12 +65,3 @@ def test_a_step_pays_the_mean_of_its_batches_penalties(heeds: bool | None, group
         loss_alone = loss_alone / group if heeds else loss_alone
         assert total == pytest.approx(loss_alone + penalty / share, rel=1e-13)
     assert float(joined.penalty) == pytest.approx(sum(penalties) / group, rel=1e-13)
-
-
-def test_a_model_that_returns_no_loss_is_told_what_is_missing() -> None:
-    model = Model(True)
-    x, _ = batch()
-    joined = JoinedLoss(sparsify(model, FlatnessPenalty(1.0), inputs=x), None)
-    joined.attach(model)
-    with pytest.raises(ValueError, match=r"FlatnessPenalty needs the loss.*called with labels"):
-        model(x)
