@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 
@@ -23,6 +24,10 @@ settings.load_profile("actsparse")
 
 # At these sizes a second thread costs more than it brings, and CI's cores are shared.
 torch.set_num_threads(1)
+
+
+# Processes that tests start are forked from one that has imported what takes seconds.
+multiprocessing.set_forkserver_preload(["torch", "transformers", "actsparse_lab.engine.run"])
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
