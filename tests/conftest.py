@@ -46,14 +46,20 @@ def same_seeds() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each plot is made as ever but saved as one pixel: for tests that read a page's words."""
+@pytest.fixture(scope="session")
+def pixel() -> bytes:
+    """A PNG."""
     parts = {b"IHDR": struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0), b"IDAT": zlib.compress(b"\0\0")}
-    pixel = b"\x89PNG\r\n\x1a\n"
+    png = b"\x89PNG\r\n\x1a\n"
     for kind, data in (*parts.items(), (b"IEND", b"")):
         check = zlib.crc32(kind + data)
-        pixel += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    return png
+
+
+@pytest.fixture
+def undrawn(pixel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plot is made as ever but saved as one pixel: for tests that read a page's words."""
 
     def save(figure: Any, file: Any, **_: Any) -> None:
         file.write(pixel)
