@@ -17,7 +17,8 @@ BENCH ?= step --out benchmarks/training_step.json
 FRONTIER ?= all
 REPORT ?= --help
 TESTS ?=
-# Test processes, a thread each.
+# Test processes, a thread each. Each begins with half of the files in order (worksteal), so that what
+# the tests of a file share is made once.
 WORKERS ?= 2
 
 PY := $(VENV)/bin/python
@@ -38,7 +39,7 @@ demo: $(VENV)/.demo  ## train the arms on digits and write the report to runs/de
 test: $(VENV)/.dev browser  ## ruff, mypy, pytest with doctests; TESTS="-m slow" and the like
 	@status=0; \
 	$(MAKE) --no-print-directory lint || { status=1; lint="ruff or mypy failed, see above"; }; \
-	$(PY) -m pytest -n $(WORKERS) $(TESTS) || status=1; \
+	$(PY) -m pytest -n $(WORKERS) --dist worksteal $(TESTS) || status=1; \
 	[ -z "$$lint" ] || echo "$$lint"; \
 	exit $$status
 

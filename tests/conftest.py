@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+import struct
+import zlib
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# a pool of compilers imports torch once more
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # tests marked gpu need it to be 0
 
 import numpy as np
@@ -25,6 +31,10 @@ settings.load_profile("actsparse")
 torch.set_num_threads(1)
 
 
+# Processes that tests start are forked from one that has imported what takes seconds.
+multiprocessing.set_forkserver_preload(["torch", "transformers", "actsparse_lab.engine.run"])
+
+
 def pytest_collectstart(collector: pytest.Collector) -> None:
     """Numbers drawn while a module is imported: torch begins each process at a seed of its own."""
     if isinstance(collector, pytest.Module):
@@ -36,3 +46,24 @@ def same_seeds() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pixel() -> bytes:
+    """A PNG."""
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0), b"IDAT": zlib.compress(b"\0\0")}
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (*parts.items(), (b"IEND", b"")):
+        check = zlib.crc32(kind + data)
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+    return png
+
+
+@pytest.fixture
+def undrawn(pixel: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plot is made as ever but saved as one pixel: for tests that read a page's words."""
+
+    def save(figure: Any, file: Any, **_: Any) -> None:
+        file.write(pixel)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)

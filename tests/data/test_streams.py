@@ -326,7 +326,7 @@ def test_damage_is_counted_across_workers_and_resumes(workers: int) -> None:
             take(loader("refuse"), 60)
         skipping = loader("skip")
         while any(place["epoch"] < 2 for place in skipping.state_dict()["places"]):
-            take(skipping, 1)
+            take(skipping, 2)
         again = loader("skip")
         again.load_state_dict(reloaded(skipping.state_dict()))
         take(again, 2)

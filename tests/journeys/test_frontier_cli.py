@@ -53,6 +53,7 @@ def test_it_trains_and_judges_and_passes_over_what_has_no_data(
     assert steps == dict.fromkeys(ARMS.split(","), 4) | {"half-steps": 2}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_done_is_not_repeated_and_what_is_missing_is_done(
     ran: tuple[Path, str, str], tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_trained_checkpoints_are_timed_and_join_the_scoreboard(
     assert "too small" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_race_runs_dense_and_accelerated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "RACE", plans.Race("digits", ("vanilla",), "paper", {}, seeds=5))
     words = ["frontier", "race", "--steps", "4", "--seeds", "2", "--out", tmp_path]

@@ -144,6 +144,7 @@ def test_trials_are_printed_and_kept(folder: Path) -> None:
     assert kept["trials"]["covering"] == expected["covering"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_runs_that_only_tried_something_have_a_report(tmp_path: Path) -> None:
     words = ["train", "--arm", "vanilla", "--steps", "4", "--batch-size", "16", "--log-every", "2"]
     active = '{"robustness": {"against": [{"disturbance": "fgsm", "size": 0.1}]}}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -26,41 +27,52 @@ def test_without_a_name_it_lists_what_there_is() -> None:
     assert [line.split()[0] for line in said.splitlines()] == list(CLAIMS)
 
 
-def test_an_experiment_runs_and_is_not_repeated(tmp_path: Path) -> None:
-    words = ["noise", *SMALL, "--out", str(tmp_path), "--json"]
-    code, said, told = call(*words)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A short `noise`: its folder, and what it told."""
+    out = tmp_path_factory.mktemp("noise")
+    code, said, told = call("noise", *SMALL, "--out", str(out), "--json")
     assert code == 0, told
     (found,) = json.loads(said)
+    return out, found
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_experiment_runs_and_is_not_repeated(ran: tuple[Path, dict[str, Any]]) -> None:
+    out, found = ran
     assert found["name"] == "noise"
     assert found["command"] == "actsparse reproduce noise --seeds 1 --steps 8"
     assert {claim["verdict"] for claim in found["claims"]} == {"undecided"}  # one seed
-    assert (tmp_path / "report.html").exists()
-    records = {path: path.read_bytes() for path in tmp_path.glob("runs/*/record.jsonl")}
-    code, again, told = call(*words)
+    assert (out / "report.html").exists()
+    records = {path: path.read_bytes() for path in out.glob("runs/*/record.jsonl")}
+    code, again, told = call("noise", *SMALL, "--out", str(out), "--json")
     assert code == 0
     assert told.count("done before") == len(records) == 9
     assert {path: path.read_bytes() for path in records} == records
     assert json.loads(again)[0]["claims"] == found["claims"]
 
 
-def test_a_folder_of_another_form_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
-    words = ["noise", "--seeds", "1", "--out", str(tmp_path)]
-    assert call(*words, "--steps", "2")[0] == 0
-    before = (tmp_path / "reproduction.json").read_bytes()
+@pytest.mark.usefixtures("undrawn")
+def test_a_folder_of_another_form_is_refused_and_left_as_it_was(
+    ran: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(ran[0], tmp_path / "copy"))
+    words = ["noise", "--seeds", "1", "--out", str(out)]
+    before = (out / "reproduction.json").read_bytes()
     for other in (words, ["ratio", *words[1:]], [*words, "--steps", "3"]):
         code, _, told = call(*other)
         assert code == 2
-        assert "holds runs of `actsparse reproduce noise --seeds 1 --steps 2`" in told
-        assert (tmp_path / "reproduction.json").read_bytes() == before
-    shutil.rmtree(tmp_path / "runs" / "p16-decay0-seed0")
-    code, said, told = call(*words, "--steps", "2", "--json")
+        assert "holds runs of `actsparse reproduce noise --seeds 1 --steps 8`" in told
+        assert (out / "reproduction.json").read_bytes() == before
+    shutil.rmtree(out / "runs" / "p16-decay0-seed0")
+    code, said, told = call(*words, "--steps", "8", "--json")
     assert code == 0
     assert told.count("done before") == 8
     (found,) = json.loads(said)
-    assert (found["failed"], found["page"]) == (0, str(tmp_path / "report.html"))
+    assert (found["failed"], found["page"]) == (0, str(out / "report.html"))
     seconds = [
         json.loads(each)["time"]["seconds"]
-        for each in (before, (tmp_path / "reproduction.json").read_bytes())
+        for each in (before, (out / "reproduction.json").read_bytes())
     ]
     assert seconds[1] > seconds[0]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.kernels import accelerate
+from tests.processes import in_two_processes
 
 D, H, B, T = 16, 96, 6, 5
 EPS = torch.finfo(torch.float32).eps
@@ -46,12 +45,8 @@ def loss(y: Tensor) -> Tensor:
     return y.log_softmax(-1)[..., 0].square().mean()
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2,
-        timeout=timedelta(seconds=60),
-    )  # fmt: skip
+def _process(folder: str) -> None:
+    rank = torch.distributed.get_rank()
     model = net()
     handle = accelerate(model, inputs=batch(), mode="screened")
     ddp = nn.parallel.DistributedDataParallel(model)
@@ -62,12 +57,10 @@ def _process(rank: int, folder: str) -> None:
         optimizer.step()
     assert sum(row["calls"]["screened"] for row in handle.table()) == 2 * 3
     torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads outlive the group and may abort an interpreter that ends first
 
 
 def test_two_processes_train_as_one_dense_process_does(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    in_two_processes(_process, str(tmp_path))
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(3):

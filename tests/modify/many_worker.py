@@ -1,12 +1,7 @@
-"""Trains tiny models in one process or, run by torchrun, in several: DDP or FSDP2.
-
-``torchrun many_worker.py FOLDER JOB ...`` writes FOLDER/RANK.pt; a job is the name of one.
-"""
+"""Trains tiny models in one process or in several: DDP or FSDP2."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,15 +231,7 @@ def _check_projected(handle: Handle, weights: dict[str, Tensor], uplift: bool) -
     assert at_floor == ({1.0, -1.0} if uplift else {1.0}), f"scales at the floor: {at_floor}"
 
 
-def main(folder: Path, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    known = {str(job): job for job in JOBS}
-    runs = {name: vars(train(known[name])) for name in names}
+def train_each(folder: Path, jobs: list[Job]) -> None:
+    """In each of several processes; writes ``folder/RANK.pt``."""
+    runs = {str(job): vars(train(job)) for job in jobs}
     torch.save(runs, folder / f"{dist.get_rank()}.pt")
-    dist.barrier()
-    os._exit(0)  # gloo's threads outlive the group and may abort an interpreter that ends first
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

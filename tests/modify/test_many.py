@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.modify.many_worker import JOBS, STEPS, Job, Run, train
-from tests.modify.torchrun import torchrun
+from tests.modify.many_worker import JOBS, STEPS, Job, Run, train, train_each
+from tests.processes import in_two_processes
 
-WORKER = Path(__file__).with_name("many_worker.py")
 QUICK = [
     "ddp-vit-paper-float64",
     "fsdp-vit-paper-float64",
@@ -37,7 +36,7 @@ Ranks = list[dict[str, Run]]
 
 def launch(folder: Path, jobs: list[Job]) -> Ranks:
     """What each of two processes made of the jobs."""
-    torchrun(WORKER, str(folder), *map(str, jobs))
+    in_two_processes(train_each, folder, jobs)
     ranks: list[dict[str, Any]] = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
     return [{name: Run(**run) for name, run in rank.items()} for rank in ranks]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from actsparse import PruneGradient, Recipe, accelerate, find_mlp_blocks, observe, sparsify
 from actsparse.modify.recipe import recipe_named
 from tests.blocks.test_drop import follows, small
-from tests.modify.torchrun import torchrun
+from tests.processes import in_two_processes
 from tests.zoo import BY_ID, call
 
 D, H = 6, 10
@@ -346,7 +344,7 @@ def halves() -> tuple[Deep, Tensor]:
 
 @pytest.mark.slow
 def test_of_two_processes_each_prunes_its_own_batch(tmp_path: Path) -> None:
-    torchrun(Path(__file__), str(tmp_path))
+    in_two_processes(prune_half, tmp_path)
     model, x = halves()
     sparsify(model, PruneGradient(0.5), inputs=x)
     parts = [gradients(model, half) for half in x.split(4)]
@@ -357,19 +355,11 @@ def test_of_two_processes_each_prunes_its_own_batch(tmp_path: Path) -> None:
         assert bool(((gradient - want).abs() <= 4 * 2.0**-24 * parts[0][name].abs().max()).all())
 
 
-def main(folder: Path) -> None:
+def prune_half(folder: Path) -> None:
     """In each of two processes."""
-    torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     model, x = halves()
     sparsify(model, PruneGradient(0.5), inputs=x)
     wrapped = nn.parallel.DistributedDataParallel(model)
     loss_of(wrapped, x.split(4)[rank])[1].backward()
     torch.save({n: p.grad for n, p in model.named_parameters()}, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from actsparse import sparsify
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import Seen, observe
+from tests.processes import in_two_processes
 
 ALL = ("density", "flatness", "gradient", "noise")
 D, H, B, T = 8, 24, 6, 5
@@ -306,15 +305,8 @@ def test_compiled_to_machine_code(kind: Any) -> None:
 # --- processes ------------------------------------------------------------------------------------
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+def _process(folder: str) -> None:
+    rank = torch.distributed.get_rank()
     data = torch.load(f"{folder}/x.pt")
     model = net(KINDS[2])
     ddp = nn.parallel.DistributedDataParallel(model)
@@ -328,13 +320,11 @@ def _process(rank: int, folder: str) -> None:
         nobody.pool()
     both["nothing"] = nobody.summary("train")
     torch.save(both, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads outlive the group and may abort an interpreter that ends first
 
 
 def test_two_processes_pool_to_the_whole_batch(tmp_path: Path) -> None:
     torch.save(X, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    in_two_processes(_process, str(tmp_path))
     model = net(KINDS[2])
     want = plain(model)
     with observe(model.eval(), ALL, inputs=X) as seen:

@@ -166,6 +166,7 @@ def test_an_unknown_experiment_is_refused_by_name(tmp_path: Path) -> None:
         findings_in(tmp_path)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_the_json_and_the_document_say_the_same(
     tmp_path: Path, pair: Callable[..., None]
 ) -> None:

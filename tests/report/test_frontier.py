@@ -272,6 +272,7 @@ def test_another_file_for_speed_is_named(
 # -- pages -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_of_all_tasks_is_made_of_the_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +322,7 @@ def test_a_changed_record_changes_the_page(tmp_path: Path) -> None:
     assert markdown_frontier(tmp_path) != before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_tasks_own_page_shows_the_frontier_first(tmp_path: Path) -> None:
     place = write_task(tmp_path, ordinary())
     html = write_report(place).read_text(encoding="utf-8")

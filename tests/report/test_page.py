@@ -64,6 +64,7 @@ def test_page_plots_and_json_are_there(copy: Path) -> None:
     assert "actsparse compare --task digits --seeds 3" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_page_asks_for_nothing_outside(copy: Path) -> None:
     html = write_report(copy).read_text(encoding="utf-8")
     assert not re.search(
@@ -72,6 +73,7 @@ def test_the_page_asks_for_nothing_outside(copy: Path) -> None:
     assert html.count("data:image/png;base64,") == 2 * len(PICTURES)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_records_cannot_write_markup(tmp_path: Path, add_run: AddRun) -> None:
     add_run("vanilla", 0)
     add_run("a<b>&c", 0)
@@ -115,6 +117,7 @@ def test_lead_gives_the_numbers_under_the_title(comparison: Path) -> None:
     assert "3 paired seeds" in lead(table)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("control", "said"),
     [
@@ -140,6 +143,7 @@ def test_a_task_that_needs_its_mlps_gets_no_warning(comparison: Path) -> None:
     assert not any("MLPs" in remark for remark in remarks(table))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_lost_runs_are_shown_with_counts(copy: Path) -> None:
     header = read_runs(copy)[0].header
     fail_run(copy, header, "paper", 3, "the loss became NaN")
@@ -154,12 +158,14 @@ def test_lost_runs_are_shown_with_counts(copy: Path) -> None:
     assert (paper.failed, paper.unfinished, paper.seeds) == (1, 1, (0, 1, 2))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_torn_run_is_unfinished_and_said_to_be_torn(copy: Path) -> None:
     path = run_path(copy, "paper", 0)
     path.write_bytes(path.read_bytes()[:-5])
     assert "unfinished, last line torn" in page_text(copy)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_seed_and_different_steps_are_said(tmp_path: Path, add_run: AddRun) -> None:
     add_run("vanilla", 0, step=1500)
     add_run("paper", 0, step=900)
@@ -168,6 +174,7 @@ def test_one_seed_and_different_steps_are_said(tmp_path: Path, add_run: AddRun) 
     assert "different numbers of steps (900, 1500)" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_settings_of_an_arm_are_shown(copy: Path) -> None:
     text = page_text(copy)
     assert "modify.zeroth_bias = 0.1" in text
@@ -183,6 +190,7 @@ def test_a_plot_with_nothing_to_show_is_left_out(
     assert picture.plot(compare([run]), [run], dark) is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_quality_where_lower_is_better_keeps_its_unit(tmp_path: Path, add_run: AddRun) -> None:
     text = {"quality_name": "nats per byte", "higher_is_better": False}
     for seed in range(3):
@@ -194,6 +202,7 @@ def test_a_quality_where_lower_is_better_keeps_its_unit(tmp_path: Path, add_run:
     assert "No better than counting pairs of bytes (bigram): paper." in shown
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failed_runs_alone_still_make_a_page(
     tmp_path: Path, comparison: Path, add_run: AddRun
 ) -> None:
@@ -216,6 +225,7 @@ def test_the_terminal_shows_every_arm_in_80_columns(comparison: Path) -> None:
         assert re.search(rf"^{arm} ", text, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_command_prints_table_and_path(copy: Path) -> None:
     done = CliRunner().invoke(cli, [str(copy)])
     assert done.exit_code == 0, done.output
@@ -223,6 +233,7 @@ def test_command_prints_table_and_path(copy: Path) -> None:
     assert done.stdout.splitlines()[-1] == str(copy / "report.html")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_command_prints_json_and_nothing_else(copy: Path) -> None:
     done = CliRunner().invoke(cli, [str(copy), "--json"])
     assert done.exit_code == 0

@@ -376,6 +376,7 @@ def test_benchmarks_alone_make_a_page_beside_the_first(
     assert not re.search(r"https?://|//\w|@import|<script|<link", html)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_folder_of_runs_shows_its_benchmarks_too(
     tmp_path: Path, add_run: Callable[..., Run], benchmarks: SimpleNamespace
 ) -> None:
@@ -403,6 +404,7 @@ def test_a_folder_of_runs_shows_its_benchmarks_too(
     assert called(folder, "--markdown").stdout == both
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_prints_json_or_tables_of_benchmarks_alone(
     tmp_path: Path, benchmarks: SimpleNamespace
 ) -> None:

@@ -149,6 +149,7 @@ def test_the_plot_is_drawn(dark: bool, tmp_path: Path) -> None:
     assert drawn.startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_race_beside_a_tasks_runs_is_on_both_pages(tmp_path: Path) -> None:
     place = write_task(tmp_path, ordinary())
     write_race(place / "race")

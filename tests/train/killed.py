@@ -183,7 +183,7 @@ def half_saved(out: Path) -> None:
 
 def watched(command: Command, out: Path, kept: Path, at: int, act: Any) -> None:
     """Do the command, until it is struck."""
-    compare_module._SPAWN = multiprocessing.get_context("fork")
+    compare_module._PROCESSES = multiprocessing.get_context("fork")
     if not command.swaps:
         files._exchange = lambda one, two: False
     found = Operations(out, kept, 0 if act == "random" else at, act, command.reads)
@@ -273,7 +273,7 @@ def goes_on(
         same(command, place, whole)
     lost = missing(said, out, place)
     assert lost == [], lost
-    compare_module._SPAWN = multiprocessing.get_context("fork")
+    compare_module._PROCESSES = multiprocessing.get_context("fork")
     command.job(place)
     same(command, place, whole)
     left = [] if command.reads or how else [each.name for each in place.rglob(".*.tmp")]
@@ -288,7 +288,7 @@ def same(command: Command, out: Path, whole: Any) -> None:
 def main(folder: Path, name: str, act: str, points: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     records._git = lambda _: None
-    compare_module._SPAWN = multiprocessing.get_context("fork")
+    compare_module._PROCESSES = multiprocessing.get_context("fork")
     command = command_of(name, folder.parent / "data")
     start, once, twice = folder / "start", folder / "once", folder / "twice"
     start.mkdir(parents=True)

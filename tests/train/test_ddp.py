@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import in_two_processes
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -29,20 +31,16 @@ def test_the_penalty_across_two_processes_is_that_of_one(accumulate: int, tmp_pa
             torch.testing.assert_close(two[key], value, rtol=0, atol=1e-10)
 
 
-def _vote(rank: int, folder: str, device: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
+def _vote(folder: Path, device: str) -> None:
     from actsparse.train.processes import everywhere
 
+    rank = torch.distributed.get_rank()
     votes = [everywhere(fine, torch.device(device)) for fine in (True, rank == 0, False)]
-    Path(folder, str(rank)).write_text(str(votes))
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads outlive the group and may abort an interpreter that ends first
+    (folder / str(rank)).write_text(str(votes))
 
 
 def test_a_nan_in_one_process_stops_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_vote, (str(tmp_path), "cpu"), nprocs=2)
+    in_two_processes(_vote, tmp_path, "cpu")
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["[True, False, False]"] * 2
 
 
@@ -73,4 +71,4 @@ def _process(folder: Path, accumulate: int) -> None:
 
 if __name__ == "__main__":
     _process(Path(sys.argv[1]), int(sys.argv[2]))
-    os._exit(0)  # as in _vote
+    os._exit(0)  # as in tests/processes.py

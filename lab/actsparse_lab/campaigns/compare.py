@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal
@@ -22,7 +25,12 @@ from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, run_gradien
 from actsparse_lab.records import RecordError, run_path
 
 Config = RunConfig | GradientNoiseConfig
-_SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, half alive
+# A fork of this process would inherit torch's threads, half alive. On Linux workers are forked from
+# a process that has done nothing but import what all of them need, once for all.
+_PROCESSES: BaseContext = multiprocessing.get_context(
+    "forkserver" if sys.platform == "linux" else "spawn"
+)
+_NEEDED = ["torch", "transformers", "actsparse_lab.engine.run"]
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,19 @@ class _Worker:
     """A process and the pipe to it; ``config`` is what it is at."""
 
     def __init__(self, out: Path, threads: int, command: str | None) -> None:
-        self.pipe, other = _SPAWN.Pipe()
+        self.pipe, other = _PROCESSES.Pipe()
         self.config: Config | None = None
-        self.process: BaseProcess = _SPAWN.Process(
-            target=_work, args=(other, out, threads, command)
+        self.process: BaseProcess = _PROCESSES.Process(
+            target=_work, args=(other, dict(os.environ), out, threads, command)
         )
+        forked = _PROCESSES.get_start_method() == "forkserver"
         with _interrupts_ignored():  # inherited: Ctrl-C is the parent's to answer
+            if forked:
+                _PROCESSES.set_forkserver_preload(_NEEDED)
+                forkserver.ensure_running()  # does not wait for the imports, unlike the next start
+            else:
+                self.process.start()
+        if forked:
             self.process.start()
         other.close()
 
@@ -156,7 +171,12 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(pipe: Connection, out: Path, threads: int, command: str | None) -> None:
+def _work(
+    pipe: Connection, environ: dict[str, str], out: Path, threads: int, command: str | None
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()  # of the process that forked this one, as it was then
+    os.environ.update(environ)
     import torch
     import transformers
 
