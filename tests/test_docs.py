@@ -15,6 +15,7 @@ from torch import nn
 
 from actsparse.cli.main import app
 from actsparse.observe import CURVATURES, MEASURES, measure
+from actsparse_lab.cli.options import chosen, names
 from tests.observe.brute import Phi
 
 ROOT = Path(__file__).parents[1]
@@ -114,8 +115,13 @@ def test_the_commands_parse_and_name_known_measures(command: str) -> None:
     _, verb, *arguments = shlex.split(command)
     with group.make_context("actsparse", [verb, *arguments]) as context:
         options = group.get_command(context, verb).make_context(verb, arguments).params
-    asked = {name.strip() for name in (options["measures"] or "").split(",")}
-    assert asked - {""} <= {*MEASURES, *CURVATURES}
+    if verb == "measure":
+        asked = names(options["measures"])
+    else:
+        asked = chosen(options["task"], False, None, None, None, None, options["given"])[0].get(
+            "measures", ()
+        )
+    assert set(asked) <= {*MEASURES, *CURVATURES}
 
 
 @pytest.mark.parametrize("page", sorted(PAGE.parent.glob("*.md")), ids=lambda page: page.stem)

@@ -72,10 +72,10 @@ def test_the_commands_parse_and_name_what_exists(command: str) -> None:
     _, verb, *arguments = shlex.split(command)
     with group.make_context("actsparse", [verb, *arguments]) as context:
         options = group.get_command(context, verb).make_context(verb, arguments).params
-    names = ("quick", "model", "data", "tokenizer", "given")
-    overrides = chosen(options["task"], **{name: options[name] for name in names})
-    arm = options.get("arm") or "vanilla"
-    assert run_config(options["task"], arm, 0, start=options["start"], **overrides).task
+    names = ("quick", "data", "start", "steps", "given")
+    own = {name: options[name] for name in names}
+    overrides, _ = chosen(options["task"], file=options["config"], **own)
+    assert run_config(options["task"], options.get("arm") or "vanilla", 0, **overrides).task
     assert len(COMMANDS) >= 5
 
 

@@ -37,9 +37,10 @@ def model_named(name: str) -> tuple[nn.Module, Any]:
         return model, inputs_of(model)
     if ":" in name:
         return _from_factory(name)
+    known = f"one of {', '.join(tasks)}, " if tasks else ""
     raise ValueError(
-        f"no model {name!r}: expected {', '.join(['one of', *tasks, '']) if tasks else ''}"
-        f"the path of a local Hugging Face folder or config.json, or package.module:factory"
+        f"no model {name!r}: expected {known}the path of a local Hugging Face folder or "
+        f"config.json, or package.module:factory"
     )
 
 

@@ -177,7 +177,9 @@ def test_cli_says_what_would_be_right(words: list[str], message: str) -> None:
 
 
 def test_a_trained_model_is_timed_as_it_is(tmp_path: Path) -> None:
-    quick = ["--steps", "4", "--log-every", "4", "--eval-every", "4", "--batch-size", "16"]
+    quick = ["--steps", "4"]
+    for setting in ("log_every=4", "eval_every=4", "batch_size=16"):
+        quick += ["--set", setting]
     done = called("train", "--arm", "paper", *quick, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     folder = tmp_path / "runs" / "paper-seed0"

@@ -71,7 +71,12 @@ def settings(folder: Path) -> Make:
         ]
         given = [f"{random.choice(names)}={text}" for text in texts[: random.randint(1, 3)]]
         task = random.choice(tasks)
-        return lambda: run_config(task, "best", 0, **chosen(task, True, None, None, None, given))
+
+        def read() -> None:
+            overrides, _ = chosen(task, True, None, None, None, None, given)
+            run_config(task, "best", 0, **overrides)
+
+        return read
 
     return once
 

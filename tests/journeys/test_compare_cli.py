@@ -28,12 +28,12 @@ def records(out: Path) -> dict[str, bytes]:
 def test_compare_stopped_and_called_again_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     words = ["compare", "--arms", "vanilla,paper", "--seeds", "2", "--steps", "120"]
     words += [
-        "--batch-size",
-        "8",
-        "--log-every",
-        "20",
-        "--eval-every",
-        "40",
+        "--set",
+        "batch_size=8",
+        "--set",
+        "log_every=20",
+        "--set",
+        "eval_every=40",
         "--out",
         str(tmp_path),
     ]
@@ -72,13 +72,14 @@ def test_compare_stopped_and_called_again_goes_on_and_repeats_nothing(tmp_path: 
     assert again.stderr.count("done before") == 4
     assert records(tmp_path) == after
 
-    other = CliRunner().invoke(app, [*words, "--lr", "0.1"])
+    other = CliRunner().invoke(app, [*words, "--set", "lr=0.1"])
     assert other.exit_code == 2
     assert "lr=0.005 (now 0.1)" in other.stderr
 
 
 def test_train_that_blows_up_says_so_and_exits_with_1(tmp_path: Path) -> None:
-    words = ["train", "--arm", "vanilla", "--steps", "20", "--eval-every", "1", "--lr", "1e30"]
+    words = ["train", "--arm", "vanilla", "--steps", "20"]
+    words += ["--set", "eval_every=1", "--set", "lr=1e30"]
     done = CliRunner().invoke(app, [*words, "--out", str(tmp_path)])
     assert done.exit_code == 1
     assert "Failed: stopped after" in done.stderr
@@ -88,7 +89,9 @@ def test_train_that_blows_up_says_so_and_exits_with_1(tmp_path: Path) -> None:
 
 
 def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
-    words = ["train", "--steps", "6", "--log-every", "3", "--eval-every", "3", "--batch-size", "8"]
+    file = tmp_path / "short.toml"
+    file.write_text("log_every = 3\neval_every = 3\nbatch_size = 16\n")
+    words = ["train", "--steps", "6", "--config", str(file), "--set", "batch_size=8"]
     words += ["--out", str(tmp_path)]
     done = CliRunner().invoke(app, [*words, "--accelerate"])
     assert done.exit_code == 0, done.output
@@ -108,8 +111,10 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
     [
         (["compare", "--task", "dogs"], "unknown task 'dogs'; known: digits, text, lm"),
         (["compare", "--arms", "vanila"], "unknown arm 'vanila'; known: vanilla, paper"),
-        (["train", "--model", "width=9"], "unknown setting 'width' of digits's model; known: "),
-        (["train", "--model", "hidden_size"], "--model 'hidden_size': expected name=value"),
+        (["train", "--set", "hidden_size"], "--set 'hidden_size': expected name=value"),
+        (["train", "--config", "/dev/null"], "is a device, not a regular file"),
+        (["train", "--set", "threads=0"], "--set threads must be a whole number, 1 or more"),
+        (["train", "--data", "images"], "digits brings its own data"),
         (["train", "--set", "data.typo=1"], "unknown setting 'typo' of the data; known: seed"),
         (["train", "--set", "model.typo=1"], "unknown setting 'typo' of the model; known: "),
         (["train", "--set", "warmup=soon"], "warmup='soon': expected a number"),
@@ -118,9 +123,9 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
         (["train", "--set", "precision=fp16"], "precision='fp16' needs a GPU"),
         (["train", "--set", "micro_batch=7"], "micro_batch=7 does not divide the 64 rows"),
         (["train", "--task", "vit_imagenet"], "reads data of yours: say where, --data PATH"),
-        (["train", "--task", "t5_c4", "--data", "/dev/null"], "say where, --tokenizer PATH"),
+        (["train", "--task", "t5_c4", "--data", "/dev/null"], "where, --set data.tokenizer=PATH"),
         (["train", "--task", "lm_finetune"], "lm_finetune finetunes a checkpoint: say which"),
-        (["train", "--task", "lm_finetune", "--model", "n_embd=9"], "--model is not its"),
+        (["train", "--task", "lm_finetune", "--set", "model.n_embd=9"], "model that --from names"),
         (["train", "--steps", "0"], "steps=0: expected a whole number, 1 or more"),
         (["train", "--out", "/dev/full/runs"], "cannot"),
         (["compare", "--out", "/dev/null"], "cannot"),
@@ -137,16 +142,17 @@ def test_bad_input_is_one_line_and_exit_code_2(words: list[str], said: str) -> N
 
 
 def test_a_setting_can_be_taken_back_and_wins_over_an_option() -> None:
-    from actsparse_lab.cli.options import chosen, given_of
+    from actsparse_lab.cli.options import chosen
     from actsparse_lab.tasks import run_config
 
     words = ["lora=null", "clip=null", "steps=7", "data.held_out=0.2", "start=x"]
-    overrides = given_of(steps=5, lr=None)
-    overrides |= chosen("vit_imagenet_finetune", False, None, "images", None, words)
+    overrides, threads = chosen("vit_imagenet_finetune", False, "images", "y", 5, None, words)
+    assert threads == 1
     config = run_config("vit_imagenet_finetune", "vanilla", 0, **overrides)
     assert (config.lora, config.clip, config.steps) == (None, None, 7)
     assert (config.data["held_out"], config.data["path"]) == (0.2, "images")
-    less = chosen("vit_imagenet_finetune", False, None, "images", None, ["lora.r=8", "start=x"])
+    words = ["lora.r=8", "start=x"]
+    less, _ = chosen("vit_imagenet_finetune", False, "images", None, None, None, words)
     assert run_config("vit_imagenet_finetune", "vanilla", 0, **less).lora == {
         "r": 8, "targets": "all-linear", "keep": ["classifier"],
     }  # fmt: skip
@@ -154,8 +160,8 @@ def test_a_setting_can_be_taken_back_and_wins_over_an_option() -> None:
 
 @pytest.mark.slow
 def test_compare_asked_to_end_leaves_checkpoints(tmp_path: Path) -> None:
-    words = ["compare", "--arms", "vanilla", "--seeds", "1", "--steps", "5000", "--eval-every"]
-    words += ["5000", "--out", str(tmp_path)]
+    words = ["compare", "--arms", "vanilla", "--seeds", "1", "--steps", "5000", "--set"]
+    words += ["eval_every=5000", "--out", str(tmp_path)]
     process = subprocess.Popen(
         command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -51,9 +51,10 @@ def called(*words: str | Path) -> Any:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of 20 steps."""
     out = tmp_path_factory.mktemp("trained")
-    words = ["train", "--arm", "paper", "--steps", "20", "--batch-size", "64", "--log-every", "10"]
-    words += ["--eval-every", "10", "--measures", "flatness,gradient,spectrum,token_copies"]
-    words += ["--measure-every", "10", "--out", str(out)]
+    words = ["train", "--arm", "paper", "--steps", "20"]
+    words += ["--set", "batch_size=64", "--set", "log_every=10"]
+    words += ["--set", "eval_every=10", "--set", "measures=flatness,gradient,spectrum,token_copies"]
+    words += ["--set", "active_every=10", "--out", str(out)]
     done = called(*words)
     assert done.exit_code == 0, done.output
     return out / "runs" / "paper-seed0"
@@ -146,15 +147,16 @@ def test_trials_are_printed_and_kept(folder: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_runs_that_only_tried_something_have_a_report(tmp_path: Path) -> None:
-    words = ["train", "--arm", "vanilla", "--steps", "4", "--batch-size", "16", "--log-every", "2"]
+    words = ["train", "--arm", "vanilla", "--steps", "4"]
+    words += ["--set", "batch_size=16", "--set", "log_every=2"]
     active = '{"robustness": {"against": [{"disturbance": "fgsm", "size": 0.1}]}}'
     words += [
         "--set",
         f"active={active}",
         "--set",
         "active_on=16",
-        "--eval-every",
-        "4",
+        "--set",
+        "eval_every=4",
         "--out",
         str(tmp_path),
     ]

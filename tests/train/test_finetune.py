@@ -196,7 +196,7 @@ def test_the_seed_stands_in_the_path_and_the_command_takes_it(base: Run, tmp_pat
     path = start(base).replace("vanilla-seed0", "vanilla-seed{seed}")
     assert "{seed}" in path
     words = ["train", "--task", "digits_finetune", "--arm", "vanilla", "--from", path]
-    words += ["--steps", "3", "--batch-size", "8", "--out", str(tmp_path)]
+    words += ["--steps", "3", "--set", "batch_size=8", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     header = json.loads(run_path(tmp_path, "vanilla", 0).read_text().splitlines()[0])

@@ -17,7 +17,7 @@ from actsparse_lab.records import run_path
 from tests.train.killed import weights_in
 from tests.train.test_survival import lines_of
 
-SHORT = ["--task", "digits", "--steps", "120", "--eval-every", "40", "--out", ".",
+SHORT = ["--task", "digits", "--steps", "120", "--set", "eval_every=40", "--out", ".",
          "--set", "save_every=10", "--set", "log_every=10"]  # fmt: skip
 COMMANDS = {
     "train": ["train", "--arm", "paper", *SHORT],

@@ -223,11 +223,12 @@ def near(one: Any, two: Any, rounding: float) -> None:
 def test_two_processes_train_as_one_by_the_documented_command(tmp_path: Path) -> None:
     write_images(tmp_path / "images", each=17)
     words = ["--task", "vit_cifar10", "--quick", "--data", str(tmp_path / "images")]
-    words += ["--arm", "paper", "--steps", "4", "--batch-size", "8", "--log-every", "2"]
-    words += ["--eval-every", "2", "--measures", "flatness,gradient"]
+    words += ["--arm", "paper", "--steps", "4", "--set", "batch_size=8", "--set", "log_every=2"]
+    words += ["--set", "eval_every=2", "--set", "measures=flatness,gradient"]
     for setting in ("micro_batch=4", "data.mixup=0.2", "data.cutmix=1.0", "data.repeats=2"):
         words += ["--set", setting]
-    words += ["--model", "hidden_size=32,intermediate_size=64,num_hidden_layers=2"]
+    for size in ("hidden_size=32", "intermediate_size=64", "num_hidden_layers=2"):
+        words += ["--set", f"model.{size}"]
     alone = CliRunner().invoke(app, ["train", *words, "--out", str(tmp_path / "1")])
     assert alone.exit_code == 0, alone.stderr
     two = command(*words, "--out", str(tmp_path / "2"), processes=2)
@@ -283,11 +284,11 @@ def test_the_recipes_run_with_all_their_settings_but_the_batch(
     task: str, processes: int, tmp_path: Path
 ) -> None:
     """ViT-Base/16 at 224 px and T5-Base at length 512, three optimizer steps of four rows."""
-    words = ["--task", task, "--steps", "3", "--batch-size", "4", "--threads", "1"]
+    words = ["--task", task, "--steps", "3", "--set", "batch_size=4", "--set", "threads=1"]
     words += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     if task == "t5_c4":
         write_shards(tmp_path / "data")
-        words += ["--tokenizer", str(tmp_path / "data"), "--set", "data.rows=4"]
+        words += ["--set", f"data.tokenizer={tmp_path / 'data'}", "--set", "data.rows=4"]
     else:
         write_images(tmp_path / "data", size=256)
         words += ["--set", "data.held_out=0.1"]

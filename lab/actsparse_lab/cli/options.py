@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from actsparse.untrusted import parse_json, read_bytes
-from actsparse.values import Count, check, shown
+from actsparse.values import Positive, check, shown
 
 Task = Annotated[
     str,
@@ -97,7 +97,9 @@ def chosen(
         typer.echo("\n".join(sorted({*known, "threads"})))
         raise typer.Exit
     own = EXPERIMENTS[task](quick)
-    found: dict[str, Any] = {"quick": quick} | given_of(steps=steps, start=start)
+    found: dict[str, Any] = {"quick": quick}
+    found |= {} if steps is None else {"steps": steps}
+    found |= {} if start is None else {"start": start}
     if data is not None:
         place = "path" if "path" in own.get("data", {}) else "shards"
         if place not in own.get("data", {}):
@@ -119,7 +121,7 @@ def chosen(
         else:
             found[name] = tuple(value) if isinstance(value, list) else value
     threads: int = found.pop("threads", 1)
-    check("--set threads", threads, Count)
+    check("--set threads", threads, Positive)
     return found, threads
 
 
@@ -139,15 +141,6 @@ def _settings_in(file: Path) -> Iterator[tuple[str, str, Any]]:
                 yield where, f"{name}.{inner}", each
         else:
             yield where, name, value
-
-
-def given_of(**options: Any) -> dict[str, Any]:
-    """The options that were given: None stands for one that was not.
-
-    >>> given_of(steps=5, lr=None)
-    {'steps': 5}
-    """
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _pair(text: str) -> tuple[str, Any]:
