@@ -13,10 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from actsparse import files
 from actsparse_lab.engine.config import RunConfig
@@ -27,9 +26,7 @@ from actsparse_lab.records import RecordError, run_path
 Config = RunConfig | GradientNoiseConfig
 # A fork of this process would inherit torch's threads, half alive. On Linux workers are forked from
 # a process that has done nothing but import what all of them need, once for all.
-_PROCESSES: BaseContext = multiprocessing.get_context(
-    "forkserver" if sys.platform == "linux" else "spawn"
-)
+_PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 _NEEDED = ["torch", "transformers", "actsparse_lab.engine.run"]
 
 
