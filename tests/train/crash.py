@@ -5,6 +5,7 @@ For forked children of one thread: what is patched here stays patched.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -69,6 +70,7 @@ class Operations:
     def __init__(self, root: Path, kept: Path, at: int, act: Any = "kill", reads: bool = False):
         self.root, self.kept, self.at, self.act = os.path.realpath(root), kept, at, act
         self.reads, self.count, self.held = reads, 0, []
+        self.listed: dict[int, int] = {}  # numbers of files in synced folders, each held open
         (kept / "synced").mkdir(parents=True)
         for place, _, names in os.walk(root):
             for path in (place, *(os.path.join(place, name) for name in names)):
@@ -160,6 +162,10 @@ class Operations:
         if stat.S_ISDIR(found.st_mode):
             with os.scandir(descriptor) as entries:
                 names = {each.name: [each.inode(), each.is_dir()] for each in entries}
+            for name, (number, _) in names.items():  # their numbers are not used again either
+                with contextlib.suppress(FileNotFoundError):
+                    if number not in self.listed:
+                        self.listed[number] = os.open(name, os.O_PATH, dir_fd=descriptor)
             note.with_suffix(".new").write_text(json.dumps(names))
         else:
             shutil.copyfile(f"/proc/self/fd/{descriptor}", note.with_suffix(".new"))

@@ -30,8 +30,9 @@ SLOW = (
 def struck(folder: Path, *what: str) -> list[dict[str, Any]]:
     """What was found where the commands were killed, stopped, or told that the disk is full."""
     script = Path(__file__).with_name("killed.py")
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    root = Path(__file__).parents[2]
+    path = f"{root}{os.pathsep}{root / 'lab'}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     words = [word.replace(",", " ") for each in what for word in each.split()]
     command = [sys.executable, str(script), str(folder), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
