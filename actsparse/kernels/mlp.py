@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
-from actsparse.kernels import ops
+from actsparse.kernels import backends, ops
 from actsparse.kernels.forms import FEW, Form, form_of
 from actsparse.kernels.row_norms import row_norms
 
@@ -48,8 +48,8 @@ def prepare(down: Tensor, up: Tensor | None = None, *, screen: bool = True) -> P
     rows = _by_rows(down.t())
     if up is None:
         return Prepared(rows)
-    gpu = ops.on_gpu(up)
-    if screen and not gpu and not ops.screens(up):
+    gpu = backends.on_gpu(up)
+    if screen and not gpu and not backends.screens(up):
         return Prepared(rows)
     first = _by_rows(up)
     if not screen:
@@ -123,7 +123,7 @@ def sparse_mlp(
     name = activation if isinstance(activation, str) else activation.name
     form = form_of(name)
     bare = gate is None and between is None and on_active is None and on_norms is None
-    native = x.dtype is torch.float32 and x.is_cpu and ops.loaded()
+    native = x.dtype is torch.float32 and x.is_cpu and backends.loaded()
     weights = (up, bias, down, down_bias, gate, gate_bias)
     if bare and form is not None and form.act is not None and native and not _learns(x, *weights):
         try:
@@ -135,13 +135,13 @@ def sparse_mlp(
     first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
     plain = between is None and on_active is None and on_norms is None
     few = x.shape[:-1].numel() <= FEW and form is not None and not _learns(x, *weights)
-    if plain and few and ops.on_gpu(x, *weights):
+    if plain and few and backends.on_gpu(x, *weights):
         up_of_gated = (None, None) if gate is None else (up, bias)
         return _decode(x, first, first_bias, down, down_bias, name, up_of_gated, screen, prepared)
     rows = None if prepared is None else prepared.rows
     first, down = _laid(first), _laid(down)
     codes: tuple[Tensor, ...] = ()
-    if screen and form is not None and ops.screens(first):
+    if screen and form is not None and backends.screens(first):
         if prepared is not None and prepared.codes:
             codes = prepared.codes
         else:
@@ -181,7 +181,7 @@ def _infer(
 ) -> Tensor:
     """One operator, no gradients."""
     if screen and (prepared is None or not prepared.codes):
-        screen = ops.screens(up)
+        screen = backends.screens(up)
     if prepared is None or (screen and not prepared.codes):
         prepared = prepare(down, up if screen else None)
     kernels = torch.ops.actsparse_cpu

@@ -12,8 +12,6 @@ themselves, and :mod:`actsparse.kernels.checks` does it before the others.
 
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,69 +19,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from actsparse.activations import named
-from actsparse.kernels import checks, reference
+from actsparse.kernels import backends, checks, reference
 from actsparse.kernels import pack as packing
 from actsparse.kernels.forms import form_of
 
 GATHERED = 0.007  # density up to which, by docs/kernels.md, GPUs sample a product entry by entry
 
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def loaded() -> bool:
-    """Whether the compiled kernels are there; the first call builds and loads them."""
-    return _load()
-
-
-# what torch.compiler.assume_constant_result sets; that imports the whole compiler, a second
-loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _load() -> bool:
-    from actsparse.kernels import build  # here, so that `python -m` can run that module
-
-    if not build.load():
-        return False
-    # inference is one operator without autograd, so that decoding does not pay for Python
-    for name in ("forward", "forward_screened"):
-        checks.fake(f"actsparse_cpu::{name}")(
-            lambda x, *others: x.new_empty(*x.shape[:-1], others[-4].shape[1])
-        )
-    return True
-
-
-def native(*tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels take these tensors."""
-    return loaded() and all(
-        t is None or (t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided)
-        for t in tensors
-    )
-
-
-def on_gpu(*tensors: Tensor | None) -> bool:
-    """Whether the Triton kernels take these tensors."""
-    return all(t is None or (t.is_cuda and t.dtype in _DTYPES) for t in tensors) and _triton()
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _triton() -> bool:
-    """Whether Triton is installed; PyTorch for CUDA brings it."""
-    return find_spec("triton") is not None
-
-
-_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def screens(up: Tensor) -> bool:
-    """Whether the screen takes this matrix: sums of 2¹⁶ products of codes fit 32 bits, not more."""
-    return native(up) and up.shape[1] <= 1 << 16
-
-
-def _kernels() -> Any:
-    return torch.ops.actsparse_cpu
 
 
 # ---- pack: x → z → the entries of φ(z), with their slopes ---------------------------------------
@@ -103,18 +45,18 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
             "activation must be a form of ReLU, JSReLU or squared ReLU, and codes none or the 3 of "
             f"quantise; they are {activation!r} and {len(codes)} tensors"
         )
-    if not native(x, up, bias):
+    if not backends.native(x, up, bias):
         checks.linear(x, up, bias)
-    if native(x, up, bias):
+    if backends.native(x, up, bias):
         how = (form.act or 0, form.floor)  # 0: ReLU, which is z above the floor
         if codes:
-            entries = _kernels().screen(x, up, bias, *codes, *how)
+            entries = backends.compiled().screen(x, up, bias, *codes, *how)
         else:
-            entries = _kernels().pack(x, up, bias, *how)
+            entries = backends.compiled().pack(x, up, bias, *how)
         if form.act is not None:
             return entries
         pointer, index, active, _ = entries
-    elif on_gpu(x, up, bias):
+    elif backends.on_gpu(x, up, bias):
         from actsparse.kernels import triton_pack
 
         # in float32 Triton's products are no match for cuBLAS's
@@ -216,14 +158,14 @@ def sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor |
 
 
 def _sample(pointer: Tensor, index: Tensor, x: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
-    if native(x, up, bias):
-        return _kernels().sample(pointer, index, x, up, bias)
+    if backends.native(x, up, bias):
+        return backends.compiled().sample(pointer, index, x, up, bias)
     checks.entries(pointer, index, *checks.linear(x, up, bias), x)
-    if on_gpu(x, up, bias) and len(index) <= GATHERED * x.shape[0] * up.shape[0]:
+    if backends.on_gpu(x, up, bias) and len(index) <= GATHERED * x.shape[0] * up.shape[0]:
         from actsparse.kernels import triton_products
 
         value = triton_products.sample(pointer, index, x, up)
-    elif on_gpu(x, up, bias) and x.dtype is not torch.float32:
+    elif backends.on_gpu(x, up, bias) and x.dtype is not torch.float32:
         from actsparse.kernels import triton_pack
 
         value = triton_pack.sample_dense(pointer, index, x, up)
@@ -336,11 +278,11 @@ def _multiply(
     n: int,
     turned: bool,
 ) -> Tensor:
-    if native(value, rows, bias):
-        out = _kernels().multiply(pointer, index, value, rows, bias, n, turned)
+    if backends.native(value, rows, bias):
+        out = backends.compiled().multiply(pointer, index, value, rows, bias, n, turned)
         return out.t() if turned else out
     checks.product(pointer, index, value, rows, bias, n)
-    if on_gpu(value, rows, bias):
+    if backends.on_gpu(value, rows, bias):
         from actsparse.kernels import triton_products
 
         return triton_products.multiply(pointer, index, value, rows, bias, n, turned)
@@ -369,8 +311,8 @@ def by_unit(
     pointer: Tensor, index: Tensor, value: Tensor, n: int, units: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The entries of the transpose of a packed [N, H]: its pointer, row numbers and values."""
-    if native(value):
-        return _kernels().by_unit(pointer, index, value, n, units)
+    if backends.native(value):
+        return backends.compiled().by_unit(pointer, index, value, n, units)
     checks.values(pointer, index, value, n, checks.count("units", units))
     return packing.by_unit(pointer, index, value, n, units)
 
@@ -386,8 +328,8 @@ def _(
 @custom_op("actsparse::row_sums", mutates_args=())
 def row_sums(pointer: Tensor, value: Tensor, n: int) -> Tensor:
     """The sum of each of n rows of packed entries."""
-    if native(value):
-        return _kernels().row_sums(pointer, value, n)
+    if backends.native(value):
+        return backends.compiled().row_sums(pointer, value, n)
     checks.rows(pointer, value, n)
     if n == 0 or len(value) == 0:
         return value.new_zeros(n)
@@ -403,8 +345,8 @@ def _(pointer: Tensor, value: Tensor, n: int) -> Tensor:
 @custom_op("actsparse::turned", mutates_args=())
 def turned(matrix: Tensor) -> Tensor:
     """A contiguous copy of the transpose."""
-    if native(matrix):
-        return _kernels().turned(checks.given("matrix", matrix).contiguous())
+    if backends.native(matrix):
+        return backends.compiled().turned(checks.given("matrix", matrix).contiguous())
     checks.sizes_of("matrix", matrix)
     return matrix.t().clone(memory_format=torch.contiguous_format)
 
@@ -421,8 +363,8 @@ def fingerprint(weight: Tensor) -> int:
     """
     if weight.is_cuda:
         return 0
-    if native(weight):
-        return _kernels().fingerprint(weight)
+    if backends.native(weight):
+        return backends.compiled().fingerprint(weight)
     checks.sizes_of("weight", weight)
     return hash(tuple(weight.detach().reshape(-1)[:: weight.numel() // 64 + 1].tolist()))
 
@@ -433,10 +375,12 @@ def quantise(up: Tensor) -> list[Tensor]:
 
     Where :func:`screens` says so alone; elsewhere nothing is screened.
     """
-    if not native(up):
-        found = f"{up.dtype} on {up.device}, kernels are {'there' if loaded() else 'missing'}"
+    if not backends.native(up):
+        found = (
+            f"{up.dtype} on {up.device}, kernels are {'there' if backends.loaded() else 'missing'}"
+        )
         raise RuntimeError(f"up must be float32 on the CPU, with compiled kernels; it is {found}")
-    return list(_kernels().quantise(up))
+    return list(backends.compiled().quantise(up))
 
 
 @checks.fake(quantise)

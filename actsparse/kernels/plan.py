@@ -14,7 +14,7 @@ from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.exchange import foreign_mode
 from actsparse.blocks.site import Site
 from actsparse.blocks.stages import OnNorms
-from actsparse.kernels import build, ops
+from actsparse.kernels import backends, build, ops
 from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
@@ -214,7 +214,7 @@ class SparseRun:
         if self.mode != "auto":
             return None
         entries = self.block.up.weight.numel()
-        if not (ops.on_gpu(x) or build.level() != "reference"):
+        if not (backends.on_gpu(x) or build.level() != "reference"):
             return "the kernels are not compiled here"
         if entries < LEAST and entries * tokens < MANY:
             return f"too small: {entries} weights in up, {tokens} tokens"
@@ -284,7 +284,7 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
     if site.function is None:
         return "its φ is being mixed, or has no name"
     weight = up.weight
-    if not (ops.on_gpu(x, weight) or (x.is_cpu and x.dtype is torch.float32)):
+    if not (backends.on_gpu(x, weight) or (x.is_cpu and x.dtype is torch.float32)):
         return f"{str(x.dtype).removeprefix('torch.')} on {x.device.type} has no kernels here"
     if x.dtype is not weight.dtype or x.device != weight.device:
         return f"its input is {x.dtype} on {x.device}, up {weight.dtype} on {weight.device}"

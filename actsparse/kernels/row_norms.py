@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from actsparse.kernels import checks, ops
+from actsparse.kernels import backends, checks
 from actsparse.kernels import pack as packing
 
 
 @custom_op("actsparse::row_norms", mutates_args=())
 def row_norms(pointer: Tensor, value: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """``Σ |value|`` and ``√Σ value²`` of each of n rows of packed entries: [n] and [n]."""
-    if ops.native(value):
+    if backends.native(value):
         return torch.ops.actsparse_cpu.row_norms(pointer, value, n)
     checks.rows(pointer, value, n)
     row, wide = packing.rows_of(pointer, n, len(value)), value.double()
@@ -37,7 +37,7 @@ def row_norms_backward(
     pointer: Tensor, value: Tensor, two: Tensor, grad_one: Tensor, grad_two: Tensor
 ) -> Tensor:
     """``g₁ sgn(value) + g₂ value / ‖value‖₂``, entry by entry [nnz]; 0 where the value is."""
-    if ops.native(value):
+    if backends.native(value):
         return torch.ops.actsparse_cpu.row_norms_backward(pointer, value, two, grad_one, grad_two)
     n = checks.given("two", two).numel()
     checks.rows(pointer, value, n)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from actsparse.kernels import build, ops
+from actsparse.kernels import backends, build
 
 BEST = torch.ops.actsparse_cpu.level(-1) if build.load() else -1
 WAYS = [*build.LEVELS[: BEST + 1], "reference"]  # the last: PyTorch's own operators
@@ -16,7 +16,7 @@ WAYS = [*build.LEVELS[: BEST + 1], "reference"]  # the last: PyTorch's own opera
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "reference":
-        monkeypatch.setattr(ops, "_load", lambda: False)
+        monkeypatch.setattr(backends, "_load", lambda: False)
     else:
         torch.ops.actsparse_cpu.level(build.LEVELS.index(request.param))
     yield request.param

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import named
-from actsparse.kernels import build, forms, ops, prepare, sparse_mlp
+from actsparse.kernels import backends, build, forms, ops, prepare, sparse_mlp
 from actsparse.kernels import pack as packing
 
 U = 2.0**-24  # unit roundoff of float32
@@ -72,7 +72,7 @@ def assert_bounds_hold(
     n, (units, d) = len(tokens), w["up"].shape
     with torch.no_grad():
         up = w["up"] if w["up"].t().is_contiguous() else w["up"].contiguous()
-        codes = ops.quantise(up) if screen and ops.loaded() else []
+        codes = ops.quantise(up) if screen and backends.loaded() else []
         pointer, index, a, slope = ops.pack(tokens, up, w["bias"], codes, activation)
         z = ops.pack(tokens, up, w["bias"], codes, "relu")[2]
     seen: list[Tensor] = []
@@ -168,7 +168,7 @@ def test_rms_error_is_at_most_four_times_dense(way: str, size: tuple[int, int, i
     z = F.linear(*leaves[:3])
     dense = errors(F.linear(torch.relu(z), *leaves[3:]), z > 0)
     for screen in (False, True):
-        codes = ops.quantise(w["up"].detach()) if screen and ops.loaded() else []
+        codes = ops.quantise(w["up"].detach()) if screen and backends.loaded() else []
         with torch.no_grad():
             pointer, index, value, _ = ops.pack(*leaves[:3], codes, "relu")
         mask = packing.unpack(pointer, index, torch.ones_like(value), tokens, h) != 0

@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actsparse.kernels import ops
+from actsparse.kernels import backends, ops
 from actsparse.kernels import pack as packing
 
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
@@ -57,7 +57,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "actsparse::row_norms_backward": (pointer, value, two.abs(), one, grad),
         "actsparse::turned": (rows,),
     }
-    if not ops.loaded():
+    if not backends.loaded():
         return called
     codes = ops.quantise(up)
     z = x @ up.t()
@@ -245,7 +245,7 @@ def names_of_this_way(way: str) -> list[str]:
     return [name for name in calls() if way != "reference" or name.startswith("actsparse::")]
 
 
-@pytest.mark.skipif(not ops.loaded(), reason="no compiled kernels here")
+@pytest.mark.skipif(not backends.loaded(), reason="no compiled kernels here")
 def test_every_operator_is_called() -> None:
     registered = {
         name.split(".")[0]
@@ -299,7 +299,7 @@ def test_any_layout_gives_the_numbers_of_a_plain_copy_or_is_refused(way: str) ->
     assert taken > 50
 
 
-@pytest.mark.skipif(not ops.loaded(), reason="no compiled kernels here")
+@pytest.mark.skipif(not backends.loaded(), reason="no compiled kernels here")
 def test_codes_of_any_value_are_read_within_their_bounds(way: str) -> None:
     """They are numbers, which cannot be checked: the answer is some mask."""
     if way == "reference":
@@ -327,7 +327,7 @@ def test_one_meta_tensor_among_others_gets_no_answer() -> None:
     assert y.shape == (N, D)
 
 
-@pytest.mark.skipif(not ops.loaded(), reason="no compiled kernels here")
+@pytest.mark.skipif(not backends.loaded(), reason="no compiled kernels here")
 def test_a_thread_may_choose_the_instruction_set_while_others_compute() -> None:
     best = torch.ops.actsparse_cpu.level(-1)
     pointer, index = packing.pack(keeps())

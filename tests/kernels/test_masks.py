@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import forms, ops, prepare, row_norms, sparse_mlp
+from actsparse.kernels import backends, forms, ops, prepare, row_norms, sparse_mlp
 from actsparse.kernels import pack as packing
 from tests.kernels import reference
 
@@ -163,7 +163,7 @@ def test_active_is_what_is_not_at_most_zero(way: str, screen: bool, where: str) 
         up, bias = (z, zero if h % 2 else None) if where == "up" else (zero, z)
         for tokens in (1, 5, 40):
             x = torch.ones(tokens, 1)
-            codes = ops.quantise(up[:, None]) if screen and ops.loaded() else []
+            codes = ops.quantise(up[:, None]) if screen and backends.loaded() else []
             pointer, index, value, _ = ops.pack(x, up[:, None], bias, codes, "relu")
             want = packing.pack(~(z <= 0).expand(tokens, h))
             assert torch.equal(pointer, want[0])
@@ -329,7 +329,7 @@ def test_every_operator_passes_opcheck() -> None:
     x, up, down = (t.requires_grad_() for t in (x, w["up"], w["down"]))
     bias, down_bias = w["bias"].requires_grad_(), w["down_bias"].requires_grad_()
     fixed, rows = up.detach(), down.detach().t().contiguous()
-    codes = ops.quantise(fixed) if ops.loaded() else []
+    codes = ops.quantise(fixed) if backends.loaded() else []
     with torch.no_grad():
         pointer, index, value, _ = ops.pack(x, up, bias, [], "jsrelu")
         by_unit = ops.by_unit(pointer, index, value, 5, 70)
@@ -349,7 +349,7 @@ def test_every_operator_passes_opcheck() -> None:
         "row_norms": [(pointer, learns, 5)],
         "row_norms_backward": [(pointer, value, torch.ones(5), *torch.randn(2, 5))],
         "turned": [(fixed,)],
-        "quantise": [(fixed,)] if ops.loaded() else [],
+        "quantise": [(fixed,)] if backends.loaded() else [],
     }  # fmt: skip
     registered = {
         name.split("::")[1].split(".")[0]
@@ -365,7 +365,7 @@ def test_every_operator_passes_opcheck() -> None:
         for each in arguments:
             operator = getattr(row_norms if name.startswith("row_norms") else ops, name)
             torch.library.opcheck(operator, each, test_utils=checks)
-    if ops.loaded():
+    if backends.loaded():
         kernels, checks = torch.ops.actsparse_cpu, static[:2]
         for act in range(len(forms.FUSED)):
             z, b = (x @ up.t()).detach(), bias.detach()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import forms, ops, prepare, sparse_mlp
+from actsparse.kernels import backends, forms, ops, prepare, sparse_mlp
 from actsparse.kernels import pack as packing
 from tests.kernels import reference
 
@@ -135,7 +135,7 @@ def test_rms_error_is_that_of_dense(name: str, screen: bool) -> None:
     w64, x64 = weights(192, 768), torch.randn(300, 192, dtype=torch.float64)
     w = {n: t.detach().float().requires_grad_() for n, t in w64.items()}
     x, grad_y = x64.float().requires_grad_(), torch.randn(300, 192)
-    codes = ops.quantise(w["up"].detach()) if screen and ops.loaded() else []
+    codes = ops.quantise(w["up"].detach()) if screen and backends.loaded() else []
     entries = ops.pack(x.detach(), w["up"].detach(), w["bias"].detach(), codes, name)
     ours_mask = packing.unpack(*entries[:2], torch.ones(len(entries[1])), 300, 768) != 0
     dense_mask = F.linear(x, w["up"], w["bias"]) > 0

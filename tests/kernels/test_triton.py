@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.activations import ActivationFunction, named
-from actsparse.kernels import forms, ops, sparse_mlp
+from actsparse.kernels import backends, forms, ops, sparse_mlp
 from actsparse.kernels import pack as packing
 from tests.kernels import test_exactness as exactness
 from tests.kernels import test_masks as masks
@@ -37,14 +37,14 @@ FIXTURE = [HealthCheck.function_scoped_fixture]
 
 
 def interpreted(*tensors: Tensor | None) -> bool:
-    """`ops.on_gpu`, as if the CPU were one."""
+    """`backends.on_gpu`, as if the CPU were one."""
     return all(t is None or t.dtype in DTYPES for t in tensors)
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_load", lambda: False)
-    monkeypatch.setattr(ops, "on_gpu", interpreted)
+    monkeypatch.setattr(backends, "_load", lambda: False)
+    monkeypatch.setattr(backends, "on_gpu", interpreted)
 
 
 # ---- the laws of the CPU kernels ------------------------------------------------------------
