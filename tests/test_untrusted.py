@@ -19,7 +19,7 @@ from actsparse.modify.foreign import bounded, check_adapter, check_config, model
 from actsparse.terminal import Terminal
 from actsparse.untrusted import read_json, safetensors_shapes
 from actsparse.values import BadValue
-from actsparse_lab.data.images import FORMATS, opened
+from actsparse_lab.data.pictures import FORMATS, opened
 from actsparse_lab.data.shards import texts
 from actsparse_lab.engine.start import pretrained
 

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from actsparse_lab.data.augment import Mixed, View
-from actsparse_lab.data.images import FolderPictures, ImageRows, image_splits
+from actsparse_lab.data.images import ImageRows, image_splits
+from actsparse_lab.data.pictures import FolderPictures
 
 SIZES = [(8, 8), (40, 30), (30, 64), (12, 9)]
 

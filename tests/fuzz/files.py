@@ -162,7 +162,8 @@ def images(folder: Path) -> Make:
     from PIL import Image
 
     from actsparse_lab.data.augment import View
-    from actsparse_lab.data.images import FORMATS, FolderPictures, ImageRows
+    from actsparse_lab.data.images import ImageRows
+    from actsparse_lab.data.pictures import FORMATS, FolderPictures
 
     made = {}
     pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)

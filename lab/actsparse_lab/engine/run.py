@@ -28,25 +28,21 @@ from transformers import (
 from actsparse.modify import (
     Handle,
     LeaveOutMLP,
-    Recipe,
     decay_groups,
-    lora_config,
     save,
-    sparsify,
 )
 from actsparse.observe import Measures, measure, observe, skippable, skippable_products, spectra_of
 from actsparse.observe.measuring import within_bounds
 from actsparse.train.callback import SparsityCallback
 from actsparse.train.loss import TrainingFailed
 from actsparse.train.processes import gathered, launched, meet, of_the_first
-from actsparse.values import checked_arguments
 from actsparse_lab.data import Splits
-from actsparse_lab.engine.arguments import recompute, schedule_of, training_arguments
+from actsparse_lab.engine.arguments import schedule_of, training_arguments
 from actsparse_lab.engine.checkpoint import drop_after, facts
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.engine.folder import checkpoint_of, claimed, finished_run
 from actsparse_lab.engine.interrupt import Interrupted, Interruption
-from actsparse_lab.engine.start import model_from
+from actsparse_lab.engine.start import model_of
 from actsparse_lab.engine.tasks import Task, task_of
 from actsparse_lab.engine.trainer import RunTrainer
 from actsparse_lab.records import (
@@ -97,7 +93,7 @@ def run(
     arguments = training_arguments(config, path.parent, rank, processes)  # joins the processes
     with ExitStack() as lock, Interruption() as interrupted:
         splits = task.splits(config)
-        model, handle = _model(config, task, splits)
+        model, handle = model_of(config, task, splits)
         digest: str = splits.info["sha256"]
         checkpoint: Path | None = None
         problem: Exception | None = None
@@ -292,56 +288,6 @@ class _Job:
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
-
-
-def _model(config: RunConfig, task: Task, splits: Splits[Any]) -> tuple[Any, Handle]:
-    """The model that is trained, and what modifies it."""
-    torch.manual_seed(config.seed)
-    model: Any = task.model(config, splits.info) if not config.start else model_from(config.start)
-    task.adapt(model, config)
-    inputs = _inputs(splits)
-    if config.start:
-        _check_sizes(model, config, splits.info)
-        try:
-            with torch.no_grad():
-                task.predict(model.eval(), inputs)
-        except Exception as error:  # whatever a model does with data that are not its own
-            raise ValueError(
-                f"the model in {config.start} does not run on the data of {config.task}: {error}"
-            ) from error
-        model.train()
-    if config.lora is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(
-            model,
-            lora_config(model, inputs, **checked_arguments(lora_config, config.lora, "adapters")),
-        )
-    handle = sparsify(model, Recipe.from_json(config.recipe), inputs=inputs)
-    if config.gradient_checkpointing:
-        recompute(model)
-    return model, handle
-
-
-def _check_sizes(model: Any, config: RunConfig, info: dict[str, Any]) -> None:
-    """A batch or two would not show a class or a token that the model does not have."""
-    own = model.config
-    if "classes" in info and own.num_labels != info["classes"]:
-        raise ValueError(
-            f"the model in {config.start} tells {own.num_labels} classes apart, the data have "
-            f"{info['classes']}; give it a head of that many first"
-        )
-    tokens = getattr(own, "vocab_size", None)
-    if "vocab_size" in info and tokens is not None and tokens < info["vocab_size"]:
-        raise ValueError(
-            f"the model in {config.start} knows {tokens} tokens, the tokenizer makes "
-            f"{info['vocab_size']}; give the tokenizer it was trained with"
-        )
-
-
-def _inputs(splits: Splits[Any]) -> dict[str, Tensor]:
-    rows = splits.validation
-    return default_data_collator([rows[index] for index in range(min(2, len(rows)))])
 
 
 def _before(callback: SparsityCallback) -> dict[str, Any]:
