@@ -90,6 +90,15 @@ def test_a_folders_record_hides_the_packed_run(out: Path) -> None:
     assert read_measures(run) is None
 
 
+def test_what_could_not_be_read_is_not_packed(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(out, NAMES[:1])
+    before = contents(out)
+    monkeypatch.setattr(packed, "LIMIT", 2**18)
+    with pytest.raises(RecordError, match="the most that is read"):
+        pack(out, NAMES[1:])
+    assert contents(out) == before
+
+
 def test_a_packed_run_is_not_done_again() -> None:
     place = ROOT / "benchmarks" / "frontier" / "digits"
     events = list(compare(frontier("digits", seeds=5), place))

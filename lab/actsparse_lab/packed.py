@@ -96,18 +96,20 @@ def pack(out: str | Path, runs: Iterable[str]) -> Path:
     }
     try:
         whole = kept | {name: read_bytes(path) for name, path in own.items()}
-        files.write(target, lzma.compress(_tar(whole), preset=9 | lzma.PRESET_EXTREME))
+        content = lzma.compress(_tar(whole), preset=9 | lzma.PRESET_EXTREME)
+        same = _unpacked(content, target) == whole  # before another pack is overwritten
+        if same:
+            files.write(target, content)
+            same = read_bytes(target) == content
     except OSError as error:
         raise RecordError(files.refusal(target, error)) from error
-    if _files_in(target) != whole:
-        raise RecordError(f"{target} does not read back as it was written; {folder} is kept")
+    if not same:
+        raise RecordError(f"{target} would not be read as {folder}, which is kept")
     for path in own.values():
         path.unlink()
-    with suppress(OSError):  # not empty
-        for path in own.values():
-            with suppress(OSError):
-                path.parent.rmdir()
-        folder.rmdir()
+    for empty in (*{path.parent for path in own.values()}, folder):
+        with suppress(OSError):  # it holds more
+            empty.rmdir()
     return target
 
 
@@ -115,7 +117,7 @@ def _files_in(pack: Path) -> Mapping[str, bytes]:
     """``<run>/<file>`` → its bytes; nothing where there is no pack."""
     try:
         there = pack.stat()
-        return _unpacked(pack, there.st_ino, there.st_mtime_ns, there.st_size)
+        return _read(pack, there.st_ino, there.st_mtime_ns, there.st_size)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -123,21 +125,23 @@ def _files_in(pack: Path) -> Mapping[str, bytes]:
 
 
 @lru_cache(maxsize=4)
-def _unpacked(pack: Path, *_: int) -> Mapping[str, bytes]:
+def _read(pack: Path, *_: int) -> Mapping[str, bytes]:
+    return _unpacked(read_bytes(pack), pack)
+
+
+def _unpacked(pack: bytes, where: Path) -> dict[str, bytes]:
     stream = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MEMORY)
     try:
-        whole = stream.decompress(read_bytes(pack), LIMIT + 1)
-        found = _untar(whole[:LIMIT])
+        whole = stream.decompress(pack, LIMIT + 1)
+        if len(whole) > LIMIT:
+            raise ValueError(f"more than {LIMIT // MIB} MiB unpacked, the most that is read")
+        found = _untar(whole)
         # One way to write a pack: no links, nothing twice, nothing between the files or behind.
         right = stream.eof and not stream.unused_data and _tar(found) == whole
-        why = "holds something else"
+        if not right or not all(map(_NAME.fullmatch, found)):
+            raise ValueError("not as benchmarks/pack.py writes them")
     except (lzma.LZMAError, tarfile.TarError, ValueError) as error:
-        right, why = False, str(error)
-    else:
-        if len(whole) > LIMIT:
-            why = f"more than {LIMIT // MIB} MiB unpacked, the most that is read"
-    if not right or not all(map(_NAME.fullmatch, found)):
-        raise RecordError(f"{pack} is not what benchmarks/pack.py writes: {why}")
+        raise RecordError(f"{where} is no pack of runs: {error}") from error
     return found
 
 
