@@ -40,23 +40,25 @@ LIBRARY: dict[str, set[str]] = {
 }
 # The laboratory may use all of the library but its commands, which its own extend.
 LIBRARY_ROOMS = set(LIBRARY) - {"cli", "__main__"}
-ENGINE = {"data", "records", "record_schema", "engine"}
+ENGINE = {"data", "records", "record_schema", "packed", "engine"}
 IN_LABORATORY: dict[str, set[str]] = {
     "__init__": set(),
     "data": set(),
     "record_schema": set(),
-    "records": {"record_schema"},
+    "packed": {"record_schema"},
+    "records": {"record_schema", "packed"},
     "engine": ENGINE,
     "tasks": ENGINE,
     "campaigns": ENGINE | {"tasks"},
     "bench": set(),
-    "report": {"records", "record_schema"},
+    "report": {"records", "record_schema", "packed"},
     "cli": ENGINE | {"tasks", "campaigns", "bench", "report"},
 }
 # room → third-party packages it must do without.
 NO_TORCH = {"torch", "transformers", "accelerate", "datasets", "peft"}
 MAY_NOT_IMPORT = dict.fromkeys(
-    ("files", "values", "untrusted", "environment", "record_schema", "records", "report"), NO_TORCH
+    ("files", "values", "untrusted", "environment", "record_schema", "packed", "records", "report"),
+    NO_TORCH,
 )
 HEAVY = ["transformers", "matplotlib", "scipy", "sklearn", "datasets", "peft", "accelerate"]
 NO_ROOM = {"utils.py", "helpers.py", "common.py", "misc.py"}

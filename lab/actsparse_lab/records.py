@@ -7,6 +7,8 @@ stands only where the schema says so. What the clock says stands under ``time`` 
 runs of one config can be told to be the same: all but ``time`` and ``run_id`` is.
 
 A line counts once its newline is there, so a run killed half-way through a line loses that alone.
+
+Finished runs may lie in one file instead, ``<out>/runs.tar.xz``: `actsparse_lab.packed`.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from typing import Any
 
 from actsparse import files
 from actsparse.environment import environment as environment
-from actsparse.untrusted import parse_json, read_bytes
+from actsparse.untrusted import parse_json
 from actsparse.values import check, shown
+from actsparse_lab.packed import MEASURES as MEASURES_FILE
+from actsparse_lab.packed import RECORD, read_file, record_paths
 from actsparse_lab.record_schema import MEASURES as MEASURES  # what a summary of observe fits
 from actsparse_lab.record_schema import SCHEMA, VERSION, Entry, RecordError
 
@@ -191,7 +195,7 @@ def run_path(out: str | Path, arm: str, seed: int) -> Path:
     """
     if not arm or "/" in arm or "\\" in arm:
         raise RecordError(f"an arm names a folder, so not empty and without slashes; got {arm!r}")
-    return Path(out) / "runs" / f"{arm}-seed{seed}" / "record.jsonl"
+    return Path(out) / "runs" / f"{arm}-seed{seed}" / RECORD
 
 
 def run_measures_path(folder: str | Path) -> Path:
@@ -200,7 +204,7 @@ def run_measures_path(folder: str | Path) -> Path:
     >>> run_measures_path("out/runs/paper-seed3").as_posix()
     'out/runs/paper-seed3/measures.json'
     """
-    return Path(folder) / "measures.json"
+    return Path(folder) / MEASURES_FILE
 
 
 def read_run(path: str | Path) -> Run:
@@ -227,11 +231,13 @@ def read_run(path: str | Path) -> Run:
 
 
 def read_runs(out: str | Path) -> list[Run]:
-    """Every record under ``<out>/runs``, sorted by arm and seed; none there gives an empty list.
+    """Every record of ``<out>/runs`` or its pack, sorted by arm and seed; none: an empty list.
+
+    Where both hold a run, that of the folder counts.
 
     Raises `RecordError` as `read_run` does.
     """
-    runs = [read_run(path) for path in Path(out).glob("runs/*/record.jsonl")]
+    runs = [read_run(path) for path in record_paths(out)]
     return sorted(runs, key=lambda run: (run.arm, run.seed))
 
 
@@ -288,8 +294,8 @@ def _read(path: Path) -> tuple[list[bytes], list[Entry], bool]:
 
 def _bytes(path: Path) -> bytes:
     try:
-        return read_bytes(path)
-    except OSError as error:
+        return read_file(path)
+    except FileNotFoundError as error:
         raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
 
 

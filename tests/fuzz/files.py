@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import lzma
-import shutil
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -18,17 +17,20 @@ from tests.fuzz.kinds import ROOT, Action, Make, clear, json_of, kind, odd, of_f
 
 # -- records ---------------------------------------------------------------------------------------
 
+RUN = ROOT / "benchmarks/digits-measures/runs/paper-seed0"
+
 
 @kind(120)
 def records(folder: Path) -> Make:
+    from actsparse_lab.packed import read_file
     from actsparse_lab.records import read_run
     from actsparse_lab.report import compare, markdown_table
     from actsparse_lab.report.card import model_card
     from actsparse_lab.report.facts import differences, facts
     from actsparse_lab.report.words import lead, markdown_theory, remarks, title
 
-    source = ROOT / "benchmarks/digits-measures/runs/paper-seed0/record.jsonl"
-    every = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    source = RUN / "record.jsonl"
+    every = [json.loads(line) for line in read_file(source).splitlines()]
     for entry in every:  # shorter: two blocks' spectra are as good as all
         entry["spectra"] = entry.get("spectra", [])[:2]
     picked = [
@@ -76,20 +78,40 @@ def pages(folder: Path) -> Make:
 
 @kind(40)
 def measures(folder: Path) -> Make:
+    from actsparse_lab.packed import read_file
     from actsparse_lab.records import read_run
     from actsparse_lab.report import compare
     from actsparse_lab.report.measures import read_measures, read_spectra, theory_of
 
-    source = ROOT / "benchmarks/digits-measures/runs/paper-seed0"
-    every = (source / "record.jsonl").read_bytes().splitlines(keepends=True)
+    every = read_file(RUN / "record.jsonl").splitlines(keepends=True)
     (folder / "record.jsonl").write_bytes(every[0] + every[-1])
-    shutil.copy(source / "measures.json", folder)
+    (folder / "measures.json").write_bytes(read_file(RUN / "measures.json"))
 
     def read() -> None:
         run = read_run(folder / "record.jsonl")
         read_measures(run), read_spectra(run), theory_of(compare([run]), [run])
 
     return of_file(folder / "measures.json", read, json_of)
+
+
+@kind(40)
+def packs(folder: Path) -> Make:
+    from actsparse_lab.packed import PACK, pack, read_file
+    from actsparse_lab.records import read_runs
+
+    for seed in range(3):
+        run = folder / "runs" / f"paper-seed{seed}"
+        run.mkdir(parents=True)
+        lines = read_file(RUN.with_name(run.name) / "record.jsonl").splitlines(keepends=True)
+        (run / "record.jsonl").write_bytes(lines[0] + lines[-1])
+    pack(folder, [f"paper-seed{seed}" for seed in range(3)])
+
+    def wrong(right: bytes, random: Random) -> bytes:
+        if random.random() < 0.5:
+            return mutate.content(right, random)
+        return lzma.compress(mutate.content(lzma.decompress(right), random), preset=0)
+
+    return of_file(folder / PACK, lambda: read_runs(folder), wrong)
 
 
 @kind(60)

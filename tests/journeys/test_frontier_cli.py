@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from actsparse.cli.main import app
 from actsparse_lab.campaigns import frontier as plans
+from actsparse_lab.packed import pack
 from actsparse_lab.records import read_runs
 
 ARMS = "vanilla,vanilla-no-1d-decay,half-steps,l1-no-1d-decay,no-mlp"
@@ -58,17 +59,19 @@ def test_what_is_done_is_not_repeated_and_what_is_missing_is_done(
     ran: tuple[Path, str, str], tmp_path: Path
 ) -> None:
     out = Path(shutil.copytree(ran[0], tmp_path / "copy"))
-    for weights in out.glob("digits/runs/*/weights"):  # a checkout holds records alone
-        shutil.rmtree(weights)
     shutil.rmtree(out / "digits" / "runs" / "half-steps-seed0")
-    records = {path: path.read_bytes() for path in out.glob("digits/runs/*/record.jsonl")}
+    packed = pack(out / "digits", [f"{arm}-seed0" for arm in ARMS.split(",")])
+    shutil.rmtree(out / "digits" / "runs")  # a checkout holds records alone, and those packed
+    records = packed.read_bytes()
     before = json.loads((out / "digits" / "frontier.json").read_text())
     words = ["frontier", "digits", "--arms", ARMS, *SMALL, "--out", out]
     code, said, _ = call(*words)
     assert code == 0
     assert said.count("done before") == 4
     assert "half-steps seed 0: started" in said
-    assert {path: path.read_bytes() for path in records} == records
+    assert packed.read_bytes() == records
+    assert [each.name for each in (out / "digits" / "runs").iterdir()] == ["half-steps-seed0"]
+    assert len(read_runs(out / "digits")) == 5
     after = json.loads((out / "digits" / "frontier.json").read_text())
     assert after["time"]["seconds"] > before["time"]["seconds"]
     assert before | {"time": None} == after | {"time": None}

@@ -144,12 +144,13 @@ def _check(name: str, configs: list[RunConfig], place: Path, steps: int | None) 
     from actsparse_lab.campaigns.compare import compare
     from actsparse_lab.engine.folder import finished_run
     from actsparse_lab.engine.tasks import task_of
+    from actsparse_lab.packed import record_paths
     from actsparse_lab.report.frontier import read_manifest
 
     manifest = read_manifest(place)
     if manifest is not None and (manifest["task"], manifest["steps"]) != (name, steps):
         raise ValueError(f"{place} holds runs of `{manifest['command']}`; choose another --out")
-    if manifest is None and name != RACE and any(place.glob("runs/*/record.jsonl")):
+    if manifest is None and name != RACE and record_paths(place):
         raise ValueError(f"{place} holds other runs, of no frontier; choose another --out")
     compare(configs, place)  # says what is wrong; nothing runs before it is asked
     missing = [config for config in configs if finished_run(config, place) is None]

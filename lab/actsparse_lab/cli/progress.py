@@ -97,6 +97,8 @@ def following(config: RunConfig, console: Console) -> Iterator[Callable[[int], N
 
 def keep_card(run: Run) -> None:
     """Write a finished run's model card, README.md, into its folder."""
+    if not run.path.exists():  # packed: there is no folder for it
+        return
     with suppress(ModuleNotFoundError):  # without the extra "report" there is none
         from actsparse_lab.report import model_card
 

@@ -116,6 +116,7 @@ def _check(name: str, form: Form, stages: Stages) -> None:
     """Refuse a folder that holds something else, and data that cannot be read."""
     from actsparse_lab.campaigns.compare import compare
     from actsparse_lab.campaigns.reproduce import check_data
+    from actsparse_lab.packed import record_paths
     from actsparse_lab.report.findings import read_manifest
 
     place = Path(form.out)
@@ -123,7 +124,7 @@ def _check(name: str, form: Form, stages: Stages) -> None:
     own = {"name": name, "full": form.full, "steps": form.steps}
     if manifest is not None and own != {key: manifest.get(key) for key in own}:
         raise ValueError(f"{place} holds runs of `{manifest['command']}`; choose another --out")
-    if manifest is None and any(place.glob("runs/*/record.jsonl")):
+    if manifest is None and record_paths(place):
         raise ValueError(f"{place} holds other runs, of no experiment; choose another --out")
     for folder, configs in stages.items():
         compare(configs, place / folder)  # says what is wrong; nothing runs before it is asked
@@ -142,12 +143,13 @@ def _run(
     """Do what is not done yet, write the page, and return what came of it."""
     from actsparse_lab.campaigns.compare import compare
     from actsparse_lab.cli.progress import show, stoppable
+    from actsparse_lab.packed import record_paths
     from actsparse_lab.records import read_runs
     from actsparse_lab.report import findings_in, print_findings, write_report
     from actsparse_lab.report.findings import read_manifest, write_manifest
 
     place = Path(form.out)
-    earlier = read_manifest(place) if any(place.rglob("record.jsonl")) else None
+    earlier = read_manifest(place) if any(record_paths(place / each) for each in stages) else None
     spent = 0.0 if earlier is None else float(earlier["time"]["seconds"])
     seeds = max(form.seeds, earlier["seeds"] if earlier else 0)  # none is dropped
     began = time.perf_counter()

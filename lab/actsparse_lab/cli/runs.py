@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actsparse.cli.measure import saved_model
+from actsparse_lab.packed import RECORD, read_file
 from actsparse_lab.records import Run, read_run, run_measures_path
 
 
@@ -42,9 +43,13 @@ class RunFolder:
 
 
 def run_at(folder: Path) -> RunFolder | None:
-    """The run in a folder, or None where it holds no record."""
-    record = folder / "record.jsonl"
-    return RunFolder(folder, read_run(record)) if record.is_file() else None
+    """The run in a folder, or None where there is none; its record may be packed."""
+    record = folder / RECORD
+    try:
+        read_file(record)
+    except FileNotFoundError:
+        return None
+    return RunFolder(folder, read_run(record)) if folder.is_dir() else None
 
 
 def weights_in(folder: Path) -> Path:

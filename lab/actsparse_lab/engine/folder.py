@@ -16,6 +16,7 @@ from actsparse.values import BadValue
 from actsparse_lab.engine.checkpoint import checkpoints, newest_whole
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.engine.gradient_noise_config import GradientNoiseConfig
+from actsparse_lab.packed import PACK, read_file
 from actsparse_lab.records import RecordError, Run, read_run, refusals, run_path
 
 ROOM = 64 * 2**20  # bytes that must be free before any run starts
@@ -32,17 +33,19 @@ def finished_run(config: RunConfig | GradientNoiseConfig, out: str | Path) -> Ru
     """
     path = run_path(out, config.arm, config.seed)
     try:
-        if not path.exists() or b"\n" not in path.read_bytes():
+        if b"\n" not in read_file(path):
             return None
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
+    except FileNotFoundError:
+        return None
     run = read_run(path)
     if not run.finished:
         return None
     if other := _differences(config, run):
+        again = "remove that folder to have it done again"
+        if not path.exists():
+            again = f"take it out of {PACK} to have it done again"
         raise ValueError(
-            f"{path.parent} holds a finished run with {other}; "
-            f"choose another --out, or remove that folder to have it done again"
+            f"{path.parent} holds a finished run with {other}; choose another --out, or {again}"
         )
     return run
 

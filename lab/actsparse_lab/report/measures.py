@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.untrusted import read_json
+from actsparse.untrusted import parse_json
 from actsparse.values import Name, check
+from actsparse_lab.packed import read_file
 from actsparse_lab.records import Entry, RecordError, Run, run_measures_path
 from actsparse_lab.report.comparison import Estimate, Table, t_interval
 
@@ -137,7 +138,7 @@ def read_measures(run: Run) -> Entry | None:
     """
     path = run_measures_path(run.path.parent)
     try:
-        entry = read_json(path)
+        entry = parse_json(read_file(path), str(path))
     except FileNotFoundError:
         return None
     kind = entry.get("kind") if isinstance(entry, dict) else None
