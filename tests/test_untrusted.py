@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from actsparse import load, save, sparsify
-from actsparse.modify.foreign import bounded, check_adapter, check_config, model_class
+from actsparse.modify.foreign_config import bounded, check_adapter, check_config, model_class
 from actsparse.terminal import Terminal
 from actsparse.untrusted import read_json, safetensors_shapes
 from actsparse.values import BadValue

@@ -24,7 +24,7 @@ from actsparse.bench.mlp import bench_mlp
 from actsparse.bench.timing import high_water, interleaved, ratio
 from actsparse.kernels import accelerate, build
 from actsparse.kernels.accelerated import Accelerated, Mode
-from actsparse.observe.watch import Phase
+from actsparse.observe.registry import Phase
 
 Progress = Callable[[str], None]
 Programs = dict[str, Callable[[], object]]

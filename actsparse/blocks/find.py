@@ -14,20 +14,8 @@ from typing import Any
 from torch import nn
 
 from actsparse.activations import identify, works_in_place
-from actsparse.blocks.block import (
-    Activation,
-    Between,
-    Blocks,
-    Layer,
-    MLPBlock,
-    NoMLPFound,
-    Refused,
-    base_layer,
-    on_meta,
-    told,
-    unwrap,
-)
-from actsparse.blocks.flow import (
+from actsparse.blocks.as_found import Standing
+from actsparse.blocks.autograd_graph import (
     ADDS,
     DROPS,
     MIXES,
@@ -47,9 +35,21 @@ from actsparse.blocks.flow import (
     root_width,
     upstream,
 )
-from actsparse.blocks.inputs import describe_inputs
-from actsparse.blocks.layout import lay_out
-from actsparse.blocks.standing import Standing
+from actsparse.blocks.batch_axis import lay_out
+from actsparse.blocks.block import (
+    Activation,
+    Between,
+    Blocks,
+    Layer,
+    MLPBlock,
+    NoMLPFound,
+    Refused,
+    base_layer,
+    on_meta,
+    told,
+    unwrap,
+)
+from actsparse.blocks.example_inputs import describe_inputs
 from actsparse.blocks.trace import Node, Trace, check_traceable, is_linear, trace, undisturbed
 from actsparse.blocks.unreached import unreached
 

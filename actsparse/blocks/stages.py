@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actsparse.blocks.block import Layer
-from actsparse.blocks.reading import Reading
+from actsparse.blocks.read_gradients import Reading
 
 # the first argument is the Site
 InputTransform = Callable[[Any, Tensor], Tensor]

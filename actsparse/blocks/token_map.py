@@ -10,7 +10,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from actsparse.blocks.cache import Past
+from actsparse.blocks.cache_length import Past
 
 
 @dataclass(frozen=True, eq=False)

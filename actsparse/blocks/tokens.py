@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.cache import past_of
+from actsparse.blocks.cache_length import past_of
 from actsparse.blocks.running import on_stack
 from actsparse.blocks.token_map import TokenMap
 

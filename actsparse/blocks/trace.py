@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actsparse.blocks.block import Norm
-from actsparse.blocks.inputs import copied, run_forward, tensors_in
+from actsparse.blocks.example_inputs import copied, run_forward, tensors_in
 from actsparse.blocks.norm import inspect_norm
 from actsparse.blocks.running import sites_asleep
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from actsparse.cli.laboratory import laboratory
-from actsparse.modify.foreign import bounded, check_config, model_class
+from actsparse.modify.foreign_config import bounded, check_config, model_class
 from actsparse.untrusted import read_json
 from actsparse.values import BadValue, check
 

@@ -8,7 +8,7 @@ from typing import Any, Self, get_args
 from torch import nn
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.chosen import blocks_of
+from actsparse.blocks.resolve import blocks_of
 from actsparse.blocks.site import site_of
 from actsparse.kernels.choose import Trials
 from actsparse.kernels.fit import Fit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
-from actsparse.blocks.exchange import foreign_mode
+from actsparse.blocks.replace_forward import foreign_mode
 from actsparse.blocks.site import Site
 from actsparse.blocks.stages import OnNorms
 from actsparse.kernels import backends, build, ops

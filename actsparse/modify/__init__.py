@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from actsparse.modify.adapters import load_adapter, lora_config, merge_adapter, save_adapter
 from actsparse.modify.apply import sparsify
-from actsparse.modify.decay import decay_groups
 from actsparse.modify.handle import Handle, handle_of
-from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification, NotApplicable
+from actsparse.modify.no_mlp import LeaveOutMLP
 from actsparse.modify.norm_floor import NormFloor
 from actsparse.modify.penalty import ActivationPenalty
 from actsparse.modify.prune_gradient import PruneGradient
@@ -17,6 +16,7 @@ from actsparse.modify.saving import load, save
 from actsparse.modify.swap_activation import SwapActivation
 from actsparse.modify.thresholds import Thresholds, calibrate_thresholds, thresholds_of
 from actsparse.modify.top_k import TopK
+from actsparse.modify.weight_decay import decay_groups
 from actsparse.modify.weight_noise import WeightNoise
 from actsparse.modify.zeroth_bias import ZerothBias
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from actsparse import files
 from actsparse.blocks.block import MLPBlock, unwrap
-from actsparse.blocks.chosen import found_with
+from actsparse.blocks.resolve import found_with
 from actsparse.blocks.trace import is_linear
 from actsparse.modify.apply import is_peft_model, sparsify
-from actsparse.modify.foreign import bounded, check_adapter, check_files
+from actsparse.modify.foreign_config import bounded, check_adapter, check_files
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import removed_on_failure
 from actsparse.modify.sidecar import (

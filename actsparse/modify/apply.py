@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from actsparse.blocks.block import Blocks, MLPBlock, on_meta, unwrap
-from actsparse.blocks.chosen import found_with
+from actsparse.blocks.resolve import found_with
 from actsparse.blocks.site import site_at
+from actsparse.modify.config_note import note_changes
 from actsparse.modify.handle import Handle, handle_of, keep_handle
 from actsparse.modify.modification import Modification, NotApplicable
-from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import RecipeLike, as_recipe
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.zeroth_bias import CHILD

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks, told
-from actsparse.blocks.chosen import HANDLE
+from actsparse.blocks.resolve import HANDLE
 from actsparse.blocks.running import running_calls
 from actsparse.blocks.sharding import sharded
-from actsparse.modify.clock import Clock
-from actsparse.modify.follow import Changes, Following, optimizers_in
+from actsparse.modify.config_note import note_changes
+from actsparse.modify.followed_optimizers import Changes, Following, optimizers_in
 from actsparse.modify.modification import Attached, Modification, Progress
-from actsparse.modify.note import note_changes
 from actsparse.modify.recipe import Recipe
+from actsparse.modify.step_buffer import Clock
 from actsparse.modify.zeroth_bias import CHILD
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from actsparse.modify.foreign import bounded, check_config, check_files, model_class
+from actsparse.modify.foreign_config import bounded, check_config, check_files, model_class
 from actsparse.untrusted import read_json, safetensors_shapes
 from actsparse.values import check
 

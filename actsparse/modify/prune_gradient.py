@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actsparse.blocks.block import Layer, MLPBlock
-from actsparse.blocks.drop import change_gradient, without_small
+from actsparse.blocks.drop_gradients import change_gradient, without_small
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification
 from actsparse.values import AtLeast0

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Layer, MLPBlock, on_meta, unwrap
 from actsparse.blocks.sharding import sharded
 from actsparse.blocks.site import site_at
+from actsparse.modify.config_note import note_changes
 from actsparse.modify.handle import handle_of
-from actsparse.modify.note import note_changes
-from actsparse.modify.seen import Seen, seen_blocks
+from actsparse.modify.observed_blocks import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
 from actsparse.modify.zeroth_bias import CHILD
 

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from actsparse.activations import ActivationFunction
-from actsparse.modify.leave_out import LeaveOutMLP
 from actsparse.modify.modification import Modification
+from actsparse.modify.no_mlp import LeaveOutMLP
 from actsparse.modify.norm_floor import NormFloor
 from actsparse.modify.penalty import ActivationPenalty
 from actsparse.modify.prune_gradient import PruneGradient

@@ -15,10 +15,9 @@ from actsparse import files
 from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.sharding import gathered_state, sharded
 from actsparse.modify.apply import is_peft_model, sparsify
-from actsparse.modify.clock import BUFFER
 from actsparse.modify.handle import Handle
 from actsparse.modify.prune_units import Pruned, cut
-from actsparse.modify.rebuild import build, cast, in_base, wrap
+from actsparse.modify.rebuild_model import build, cast, in_base, wrap
 from actsparse.modify.sidecar import (
     SIDECAR,
     by_block,
@@ -30,6 +29,7 @@ from actsparse.modify.sidecar import (
     same_blocks,
     write_sidecar,
 )
+from actsparse.modify.step_buffer import BUFFER
 from actsparse.modify.thresholds import put_thresholds
 from actsparse.modify.weights import (
     WEIGHTS,

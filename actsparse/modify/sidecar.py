@@ -12,13 +12,13 @@ from torch import nn
 
 from actsparse import files
 from actsparse.blocks.block import Blocks, NoMLPFound, unwrap
+from actsparse.blocks.example_inputs import dummy_inputs
 from actsparse.blocks.find import find_mlp_blocks
-from actsparse.blocks.inputs import dummy_inputs
 from actsparse.modify.apply import is_peft_model
+from actsparse.modify.config_note import Note, noted
 from actsparse.modify.handle import handle_of
-from actsparse.modify.note import Note, noted
 from actsparse.modify.prune_units import pruned_layers
-from actsparse.modify.rebuild import adapter_configs, how_to_build
+from actsparse.modify.rebuild_model import adapter_configs, how_to_build
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.thresholds import thresholds_of
 from actsparse.modify.weights import WEIGHTS, weight_files

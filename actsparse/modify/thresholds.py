@@ -12,8 +12,8 @@ from torch import nn
 from actsparse.activations import known_as, thresholded
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.site import site_at, site_of
-from actsparse.modify.note import note_changes
-from actsparse.modify.seen import Seen, seen_blocks
+from actsparse.modify.config_note import note_changes
+from actsparse.modify.observed_blocks import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
 
 _ATTRIBUTE = "_actsparse_thresholds"

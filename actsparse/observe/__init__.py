@@ -5,12 +5,12 @@ from __future__ import annotations
 from actsparse.observe.attack import Attack, perturb
 from actsparse.observe.coverage import covering
 from actsparse.observe.disturbances import RelativeNoise, robustness
-from actsparse.observe.magnitude_pruning import pruning
+from actsparse.observe.gradient_pruning import pruning
 from actsparse.observe.measuring import CURVATURES, Measures, measure, spectra_of
+from actsparse.observe.registry import MEASURES
 from actsparse.observe.session import Seen, observe
-from actsparse.observe.skipped import skippable, skippable_products
+from actsparse.observe.skippable_work import skippable, skippable_products
 from actsparse.observe.trials import TRIALS
-from actsparse.observe.watch import MEASURES
 
 __all__ = [
     "CURVATURES",

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
-from actsparse.blocks.chosen import blocks_of
+from actsparse.blocks.resolve import blocks_of
 from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.trace import undisturbed
-from actsparse.observe.gradients import Weighing
-from actsparse.observe.watch import Mask, Watch
+from actsparse.observe.gradient_measure import Weighing
+from actsparse.observe.registry import Mask, Watch
 
 _QUANTILES = (50, 90, 99)  # percent
 

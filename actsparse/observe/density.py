@@ -18,7 +18,7 @@ from typing_extensions import override
 from actsparse.activations import known_as
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
-from actsparse.observe.counts import Counts
+from actsparse.observe.unit_counts import Counts
 
 _FOLD = 255  # what a uint8 holds
 _CHUNK = 2 * _FOLD  # rows that stay in a CPU's cache together with their temporaries

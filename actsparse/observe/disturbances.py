@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock, base_layer
-from actsparse.blocks.chosen import blocks_of
+from actsparse.blocks.resolve import blocks_of
 from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.attack import Attack, Bounds, Predict, attacked, normal

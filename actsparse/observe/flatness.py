@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from actsparse.blocks.site import Site
-from actsparse.observe.gradients import GradientMeasure, row_squares
+from actsparse.observe.gradient_measure import GradientMeasure, row_squares
 
 
 class Flatness(GradientMeasure):

@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
-from actsparse.observe.counts import Counts
+from actsparse.observe.unit_counts import Counts
 
 _PART = 5  # bits of the mantissa that tell bins apart: 2⁵ to each power of two
 _LOW, _HIGH = -24, 24  # smaller scores > 0 are in the first bin, larger ones in one behind the last

@@ -11,18 +11,18 @@ import torch
 from torch import nn
 
 from actsparse.blocks.block import MLPBlock, base_layer, on_meta
-from actsparse.blocks.chosen import blocks_of, found_with, handle_on
+from actsparse.blocks.resolve import blocks_of, found_with, handle_on
 from actsparse.blocks.trace import undisturbed
+from actsparse.observe.backward_passes import Labels, how_of, observed
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.curvature_product import LossSurface
-from actsparse.observe.gradients import GradientMeasure
+from actsparse.observe.gradient_measure import GradientMeasure
 from actsparse.observe.loss import LossFn, Reduction, check_logits
-from actsparse.observe.passes import Labels, how_of, observed
+from actsparse.observe.registry import MEASURES, Mask
 from actsparse.observe.session import Names, options_of, table_of
 from actsparse.observe.spectrum import spectra
 from actsparse.observe.token_copies import token_copies
 from actsparse.observe.trials import TRIALS, On, Rows, table_of_rows, ticking
-from actsparse.observe.watch import MEASURES, Mask
 from actsparse.values import checked_arguments
 
 CURVATURES = ("gauss_newton", "token_copies", "hessian", "top_eigenvalue")

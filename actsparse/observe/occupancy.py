@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from actsparse.activations import SShape, s_shape_of
 from actsparse.blocks.site import Site
-from actsparse.observe.counts import Counts
+from actsparse.observe.unit_counts import Counts
 
 _CHUNK = 512  # rows that stay in a CPU's cache with their temporaries: 2 to 3 times as fast
 

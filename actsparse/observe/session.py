@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.chosen import blocks_of
+from actsparse.blocks.resolve import blocks_of
 from actsparse.observe.density import Density
-from actsparse.observe.gradients import GradientMeasure, Reduction, Scale, Weighing
-from actsparse.observe.watch import MEASURES, PHASES, Mask, Phase, Watch
+from actsparse.observe.gradient_measure import GradientMeasure, Reduction, Scale, Weighing
+from actsparse.observe.registry import MEASURES, PHASES, Mask, Phase, Watch
 
 SampleMask = Tensor | Callable[[int], Tensor | None]
 

@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.observe.curvature_product import LossSurface
-from actsparse.observe.gradients import Weighing
-from actsparse.observe.loss import LossFn, Reduction
-from actsparse.observe.passes import (
+from actsparse.observe.backward_passes import (
     backward,
     generator_of,
     how_of,
     running_flatness,
     standard_error,
 )
+from actsparse.observe.curvature_product import LossSurface
+from actsparse.observe.gradient_measure import Weighing
+from actsparse.observe.loss import LossFn, Reduction
 from actsparse.observe.session import Seen
 
 

@@ -22,9 +22,9 @@ from actsparse.blocks.trace import undisturbed
 from actsparse.observe.attack import Attack, Bounds, perturb
 from actsparse.observe.coverage import covering
 from actsparse.observe.disturbances import RelativeNoise, robustness
+from actsparse.observe.gradient_pruning import pruning
 from actsparse.observe.loss import LossFn, Reduction
-from actsparse.observe.magnitude_pruning import pruning
-from actsparse.observe.watch import Mask
+from actsparse.observe.registry import Mask
 
 Rows = list[dict[str, Any]]
 

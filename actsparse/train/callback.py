@@ -17,9 +17,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import Handle
-from actsparse.modify.annotate import annotate, stands_at
+from actsparse.modify.checkpoint_sidecar import annotate, stands_at
 from actsparse.observe import Measures, Seen, observe
-from actsparse.observe.watch import Phase
+from actsparse.observe.registry import Phase
 from actsparse.train.loss import JoinedLoss, TrainingFailed
 from actsparse.train.place import handle_in, place_of
 from actsparse.train.processes import everywhere, together, unsharded

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actsparse.blocks.drop import change_gradient, without_small
+from actsparse.blocks.drop_gradients import change_gradient, without_small
 
 
 def small(eta: list[float], threshold: float, slack: float = 0.0) -> list[bool | None]:

@@ -16,7 +16,7 @@ from actsparse import (
     observe,
     sparsify,
 )
-from actsparse.blocks.layout import attention_beside
+from actsparse.blocks.batch_axis import attention_beside
 from actsparse.blocks.token_map import TokenMap
 from actsparse.blocks.tokens import tokens_of
 from tests.blocks.stack import MASK, Cache, Stack, attached, fill, ids

@@ -29,7 +29,7 @@ from actsparse import (
     handle_of,
     sparsify,
 )
-from actsparse.modify.clock import BUFFER
+from actsparse.modify.step_buffer import BUFFER
 
 D, H, STEPS = 8, 32, 30
 SCHEDULES = {"mix": SwapActivation(mix=0.8), "top-k": TopK(0.1, ramp=0.8)}

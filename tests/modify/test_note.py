@@ -30,7 +30,7 @@ from actsparse import (
     sparsify,
     thresholds_of,
 )
-from actsparse.modify.note import KEY
+from actsparse.modify.config_note import KEY
 from tests.zoo import BY_ID
 
 IDS = torch.randint(1, 40, (2, 12), generator=torch.Generator().manual_seed(0))

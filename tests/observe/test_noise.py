@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.observe import observe
-from actsparse.observe.noise import anisotropy
+from actsparse.observe.gradient_noise import anisotropy
 from tests.observe.brute import D, H, Mlp
 from tests.zoo import BY_ID
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from actsparse import PruneGradient, find_mlp_blocks, sparsify
 from actsparse.kernels import accelerate
+from actsparse.observe.gradient_pruning import pruning
 from actsparse.observe.loss import IGNORE, sample_losses
-from actsparse.observe.magnitude_pruning import pruning
 from tests.observe.brute import D, Mlp
 from tests.observe.test_measure import Broken, half_way, state
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import observe, skippable
-from actsparse.observe.skipped import skippable_products
+from actsparse.observe.skippable_work import skippable_products
 from tests.observe.brute import D, Mlp
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from actsparse.observe import TRIALS, Attack, RelativeNoise, covering, measure, perturb, robustness
-from actsparse.observe.magnitude_pruning import pruning
+from actsparse.observe.gradient_pruning import pruning
 from actsparse.observe.trials import disturbance_of
 from tests.observe.test_measure import half_way, pair, reader, scalar, state
 from tests.observe.test_robustness import Batch, net, predict

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from actsparse.observe.noise import anisotropy
+from actsparse.observe.gradient_noise import anisotropy
 from actsparse.observe.spectrum import spectrum
 from actsparse.train import TrainingFailed
 from actsparse_lab.data import load_digits_splits

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actsparse.observe.noise import anisotropy
+from actsparse.observe.gradient_noise import anisotropy
 from actsparse.observe.spectrum import MarchenkoPastur
 
 

@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
-from actsparse.modify.foreign import check_config
+from actsparse.modify.foreign_config import check_config
 from actsparse.train.loss import SoftCrossEntropy
 from actsparse.values import BadValue, Positive, Text, check, checked_arguments, shown
 from actsparse_lab.data import (

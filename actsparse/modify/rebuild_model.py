@@ -12,7 +12,8 @@ from torch import nn
 
 from actsparse.blocks.sharding import own_class
 from actsparse.modify.apply import is_peft_model
-from actsparse.modify.foreign import (
+from actsparse.modify.config_note import without_note
+from actsparse.modify.foreign_config import (
     Shapes,
     bounded,
     check_adapter,
@@ -20,7 +21,6 @@ from actsparse.modify.foreign import (
     check_shapes,
     model_class,
 )
-from actsparse.modify.note import without_note
 from actsparse.values import BadValue, shown
 
 

@@ -21,9 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from actsparse.blocks.reading import Reading
+from actsparse.blocks.read_gradients import Reading
 from actsparse.blocks.site import Site
-from actsparse.observe.gradients import GradientMeasure, Rows, Total
+from actsparse.observe.gradient_measure import GradientMeasure, Rows, Total
 
 
 class Noise(GradientMeasure):

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.reading import Reading
+from actsparse.blocks.read_gradients import Reading
 from actsparse.blocks.site import Site, site_of
 from actsparse.observe.density import Density
+from actsparse.observe.effective_gradient import Gradient
 from actsparse.observe.flatness import Flatness
-from actsparse.observe.gradient import Gradient
-from actsparse.observe.gradients import GradientMeasure, Weighing
+from actsparse.observe.gradient_measure import GradientMeasure, Weighing
+from actsparse.observe.gradient_noise import Noise
 from actsparse.observe.magnitudes import Magnitudes
-from actsparse.observe.noise import Noise
 from actsparse.observe.occupancy import Occupancy
 from actsparse.observe.spectrum import WeightSpectrum
 
@@ -33,7 +33,7 @@ class Measure(Protocol):
 
     ``columns`` are those of the printed table: title → the key in a row of the summary, and how to
     write its value. Measures that read gradients build on
-    :class:`actsparse.observe.gradients.GradientMeasure`.
+    :class:`actsparse.observe.gradient_measure.GradientMeasure`.
     """
 
     columns: ClassVar[dict[str, tuple[str, Callable[[Any], str]]]]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.observe.curvature_product import LossSurface
-from actsparse.observe.gradients import Weighing
+from actsparse.observe.gradient_measure import Weighing
 from actsparse.observe.loss import Reduction, draw_labels, sample_losses
+from actsparse.observe.registry import Mask
 from actsparse.observe.session import Seen
-from actsparse.observe.watch import Mask
 
 Labels = Literal["data", "model"]
 _FLATNESS = ("flatness", "flatness_up", "flatness_gate", "flatness_down")

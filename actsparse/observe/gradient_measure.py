@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.reading import Reading
+from actsparse.blocks.read_gradients import Reading
 from actsparse.blocks.site import Site
 
 Reduction = Literal["mean", "sum"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actsparse.blocks.flow import MOVES, MULTIPLIES
+from actsparse.blocks.autograd_graph import MOVES, MULTIPLIES
 from actsparse.blocks.running import Running
 
 _ASKS = {"dim", "ndimension", "size", "stride", "numel", "nelement", "is_floating_point"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks, MLPBlock
-from actsparse.blocks.inputs import run_forward
+from actsparse.blocks.example_inputs import run_forward
 from actsparse.blocks.running import sites_asleep
 
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
-from actsparse.blocks.chosen import blocks_of
-from actsparse.blocks.drop import change_gradient, without_small
+from actsparse.blocks.drop_gradients import change_gradient, without_small
+from actsparse.blocks.resolve import blocks_of
 from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.curvature_product import LossSurface
-from actsparse.observe.gradients import Weighing
+from actsparse.observe.gradient_measure import Weighing
 from actsparse.observe.loss import LossFn, Reduction, sample_losses
+from actsparse.observe.registry import Watch
 from actsparse.observe.session import Seen
-from actsparse.observe.watch import Watch
 
 
 def pruning(

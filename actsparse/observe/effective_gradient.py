@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
-from actsparse.observe.gradients import GradientMeasure, row_squares
+from actsparse.observe.gradient_measure import GradientMeasure, row_squares
 
 
 class Gradient(GradientMeasure):
