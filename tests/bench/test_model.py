@@ -166,7 +166,7 @@ def test_cli_prints_a_table_and_keeps_the_record(
         (["gpt2", "--run", "x"], "give a model (vit-b, gpt2 or t5-base), or --run"),
         (["gpt2", "--densities", "5"], "density=5.0: expected a number between 0 and 1"),
         (["gpt2", "--densities", "few"], "--densities 'few': expected numbers with commas between"),
-        (["--run", "nowhere"], "nowhere is neither a run's folder"),
+        (["--run", "nowhere"], "nowhere holds no record.jsonl"),
     ],
 )
 def test_cli_says_what_would_be_right(words: list[str], message: str) -> None:

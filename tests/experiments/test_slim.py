@@ -281,4 +281,4 @@ def test_the_command_says_what_would_be_right(runs: dict[str, Run]) -> None:
     assert "none of these runs can be made slim" in done.stderr
     done = call("bench", "slim", weights(runs["vanilla"]))
     assert done.exit_code == 2
-    assert "holds no record.jsonl: give the folders of runs" in done.stderr
+    assert "holds no record.jsonl: give the folder of a run" in done.stderr
