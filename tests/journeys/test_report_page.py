@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from actsparse_lab.report import CLAIMS, plots, write_report
+from actsparse_lab.report import CLAIMS, write_report
 from actsparse_lab.report.page import PICTURES
 from actsparse_lab.report.payoff import PAYOFF
 from actsparse_lab.report.reproduction import EFFECTS
@@ -173,11 +173,10 @@ def test_a_page_of_benchmarks_alone_fits_too(seen: Any, width: int) -> None:
         assert of["table"] > of["box"]
 
 
+@pytest.mark.usefixtures("undrawn")  # tests/report/claims draws each of them
 def test_the_page_of_each_experiment_shows_the_plots_of_its_claims(
-    browser: str, tmp_path: Path, pixel: bytes, monkeypatch: pytest.MonkeyPatch
+    browser: str, tmp_path: Path
 ) -> None:
-    # Its plots of arms are those of any page, and take longest: made of these records, not drawn.
-    monkeypatch.setattr(plots, "png", lambda figure, table: pixel)
     pages = [write_report(RECORDS / name, out=tmp_path / name) for name in CLAIMS]
     every = measure(browser, tmp_path, *((page, 390) for page in pages))
     for (name, experiment), page, of in zip(CLAIMS.items(), pages, every, strict=True):
