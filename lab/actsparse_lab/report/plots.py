@@ -304,5 +304,5 @@ def compact(png: bytes) -> bytes:
     with Image.open(io.BytesIO(png)) as picture:
         main = picture.convert("RGB").quantize()
         buffer = io.BytesIO()
-        main.save(buffer, "png", optimize=True, dpi=picture.info["dpi"])
+        main.save(buffer, "png", optimize=True, dpi=picture.info.get("dpi"))
     return buffer.getvalue()
