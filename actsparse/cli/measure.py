@@ -81,6 +81,10 @@ def measure(
     from actsparse.environment import environment
     from actsparse.terminal import Terminal
 
+    if data is not None and task is not None:
+        raise ValueError("give --task or --data, not both")
+    if data is None and laboratory() is None:
+        raise ValueError("say on what to measure: give --data (--task needs the laboratory, ./lab)")
     log = Terminal(stderr=True)
     run = None if laboratory() is None else laboratory().run_at(target)
     if run is not None and out is None:
@@ -88,11 +92,7 @@ def measure(
         out = run.measures
     model = model_at(target) if run is None else saved_model(run.weights)
     if data is not None:
-        if task is not None:
-            raise ValueError("give --task or --data, not both")
         loss_fn, batches, where, info = batches_of(data)
-    elif laboratory() is None:
-        raise ValueError("say on what to measure: give --data (--task needs the laboratory, ./lab)")
     else:
         loss_fn, batches, where, info = laboratory().task_batches(
             model, run and run.record, task, split, rows, batch_size

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,23 @@ def test_a_config_that_asks_for_code_of_its_own_is_refused(tmp_path: Path) -> No
     done = CliRunner().invoke(app, ["blocks", str(tmp_path)])
     assert done.exit_code == 2
     assert "is no config that transformers knows" in done.stderr
+
+
+def test_without_the_laboratory_the_library_has_its_own_verbs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    script = (
+        "import importlib.metadata, sys\n"
+        "importlib.metadata.entry_points = lambda **_: []\n"
+        "from actsparse.cli.main import app\n"
+        "app(sys.argv[1:])\n"
+    )
+
+    def called(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", script, *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    said = called("--help").stdout
+    assert all(f" {verb} " in said for verb in ("blocks", "measure", "bench"))
+    assert not any(f" {verb} " in said for verb in ("train", "compare", "report"))
+    assert "expected the path of a local Hugging Face folder" in called("blocks", "lm").stderr
+    assert "give --data" in called("measure", str(tmp_path)).stderr
