@@ -114,7 +114,7 @@ def test_without_the_laboratory_the_library_has_its_own_verbs(tmp_path: Path) ->
         return subprocess.run(command, capture_output=True, text=True)
 
     said = called("--help").stdout
-    assert all(f" {verb} " in said for verb in ("blocks", "measure", "bench"))
-    assert not any(f" {verb} " in said for verb in ("train", "compare", "report"))
+    assert all(f"│ {verb} " in said for verb in ("blocks", "measure", "bench"))
+    assert not any(f"│ {verb} " in said for verb in ("train", "compare", "report"))
     assert "expected the path of a local Hugging Face folder" in called("blocks", "lm").stderr
     assert "give --data" in called("measure", str(tmp_path)).stderr
