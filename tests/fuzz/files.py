@@ -24,8 +24,9 @@ def records(folder: Path) -> Make:
     from actsparse_lab.records import read_run
     from actsparse_lab.report import compare, markdown_table
     from actsparse_lab.report.card import model_card
-    from actsparse_lab.report.facts import differences, facts
-    from actsparse_lab.report.words import lead, markdown_theory, remarks, title
+    from actsparse_lab.report.provenance import differences, facts
+    from actsparse_lab.report.summary import lead, remarks, title
+    from actsparse_lab.report.theory_tables import markdown_theory
 
     source = ROOT / "benchmarks/digits-measures/runs/paper-seed0/record.jsonl"
     every = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
@@ -94,8 +95,8 @@ def measures(folder: Path) -> Make:
 
 @kind(60)
 def benchmarks(folder: Path) -> Make:
+    from actsparse_lab.report.benchmark_tables import markdown_payoff, payoff_lead, payoff_title
     from actsparse_lab.report.benchmarks import payoff_of
-    from actsparse_lab.report.payoff import markdown_payoff, payoff_lead, payoff_title
 
     names = ("mlp-2-threads.json", "vit-b-1-thread.json")
     sources = [

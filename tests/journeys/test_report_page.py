@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from actsparse_lab.report import CLAIMS, plots, write_report
+from actsparse_lab.report.benchmark_plots import PAYOFF
 from actsparse_lab.report.page import PICTURES
-from actsparse_lab.report.payoff import PAYOFF
 from actsparse_lab.report.reproduction import EFFECTS
 from actsparse_lab.report.theory import THEORY
 

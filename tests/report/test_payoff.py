@@ -23,17 +23,19 @@ from typer.testing import CliRunner
 from actsparse_lab.cli.report import report
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report import (
+    benchmark_plots,
     compare,
     gather,
     markdown_payoff,
     markdown_table,
-    payoff,
     print_payoff,
     to_json,
     write_report,
 )
+from actsparse_lab.report.benchmark_plots import PAYOFF
+from actsparse_lab.report.benchmark_tables import payoff_lead, payoff_tables, payoff_title
 from actsparse_lab.report.benchmarks import Payoff, payoff_of
-from actsparse_lab.report.payoff import PAYOFF, payoff_lead, payoff_tables, payoff_title
+from actsparse_lab.report.tables import Cell, Table
 
 ROOT = Path(__file__).parents[2]
 Draw = Callable[..., Figure | None]
@@ -66,7 +68,7 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Draw]:
         drawn.append(figure)
         return b"kept"
 
-    monkeypatch.setattr(payoff, "render", keep)
+    monkeypatch.setattr(benchmark_plots, "render", keep)
 
     def call(name: str, found: Payoff, dark: bool = False) -> Figure | None:
         drawn.clear()
@@ -204,7 +206,7 @@ def test_density_zero_has_no_place_on_a_log_axis_but_in_the_table(
     assert figure is not None
     line = line_of(figure.axes[0], figure.lines_of_legend, 1, "sparse")
     assert line[:, 0].tolist() == [0.1, 0.8]
-    assert payoff_tables(found)[0].rows[0][1][0] == ["0.000"]
+    assert payoff_tables(found)[0].rows[0][1] == "0.000"
 
 
 def test_compiled_dense_is_drawn_where_it_was_timed(
@@ -219,7 +221,7 @@ def test_compiled_dense_is_drawn_where_it_was_timed(
     assert figure is not None
     compiled = line_of(figure.axes[0], figure.lines_of_legend, 1, "compiled")
     assert compiled[:, 1].tolist() == [9, 9, 9]
-    assert "forward: compiled" in payoff_tables(found)[0].heads
+    assert "forward: compiled" in heads_of(payoff_tables(found)[0])
     # it is no sparse program: the best of these is 2 · 0.4 / 0.05
     assert payoff_title(found) == "Dense time ÷ sparse time: one MLP 0.50 to 16.00"
 
@@ -266,6 +268,10 @@ def test_charts_can_be_laid_out_and_are_left_out_with_nothing_to_show(
     assert both.startswith(b"\x89PNG")
     other = read(tmp_path, mlp if picture.name == "payoff-models" else model)
     assert picture.plot(other, False) is None
+
+
+def heads_of(table: Table) -> list[str]:
+    return [column.head for column in table.columns]
 
 
 # -- words and tables -------------------------------------------------------------------------
@@ -323,7 +329,7 @@ def test_columns_that_no_record_fills_are_left_out(
 ) -> None:
     (table,) = payoff_tables(read(tmp_path, benchmarks.trained()))
     heads = ["model", "density", "dense, s", "dense ÷ accelerated", "limit: without MLPs"]
-    assert table.heads == heads
+    assert heads_of(table) == heads
 
 
 def test_the_terminal_shows_every_row_in_80_columns(
@@ -367,8 +373,10 @@ def test_benchmarks_alone_make_a_page_beside_the_first(
     assert "What silence pays" in text
     assert payoff_title(found) in text
     for table in payoff_tables(found):
-        for first, cells in table.rows:
-            assert " ".join([first, *(line for cell in cells for line in cell)]) in text
+        for row in table.rows:
+            cells = (cell if isinstance(cell, Cell) else Cell(cell) for cell in row)
+            shown = [word for cell in cells for word in (cell.text, *cell.lines)]
+            assert " ".join(shown) in text
     for absent in ("Arms", "To look at", "Every run", "dead units"):
         assert absent not in text
     assert "vit-b.json: vit-b, 1 thread, batch = 8, rounds = 5, kernels: avx512" in text

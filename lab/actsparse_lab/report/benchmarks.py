@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 from actsparse.untrusted import read_json
 from actsparse.values import Above0, Count, Name, Rule, Share, check
 from actsparse_lab.record_schema import SCHEMA, Entry, RecordError
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.effects import number
 
 KINDS = ("forward", "training")
 OURS = ("sparse", "screened")
+PROGRAMS = (*OURS, "compiled")
 FAST, CUT = "accelerated", "without MLPs"
 MEMORY = Annotated[
     dict[str, Above0],

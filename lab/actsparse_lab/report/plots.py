@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.comparison import Estimate, Table
-from actsparse_lab.report.words import amount
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.numbers import amount
+from actsparse_lab.report.stats import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,7 @@ PAPER = {False: "#FFFFFF", True: "#1B1E23"}  # as in page.html.jinja
 WIDTH, HEIGHT, DPI = 5.4, 4.1, 180  # inches: large type, for it shrinks to a phone's width
 PANEL = 1.45  # the height of one of several above each other
 
-Plot = Callable[[Table, list[Run], bool], bytes | None]
+Plot = Callable[[Comparison, list[Run], bool], bytes | None]
 Axis = Literal["zero", "log", "fit"]
 
 
@@ -57,19 +58,19 @@ class Panel:
     level: float | None = None
 
 
-def inference_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def inference_density(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Density on held-out data in eval mode, over steps: a line a seed, thick for their mean."""
     density = Panel("inference density", lambda run: _densities(run.evals))
     return over_steps(table, runs, dark, density)
 
 
-def training_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def training_density(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Density on training batches in train mode, over steps."""
     density = Panel("training density", lambda run: _densities(run.train))
     return over_steps(table, runs, dark, density)
 
 
-def loss(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def loss(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Validation loss over steps, on a log axis."""
 
     def losses(run: Run) -> dict[int, float]:
@@ -78,7 +79,7 @@ def loss(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
     return over_steps(table, runs, dark, Panel("validation loss", losses, "log"))
 
 
-def density_by_block(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def density_by_block(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Inference density of every block at the end, by depth: a mark a seed, a line for the mean."""
     figure, (axes,) = new_figure(dark)
     deepest = 0
@@ -107,7 +108,7 @@ def density_by_block(table: Table, runs: list[Run], dark: bool = False) -> bytes
     return png(figure, table)
 
 
-def quality_against_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def quality_against_density(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Each arm's quality against its inference density, with 95 % intervals; small marks are seeds.
 
     An arm without MLPs has no density and is drawn as a line. The axes fit the seeds, so that the
@@ -154,7 +155,7 @@ def quality_against_density(table: Table, runs: list[Run], dark: bool = False) -
     return png(figure, table)
 
 
-def over_steps(table: Table, runs: list[Run], dark: bool, *panels: Panel) -> bytes | None:
+def over_steps(table: Comparison, runs: list[Run], dark: bool, *panels: Panel) -> bytes | None:
     """Panels above each other over the same steps; those with nothing to show are left out.
 
     Thin lines are seeds. Thick ones are the mean over an arm's finished seeds, with a gap at a step
@@ -188,7 +189,9 @@ def over_steps(table: Table, runs: list[Run], dark: bool, *panels: Panel) -> byt
     return png(figure, table)
 
 
-def _draw(axes: Axes, table: Table, series: list[tuple[Run, dict[int, float]]], dark: bool) -> None:
+def _draw(
+    axes: Axes, table: Comparison, series: list[tuple[Run, dict[int, float]]], dark: bool
+) -> None:
     for name, style in styles(table, dark):
         line = {"color": style["color"], "linestyle": style["linestyle"]}
         own = [(run.finished, points) for run, points in series if run.arm == name and points]
@@ -211,7 +214,7 @@ def _bar(estimate: Estimate) -> float:
     return estimate.half or 0.0
 
 
-def styles(table: Table, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def styles(table: Comparison, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Colour, mark and dash of every arm, the same in all plots."""
     palette = DARK if dark else LIGHT
     others = 0
@@ -272,7 +275,7 @@ def log_axis(axes: Axes, which: Literal["x", "y"], few: bool = False) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def png(figure: Figure, table: Table) -> bytes:
+def png(figure: Figure, table: Comparison) -> bytes:
     """The figure with a legend of its arms, as a PNG."""
     lines: dict[str, Any] = {}
     for axes in figure.axes:

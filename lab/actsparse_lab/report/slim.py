@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from actsparse.values import Above0, Count, Name, Share, check
 from actsparse_lab.record_schema import Entry
-from actsparse_lab.report.board import change_text, quality_text, table_line
-from actsparse_lab.report.comparison import Estimate, t_interval
-from actsparse_lab.report.frontier import Board
-from actsparse_lab.report.speed import Factor, factor, factor_text, read_checked
-from actsparse_lab.report.words import NONE, amount, markdown
+from actsparse_lab.report.numbers import NONE, amount, change, quality, ratio
+from actsparse_lab.report.speed import read_checked
+from actsparse_lab.report.stats import Estimate, Factor, factor, t_interval
+from actsparse_lab.report.tables import Column, Table, markdown
 
 SLIM = "slim.json"
 TITLE = "Pruned, and with thresholds"
@@ -125,14 +124,17 @@ def read_slim(folder: str | Path) -> Slim | None:
     return Slim(record["budget"], record["threads"], tuple(found))
 
 
-def markdown_slim(of: Slim, board: Board) -> str:
-    """The section of a task on the frontier's page, without its heading."""
-    heads = ("arm", "form", board.quality_name, *HEADS)
-    lines = [slim_text(of), "", table_line(heads), table_line(["---"] * len(heads))]
-    for arm in of.arms:
-        lines += [table_line((arm.arm, *_cells(board, arm, form))) for form in arm.forms]
+def slim_table(of: Slim, quality_name: str) -> Table:
+    """A row for each form of each arm."""
+    heads = ("arm", "form", quality_name, *HEADS)
     told = [f"{arm.arm}: {said}" for arm in of.arms for said in (*arm.refused, *arm.ran)]
-    return "\n".join([*lines, *(["", markdown(f"{'; '.join(told)}.")] if told else [])])
+    return Table(
+        "slim-table",
+        TITLE,
+        tuple(map(Column, heads)),
+        tuple((arm.arm, *_cells(quality_name, arm, f)) for arm in of.arms for f in arm.forms),
+        (markdown(f"{'; '.join(told)}."),) if told else (),
+    )
 
 
 def slim_text(of: Slim) -> str:
@@ -154,28 +156,23 @@ def slim_text(of: Slim) -> str:
     )
 
 
-def _cells(board: Board, arm: Slimmed, form: Form) -> tuple[str, ...]:
-    trained, moved = form.form == "trained", arm.moved if form.form == "pruned" else None
-    off = None if moved is None else [moved.trained_off, moved.pruned_off]
+def _cells(quality_name: str, arm: Slimmed, form: Form) -> tuple[str, ...]:
+    moved = arm.moved if form.form == "pruned" else None
+    unit = (1, "") if form.form == "trained" else (100, " %")
     return (
         WORDS[form.form],
-        quality_text(board, form.quality),
-        change_text(board, form.change),
-        _spread(form.density),
-        _spread(form.active),
-        _spread(form.mlps) if trained else _spread(form.mlps, 100, " %"),
-        _spread(form.bytes) if trained else _spread(form.bytes, 100, " %"),
+        quality(quality_name, form.quality),
+        change(quality_name, form.change, 2),
+        amount(form.density),
+        amount(form.active),
+        amount(form.mlps, *unit),
+        amount(form.bytes, *unit),
         NONE if moved is None else f"{amount(moved.moved)} of {amount(moved.logit)}",
-        NONE if off is None else " / ".join(map(amount, off)),
-        factor_text(form.layers),
-        factor_text(form.accelerated),
+        NONE if moved is None else f"{amount(moved.trained_off)} / {amount(moved.pruned_off)}",
+        ratio(form.layers),
+        ratio(form.accelerated),
         str(form.seeds),
     )
-
-
-def _spread(found: Estimate, scale: float = 1, unit: str = "") -> str:
-    half = "" if found.half is None else f" ± {amount(scale * found.half)}"
-    return f"{amount(scale * found.mean)}{half}{unit}"
 
 
 def _share(found: Moved) -> float:

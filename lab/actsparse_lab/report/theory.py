@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.comparison import Table
-from actsparse_lab.report.measures import number, read_spectra
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.effects import number
+from actsparse_lab.report.measures import read_spectra
+from actsparse_lab.report.numbers import counted
 from actsparse_lab.report.plots import (
     INK,
     WIDTH,
@@ -28,7 +30,6 @@ from actsparse_lab.report.plots import (
     png,
     styles,
 )
-from actsparse_lab.report.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ def _panel(label: str, key: str, axis: Axis = "zero") -> Panel:
     return Panel(label, training(key, positive=axis == "log"), axis)
 
 
-def what_moves(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def what_moves(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Density, then numerator and denominator of the identity, and what the latter is made of."""
     parts = (
         _panel("numerator: flatness AF  (down is sparser)", "flatness", "log"),
@@ -84,7 +85,7 @@ def what_moves(table: Table, runs: list[Run], dark: bool = False) -> bytes | Non
     return over_steps(table, runs, dark, _panel("density, measured", "density"), *parts)
 
 
-def flatness_and_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def flatness_and_density(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Training density against flatness: a path for each arm, from a hollow to a filled mark."""
     figure, (axes,) = new_figure(dark)
     flatness, density = training("flatness", positive=True), training("density")
@@ -116,7 +117,7 @@ def flatness_and_density(table: Table, runs: list[Run], dark: bool = False) -> b
     return png(figure, table)
 
 
-def separable_ratio(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def separable_ratio(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """AF over the product of mean input norm and mean gradient, and how far that is density."""
     ratio, density = training("ratio"), training("derivative_density")
 
@@ -133,7 +134,7 @@ def separable_ratio(table: Table, runs: list[Run], dark: bool = False) -> bytes 
     )
 
 
-def effective_gradient(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def effective_gradient(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """How sparse the effective gradient is, and where the gradient gathers."""
     return over_steps(
         table,
@@ -145,7 +146,7 @@ def effective_gradient(table: Table, runs: list[Run], dark: bool = False) -> byt
     )
 
 
-def noise(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def noise(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Anisotropy of the effective gradients and of the hidden features, and the noise scale."""
     return over_steps(
         table,
@@ -157,7 +158,7 @@ def noise(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
     )
 
 
-def concentration(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def concentration(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """How far apart the weights' eigenvalues lie, and how far they are from those of noise."""
     panels = [
         Panel(f"{label} of {layer}", _over_blocks(f"{layer}_{key}"), axis)
@@ -167,7 +168,7 @@ def concentration(table: Table, runs: list[Run], dark: bool = False) -> bytes | 
     return over_steps(table, runs, dark, *panels)
 
 
-def curvature(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def curvature(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Traces of the curvature and its largest eigenvalue, where runs stopped to measure them."""
 
     def read(name: str) -> Callable[[Run], dict[int, float]]:
@@ -187,11 +188,11 @@ def curvature(table: Table, runs: list[Run], dark: bool = False) -> bytes | None
     return over_steps(table, runs, dark, *panels)
 
 
-def spectra(which: Callable[[Table], str | None]) -> Plot:
+def spectra(which: Callable[[Comparison], str | None]) -> Plot:
     """The plot of the eigenvalues of the weights, in the arm that ``which`` picks: one seed, and of
     its blocks the first, one in the middle and the last."""
 
-    def plot(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    def plot(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
         own = [run for run in runs if run.finished and run.arm == which(table)]
         run, entries = next(((r, found) for r in own if (found := read_spectra(r))), (None, []))
         if run is None:

@@ -22,21 +22,12 @@ import math
 from collections.abc import Callable, Iterable
 from itertools import product
 
-from actsparse_lab.report.claims.dots import dots
+from actsparse_lab.report.claims.rows_plot import rows_plot
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
-from actsparse_lab.report.comparison import INFERENCE
-from actsparse_lab.report.findings import (
-    OURS,
-    V2,
-    Arms,
-    Effects,
-    Experiment,
-    Question,
-    log_ratio,
-    paired,
-)
+from actsparse_lab.report.effects import INFERENCE, Arms, Effects, log_ratio, paired
+from actsparse_lab.report.findings import OURS, V2, Experiment, Question
 from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.stats import Claim
 
 PARTS = ("bias", "floor", "jsrelu")
 
@@ -183,7 +174,7 @@ EXPERIMENT = Experiment(
     pictures=(
         Picture(
             "combinations",
-            dots(COMBINATIONS, DECAY),
+            rows_plot(COMBINATIONS, DECAY),
             "Eight combinations, two kinds of decay",
             "Large marks: means over seeds; small: seeds. Where decay of norm scales and biases "
             "alone moves a row as far as the modifications do, the modifications are not needed "
@@ -191,7 +182,7 @@ EXPERIMENT = Experiment(
         ),
         Picture(
             "variants",
-            dots(VARIANTS, DECAY),
+            rows_plot(VARIANTS, DECAY),
             "How high a floor, and where the bias",
             "Large marks: means over seeds; small: seeds. The last row says how much this task "
             "needs its MLPs; it has no density.",

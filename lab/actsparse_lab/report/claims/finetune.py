@@ -14,7 +14,7 @@ ReLU.
 
 from __future__ import annotations
 
-from actsparse_lab.report.claims.dots import dots
+from actsparse_lab.report.claims.rows_plot import rows_plot
 from actsparse_lab.report.claims.sparser import SPARED, quality_kept, sparser
 from actsparse_lab.report.findings import OURS, V1, V2, Experiment
 from actsparse_lab.report.plots import Picture
@@ -108,7 +108,7 @@ EXPERIMENT = Experiment(
     pictures=(
         Picture(
             "before-after",
-            dots(ROWS, BASES, aside=HOYER),
+            rows_plot(ROWS, BASES, aside=HOYER),
             "Before finetuning and after",
             "From the checkpoint (hollow) to the end (filled), means over seeds; thin lines are "
             "seeds; colours say how the checkpoint was trained. What plain finetuning takes off "

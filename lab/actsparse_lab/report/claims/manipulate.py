@@ -22,22 +22,12 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.comparison import CONTROL, MARGIN, QUALITY, REFERENCE
-from actsparse_lab.report.findings import (
-    OURS,
-    V1,
-    V2,
-    Arms,
-    Effects,
-    Experiment,
-    Question,
-    log_ratio,
-    within,
-)
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
+from actsparse_lab.report.comparison import CONTROL, REFERENCE
+from actsparse_lab.report.effects import QUALITY, Arms, Effects, log_ratio, number, within
+from actsparse_lab.report.findings import OURS, V1, V2, Experiment, Question
 from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, Picture, new_figure, render
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,7 +166,7 @@ QUESTIONS = (
         "log",
     ),
     Question(
-        Claim("S-shapes learn as well as ReLU, within a point", OURS, "rises", -MARGIN),
+        Claim("S-shapes learn as well as ReLU, within a point", OURS, "rises", -POINT),
         _quality_against(REFERENCE),
         f"{_SHAPES} − that of ReLU ({REFERENCE})",
         "points",
@@ -186,7 +176,7 @@ QUESTIONS = (
             "Without decay of 1-D parameters too S-shapes learn as well, within a point",
             OURS,
             "rises",
-            -MARGIN,
+            -POINT,
         ),
         _quality_against(REFERENCE + SPARED, SPARED),
         f"{_SHAPES} − that of ReLU ({REFERENCE}{SPARED}); {_SPARING}",

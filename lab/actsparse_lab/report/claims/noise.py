@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.claims.ends import final
 from actsparse_lab.report.claims.ratio import spread
-from actsparse_lab.report.findings import OURS, V1, Arms, Effects, Experiment, Question, Reader
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.effects import Arms, Effects, Reader, final, number
+from actsparse_lab.report.findings import OURS, V1, Experiment, Question
 from actsparse_lab.report.plots import (
     DARK,
     INK,
@@ -39,7 +38,7 @@ from actsparse_lab.report.plots import (
     new_figure,
     render,
 )
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,22 +18,21 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.claims.ends import final
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.comparison import CONTROL, MARGIN, QUALITY, REFERENCE, SUBJECT, TRAINING
-from actsparse_lab.report.findings import (
-    OURS,
-    V2,
+from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
+from actsparse_lab.report.comparison import CONTROL, REFERENCE, SUBJECT
+from actsparse_lab.report.effects import (
+    QUALITY,
+    TRAINING,
     Arms,
     Effects,
-    Experiment,
-    Question,
     difference,
+    final,
     log_ratio,
+    number,
     paired,
     within,
 )
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.findings import OURS, V2, Experiment, Question
 from actsparse_lab.report.plots import (
     DARK,
     INK,
@@ -44,7 +43,7 @@ from actsparse_lab.report.plots import (
     new_figure,
     render,
 )
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -135,7 +134,7 @@ def _saves_more(text: str, source: str, arm: str, other: str) -> Question:
 def _kept(base: str, said: str) -> Question:
     claim = f"To drop η up to {SMALL:g} rms costs less than a point: {said}"
     return Question(
-        Claim(claim, _BAR_OURS, "rises", -MARGIN),
+        Claim(claim, _BAR_OURS, "rises", -POINT),
         _mean(quality_kept(SMALL), base),
         f"test accuracy of {dropping(base, SMALL)} − that of {base}",
         "points",
@@ -158,7 +157,7 @@ QUESTIONS = (
     _kept(REFERENCE, "plain ReLU"),
     _kept(SUBJECT, "the papers' recipe"),
     Question(
-        Claim("To drop η up to 1 rms costs less than a point", _BAR_OURS, "rises", -MARGIN),
+        Claim("To drop η up to 1 rms costs less than a point", _BAR_OURS, "rises", -POINT),
         _mean(quality_kept(1.0), *_THREE),
         f"test accuracy of the arm that drops − that of its base, mean over {', '.join(_THREE)}",
         "points",
@@ -212,7 +211,7 @@ def against_threshold(arms: Arms, dark: bool = False) -> bytes | None:
     panels = [
         (label, level, found)
         for label, level, found in (
-            ("change of accuracy, points", -100 * MARGIN, quality),
+            ("change of accuracy, points", -100 * POINT, quality),
             ("error of the gradient", TOLERATED, error),
             ("η kept, % of all entries", None, kept),
             ("training density, % of units", None, active),

@@ -18,19 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims.ends import at_end, change
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.findings import (
-    OURS,
-    V2,
-    Arms,
-    Effects,
-    Experiment,
-    Question,
-    log_ratio,
-    paired,
-    within,
-)
+from actsparse_lab.report.effects import Arms, Effects, at_end, log_ratio, over_run, paired, within
+from actsparse_lab.report.findings import OURS, V2, Experiment, Question
+from actsparse_lab.report.numbers import amount
 from actsparse_lab.report.plots import (
     DARK,
     INK,
@@ -43,9 +34,8 @@ from actsparse_lab.report.plots import (
     new_figure,
     render,
 )
+from actsparse_lab.report.stats import Claim
 from actsparse_lab.report.theory import training
-from actsparse_lab.report.verdict import Claim
-from actsparse_lab.report.words import amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +64,7 @@ def _over_training(
     arm: str, key: str, what: str, claim: Claim, least_loss: float | None = None
 ) -> Question:
     def effects(arms: Arms) -> Effects:
-        return within(arms, arm, change("train", "measures", key, least_loss=least_loss))
+        return within(arms, arm, over_run("train", "measures", key, least_loss=least_loss))
 
     last = "last log window"
     if least_loss is not None:
@@ -84,7 +74,7 @@ def _over_training(
 
 
 def _drawn(arms: Arms) -> Effects:
-    return within(arms, "vanilla", change("measured", "measures", "flatness"))
+    return within(arms, "vanilla", over_run("measured", "measures", "flatness"))
 
 
 def _norms(arms: Arms) -> Effects:
@@ -221,7 +211,7 @@ def changes(arms: Arms, dark: bool = False) -> bytes | None:
     for place, arm in enumerate(SHOWN):
         color = SERIES_INK[dark] if arm == "vanilla" else palette[place - 1]
         for row, key in enumerate(NAMES):
-            each = list(within(arms, arm, change("train", "measures", key)).values())
+            each = list(within(arms, arm, over_run("train", "measures", key)).values())
             if not each:
                 continue
             y, mean = row + 0.27 * (place - 1), math.exp(sum(each) / len(each))

@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
-from actsparse_lab.report.claims.ends import final
-from actsparse_lab.report.claims.sparser import SPARED
-from actsparse_lab.report.comparison import MARGIN
-from actsparse_lab.report.findings import OURS, V1, Arms, Effects, Experiment, Question, within
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.claims.sparser import POINT, SPARED
+from actsparse_lab.report.effects import Arms, Effects, final, number, within
+from actsparse_lab.report.findings import OURS, V1, Experiment, Question
 from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH, Picture
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +87,7 @@ def matched(own: Run, other: Run) -> tuple[Entry, Entry] | None:
         (first["step"], second["step"]): (round(abs(a - b), 9), first, second)
         for first, a in _late(own)
         for second, b in _late(other)
-        if round(abs(a - b), 9) <= MARGIN  # 0.97 − 0.96 in binary is more than 0.01
+        if round(abs(a - b), 9) <= POINT  # 0.97 − 0.96 in binary is more than 0.01
     }
     if not apart:
         return None

@@ -8,24 +8,27 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from actsparse_lab.records import Run
-from actsparse_lab.report.comparison import CONTROL, INFERENCE, MARGIN, QUALITY, REFERENCE, TRAINING
-from actsparse_lab.report.findings import OURS, Question, difference, log_ratio, paired
-from actsparse_lab.report.measures import number
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.comparison import CONTROL, REFERENCE
+from actsparse_lab.report.effects import (
+    INFERENCE,
+    LIVING,
+    QUALITY,
+    TRAINING,
+    difference,
+    log_ratio,
+    paired,
+)
+from actsparse_lab.report.findings import OURS, Question
+from actsparse_lab.report.stats import Claim
 
+POINT = 0.01  # of accuracy: the bar that these claims were registered with
 SPARED = "-no-1d-decay"  # ends the names of arms whose norm scales and biases do not decay
-
-
-def living(run: Run) -> float | None:
-    """Inference density of the units that are active anywhere on the test data."""
-    return number(run.result, "inference", "living_density")
 
 
 DENSITIES = {
     "inference": ("inference density, on the test split", INFERENCE),
     "training": ("training density, over the last fifth of training", TRAINING),
-    "living": ("inference density of the units that are not dead", living),
+    "living": ("inference density of the units that are not dead", LIVING),
 }
 
 
@@ -60,7 +63,7 @@ def quality_kept(text: str, source: str, arm: str, other: str) -> Question:
     An effect is the difference of the two accuracies on the test split.
     """
     return Question(
-        Claim(text, source, "rises", -MARGIN),
+        Claim(text, source, "rises", -POINT),
         lambda arms: paired(arms, arm, other, QUALITY, difference),
         f"accuracy on the test split, {arm} minus {other}",
         "points",
@@ -74,7 +77,7 @@ def mlps_matter() -> Question:
     """
     return Question(
         Claim(
-            "The MLPs matter here: to leave them out costs more than a point", OURS, "rises", MARGIN
+            "The MLPs matter here: to leave them out costs more than a point", OURS, "rises", POINT
         ),
         lambda arms: paired(arms, REFERENCE, CONTROL, QUALITY, difference),
         f"accuracy on the test split, {REFERENCE} minus {CONTROL}",

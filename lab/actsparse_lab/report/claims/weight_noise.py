@@ -18,20 +18,18 @@ from __future__ import annotations
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from actsparse_lab.report.claims.ends import at_end
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
-from actsparse_lab.report.comparison import INFERENCE, QUALITY
-from actsparse_lab.report.findings import (
-    OURS,
-    V1,
+from actsparse_lab.report.effects import (
+    INFERENCE,
+    QUALITY,
     Arms,
-    Experiment,
-    Question,
     Reader,
+    at_end,
     log_ratio,
     paired,
     within,
 )
+from actsparse_lab.report.findings import OURS, V1, Experiment, Question
 from actsparse_lab.report.plots import (
     DARK,
     INK,
@@ -43,7 +41,7 @@ from actsparse_lab.report.plots import (
     new_figure,
     render,
 )
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.stats import Claim
 
 CONTROL = f"vanilla{SPARED}"
 RHO = {"vanilla": 0.0, "weight-noise": 0.1, "weight-noise-0.3": 0.3}

@@ -1,21 +1,16 @@
-"""The section of what silence pays: seconds and memory of dense programs beside sparse ones.
+"""The plots of benchmarks: dense time and memory over a program's own.
 
-Times are told as dense ÷ a program's, so above 1 the program is faster. Amdahl's value: where the
-MLPs take the share f of the dense time and one alone is r times as fast, the whole is
-``1 / (1 − f + f / r)`` times as fast, and without any MLP ``1 / (1 − f)``.
+Above 1 the program is faster. Amdahl's value: where the MLPs take the share f of the dense time and
+one alone is r times as fast, the whole is ``1 / (1 − f + f / r)`` times as fast, and without any
+MLP ``1 / (1 − f)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table as Grid
-from rich.text import Text
-
-from actsparse_lab.report.benchmarks import KINDS, OURS, Payoff, Ratio, Row
+from actsparse_lab.report.benchmarks import PROGRAMS, Payoff, Ratio, Row
 from actsparse_lab.report.plots import (
     DARK,
     HEIGHT,
@@ -28,177 +23,16 @@ from actsparse_lab.report.plots import (
     log_axis,
     new_figure,
     render,
-)
-from actsparse_lab.report.words import NONE, amount
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DASH: dict[str, Any] = {"sparse": "--", "screened": "-", "compiled": ":"}  # of programs
+DASH: dict[str, Any] = dict(zip(PROGRAMS, ("--", "-", ":"), strict=True))
 LEGEND, PANEL = 1.7, 2.9  # inches below, and of each record's panel
 BAR = 0.52  # inches of a whole model's bar
-BRIEF = 8  # columns that fit a terminal
 KEPT = "memory kept for backward, dense = 1"
 FASTER = "dense ÷ own time  ({} is faster)"
-GAIN = {"forward": "forward", "training": "forward + backward"}
-
-
-# Numbers as text
-
-
-@dataclass(frozen=True)
-class Cells:
-    """A table: ``heads`` of all columns; a row is its first cell and those beside it, in lines."""
-
-    name: str
-    title: str
-    heads: list[str]
-    rows: list[tuple[str, list[list[str]]]]
-
-
-def payoff_title(payoff: Payoff) -> str:
-    """The finding in one line: from the worst to the best of all that was measured."""
-    gains = [gain for layer in payoff.layers for row in layer.rows for gain in _best(row)]
-    said = [f"one MLP {_range(gains)}"] if gains else []
-    wholes = [whole.ratio.value for whole in payoff.wholes]
-    said += [f"a whole model {_range(wholes)}"] if wholes else []
-    return f"Dense time ÷ sparse time: {'; '.join(said)}"
-
-
-def payoff_lead(payoff: Payoff) -> str:
-    """What the title's numbers are of."""
-    said = []
-    rows = [row for layer in payoff.layers for row in layer.rows]
-    if rows:
-        densities = _range([row.density for row in rows], 3)
-        tokens = _range([row.tokens for row in rows], 0)
-        said.append(
-            f"One MLP at densities {densities} and T = {tokens}: at each the faster of the "
-            f"programs, sparse and screened, also where dense is faster than both."
-        )
-    if payoff.wholes:
-        densities = _range([whole.density for whole in payoff.wholes], 3)
-        said.append(f"Whole models at densities {densities}, as accelerated.")
-    return " ".join(said)
-
-
-def payoff_tables(payoff: Payoff) -> list[Cells]:
-    """The charts' numbers: one MLP, the densities at which it breaks even, whole models."""
-    tables = (_layer_table(payoff), _break_even_table(payoff), _whole_table(payoff))
-    return [table for table in tables if table.rows]
-
-
-def markdown_payoff(payoff: Payoff) -> str:
-    """The tables, for a README or a lab log; intervals are in brackets."""
-    tables = []
-    for table in payoff_tables(payoff):
-        rows = [[first, *map(_inline, cells)] for first, cells in table.rows]
-        lines = [table.heads, ["---"] * len(table.heads), *rows]
-        tables.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    return "\n".join(tables)
-
-
-def print_payoff(payoff: Payoff, console: Console) -> None:
-    """The finding and the tables' first columns, for the terminal; the page has the intervals."""
-    console.print(Text(payoff_title(payoff), style="bold"))
-    console.print(Text(payoff_lead(payoff)))
-    for table in payoff_tables(payoff):
-        grid = Grid(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-        rows = [[first, *(cell[0] for cell in cells)] for first, cells in table.rows]
-        for at, head in enumerate(table.heads[:BRIEF]):
-            justify: Any = "right" if at else "left"
-            words = " ".join([head, *(row[at] for row in rows)]).split()
-            grid.add_column(head, justify=justify, min_width=max(map(len, words)))
-        for row in rows:
-            grid.add_row(*map(Text, row[:BRIEF]))
-        console.print(grid)
-        console.print()
-
-
-def _layer_table(payoff: Payoff) -> Cells:
-    several = len(payoff.layers) > 1
-    rows = [row for layer in payoff.layers for row in layer.rows]
-    timed = [(k, p) for k in KINDS for p in DASH if any(p in r.ratios.get(k, {}) for r in rows)]
-    kept = [program for program in OURS if any(program in row.memory for row in rows)]
-    heads = [*(["record"] if several else []), "T", "density"]
-    heads += [f"{GAIN[kind]}: {program}" for kind, program in timed]
-    heads += [f"memory kept: {program}" for program in kept]
-    table = Cells("mlp-table", "One MLP, dense ÷ own time", heads, [])
-    for layer in payoff.layers:
-        for row in layer.rows:
-            cells = [[str(row.tokens)]] if several else []
-            cells += [_figure(row.density, 3)]
-            cells += [_ratio(row.ratios.get(kind, {}).get(program)) for kind, program in timed]
-            cells += [_figure(row.memory.get(program)) for program in kept]
-            table.rows.append((layer.label if several else str(row.tokens), cells))
-    return table
-
-
-def _break_even_table(payoff: Payoff) -> Cells:
-    known = [
-        (layer, kind) for layer in payoff.layers for kind in KINDS if layer.break_even.get(kind)
-    ]
-    tokens = sorted({t for layer, kind in known for t in layer.break_even[kind]})
-    heads = ["break-even density", *(f"T = {t}" for t in tokens)]
-    rows = []
-    for layer, kind in known:
-        name = ", ".join(filter(None, [layer.label, GAIN[kind]]))
-        rows.append((name, [_figure(layer.break_even[kind].get(t), 3) for t in tokens]))
-    return Cells("break-even-table", "Break-even", heads, rows)
-
-
-def _whole_table(payoff: Payoff) -> Cells:
-    columns: dict[str, Callable[[Any], list[str]]] = {
-        "density": lambda whole: [f"{whole.density:.3f}"],
-        "dense, s": lambda whole: [amount(whole.dense)],
-        "dense ÷ accelerated": lambda whole: _ratio(whole.ratio),
-        "Amdahl": lambda whole: _figure(whole.amdahl),
-        "reached": lambda whole: _percent(whole.reached),
-        "limit: without MLPs": lambda whole: _ratio(whole.limit),
-        "one MLP alone": lambda whole: _figure(whole.mlp_ratio),
-        "peak memory": lambda whole: _figure(whole.memory),
-        "error of logits": lambda whole: [NONE if whole.error is None else amount(whole.error)],
-    }
-    shown = {
-        head: read
-        for head, read in columns.items()
-        if any(read(whole) != [NONE] for whole in payoff.wholes)
-    }
-    rows = [(whole.label, [read(whole) for read in shown.values()]) for whole in payoff.wholes]
-    return Cells("model-table", "Whole models", ["model", *shown], rows)
-
-
-def _best(row: Row) -> Iterator[float]:
-    """Of each kind, dense ÷ the faster of our programs."""
-    for ratios in row.ratios.values():
-        ours = [ratios[program].value for program in OURS if program in ratios]
-        yield from [max(ours)] if ours else []
-
-
-def _range(values: Sequence[float], digits: int = 2) -> str:
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    return low if low == high else f"{low} to {high}"
-
-
-def _ratio(ratio: Ratio | None) -> list[str]:
-    if ratio is None:
-        return [NONE]
-    return [f"{ratio.value:.2f}", f"{ratio.low:.2f} … {ratio.high:.2f}"]
-
-
-def _figure(value: float | None, digits: int = 2) -> list[str]:
-    return [NONE if value is None else f"{value:.{digits}f}"]
-
-
-def _percent(share: float | None) -> list[str]:
-    return [NONE if share is None else f"{100 * share:.0f} %"]
-
-
-def _inline(cell: list[str]) -> str:
-    return cell[0] + "".join(f" [{line}]" for line in cell[1:])
-
-
-# Plots
 
 
 def gains(kind: str) -> Callable[[Payoff, bool], bytes | None]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.benchmarks import Payoff
-from actsparse_lab.report.comparison import Table
+from actsparse_lab.report.comparison import Comparison
 
 
 def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]
     return [(name, value) for name, value in rows if value]
 
 
-def differences(table: Table, runs: list[Run]) -> list[tuple[str, str]]:
+def differences(table: Comparison, runs: list[Run]) -> list[tuple[str, str]]:
     """For each arm the settings in which its config differs from the reference's."""
     flat = {run.arm: dict(_flat(run.header["config"])) for run in reversed(runs)}
     base = flat.get(table.reference, {})

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.comparison import INFERENCE, QUALITY
-from actsparse_lab.report.findings import Arms
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.effects import INFERENCE, QUALITY, Arms, number
 from actsparse_lab.report.plots import DARK, INK, LIGHT, PAPER, WIDTH, new_figure, render
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ SPREAD = 0.22  # of a row: the lines of seeds beside each other
 LINE = 0.46  # inches of a row
 
 
-def dots(
+def rows_plot(
     rows: Named, colours: Named, aside: str | None = None
 ) -> Callable[[Arms, bool], bytes | None]:
     """The plot of ``rows``, each an arm, in two ``colours``, each an ending of the arm's name.
