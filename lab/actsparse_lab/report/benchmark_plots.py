@@ -19,11 +19,11 @@ from actsparse_lab.report.plots import (
     MARKS,
     PAPER,
     WIDTH,
-    Picture,
     log_axis,
     new_figure,
     render,
 )  # fmt: skip
+from actsparse_lab.report.prose import pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -189,32 +189,11 @@ def whole_models(payoff: Payoff, dark: bool = False) -> bytes | None:
     return render(figure, {"accelerated": accelerated, **handles})
 
 
-PAYOFF = (
-    Picture(
-        "payoff-forward",
-        gains("forward"),
-        "One MLP, forward",
-        "By density and number of tokens T. Above the dotted line sparse execution is faster; bars "
-        "are 95 % intervals. Weights of few tokens come from memory, as in a decoder.",
-    ),
-    Picture(
-        "payoff-training",
-        gains("training"),
-        "One MLP, forward and backward",
-        "The same for a training step of the MLP, in which nothing may be prepared: weights "
-        "change at every step.",
-    ),
-    Picture(
-        "payoff-memory",
-        memory,
-        "Memory kept for backward",
-        "What autograd holds between forward and backward, beside the input and the weights.",
-    ),
-    Picture(
-        "payoff-models",
-        whole_models,
-        "Whole models",
-        "MLPs are a part of the time, and what they gain is bounded by it. Amdahl: if all MLPs ran "
-        "as much faster as one alone. Limit: the model with its MLPs cut out.",
-    ),
+PAYOFF = pictures(
+    {
+        "payoff-forward": gains("forward"),
+        "payoff-training": gains("training"),
+        "payoff-memory": memory,
+        "payoff-models": whole_models,
+    }
 )

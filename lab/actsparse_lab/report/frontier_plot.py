@@ -5,7 +5,7 @@ from __future__ import annotations
 from actsparse_lab.report import plots
 from actsparse_lab.report.comparison import Comparison
 from actsparse_lab.report.frontier import HALF, Board
-from actsparse_lab.report.plots import Picture
+from actsparse_lab.report.prose import pictures
 
 
 def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | None:
@@ -49,10 +49,4 @@ def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | N
     return plots.png(figure, table)
 
 
-FRONTIER = Picture(
-    "frontier",
-    frontier_plot,
-    "Quality against density",
-    "Test split, means with 95 % intervals over seeds. Dashed: the control without MLPs. Shaded: "
-    "within noise of the best vanilla’s mean.",
-)
+(FRONTIER,) = pictures({"frontier": frontier_plot})

@@ -26,6 +26,7 @@ from actsparse_lab.report.findings import Findings
 from actsparse_lab.report.frontier_page import Section, sections
 from actsparse_lab.report.measures import theory_of
 from actsparse_lab.report.plots import Picture
+from actsparse_lab.report.prose import pictures
 from actsparse_lab.report.provenance import differences, facts
 from actsparse_lab.report.reproduction import EFFECTS, findings_in, findings_table, heading
 from actsparse_lab.report.summary import lead, remarks, tiles, title
@@ -34,38 +35,14 @@ from actsparse_lab.report.theory_tables import curvature_table, how_text, identi
 
 _HARD = "\N{NO-BREAK SPACE}"
 
-PICTURES = (
-    Picture(
-        "quality-against-density",
-        plots.quality_against_density,
-        "Quality against density",
-        "Large marks are means with 95 % intervals over seeds, small ones single seeds. "
-        "Intervals of two or three seeds may run off the plot.",
-    ),
-    Picture(
-        "inference-density",
-        plots.inference_density,
-        "Inference density while training",
-        "Held-out data, eval mode. Thick: mean over seeds; thin: each seed.",
-    ),
-    Picture(
-        "training-density",
-        plots.training_density,
-        "Training density",
-        "Training batches, train mode. Thick: mean over seeds; thin: each seed.",
-    ),
-    Picture(
-        "density-by-block",
-        plots.density_by_block,
-        "Density by depth",
-        "Inference density of each block when training ended. Line: mean over seeds.",
-    ),
-    Picture(
-        "loss",
-        plots.loss,
-        "Validation loss",
-        "A curve that still falls at the right edge belongs to an arm that was stopped early.",
-    ),
+PICTURES = pictures(
+    {
+        "quality-against-density": plots.quality_against_density,
+        "inference-density": plots.inference_density,
+        "training-density": plots.training_density,
+        "density-by-block": plots.density_by_block,
+        "loss": plots.loss,
+    }
 )
 
 

@@ -24,7 +24,8 @@ from actsparse_lab.report.findings import (
     read_manifest,
 )  # fmt: skip
 from actsparse_lab.report.numbers import amount
-from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, Picture
+from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH
+from actsparse_lab.report.prose import pictures
 from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 if TYPE_CHECKING:
@@ -147,13 +148,7 @@ def effects_plot(found: Findings, dark: bool = False) -> bytes | None:
     return plots.render(figure, lines)
 
 
-EFFECTS = Picture(
-    "effects",
-    effects_plot,
-    "Effects and their bars",
-    "A dot a seed; line: mean and 95 % interval; shaded: where effects must lie for the claim to "
-    "hold. A logarithm is drawn as the ratio that it is of.",
-)
+(EFFECTS,) = pictures({"effects": effects_plot})
 
 
 def _colours(dark: bool) -> Iterable[str]:

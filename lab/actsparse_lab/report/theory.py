@@ -22,7 +22,6 @@ from actsparse_lab.report.plots import (
     WIDTH,
     Axis,
     Panel,
-    Picture,
     Plot,
     log_axis,
     new_figure,
@@ -30,6 +29,7 @@ from actsparse_lab.report.plots import (
     png,
     styles,
 )
+from actsparse_lab.report.prose import pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -269,70 +269,16 @@ def marchenko_pastur(lower: float, upper: float) -> tuple[np.ndarray, np.ndarray
     return x, np.sqrt((upper - x) * (x - lower)) / (2 * np.pi * scale * x)
 
 
-THEORY = (
-    Picture(
-        "what-moves",
-        what_moves,
-        "What moves",
-        "Density is AF over c, but for a constant, at every step: it falls where AF falls faster. "
-        "Both shrink with the gradients as the loss does, so neither panel alone says that units "
-        "fell silent.",
-    ),
-    Picture(
-        "flatness-and-density",
-        flatness_and_density,
-        "Density beside flatness",
-        "Each arm from its start (hollow mark) to its end (filled). Where a path runs sideways, "
-        "flatness changed and density did not; a path is no proof that one drives the other.",
-    ),
-    Picture(
-        "separable-ratio",
-        separable_ratio,
-        "Flatness over norm and gradient apart",
-        "The same quotient with a product of two means in place of c. Near density, input norm and "
-        "gradient hardly vary together and may be read one by one; away from it they may not.",
-    ),
-    Picture(
-        "effective-gradient",
-        effective_gradient,
-        "The effective gradient",
-        "η is the gradient before the activation function, zero where its derivative is. "
-        "Concentration above density: the gradient gathers on active units; below: on silent ones.",
-    ),
-    Picture(
-        "noise",
-        noise,
-        "Anisotropy and noise",
-        "Anisotropy is 0 where all directions are alike, and about the width where there is one; a "
-        "mean other than zero is a direction too. Noise scale: the batch size at which noise and "
-        "signal weigh alike; gaps where noise hides the signal.",
-    ),
-    Picture(
-        "curvature",
-        curvature,
-        "Curvature",
-        "Of the loss at the MLPs’ weights, on held-out data, eval mode. Low is flat. Traces add up "
-        "all directions; a rescaling of the weights that changes no output changes them too.",
-    ),
-    Picture(
-        "spectral-concentration",
-        concentration,
-        "Spectral concentration",
-        "Largest over smallest eigenvalue of WWᵀ that is not near zero, mean over blocks, and the "
-        "distance of all of them from the law of random entries. Most weights start by that law.",
-    ),
-    Picture(
-        "spectra-reference",
-        spectra(lambda table: table.reference),
-        "Eigenvalues of the weights, reference",
-        "At the end of training, one seed. Bars: eigenvalues per unit, or per factor on a log "
-        "axis; line and dotted edges: the law of Marchenko and Pastur for random entries; ↑ ↓ and "
-        "triangles: outliers. A fit does not prove a weight random; a misfit does not say why.",
-    ),
-    Picture(
-        "spectra-subject",
-        spectra(lambda table: table.subject),
-        "Eigenvalues of the weights, arm under test",
-        "The same for the arm under test, on scales of its own.",
-    ),
+THEORY = pictures(
+    {
+        "what-moves": what_moves,
+        "flatness-and-density": flatness_and_density,
+        "separable-ratio": separable_ratio,
+        "effective-gradient": effective_gradient,
+        "noise": noise,
+        "curvature": curvature,
+        "spectral-concentration": concentration,
+        "spectra-reference": spectra(lambda table: table.reference),
+        "spectra-subject": spectra(lambda table: table.subject),
+    }
 )

@@ -25,8 +25,8 @@ from itertools import product
 from actsparse_lab.report.claims.rows_plot import rows_plot
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
 from actsparse_lab.report.effects import INFERENCE, Arms, Effects, log_ratio, paired
-from actsparse_lab.report.findings import OURS, V2, Experiment, Question
-from actsparse_lab.report.plots import Picture
+from actsparse_lab.report.findings import OURS, V2, Question
+from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.stats import Claim
 
 PARTS = ("bias", "floor", "jsrelu")
@@ -162,43 +162,8 @@ VARIANTS = (
     ("no MLPs", "no-mlp"),
 )
 
-EXPERIMENT = Experiment(
-    name="ablation",
-    title="The three modifications, alone and together",
-    about=(
-        "Zeroth bias, norm floor and JSReLU, in all eight combinations, trained from scratch with "
-        "weight decay on all parameters, as in the papers, and again without decay of norm scales "
-        "and biases. Beside them: the bias at the MLP’s output, floors of 2 and 4, and no MLPs."
-    ),
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "combinations",
-            rows_plot(COMBINATIONS, DECAY),
-            "Eight combinations, two kinds of decay",
-            "Large marks: means over seeds; small: seeds. Where decay of norm scales and biases "
-            "alone moves a row as far as the modifications do, the modifications are not needed "
-            "for it.",
-        ),
-        Picture(
-            "variants",
-            rows_plot(VARIANTS, DECAY),
-            "How high a floor, and where the bias",
-            "Large marks: means over seeds; small: seeds. The last row says how much this task "
-            "needs its MLPs; it has no density.",
-        ),
-    ),
-    limits=(
-        "A small model on a small task. 1-D decay is weight decay of norm scales and biases; the "
-        "shrinking of norm scales, and so what the floor can undo, depends on the sum of learning "
-        "rate × decay over all steps. Two arms are at matched quality only where their test losses "
-        "are near too, which accuracy hides: where vanilla’s is far higher with 1-D decay than "
-        "without, decay has crippled it, and accuracy gained over it is the floor undoing the "
-        "decay; and where all three with 1-D decay still lose much more than vanilla without it, "
-        "being sparser than that is no gain at its quality. The table of arms beside the records "
-        "has the losses. Main effects average over the other two modifications; whether they work "
-        "together is not judged; without 1-D decay only the floor’s is asked, for the floor is "
-        "what undoes decay, and the picture shows the other arms. The higher floors and the bias "
-        "at the output were run with 1-D decay only, and so was the model without MLPs."
-    ),
+EXPERIMENT = experiment(
+    "ablation",
+    QUESTIONS,
+    {"combinations": rows_plot(COMBINATIONS, DECAY), "variants": rows_plot(VARIANTS, DECAY)},
 )

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from actsparse_lab.report.claims.rows_plot import rows_plot
 from actsparse_lab.report.claims.sparser import SPARED, quality_kept, sparser
-from actsparse_lab.report.findings import OURS, V1, V2, Experiment
-from actsparse_lab.report.plots import Picture
+from actsparse_lab.report.findings import OURS, V1, V2
+from actsparse_lab.report.prose import experiment
 
 RECIPE, PLAIN, HOYER = "paper-finetune", "vanilla", "hoyer-finetune"
 FROM_SPARED = "-from-spared"  # ends the names of arms that began from the base without 1-D decay
@@ -96,35 +96,6 @@ ROWS = (
 )
 BASES = (("trained with 1-D decay", ""), ("without", FROM_SPARED))
 
-EXPERIMENT = Experiment(
-    name="finetune",
-    title="Trained models finetuned for sparsity",
-    about=(
-        "Two trained models, one with weight decay of norm scales and biases in training and one "
-        "without, finetuned plainly, with the papers’ recipe (JSReLU mixed in and norms lifted "
-        "over the first third of the steps, zeroth biases), and with a Hoyer penalty."
-    ),
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "before-after",
-            rows_plot(ROWS, BASES, aside=HOYER),
-            "Before finetuning and after",
-            "From the checkpoint (hollow) to the end (filled), means over seeds; thin lines are "
-            "seeds; colours say how the checkpoint was trained. What plain finetuning takes off "
-            "too, the recipe did not do. The axis of density fits the other rows and does not "
-            "begin at zero: where the Hoyer penalty’s end lies beyond it, the mean stands at its "
-            "edge.",
-        ),
-    ),
-    limits=(
-        "Small models that had ReLU from the start; all weights are trained, where the papers use "
-        "adapters of rank 192. No arm is without MLPs, for a trained model cannot do without the "
-        "ones it learnt with; trained from scratch on the digits, models hardly need them (the "
-        "pages of ratio and pruning), and then density proves little. The papers’ bars are for all "
-        "that they train; for finetuning alone the bar is 0. The penalty’s weight comes from "
-        "earlier trials on the digits, and it is compared at that weight, not at matched quality: "
-        "unless its accuracy is kept, its lead in density is bought with some. Accuracy is asked "
-        "from the model trained with 1-D decay only."
-    ),
+EXPERIMENT = experiment(
+    "finetune", QUESTIONS, {"before-after": rows_plot(ROWS, BASES, aside=HOYER)}
 )

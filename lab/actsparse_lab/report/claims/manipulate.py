@@ -25,8 +25,9 @@ from actsparse_lab.records import Run
 from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
 from actsparse_lab.report.comparison import CONTROL, REFERENCE
 from actsparse_lab.report.effects import QUALITY, Arms, Effects, log_ratio, number, within
-from actsparse_lab.report.findings import OURS, V1, V2, Experiment, Question
-from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, Picture, new_figure, render
+from actsparse_lab.report.findings import OURS, V1, V2, Question
+from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, new_figure, render
+from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
@@ -300,42 +301,6 @@ def _shift(arm: str, between: str) -> str:
     return f"δx {dx:+g}{between}δy {dy:+g}".replace("-", "−")
 
 
-PICTURES = (
-    Picture(
-        "occupancy",
-        over_training,
-        "Where pre-activations gather",
-        "Shares of pre-activations on validation data in two intervals of equal length: where the "
-        "derivative is zero (P₀) and around where the activation is (Pₐ). What counts is the rise "
-        "from step 0. Thick: mean over seeds; thin: seeds; all weights decay.",
-    ),
-    Picture(
-        "occupancy-change",
-        changes,
-        "What each gained in training",
-        "A pair of dots is a seed. The papers say that P₀ (round) lies to the right of Pₐ (square "
-        "on its tip), and that it lies at about the same place in all four shifts. Pₐ can hardly "
-        "fall where δx and δy differ in sign, as it starts near 0. How many of the shifts gain "
-        "more at P₀ is told of means over seeds.",
-    ),
-)
-EXPERIMENT = Experiment(
-    name="manipulate",
-    title="Zero derivatives against zero activations",
-    about="ReLU is swapped for an S-shape whose derivative is zero in one place and whose value in "
-    "another, shifted in four ways. P₀ is the share of pre-activations where the derivative is "
-    "zero, P_a that in an interval as long around zero activation; each is compared with its share "
-    "at the start, within a seed over all four shifts.",
-    questions=QUESTIONS,
-    pictures=PICTURES,
-    limits="The four shifts are two and their mirror images. Where δx and δy have one sign, the "
-    "interval around zero activation holds z = 0 and most z at the start; where they have not, it "
-    "is all but empty then, P_a cannot fall, and it stays near 0. That decides both rows on "
-    "stability: where 1-D parameters decay, z are drawn to 0 and P_a rises under the former two "
-    "alone, so it varies much from shift to shift; where they do not, it hardly changes under any, "
-    "and P₀ varies more. Neither says what training seeks. The former two alone could not be asked:"
-    " as mirror images they differ by the draw of weights. Weight decay draws z to 0, which lies at"
-    " zero derivative under none of them, so it works against P₀. Where S-shapes learn worse than "
-    "no MLPs at all, where their z gather says little of nets that use them. The intervals have 8 %"
-    " of their length in common. P₀ also counts units stuck there for every token.",
+EXPERIMENT = experiment(
+    "manipulate", QUESTIONS, {"occupancy": over_training, "occupancy-change": changes}
 )

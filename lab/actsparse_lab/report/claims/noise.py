@@ -26,18 +26,18 @@ import numpy as np
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.claims.ratio import spread
 from actsparse_lab.report.effects import Arms, Effects, Reader, final, number
-from actsparse_lab.report.findings import OURS, V1, Experiment, Question
+from actsparse_lab.report.findings import OURS, V1, Question
 from actsparse_lab.report.plots import (
     DARK,
     INK,
     LIGHT,
     SERIES_INK,
     WIDTH,
-    Picture,
     log_axis,
     new_figure,
     render,
 )
+from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
@@ -329,50 +329,8 @@ def _name(axes: Axes, ends: Line, colors: dict[float, str]) -> None:
         text.set(color=colors[decay], fontsize=11.5)
 
 
-EXPERIMENT = Experiment(
-    name="noise",
-    title="Are accumulated features and gradients close to random?",
-    about="Small residual nets of several widths are trained by plain SGD with and without weight "
-    "decay. The second moments of what enters each layer and of the gradients at its output are "
-    "summed over training as weight decay sums the weight’s updates, and compared with those of "
-    "random rows. If they are close, the weight’s eigenvalues should stay concentrated.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "noise-anisotropy",
-            against_width,
-            "How far from every direction alike",
-            "Anisotropy at the end over the most possible, √(p(p − 1)), that of a single "
-            "direction. Dotted: what as many Gaussian rows of the same rank have, in the colour of "
-            "the decay. How many times as high a line lies without decay is what the claims ask. "
-            "Thin lines are seeds.",
-        ),
-        Picture(
-            "noise-concentration",
-            concentration_over_steps,
-            "Spectral concentration of the weights",
-            "The largest eigenvalue of W Wᵀ over the smallest above a tenth of their mean, "
-            "geometric mean over layers. It persists where a line stays level. Thin lines are "
-            "seeds.",
-        ),
-    ),
-    limits="The paper’s own section on this could not be read, only its abstract, a summary of its "
-    "settings and the authors’ program: the claims are in our words and the bars are ours. They "
-    "were set after pilot runs with the same seeds, 0 to 4; runs are deterministic, so pilots of "
-    "the same settings gave these very figures. They were revised once more after an audit of the "
-    "results. Without weight decay weights have hardly left their start, which decides both rows "
-    "that ask it of them, on the law and on concentration: W follows the law at step 1 already, as "
-    "independent entries do, and neither figure changes much until the end. The records do not "
-    "hold how far W moved. The learning rate is 0.03 where the paper has 0.001, so that in far "
-    "fewer steps the sum of learning rate × decay comes near the paper’s; another rate may decide "
-    "otherwise. The second moments are uncentred, so a mean alone is an outlier, and anisotropic. "
-    "With weight decay fewer rows count, and fewer random rows are more anisotropic: the row on "
-    "decay does not correct for that. The paper’s own number of samples N is wrong then by a factor"
-    " of 3 to 6 in the quick form, 6 to 7 in the full one, so fits are as of so many rows of equal "
-    "weight (`equal_samples`); without decay, where the claims ask, both agree. The references are "
-    "independent rows of independent entries, which trained features are far from. Their distance "
-    "from the law took the place of the share of accepted layers when that was 0 in every seed of "
-    "the pilot runs, which no rule on spread can judge. Concentration is a ratio of eigenvalues, "
-    "the square of that of singular values; eigenvalues below a tenth of the mean count as zero, so"
-    " it falls where W becomes of low rank.",
+EXPERIMENT = experiment(
+    "noise",
+    QUESTIONS,
+    {"noise-anisotropy": against_width, "noise-concentration": concentration_over_steps},
 )

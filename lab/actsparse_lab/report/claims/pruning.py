@@ -32,17 +32,17 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )
-from actsparse_lab.report.findings import OURS, V2, Experiment, Question
+from actsparse_lab.report.findings import OURS, V2, Question
 from actsparse_lab.report.plots import (
     DARK,
     INK,
     LIGHT,
     SERIES_INK,
     WIDTH,
-    Picture,
     new_figure,
     render,
 )
+from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
@@ -364,44 +364,6 @@ def _colours(dark: bool) -> dict[str, str]:
     return {REFERENCE: SERIES_INK[dark]} | rest
 
 
-PICTURES = (
-    Picture(
-        "pruning-threshold",
-        against_threshold,
-        "What dropping small gradients costs",
-        "Top: accuracy of training that drops entries of η up to the threshold, against the same "
-        "seed without; the dotted line is a point lost, and beyond 2 points the axis is "
-        "logarithmic. “All” is vanilla whose up layers get no gradient. Below: relative error of "
-        "the gradient (dotted: a tenth) and how much of η is kept, tried at the end of training "
-        "that drops nothing. Bottom: active units in training that drops. At “none” zeros of the "
-        "derivative alone are left out. Thick: mean over seeds.",
-    ),
-    Picture(
-        "pruning-exact",
-        products,
-        "What zeros spare exactly",
-        "Share of multiplications that have a zero factor, mean over seeds (dots): forward on "
-        "held-out data, backward in the last fifth of training. Leaving them out changes no "
-        "result. In vanilla-drop-all the up layers learn nothing.",
-    ),
-)
-EXPERIMENT = Experiment(
-    name="pruning",
-    title="What the backward pass can skip",
-    about="Where the derivative of the activation is zero, products with the effective gradient η "
-    "need not be computed: those multiplications are counted. Training that also drops small "
-    "entries of η, up to 0.3, 1 and 3 times their rms, is compared with training that does not.",
-    questions=QUESTIONS,
-    pictures=PICTURES,
-    limits="Where the MLPs hardly matter, quality that is kept says little. Multiplications are "
-    "counted, not timed, and those of the MLPs alone. Under ReLU and JSReLU the share that zeros "
-    "spare of backward is 1 − training density, so these rows are of density; dead units are among "
-    "the zeros, and pruning them away would save the same. The net whose up layers learn nothing "
-    "is plain ReLU’s: they decay, but get no gradient. The rule that drops is ours, as are 0.3 and "
-    "1 rms, the point and the tenth. Which entries of η are small is known only once η has been "
-    "computed, so dropping spares more in two of the four backward products at most. The largest "
-    "entries set the rms: that fewer exceed a part of it says that entries are more unequal, not "
-    "that they are smaller. Start and end alone are compared. At step 0 the error is larger, 0.09 "
-    "to 0.33 in runs of the quick form. It is that of the gradient of the MLPs' weights over 128 "
-    "validation rows, not of one training batch, whose noise may hide it.",
+EXPERIMENT = experiment(
+    "pruning", QUESTIONS, {"pruning-threshold": against_threshold, "pruning-exact": products}
 )

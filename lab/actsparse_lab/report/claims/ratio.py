@@ -20,7 +20,7 @@ import numpy as np
 from actsparse_lab.records import Run
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
 from actsparse_lab.report.effects import Arms, Effects, at_end, log_ratio, over_run, paired, within
-from actsparse_lab.report.findings import OURS, V2, Experiment, Question
+from actsparse_lab.report.findings import OURS, V2, Question
 from actsparse_lab.report.numbers import amount
 from actsparse_lab.report.plots import (
     DARK,
@@ -29,11 +29,11 @@ from actsparse_lab.report.plots import (
     MARKS,
     SERIES_INK,
     WIDTH,
-    Picture,
     log_axis,
     new_figure,
     render,
 )
+from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.stats import Claim
 from actsparse_lab.report.theory import training
 
@@ -280,45 +280,6 @@ def _color(key: str, dark: bool) -> str:
     return INK[dark] if number is None else (DARK if dark else LIGHT)[number]
 
 
-EXPERIMENT = Experiment(
-    name="ratio",
-    title="Does the ratio of flatness to norm and gradient fall in training?",
-    about="A ViT is trained plainly, with the three modifications, and plainly without "
-    "weight decay of norms and biases. Each log window measures augmented flatness AF of the up "
-    "layer, the mean squared norm of its input, the mean squared gradient at active units, and "
-    "density. The ratio is AF over norm times gradient; the paper says that it falls, and that "
-    "sparsity rises with it.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "ratio-parts",
-            parts_over_steps,
-            "Which part moves the ratio",
-            "The ratio (thick, dark) and what it is made of, each over its value in the first log "
-            "window: flatness over norm times gradient² at every step. Flatness pulls it down "
-            "where it falls, norm and gradient where they rise. Thin lines are seeds.",
-        ),
-        Picture(
-            "ratio-changes",
-            changes,
-            "From first to last window",
-            "By which factor each changed. Density changes as flatness over coefficient, by "
-            "arithmetic; the coefficient is about norm times gradient. Small dots are seeds.",
-        ),
-    ),
-    limits="Under ReLU flatness over its coefficient is density, exactly, and the ratio differs "
-    "only by how norm and gradient vary together: that ratio and density both fall is nearly one "
-    "finding. Which part moves is bookkeeping, not a cause: flatness has norm and gradient as "
-    "factors. The gradient’s rows reverse with the end point: in vanilla it grows for as long as "
-    "the training data is not fitted, and falls far below its start once it is, as residuals "
-    "vanish. The loss that parts the two, 0.1, was chosen after the runs. By the same most of the "
-    "fall of AF of training batches is that they are fitted, and shows no flat minimum; AF of "
-    "held-out data with drawn labels could, but it is of 128 rows, and between measurements of one "
-    "run it moves by a factor of 2 and more. Weight decay decides whether vanilla’s input norm "
-    "falls: ‖x‖² after LayerNorm is about the sum of squared scales and biases, which decay "
-    "shrinks; the second picture has the norm where it spares them. A smaller norm with larger "
-    "weights of down leaves outputs as they are and enlarges the gradient as much, so how far that "
-    "grows in vanilla is to be read against the row where decay spares norms. Units that die would "
-    "lower density, too; the table of arms counts them apart (in the quick form no window of "
-    "training has any). The first window lies in warm-up.",
+EXPERIMENT = experiment(
+    "ratio", QUESTIONS, {"ratio-parts": parts_over_steps, "ratio-changes": changes}
 )

@@ -24,8 +24,9 @@ from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
 from actsparse_lab.report.claims.sparser import POINT, SPARED
 from actsparse_lab.report.effects import Arms, Effects, final, number, within
-from actsparse_lab.report.findings import OURS, V1, Experiment, Question
-from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH, Picture
+from actsparse_lab.report.findings import OURS, V1, Question
+from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH
+from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
@@ -352,46 +353,8 @@ def _path(run: Run, read: Callable[[Entry], tuple[float, float] | None]) -> Path
     return {step: point for step, point in points.items() if point is not None}
 
 
-EXPERIMENT = Experiment(
-    name="robustness",
-    title="Are nets of sparse gradients robust?",
-    about="A ViT is trained plainly, with the three modifications, with weight noise and "
-    "with a sparsity penalty. At checkpoints inputs of validation rows are attacked, and hidden "
-    "features and weights get noise. Kept is the accuracy under a disturbance over the clean one; "
-    "arms are compared at checkpoints that are equally good on clean rows.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "robustness-paths",
-            against_clean,
-            "Robust for its accuracy",
-            "Each arm from its first checkpoint (hollow) to its last, mean over seeds; dots are "
-            "seeds. Of two paths the higher is the more robust where both are equally accurate. "
-            "Inputs are in standard deviations of a pixel, noise in root mean squares of what it "
-            "is added to.",
-        ),
-        Picture(
-            "robustness-gradients",
-            against_sparsity,
-            "Robust as gradients grow sparse",
-            "Noise on the hidden features. A path that rises towards sparse gradients is what the "
-            "paper expects, but in training everything moves at once. Nearly 0 is up to a fixed "
-            "size: that share rises as gradients shrink with the loss.",
-        ),
-    ),
-    limits="Matching leaves up to a point of clean accuracy, and may set a checkpoint from before "
-    "the end beside a final one; arms as accurate still differ in margins and norms, which move "
-    "robustness too. No arm is without MLPs: the pages on pruning and ratio say how far the task "
-    "needs them; digits hardly do. Noise is relative to what it disturbs, so it does not see how "
-    "large that is. Over a run robustness and sparsity change fast at first and slowly as the "
-    "learning rate ends; the other seeds’ correlations, as high as a run’s own in the quick form, "
-    "take out what comes of that alone. Seeds so share runs, and their effects are not quite "
-    "independent. Across arms it is the reverse in the quick form: at the end the modified net has "
-    "the sparser gradients in every seed, and keeps less under noise on features. Read is "
-    "participation, which has no scale; the paper counts gradients near 0, whose share at a fixed "
-    "size rises as gradients shrink with the loss. Of 300 validation rows, which trials see, one "
-    "is a third of a point. The attack’s size decides whether weight noise covers it: in the quick "
-    "form the median of r (`r50` in the records) is 1.6 to 2.2 at up, so that at about half the "
-    "size half the tokens would be covered. As many are covered in vanilla, so that training with "
-    "noise has no part in it. The attacks are simple ones.",
+EXPERIMENT = experiment(
+    "robustness",
+    QUESTIONS,
+    {"robustness-paths": against_clean, "robustness-gradients": against_sparsity},
 )

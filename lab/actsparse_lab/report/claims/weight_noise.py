@@ -29,18 +29,18 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )
-from actsparse_lab.report.findings import OURS, V1, Experiment, Question
+from actsparse_lab.report.findings import OURS, V1, Question
 from actsparse_lab.report.plots import (
     DARK,
     INK,
     LIGHT,
     SERIES_INK,
     WIDTH,
-    Picture,
     log_axis,
     new_figure,
     render,
 )
+from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.stats import Claim
 
 CONTROL = f"vanilla{SPARED}"
@@ -177,29 +177,4 @@ def _mean(seeds: list[dict[float, float]], log: bool) -> dict[float, float]:
     return {rho: mean(each) for rho, each in by_rho.items() if each}
 
 
-EXPERIMENT = Experiment(
-    name="weight-noise",
-    title="Does weight noise in training make MLPs flat and sparse?",
-    about="A ViT is trained with noise on the MLPs’ weights, drawn afresh for each "
-    "token, of 0.1 and 0.3 times their root mean square, and without; each also without weight "
-    "decay of norms and biases. Curvature is measured at the end on validation rows with labels "
-    "drawn from the model, density on test data; both without noise.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "weight-noise",
-            against_noise,
-            "Density and flatness against noise",
-            "At the end of training. Thick lines are means over seeds, thin lines seeds. If noise "
-            "makes minima flat and MLPs sparse, both upper panels fall with it.",
-        ),
-    ),
-    limits="The traces cannot decide much: each is estimated by 10 probes on 128 rows, with "
-    "standard errors of 9 to 60 % in the quick form (`curvature.*.standard_error`), so undecided "
-    "does not mean that nothing changed. A trace depends on the scale of the weights and inputs, "
-    "also where a rescaling changes no output, and it shrinks as predictions grow sure: flat may "
-    "only mean small or sure. That flatness and density move together does not say that one moves "
-    "the other. What holds with decay of norms and biases, and is undecided without it, may need "
-    "both noise and decay. The paper has ρ = 0.1; 0.3 is ours. Units that die would lower density, "
-    "too; the table of arms counts them apart (the quick form has none).",
-)
+EXPERIMENT = experiment("weight-noise", QUESTIONS, {"weight-noise": against_noise})
