@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from actsparse.values import Count, Name, Text
 from actsparse_lab.records import Entry, Run, write_whole
@@ -24,9 +24,7 @@ from actsparse_lab.report.speed import read_checked
 from actsparse_lab.report.stats import Claim, Verdict, verdict
 
 MANIFEST = "reproduction.json"
-V1 = "v1"  # Peng et al. 2023, arXiv 2309.03004
-V2 = "v2"  # Peng et al. 2026, arXiv 2605.25612
-OURS = "ours"  # a control, or a check of how to read the others
+OURS = "ours"  # the source of a control, or of a check of how to read the others
 _SHAPE = {
     "name": Name, "full": bool, "seeds": Count, "steps": (Count, None), "command": Text,
     "time": {"seconds": float},
@@ -46,6 +44,22 @@ class Question:
     effects: Callable[[Arms], Effects]
     effect: str
     scale: Scale = "number"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a claim is asked of records: the parts of a `Question` that are no prose of the paper."""
+
+    direction: Literal["rises", "falls"]
+    effects: Callable[[Arms], Effects]
+    effect: str
+    scale: Scale = "number"
+    least: float = 0.0
+
+    def question(self, text: str, source: str) -> Question:
+        """The question with the claim's words."""
+        claim = Claim(text, source, self.direction, self.least)
+        return Question(claim, self.effects, self.effect, self.scale)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,18 @@
 """The words beside plots and experiments, which stand in Markdown files of this package.
 
 A file has sections: a heading and its text. The heading of a picture is ``## name: Title`` and its
-text the caption. An experiment's file begins with its title and what was done; ``## Limits`` says
-what it cannot tell.
+text the caption. An experiment's file begins with its title and what was done; ``## Claims`` lists
+``- `key` (source): claim``, and ``## Limits`` says what it cannot tell.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 
-from actsparse_lab.report.findings import Experiment, Question
+from actsparse_lab.report.findings import Asked, Experiment
 from actsparse_lab.report.plots import Picture
 
 
@@ -38,11 +38,13 @@ def pictures(
 
 
 def experiment(
-    name: str, questions: Iterable[Question], plots: Mapping[str, Callable[..., bytes | None]]
+    name: str, asked: Mapping[str, Asked], plots: Mapping[str, Callable[..., bytes | None]]
 ) -> Experiment:
-    """The experiment whose words are in ``claims/NAME.md``."""
+    """The experiment whose words are in ``claims/NAME.md``; ``asked`` is by the claims' keys."""
     file = f"claims/{name}.md"
     words = sections(file)
     title = next(iter(words))
-    shown = pictures(plots, file)
-    return Experiment(name, title, words[title], tuple(questions), shown, words["Limits"])
+    listed = re.findall(r"- `(\S+)` \((.*?)\): (.*?)(?= - `|$)", words["Claims"])
+    told = {key: (text, source) for key, source, text in listed}
+    questions = tuple(each.question(*told[key]) for key, each in asked.items())
+    return Experiment(name, title, words[title], questions, pictures(plots, file), words["Limits"])

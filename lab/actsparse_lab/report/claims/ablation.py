@@ -25,9 +25,8 @@ from itertools import product
 from actsparse_lab.report.claims.rows_plot import rows_plot
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
 from actsparse_lab.report.effects import INFERENCE, Arms, Effects, log_ratio, paired
-from actsparse_lab.report.findings import OURS, V2, Question
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.stats import Claim
 
 PARTS = ("bias", "floor", "jsrelu")
 
@@ -61,82 +60,32 @@ def main_effect(part: str, end: str = "") -> Callable[[Arms], Effects]:
     return effects
 
 
-def _lowers(name: str, part: str, end: str = "") -> Question:
+def _lowers(part: str, end: str = "") -> Asked:
     decay = "without 1-D decay" if end else "with 1-D decay"
-    return Question(
-        Claim(f"{name} lowers density {decay}, the other two varied", OURS, "falls"),
-        main_effect(part, end),
+    effect = (
         f"mean, over the four settings of the other two modifications, of ln of the ratio of "
         f"inference density, on the test split, with {part} over without it, all eight arms "
-        f"{decay}",
-        "log",
+        f"{decay}"
     )
+    return Asked("falls", main_effect(part, end), effect, "log")
 
 
-QUESTIONS = (
-    sparser(
-        "All three modifications: at least 36 % fewer active neurons in inference",
-        V2,
-        "paper",
-        "vanilla",
-        by=0.36,
-    ),
-    sparser(
-        "All three: at least 50 % fewer active neurons in training",
-        V2,
-        "paper",
-        "vanilla",
-        density="training",
-        by=0.5,
-    ),
-    quality_kept(
-        "All three: accuracy falls by less than a point", f"{V2}; bar ours", "paper", "vanilla"
-    ),
-    sparser(
-        "All three: 36 % fewer in inference also among the units that are not dead",
-        OURS,
-        "paper",
-        "vanilla",
-        density="living",
-        by=0.36,
-    ),
-    sparser(
-        "All three, with 1-D decay, are sparser, at all, than vanilla without it",
-        OURS,
-        "paper",
-        f"vanilla{SPARED}",
-    ),
-    quality_kept(
-        "All three, with 1-D decay, lose less than a point of accuracy against vanilla without it",
-        OURS,
-        "paper",
-        f"vanilla{SPARED}",
-    ),
-    sparser(
-        "All three, without 1-D decay, are sparser, at all, than vanilla without it",
-        OURS,
-        f"paper{SPARED}",
-        f"vanilla{SPARED}",
-    ),
-    _lowers("The zeroth bias", "bias"),
-    _lowers("The norm floor", "floor"),
-    _lowers("JSReLU", "jsrelu"),
-    _lowers("The norm floor", "floor", SPARED),
-    sparser(
-        "With 1-D decay, the zeroth bias makes it sparser at the MLP’s input (the papers) than at "
-        "its output (the authors’ program)",
-        OURS,
-        "bias",
-        "bias-at-output",
-    ),
-    sparser(
-        "With 1-D decay, a norm floor of 4 makes it sparser than a floor of 1",
-        OURS,
-        "floor-4",
-        "floor",
-    ),
-    mlps_matter(),
-)
+QUESTIONS = {
+    "all-inference": sparser("paper", "vanilla", by=0.36),
+    "all-training": sparser("paper", "vanilla", "training", by=0.5),
+    "all-quality": quality_kept("paper", "vanilla"),
+    "all-living": sparser("paper", "vanilla", "living", by=0.36),
+    "all-against-spared": sparser("paper", f"vanilla{SPARED}"),
+    "all-quality-against-spared": quality_kept("paper", f"vanilla{SPARED}"),
+    "all-spared": sparser(f"paper{SPARED}", f"vanilla{SPARED}"),
+    "bias": _lowers("bias"),
+    "floor": _lowers("floor"),
+    "jsrelu": _lowers("jsrelu"),
+    "floor-spared": _lowers("floor", SPARED),
+    "bias-at-input": sparser("bias", "bias-at-output"),
+    "floor-4": sparser("floor-4", "floor"),
+    "mlps-matter": mlps_matter(),
+}
 
 
 # -- pictures ---------------------------------------------------------------------------------

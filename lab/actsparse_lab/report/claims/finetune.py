@@ -16,75 +16,23 @@ from __future__ import annotations
 
 from actsparse_lab.report.claims.rows_plot import rows_plot
 from actsparse_lab.report.claims.sparser import SPARED, quality_kept, sparser
-from actsparse_lab.report.findings import OURS, V1, V2
 from actsparse_lab.report.prose import experiment
 
 RECIPE, PLAIN, HOYER = "paper-finetune", "vanilla", "hoyer-finetune"
 FROM_SPARED = "-from-spared"  # ends the names of arms that began from the base without 1-D decay
-BOTH = f"{V1}, {V2}; bar ours"
 
-QUESTIONS = (
-    sparser(
-        "Finetuning with the papers’ recipe: fewer active neurons in inference than plain "
-        "finetuning",
-        BOTH,
-        RECIPE,
-        PLAIN,
-    ),
-    sparser(
-        "The recipe: fewer active neurons in training than plain finetuning",
-        BOTH,
-        RECIPE,
-        PLAIN,
-        density="training",
-    ),
-    quality_kept(
-        "The recipe: accuracy falls by less than a point against plain finetuning",
-        f"{V2}; bar ours",
-        RECIPE,
-        PLAIN,
-    ),
-    sparser(
-        "The recipe: fewer in inference also among the units that are not dead",
-        OURS,
-        RECIPE,
-        PLAIN,
-        density="living",
-    ),
-    sparser(
-        "The recipe, with 1-D decay, is sparser than plain finetuning without it",
-        OURS,
-        RECIPE,
-        f"{PLAIN}{SPARED}",
-    ),
-    sparser(
-        "From a model trained without 1-D decay, both finetuned with it: the recipe is sparser "
-        "than plain finetuning",
-        OURS,
-        f"{RECIPE}{FROM_SPARED}",
-        f"{PLAIN}{FROM_SPARED}",
-    ),
-    sparser(
-        "With no 1-D decay before or in finetuning: the recipe is sparser than plain finetuning",
-        OURS,
-        f"{RECIPE}{SPARED}{FROM_SPARED}",
-        f"{PLAIN}{SPARED}{FROM_SPARED}",
-    ),
-    sparser("The recipe is sparser than finetuning with a Hoyer penalty", OURS, RECIPE, HOYER),
-    sparser(
-        "The recipe is sparser than with a Hoyer penalty also among the units that are not dead",
-        OURS,
-        RECIPE,
-        HOYER,
-        density="living",
-    ),
-    quality_kept(
-        "The Hoyer penalty: accuracy falls by less than a point against plain finetuning",
-        OURS,
-        HOYER,
-        PLAIN,
-    ),
-)
+QUESTIONS = {
+    "recipe-inference": sparser(RECIPE, PLAIN),
+    "recipe-training": sparser(RECIPE, PLAIN, "training"),
+    "recipe-quality": quality_kept(RECIPE, PLAIN),
+    "recipe-living": sparser(RECIPE, PLAIN, "living"),
+    "recipe-against-spared": sparser(RECIPE, f"{PLAIN}{SPARED}"),
+    "from-spared": sparser(f"{RECIPE}{FROM_SPARED}", f"{PLAIN}{FROM_SPARED}"),
+    "spared-throughout": sparser(f"{RECIPE}{SPARED}{FROM_SPARED}", f"{PLAIN}{SPARED}{FROM_SPARED}"),
+    "against-hoyer": sparser(RECIPE, HOYER),
+    "against-hoyer-living": sparser(RECIPE, HOYER, "living"),
+    "hoyer-quality": quality_kept(HOYER, PLAIN),
+}
 
 
 ROWS = (

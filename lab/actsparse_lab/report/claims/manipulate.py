@@ -25,10 +25,9 @@ from actsparse_lab.records import Run
 from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
 from actsparse_lab.report.comparison import CONTROL, REFERENCE
 from actsparse_lab.report.effects import QUALITY, Arms, Effects, log_ratio, number, within
-from actsparse_lab.report.findings import OURS, V1, V2, Question
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, new_figure, render
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,82 +121,38 @@ _SPREAD = (
 )
 _SHAPES = "mean test accuracy of the four S-shapes"
 _SPARING = "arms without decay of 1-D parameters"
-QUESTIONS = (
-    mlps_matter(),
-    Question(
-        Claim(
-            "Zero derivatives gain more pre-activations than zero activations",
-            f"{V1}, {V2}",
-            "rises",
-        ),
-        _over_shifts(change, _lead),
-        _RISE,
-        "points",
+_GAINED = "P₀ at the last validation − P₀ at step 0, mean over the four shifts"
+_AT_END = "P₀ − P_a at the last validation, mean over the four shifts"
+
+
+def _as_good(other: str, said: str, ending: str = "", least: float = 0.0) -> Asked:
+    effect = f"{_SHAPES}{said}"
+    return Asked("rises", _quality_against(other, ending), effect, "points", least)
+
+
+QUESTIONS = {
+    "mlps-matter": mlps_matter(),
+    "gain": Asked("rises", _over_shifts(change, _lead), _RISE, "points"),
+    "gain-spared": Asked(
+        "rises", _over_shifts(change, _lead, SPARED), f"{_RISE}; {_SPARING}", "points"
     ),
-    Question(
-        Claim("Without decay of 1-D parameters too zero derivatives gain more", OURS, "rises"),
-        _over_shifts(change, _lead, SPARED),
-        f"{_RISE}; {_SPARING}",
-        "points",
+    "rise": Asked("rises", _over_shifts(change, _rise), _GAINED, "points"),
+    "end": Asked("rises", _over_shifts(end, _lead), _AT_END, "points"),
+    "stable": Asked("falls", _over_shifts(change, _spread), _SPREAD, "log"),
+    "stable-spared": Asked(
+        "falls", _over_shifts(change, _spread, SPARED), f"{_SPREAD}; {_SPARING}", "log"
     ),
-    Question(
-        Claim("They gain at all: P₀ rises from its start", f"{V1}, {V2}", "rises"),
-        _over_shifts(change, _rise),
-        "P₀ at the last validation − P₀ at step 0, mean over the four shifts",
-        "points",
+    "quality": _as_good(REFERENCE, f" − that of ReLU ({REFERENCE})", "", -POINT),
+    "quality-spared": _as_good(
+        REFERENCE + SPARED, f" − that of ReLU ({REFERENCE}{SPARED}); {_SPARING}", SPARED, -POINT
     ),
-    Question(
-        Claim("In the end more lie at zero derivative than around zero activation", OURS, "rises"),
-        _over_shifts(end, _lead),
-        "P₀ − P_a at the last validation, mean over the four shifts",
-        "points",
+    "use": _as_good(CONTROL, " − that of the model without MLPs"),
+    "use-spared": _as_good(
+        CONTROL,
+        f", {_SPARING}, − that of the model without MLPs, whose 1-D parameters decay",
+        SPARED,
     ),
-    Question(
-        Claim("P₀ is the more stable: its change varies less over all four shifts", V2, "falls"),
-        _over_shifts(change, _spread),
-        _SPREAD,
-        "log",
-    ),
-    Question(
-        Claim(
-            "Without decay of 1-D parameters too P₀ varies less over all four shifts", OURS, "falls"
-        ),
-        _over_shifts(change, _spread, SPARED),
-        f"{_SPREAD}; {_SPARING}",
-        "log",
-    ),
-    Question(
-        Claim("S-shapes learn as well as ReLU, within a point", OURS, "rises", -POINT),
-        _quality_against(REFERENCE),
-        f"{_SHAPES} − that of ReLU ({REFERENCE})",
-        "points",
-    ),
-    Question(
-        Claim(
-            "Without decay of 1-D parameters too S-shapes learn as well, within a point",
-            OURS,
-            "rises",
-            -POINT,
-        ),
-        _quality_against(REFERENCE + SPARED, SPARED),
-        f"{_SHAPES} − that of ReLU ({REFERENCE}{SPARED}); {_SPARING}",
-        "points",
-    ),
-    Question(
-        Claim("S-shapes are of use: better than no MLPs", OURS, "rises"),
-        _quality_against(CONTROL),
-        f"{_SHAPES} − that of the model without MLPs",
-        "points",
-    ),
-    Question(
-        Claim(
-            "Without decay of their 1-D parameters too they are better than no MLPs", OURS, "rises"
-        ),
-        _quality_against(CONTROL, SPARED),
-        f"{_SHAPES}, {_SPARING}, − that of the model without MLPs, whose 1-D parameters decay",
-        "points",
-    ),
-)
+}
 
 
 # -- pictures -------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy as np
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.claims.ratio import spread
 from actsparse_lab.report.effects import Arms, Effects, Reader, final, number
-from actsparse_lab.report.findings import OURS, V1, Question
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
     DARK,
     INK,
@@ -38,12 +38,10 @@ from actsparse_lab.report.plots import (
     render,
 )
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BAR_OURS = f"{V1}; bar ours"
 SEEN = ("feature", "gradient")
 MIDDLE = 0.1  # a weight decay of both forms
 TWICE = math.log(2)
@@ -137,70 +135,46 @@ def _by_decay(arms: Arms) -> Effects:
     return {seed: own[seed] - without[seed] for seed in own if seed in without}
 
 
-def _as_random(of: str) -> Question:
-    text = f"Accumulated {of}s are about as anisotropic as random rows, within twice"
-    return Question(
-        Claim(text, BAR_OURS, "falls", -TWICE),
-        _at(0.0, over(f"{of}_anisotropy", f"{of}_random_anisotropy")),
+def _as_random(of: str) -> Asked:
+    effect = (
         f"ln of the anisotropy A of accumulated {of}s over that of as many Gaussian rows of the "
-        "same rank; mean over layers and widths; no weight decay, last step",
-        "log",
+        "same rank; mean over layers and widths; no weight decay, last step"
     )
+    found = _at(0.0, over(f"{of}_anisotropy", f"{of}_random_anisotropy"))
+    return Asked("falls", found, effect, "log", -TWICE)
 
 
-def _follows(text: str, source: str, key: str, of: str, decay: float = 0.0) -> Question:
-    return Question(
-        Claim(text, source, "falls"),
-        _at(decay, over(f"{key}_ks", f"{key}_ks_limit")),
+def _follows(key: str, of: str, decay: float = 0.0) -> Asked:
+    effect = (
         f"ln of the Kolmogorov–Smirnov distance of the eigenvalues of {of} from Marchenko and "
         f"Pastur’s law over the largest that 99 of 100 random matrices have; mean over layers and "
-        f"widths; weight decay {decay:g}, last step",
-        "log",
+        f"widths; weight decay {decay:g}, last step"
     )
+    return Asked("falls", _at(decay, over(f"{key}_ks", f"{key}_ks_limit")), effect, "log")
 
 
-def _persists(decay: float, said: str) -> Question:
-    text = f"Weights’ spectral concentration is still below twice that of the start: {said}"
-    return Question(
-        Claim(text, BAR_OURS, "falls", -TWICE),
-        _at(decay, concentration_peak),
-        "mean over layers of ln (W Wᵀ’s largest over its smallest non-zero eigenvalue), the most "
-        "that it is at a measured step minus the first, after step 1; mean over widths",
-        "log",
-    )
-
-
-QUESTIONS = (
-    *(_as_random(of) for of in SEEN),
-    *(
-        _follows(
-            f"Accumulated {of}s are as random rows would be: Marchenko and Pastur’s law",
-            BAR_OURS,
-            f"{of}_equal",
-            f"the accumulated second moment of {of}s",
-        )
-        for of in SEEN
-    ),
-    _persists(0.0, "no weight decay"),
-    _persists(MIDDLE, f"weight decay {MIDDLE:g}"),
-    Question(
-        Claim("Weight decay makes accumulated gradients less anisotropic", OURS, "falls"),
-        _by_decay,
-        "ln of the anisotropy A of accumulated gradients, largest weight decay over none; mean "
-        "over layers and widths, last step",
-        "log",
-    ),
-    _follows(
-        "Weights still follow the law after training without weight decay", OURS, "weight", "W Wᵀ"
-    ),
-    _follows(
-        f"Weights still follow the law after training with weight decay {MIDDLE:g}",
-        OURS,
-        "weight",
-        "W Wᵀ",
-        MIDDLE,
-    ),
+_PERSISTS = (
+    "mean over layers of ln (W Wᵀ’s largest over its smallest non-zero eigenvalue), the most that "
+    "it is at a measured step minus the first, after step 1; mean over widths"
 )
+_LESS = (
+    "ln of the anisotropy A of accumulated gradients, largest weight decay over none; mean over "
+    "layers and widths, last step"
+)
+QUESTIONS = {
+    **{f"{of}-random": _as_random(of) for of in SEEN},
+    **{
+        f"{of}-law": _follows(f"{of}_equal", f"the accumulated second moment of {of}s")
+        for of in SEEN
+    },
+    "concentration": Asked("falls", _at(0.0, concentration_peak), _PERSISTS, "log", -TWICE),
+    "concentration-decay": Asked(
+        "falls", _at(MIDDLE, concentration_peak), _PERSISTS, "log", -TWICE
+    ),
+    "decay": Asked("falls", _by_decay, _LESS, "log"),
+    "weights-law": _follows("weight", "W Wᵀ"),
+    "weights-law-decay": _follows("weight", "W Wᵀ", MIDDLE),
+}
 
 
 # -- pictures ---------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )
-from actsparse_lab.report.findings import OURS, V2, Question
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
     DARK,
     INK,
@@ -43,7 +43,6 @@ from actsparse_lab.report.plots import (
     render,
 )
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,79 +120,69 @@ def _mean(read: Means, *bases: str) -> Callable[[Arms], Effects]:
     return effects
 
 
-def _saves_more(text: str, source: str, arm: str, other: str) -> Question:
-    return Question(
-        Claim(text, source, "rises"),
-        lambda arms: paired(arms, arm, other, backward, difference),
+def _saves_more(arm: str, other: str) -> Asked:
+    effect = (
         "share of the MLPs' four backward products that zeros spare, last fifth of training: "
-        f"{arm} minus {other}",
-        "points",
+        f"{arm} minus {other}"
+    )
+    return Asked(
+        "rises", lambda arms: paired(arms, arm, other, backward, difference), effect, "points"
     )
 
 
-def _kept(base: str, said: str) -> Question:
-    claim = f"To drop η up to {SMALL:g} rms costs less than a point: {said}"
-    return Question(
-        Claim(claim, _BAR_OURS, "rises", -POINT),
-        _mean(quality_kept(SMALL), base),
-        f"test accuracy of {dropping(base, SMALL)} − that of {base}",
-        "points",
-    )
+def _kept(threshold: float, effect: str, *bases: str) -> Asked:
+    return Asked("rises", _mean(quality_kept(threshold), *bases), effect, "points", -POINT)
 
 
-_BAR_OURS = f"{V2}; bar ours"
-_IDLE = "Zeros spare more of backward than in a net whose up layers learn nothing"
+def _kept_small(base: str) -> Asked:
+    return _kept(SMALL, f"test accuracy of {dropping(base, SMALL)} − that of {base}", base)
+
+
 _THREE = (REFERENCE, SUBJECT, REFERENCE + SPARED)
-QUESTIONS = (
-    _saves_more(f"{_IDLE}: plain ReLU", _BAR_OURS, REFERENCE, NONE),
-    _saves_more(f"{_IDLE}: the papers' recipe", _BAR_OURS, SUBJECT, NONE),
-    _saves_more("The papers' recipe spares more than plain ReLU", V2, SUBJECT, REFERENCE),
-    _saves_more(
-        "… and more than plain ReLU without decay of 1-D parameters",
-        OURS,
-        SUBJECT,
-        REFERENCE + SPARED,
-    ),
-    _kept(REFERENCE, "plain ReLU"),
-    _kept(SUBJECT, "the papers' recipe"),
-    Question(
-        Claim("To drop η up to 1 rms costs less than a point", _BAR_OURS, "rises", -POINT),
-        _mean(quality_kept(1.0), *_THREE),
+_SHRINKING = (
+    f"ln of the share of entries of η above {SMALL:g} rms, over derivative density, at the end, "
+    f"over the same at step 0; mean over {' and '.join(BASES)}"
+)
+_CHANGED = (
+    "norm of the change of the gradient of the MLPs' weights over its norm, at the last step; "
+    f"mean over {' and '.join(BASES)}"
+)
+_LESS = (
+    f"test accuracy of {dropping(REFERENCE, 1.0)} − that of {NONE}, in which the layers before the "
+    "activation learn nothing"
+)
+QUESTIONS = {
+    "idle": _saves_more(REFERENCE, NONE),
+    "idle-paper": _saves_more(SUBJECT, NONE),
+    "paper-spares": _saves_more(SUBJECT, REFERENCE),
+    "paper-spares-spared": _saves_more(SUBJECT, REFERENCE + SPARED),
+    "kept": _kept_small(REFERENCE),
+    "kept-paper": _kept_small(SUBJECT),
+    "kept-1": _kept(
+        1.0,
         f"test accuracy of the arm that drops − that of its base, mean over {', '.join(_THREE)}",
-        "points",
+        *_THREE,
     ),
-    Question(
-        Claim("To drop η up to 1 rms costs less than to drop all of it", OURS, "rises"),
+    "less-than-all": Asked(
+        "rises",
         lambda arms: paired(arms, dropping(REFERENCE, 1.0), NONE, QUALITY, difference),
-        f"test accuracy of {dropping(REFERENCE, 1.0)} − that of {NONE}, in which the layers before "
-        f"the activation learn nothing",
+        _LESS,
         "points",
     ),
-    Question(
-        Claim(
-            f"Fewer entries of η exceed {SMALL:g} rms at the end than at the start, among those "
-            "whose derivative is not zero",
-            OURS,
-            "falls",
-        ),
+    "exceed": Asked(
+        "falls",
         _mean(lambda arms, base: within(arms, base, _shrinking), *BASES),
-        f"ln of the share of entries of η above {SMALL:g} rms, over derivative density, at the "
-        f"end, over the same at step 0; mean over {' and '.join(BASES)}",
+        _SHRINKING,
         "log",
     ),
-    Question(
-        Claim(
-            f"At the end, to drop η up to {SMALL:g} rms changes the gradient by less than a tenth",
-            _BAR_OURS,
-            "falls",
-            -TOLERATED,
-        ),
+    "error": Asked(
+        "falls",
         _mean(lambda arms, base: within(arms, base, _error), *BASES),
-        "norm of the change of the gradient of the MLPs' weights over its norm, at the last step; "
-        f"mean over {' and '.join(BASES)}",
+        _CHANGED,
+        least=-TOLERATED,
     ),
-    mlps_matter(),
-)
+    "mlps-matter": mlps_matter(),
+}
 
 
 # -- pictures -------------------------------------------------------------------------------------

@@ -13,14 +13,14 @@ sign of each part. Nothing here is a cause: AF has norm and gradient as factors.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from actsparse_lab.records import Run
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
 from actsparse_lab.report.effects import Arms, Effects, at_end, log_ratio, over_run, paired, within
-from actsparse_lab.report.findings import OURS, V2, Question
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.numbers import amount
 from actsparse_lab.report.plots import (
     DARK,
@@ -34,7 +34,6 @@ from actsparse_lab.report.plots import (
     render,
 )
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.stats import Claim
 from actsparse_lab.report.theory import training
 
 if TYPE_CHECKING:
@@ -61,8 +60,12 @@ ROOM = 0.13  # between two labels, of a panel's height
 
 
 def _over_training(
-    arm: str, key: str, what: str, claim: Claim, least_loss: float | None = None
-) -> Question:
+    arm: str,
+    key: str,
+    what: str,
+    direction: Literal["rises", "falls"] = "falls",
+    least_loss: float | None = None,
+) -> Asked:
     def effects(arms: Arms) -> Effects:
         return within(arms, arm, over_run("train", "measures", key, least_loss=least_loss))
 
@@ -70,7 +73,7 @@ def _over_training(
     if least_loss is not None:
         last += f" whose training loss is at least {least_loss:g}"
     effect = f"{arm}: ln of {what}, {last} over first (train lines, data’s labels)"
-    return Question(claim, effects, effect, "log")
+    return Asked(direction, effects, effect, "log")
 
 
 def _drawn(arms: Arms) -> Effects:
@@ -83,93 +86,25 @@ def _norms(arms: Arms) -> Effects:
 
 _RATIO = ("ratio", "AF ÷ (T · H · mean ‖x‖² · mean η² of active units)")
 _GRADIENT = ("effective_gradient", "mean η² over active units")
-QUESTIONS = (
-    _over_training(
-        "vanilla",
-        *_RATIO,
-        Claim("The ratio of flatness to input norm and gradient falls in training", V2, "falls"),
-    ),
-    _over_training(
-        "vanilla",
-        "density",
-        "training density",
-        Claim("Sparsity rises with it: density falls in training", V2, "falls"),
-    ),
-    _over_training(
-        "paper",
-        *_RATIO,
-        Claim("With the three modifications the ratio falls in training, too", V2, "falls"),
-    ),
-    _over_training(
-        CONTROL,
-        *_RATIO,
-        Claim("The ratio falls also where weight decay spares norms and biases", OURS, "falls"),
-    ),
-    _over_training(
-        "vanilla",
-        "flatness",
-        "augmented flatness AF of the up layer",
-        Claim(
-            "The ratio’s numerator falls: AF of training batches with their own labels",
-            OURS,
-            "falls",
-        ),
-    ),
-    Question(
-        Claim("AF of held-out data with labels drawn from the model falls, too", OURS, "falls"),
-        _drawn,
-        "vanilla: ln of AF of the up layer, the end over step 0 (measured lines: validation rows, "
-        "eval mode)",
-        "log",
-    ),
-    _over_training(
-        "vanilla",
-        "input_norm",
-        "mean ‖x‖²",
-        Claim("A factor of the denominator grows by the end: the input norm", OURS, "rises"),
-    ),
-    Question(
-        Claim(
-            "The modifications enlarge the input norm beyond what it is where weight decay spares "
-            "norms and biases",
-            OURS,
-            "rises",
-        ),
-        _norms,
-        f"ln of mean ‖x‖² in the last log window, paper over {CONTROL}",
-        "log",
-    ),
-    _over_training(
-        "vanilla",
-        *_GRADIENT,
-        Claim(
-            "A factor of the denominator grows by the end: the gradient of active units",
-            OURS,
-            "rises",
-        ),
-    ),
-    _over_training(
-        "vanilla",
-        *_GRADIENT,
-        Claim(
-            "The gradient of active units grows while the training data is not fitted yet",
-            OURS,
-            "rises",
-        ),
-        UNFITTED,
-    ),
-    _over_training(
-        CONTROL,
-        *_GRADIENT,
-        Claim(
-            "Until then the gradient grows also where weight decay spares norms and biases",
-            OURS,
-            "rises",
-        ),
-        UNFITTED,
-    ),
-    mlps_matter(),
+_HELD_OUT = (
+    "vanilla: ln of AF of the up layer, the end over step 0 (measured lines: validation rows, "
+    "eval mode)"
 )
+_LARGER = f"ln of mean ‖x‖² in the last log window, paper over {CONTROL}"
+QUESTIONS = {
+    "ratio": _over_training("vanilla", *_RATIO),
+    "density": _over_training("vanilla", "density", "training density"),
+    "ratio-paper": _over_training("paper", *_RATIO),
+    "ratio-spared": _over_training(CONTROL, *_RATIO),
+    "flatness": _over_training("vanilla", "flatness", "augmented flatness AF of the up layer"),
+    "flatness-held-out": Asked("falls", _drawn, _HELD_OUT, "log"),
+    "input-norm": _over_training("vanilla", "input_norm", "mean ‖x‖²", "rises"),
+    "input-norm-paper": Asked("rises", _norms, _LARGER, "log"),
+    "gradient": _over_training("vanilla", *_GRADIENT, "rises"),
+    "gradient-unfitted": _over_training("vanilla", *_GRADIENT, "rises", UNFITTED),
+    "gradient-unfitted-spared": _over_training(CONTROL, *_GRADIENT, "rises", UNFITTED),
+    "mlps-matter": mlps_matter(),
+}
 
 
 def parts_over_steps(arms: Arms, dark: bool = False) -> bytes | None:

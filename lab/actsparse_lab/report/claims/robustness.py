@@ -24,10 +24,9 @@ from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
 from actsparse_lab.report.claims.sparser import POINT, SPARED
 from actsparse_lab.report.effects import Arms, Effects, final, number, within
-from actsparse_lab.report.findings import OURS, V1, Question
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.stats import Claim
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -202,65 +201,49 @@ _MATCHED = (
 )
 
 
-def _compared(
-    text: str, source: str, arm: str, other: str, under: str, *disturbances: str
-) -> Question:
-    return Question(
-        Claim(text, source, "rises"),
-        _keeps_more(arm, other, *disturbances),
+def _compared(arm: str, other: str, under: str, *disturbances: str) -> Asked:
+    effect = (
         f"accuracy under {under}, over clean accuracy (validation rows, largest size recorded), "
-        f"{arm} minus {other}, {_MATCHED}",
-        "points",
+        f"{arm} minus {other}, {_MATCHED}"
     )
+    return Asked("rises", _keeps_more(arm, other, *disturbances), effect, "points")
 
 
 _ATTACK = f"FGSM ± {COVERED['size']}"
 _UNDER = {
-    "attacks on inputs": ("PGD", "pgd"),
-    "noise on hidden features": ("noise, mean of that on x and on d", *FEATURES),
-    "noise on weights": ("noise on weights", "weights"),
+    "inputs": ("PGD", "pgd"),
+    "features": ("noise, mean of that on x and on d", *FEATURES),
+    "weights": ("noise on weights", "weights"),
 }
-_INSIDE = ("noise on hidden features", "noise on weights")
-_PAIRS = (
-    ("The modified net is the more robust", V1, "paper", "vanilla", tuple(_UNDER)),
-    ("… also where neither decays norms and biases", OURS, SPARING, CONTROL, tuple(_UNDER)),
-    ("… also than plain nets without decay of norms and biases", OURS, "paper", CONTROL, _INSIDE),
-    ("Training with weight noise makes robust", OURS, "weight-noise", "vanilla", _INSIDE[1:]),
+_PAIRS = {
+    "paper": ("paper", "vanilla", tuple(_UNDER)),
+    "spared": (SPARING, CONTROL, tuple(_UNDER)),
+    "against-spared": ("paper", CONTROL, ("features", "weights")),
+    "weight-noise": ("weight-noise", "vanilla", ("weights",)),
+}
+_TOGETHER = (
+    "Spearman’s correlation, over a run’s successive checkpoints from the second on, of the change "
+    "of −ln participation of the effective gradient (validation rows) and the change of accuracy "
+    "under noise, mean of that on x and on d, over clean accuracy; minus the mean of its "
+    "correlations with those changes of accuracy in the arm’s other seeds; mean over the seed’s "
+    f"runs of {', '.join(TRAINED)}"
 )
-QUESTIONS = (
-    *(
-        _compared(f"{said}: {what}", source, arm, other, *_UNDER[what])
-        for said, source, arm, other, disturbed in _PAIRS
+_COVERS = (
+    f"weight-noise: share of tokens at up whose change under {_ATTACK} on inputs (`covering` in "
+    f"the records) is no longer than the noise of ρ = {COVERED['rho']} in training, mean over "
+    "blocks, at the end"
+)
+QUESTIONS = {
+    **{
+        f"{pair}-{what}": _compared(arm, other, *_UNDER[what])
+        for pair, (arm, other, disturbed) in _PAIRS.items()
         for what in disturbed
+    },
+    "go-together": Asked("rises", _correlations, _TOGETHER),
+    "covered": Asked(
+        "rises", lambda arms: within(arms, "weight-noise", covered), _COVERS, "share", least=0.5
     ),
-    Question(
-        Claim(
-            "Where gradients grow sparser, nets grow robust to noise on features: changes of both "
-            "go together beyond what the step alone gives",
-            V1,
-            "rises",
-        ),
-        _correlations,
-        "Spearman’s correlation, over a run’s successive checkpoints from the second on, of the "
-        "change of −ln participation of the effective gradient (validation rows) and the change of "
-        "accuracy under noise, mean of that on x and on d, over clean accuracy; minus the mean of "
-        "its correlations with those changes of accuracy in the arm’s other seeds; mean over the "
-        f"seed’s runs of {', '.join(TRAINED)}",
-    ),
-    Question(
-        Claim(
-            f"Weight noise covers what an attack, {_ATTACK}, does inside, for most tokens",
-            f"{V1}; bar ours",
-            "rises",
-            least=0.5,
-        ),
-        lambda arms: within(arms, "weight-noise", covered),
-        f"weight-noise: share of tokens at up whose change under {_ATTACK} on inputs (`covering` "
-        f"in the records) is no longer than the noise of ρ = {COVERED['rho']} in training, mean "
-        "over blocks, at the end",
-        "share",
-    ),
-)
+}
 
 
 # -- pictures ---------------------------------------------------------------------------------

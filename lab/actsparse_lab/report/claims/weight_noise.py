@@ -29,7 +29,7 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )
-from actsparse_lab.report.findings import OURS, V1, Question
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
     DARK,
     INK,
@@ -41,7 +41,6 @@ from actsparse_lab.report.plots import (
     render,
 )
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.stats import Claim
 
 CONTROL = f"vanilla{SPARED}"
 RHO = {"vanilla": 0.0, "weight-noise": 0.1, "weight-noise-0.3": 0.3}
@@ -53,70 +52,29 @@ ENDINGS = {  # of the arms' names: name, dash, number of the colour
 }
 
 
-def _flatter(
-    text: str, source: str, arm: str, other: str, read: Reader = GAUSS_NEWTON, of: str = ""
-) -> Question:
-    return Question(
-        Claim(text, source, "falls"),
-        lambda arms: paired(arms, arm, other, read, log_ratio),
+def _flatter(arm: str, other: str, read: Reader = GAUSS_NEWTON, of: str = "") -> Asked:
+    effect = (
         f"ln of the Gauss–Newton trace of up’s and down’s weights{of} at the end (validation "
-        f"rows), {arm} over {other}",
-        "log",
+        f"rows), {arm} over {other}"
     )
+    return Asked("falls", lambda arms: paired(arms, arm, other, read, log_ratio), effect, "log")
 
 
-QUESTIONS = (
-    _flatter(
-        "Training with weight noise (ρ = 0.1) ends in flatter minima", V1, "weight-noise", "vanilla"
-    ),
-    _flatter(
-        "Flatter minima, too, where each token has its own copy of the weights",
-        OURS,
-        "weight-noise",
-        "vanilla",
-        TOKEN_COPIES,
-        ", a copy for each token,",
-    ),
-    _flatter(
-        "Flatter also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise{SPARED}",
-        CONTROL,
-    ),
-    sparser(
-        "Training with weight noise (ρ = 0.1) ends in sparser MLPs", V1, "weight-noise", "vanilla"
-    ),
-    sparser(
-        "Sparser also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise{SPARED}",
-        CONTROL,
-    ),
-    sparser(
-        "Noise with decay of all makes MLPs sparser than sparing norms and biases alone does",
-        OURS,
-        "weight-noise",
-        CONTROL,
-    ),
-    sparser(
-        "More noise, sparser MLPs: ρ = 0.3 against 0.1", OURS, "weight-noise-0.3", "weight-noise"
-    ),
-    sparser(
-        "Sparser with ρ = 0.3 than with 0.1 also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise-0.3{SPARED}",
-        f"weight-noise{SPARED}",
-    ),
-    sparser("Sparser MLPs with ρ = 0.3 than without noise", OURS, "weight-noise-0.3", "vanilla"),
-    sparser(
-        "Sparser with ρ = 0.3 than without also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise-0.3{SPARED}",
-        CONTROL,
-    ),
-    quality_kept("Accuracy falls by less than a point (ρ = 0.1)", OURS, "weight-noise", "vanilla"),
-    mlps_matter(),
-)
+NOISE, MORE = "weight-noise", "weight-noise-0.3"
+QUESTIONS = {
+    "flatter": _flatter(NOISE, "vanilla"),
+    "flatter-copies": _flatter(NOISE, "vanilla", TOKEN_COPIES, ", a copy for each token,"),
+    "flatter-spared": _flatter(f"{NOISE}{SPARED}", CONTROL),
+    "sparser": sparser(NOISE, "vanilla"),
+    "sparser-spared": sparser(f"{NOISE}{SPARED}", CONTROL),
+    "against-spared": sparser(NOISE, CONTROL),
+    "more-noise": sparser(MORE, NOISE),
+    "more-noise-spared": sparser(f"{MORE}{SPARED}", f"{NOISE}{SPARED}"),
+    "much-noise": sparser(MORE, "vanilla"),
+    "much-noise-spared": sparser(f"{MORE}{SPARED}", CONTROL),
+    "quality": quality_kept(NOISE, "vanilla"),
+    "mlps-matter": mlps_matter(),
+}
 
 
 def against_noise(arms: Arms, dark: bool = False) -> bytes | None:
