@@ -28,7 +28,7 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )  # fmt: skip
-from actsparse_lab.report.stats import Estimate, t_interval
+from actsparse_lab.report.stats import Estimate, margin, quality_verdict, t_interval
 
 REFERENCE = "vanilla"
 CONTROL = "no-mlp"  # does the task need its MLPs at all?
@@ -204,29 +204,6 @@ def _arm(
         before_quality=over_seeds(of_result("before", "quality")),
         before_density=over_seeds(of_result("before", "inference", "density")),
     )
-
-
-MARGIN = 0.01
-
-
-def margin(name: str, reference: Any) -> float:
-    """The loss that is none."""
-    if name == "accuracy":
-        return MARGIN
-    mean = t_interval(reference)
-    return MARGIN * abs(mean.mean) if mean else 0.0
-
-
-def quality_verdict(change: Estimate | None, loss: float, higher: bool) -> str | None:
-    """The change in words."""
-    if change is None:
-        return None
-    if change.low is None or change.high is None:
-        return "one seed"
-    worst, best = (change.low, change.high) if higher else (-change.high, -change.low)
-    if worst > 0 or best < 0:
-        return "better" if worst > 0 else "lower"
-    return "kept" if worst > -loss else "unclear"
 
 
 def _undertrained(drops: list[float]) -> bool | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.effects import number
 from actsparse_lab.report.measures import Drawn, Identity, Measured, Theory, read_measures
-from actsparse_lab.report.numbers import NONE, amount
+from actsparse_lab.report.numbers import amount
 from actsparse_lab.report.stats import Estimate, t_interval
 from actsparse_lab.report.tables import Cell, Column, Table
 
@@ -107,11 +107,11 @@ def markdown_theory(runs: list[Run]) -> str:
         for name, found in by_step.items():
             cells = [arm, name]
             cells += (
-                _spread(number(entry, "measures", key) for entry, _ in found)
+                amount(t_interval(number(entry, "measures", key) for entry, _ in found))
                 for key in passive.values()
             )
             cells += (
-                _spread(number(entry, "curvature", key, "value") for _, entry in found)
+                amount(t_interval(number(entry, "curvature", key, "value") for _, entry in found))
                 for key in traces.values()
             )
             rows.append(tuple(cells))
@@ -121,11 +121,3 @@ def markdown_theory(runs: list[Run]) -> str:
 
 def _at(entries: list[Entry], step: int) -> Entry | None:
     return next((entry for entry in entries if entry["step"] == step), None)
-
-
-def _spread(values: Iterable[float | None]) -> str:
-    estimate = t_interval(values)
-    if estimate is None:
-        return NONE
-    half = "" if estimate.half is None else f" ± {estimate.half:.2g}"
-    return f"{estimate.mean:.3g}{half}"
