@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.report.benchmarks import PROGRAMS, Payoff, Ratio, Row
 from actsparse_lab.report.plots import (
-    DARK,
     HEIGHT,
     INK,
-    LIGHT,
     MARKS,
     PAPER,
     WIDTH,
     log_axis,
     new_figure,
+    palette,
     render,
 )  # fmt: skip
 from actsparse_lab.report.prose import pictures
@@ -137,11 +136,11 @@ def _mark_break_even(
 
 def _styles(payoff: Payoff, dark: bool) -> dict[int, dict[str, Any]]:
     """Colour and mark of every T, the same in all plots."""
-    palette = DARK if dark else LIGHT
+    colours = palette(dark)
     every = sorted({row.tokens for layer in payoff.layers for row in layer.rows})
     return {
         tokens: {
-            "color": palette[at % len(palette)],
+            "color": colours[at % len(colours)],
             "marker": MARKS[at % len(MARKS)],
             "markersize": 6,
             "linewidth": 2,
@@ -161,7 +160,7 @@ def whole_models(payoff: Payoff, dark: bool = False) -> bytes | None:
              if whole is None or whole.label == label]  # fmt: skip
     size = (WIDTH, max(HEIGHT, 1.6 + BAR * len(lines)))
     figure, (axes,) = new_figure(dark, size=size)
-    bar, mark, ink = (DARK if dark else LIGHT)[0], (DARK if dark else LIGHT)[1], INK[dark]
+    bar, mark, ink = palette(dark)[0], palette(dark)[1], INK[dark]
     handles: dict[str, Any] = {}
     for y, (label, whole) in enumerate(lines):
         if whole is None:

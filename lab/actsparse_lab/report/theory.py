@@ -23,10 +23,12 @@ from actsparse_lab.report.plots import (
     Axis,
     Panel,
     Plot,
+    heading,
     log_axis,
     new_figure,
     over_steps,
     png,
+    steps,
     styles,
 )
 from actsparse_lab.report.prose import pictures
@@ -72,17 +74,19 @@ def _panel(label: str, key: str, axis: Axis = "zero") -> Panel:
     return Panel(label, training(key, positive=axis == "log"), axis)
 
 
+_PARTS = (
+    _panel("numerator: flatness AF  (down is sparser)", "flatness", "log"),
+    _panel("denominator: coefficient c  (up is sparser)", "coefficient", "log"),
+    _panel("part of c: input norm ‖x‖²", "input_norm", "log"),
+    _panel("part of c: effective gradient η², active units", "effective_gradient", "log"),
+)
+
+
 def what_moves(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Density, then numerator and denominator of the identity, and what the latter is made of."""
-    parts = (
-        _panel("numerator: flatness AF  (down is sparser)", "flatness", "log"),
-        _panel("denominator: coefficient c  (up is sparser)", "coefficient", "log"),
-        _panel("part of c: input norm ‖x‖²", "input_norm", "log"),
-        _panel("part of c: effective gradient η², active units", "effective_gradient", "log"),
-    )
-    if not any(part.read(run) for part in parts for run in runs):
+    if not any(part.read(run) for part in _PARTS for run in runs):
         return None
-    return over_steps(table, runs, dark, _panel("density, measured", "density"), *parts)
+    return over_steps(table, runs, dark, _panel("density, measured", "density"), *_PARTS)
 
 
 def flatness_and_density(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
@@ -117,75 +121,52 @@ def flatness_and_density(table: Comparison, runs: list[Run], dark: bool = False)
     return png(figure, table)
 
 
-def separable_ratio(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
-    """AF over the product of mean input norm and mean gradient, and how far that is density."""
-    ratio, density = training("ratio"), training("derivative_density")
-
-    def over_density(run: Run) -> dict[int, float]:
-        of = density(run)
-        return {step: value / of[step] for step, value in ratio(run).items() if of.get(step)}
-
-    return over_steps(
-        table,
-        runs,
-        dark,
-        Panel("ratio: AF / (T · H · mean ‖x‖² · mean η²)", ratio),
-        Panel("ratio / density  (dotted: they agree)", over_density, "fit", level=1.0),
-    )
+def _over_density(run: Run) -> dict[int, float]:
+    of = training("derivative_density")(run)
+    found = training("ratio")(run)
+    return {step: value / of[step] for step, value in found.items() if of.get(step)}
 
 
-def effective_gradient(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
-    """How sparse the effective gradient is, and where the gradient gathers."""
-    return over_steps(
-        table,
-        runs,
-        dark,
-        _panel("gradient sparsity: share of η that is 0", "gradient_sparsity"),
-        _panel("concentration: share of g² on active units", "concentration"),
-        _panel("participation: share of units that carry η²", "participation"),
-    )
+def _measured(name: str) -> Callable[[Run], dict[int, float]]:
+    """Reads a curvature, where positive, of where a run stopped to measure it."""
+
+    def read(run: Run) -> dict[int, float]:
+        found = {e["step"]: number(e, "curvature", name, "value") for e in run.measured}
+        return {step: value for step, value in found.items() if value is not None and value > 0}
+
+    return read
 
 
-def noise(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
-    """Anisotropy of the effective gradients and of the hidden features, and the noise scale."""
-    return over_steps(
-        table,
-        runs,
-        dark,
-        _panel("anisotropy of effective gradients", "gradient_anisotropy", "fit"),
-        _panel("anisotropy of features", "feature_anisotropy", "fit"),
-        _panel("noise scale: samples", "noise_scale", "log"),
-    )
-
-
-def concentration(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
-    """How far apart the weights' eigenvalues lie, and how far they are from those of noise."""
-    panels = [
+# AF over the product of mean input norm and mean gradient, and how far that is density.
+separable_ratio = steps(
+    Panel("ratio: AF / (T · H · mean ‖x‖² · mean η²)", training("ratio")),
+    Panel("ratio / density  (dotted: they agree)", _over_density, "fit", level=1.0),
+)
+# How sparse the effective gradient is, and where the gradient gathers.
+effective_gradient = steps(
+    _panel("gradient sparsity: share of η that is 0", "gradient_sparsity"),
+    _panel("concentration: share of g² on active units", "concentration"),
+    _panel("participation: share of units that carry η²", "participation"),
+)
+noise = steps(
+    _panel("anisotropy of effective gradients", "gradient_anisotropy", "fit"),
+    _panel("anisotropy of features", "feature_anisotropy", "fit"),
+    _panel("noise scale: samples", "noise_scale", "log"),
+)
+# How far apart the weights' eigenvalues lie, and how far they are from those of noise.
+concentration = steps(
+    *(
         Panel(f"{label} of {layer}", _over_blocks(f"{layer}_{key}"), axis)
         for label, key, axis in SPECTRAL
         for layer in LAYERS
-    ]
-    return over_steps(table, runs, dark, *panels)
-
-
-def curvature(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
-    """Traces of the curvature and its largest eigenvalue, where runs stopped to measure them."""
-
-    def read(name: str) -> Callable[[Run], dict[int, float]]:
-        def values(run: Run) -> dict[int, float]:
-            found = {e["step"]: number(e, "curvature", name, "value") for e in run.measured}
-            return {step: value for step, value in found.items() if value is not None and value > 0}
-
-        return values
-
-    labels = {
-        "gauss_newton": "Gauss–Newton trace",
-        "token_copies": "Gauss–Newton trace, a weight for each token",
-        "hessian": "Hessian trace, where positive",
-        "top_eigenvalue": "largest eigenvalue",
-    }
-    panels = [Panel(label, read(name), "log") for name, label in labels.items()]
-    return over_steps(table, runs, dark, *panels)
+    )
+)
+curvature = steps(
+    Panel("Gauss–Newton trace", _measured("gauss_newton"), "log"),
+    Panel("Gauss–Newton trace, a weight for each token", _measured("token_copies"), "log"),
+    Panel("Hessian trace, where positive", _measured("hessian"), "log"),
+    Panel("largest eigenvalue", _measured("top_eigenvalue"), "log"),
+)
 
 
 def spectra(which: Callable[[Comparison], str | None]) -> Plot:
@@ -253,7 +234,7 @@ def _spectrum(axes: Axes, entry: Entry, title: str, dark: bool) -> None:
     verdict = "fits" if law["accepted"] else "no fit"
     beyond = " ".join(f"{mark}{law[side]}" for side, mark in SIDES.items() if law[side])
     title += f"\n{verdict}, KS {law['ks']:.2f}" + (f"\n{beyond}" if beyond else "")
-    axes.set_title(title, loc="left", fontsize=11, color=INK[dark])
+    heading(axes, title, dark, 11)
 
 
 def marchenko_pastur(lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
 from actsparse_lab.report.comparison import CONTROL, REFERENCE
 from actsparse_lab.report.effects import QUALITY, Arms, Effects, log_ratio, number, within
 from actsparse_lab.report.findings import Asked
-from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, new_figure, render
+from actsparse_lab.report.plots import INK, WIDTH, draw_seeds, heading, new_figure, palette, render
 from actsparse_lab.report.prose import experiment
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ SHIFTS = {  # arm → δx, δy
 KEYS = ("zero_derivative", "zero_activation")  # P₀, P_a
 NAMES = ("z where φ′ = 0: P₀", "z around φ = 0: Pₐ")
 SHORT = ("P₀", "Pₐ")
-COLOURS = (0, 1)  # of the palette
 Pair = tuple[float, float]  # of P₀, of P_a
 Seen = TypeVar("Seen")
 
@@ -166,25 +165,23 @@ def over_training(arms: Arms, dark: bool = False) -> bytes | None:
         return None
     top = 112 * max(map(max, pairs)) or 1
     figure, every = new_figure(dark, 2, 2, (WIDTH, 5.2))
-    colours = [(DARK if dark else LIGHT)[at] for at in COLOURS]
+    colours = palette(dark)[: len(KEYS)]
     lines: dict[str, Any] = {}
     for axes, (arm, own) in zip(every, series.items(), strict=True):
-        axes.set_title(_shift(arm, ", "), loc="left", fontsize=12, color=INK[dark])
+        heading(axes, _shift(arm, ", "), dark)
         own = [points for points in own if points]
-        steps = sorted(set.intersection(*map(set, own))) if own else []
         ends = []
         for at, colour in enumerate(colours):
-            for points in own:
-                shares = [100 * pair[at] for pair in points.values()]
-                axes.plot(list(points), shares, color=colour, alpha=0.3, linewidth=1)
-            mean = [100 * fmean(points[step][at] for points in own) for step in steps]
+            seeds = [{step: 100 * pair[at] for step, pair in points.items()} for points in own]
+            line, mean = draw_seeds(axes, seeds, colour, linewidth=2.6)
             if mean:
-                (lines[NAMES[at]],) = axes.plot(steps, mean, color=colour, linewidth=2.6)
-                ends.append((mean[-1], at))
+                lines[NAMES[at]] = line
+                last, height = list(mean.items())[-1]
+                ends.append((height, at))
         axes.sharex(every[0])
         axes.sharey(every[0])
         if ends:
-            _label_ends(axes, steps[-1], ends, top, colours)
+            _label_ends(axes, last, ends, top, colours)
     every[0].set_ylim(0, top)
     for at, axes in enumerate(every):
         axes.tick_params(labelbottom=at > 1, labelleft=at % 2 == 0)
@@ -219,7 +216,7 @@ def changes(arms: Arms, dark: bool = False) -> bytes | None:
     if not panels:
         return None
     figure, every = new_figure(dark, 1, len(panels), (WIDTH, 5.2))
-    colours = [(DARK if dark else LIGHT)[at] for at in COLOURS]
+    colours = palette(dark)[: len(KEYS)]
     lines: dict[str, Any] = {}
     for axes, (title, found) in zip(every, panels.items(), strict=True):
         axes.grid(visible=False)
@@ -236,7 +233,7 @@ def changes(arms: Arms, dark: bool = False) -> bytes | None:
         shown = [own for own in found.values() if own]
         more = sum(_lead(own) > 0 for own in shown)
         title += f":\nP₀ gains more in {more} of {len(shown)}"
-        axes.set_title(title, loc="left", fontsize=12, color=INK[dark])
+        heading(axes, title, dark)
         axes.set_yticks(range(len(SHIFTS)), [_shift(arm, "\n") for arm in SHIFTS])
         axes.set_ylim(len(SHIFTS) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0, labelleft=axes is every[0])

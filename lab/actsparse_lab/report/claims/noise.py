@@ -21,21 +21,19 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.claims.ratio import spread
 from actsparse_lab.report.effects import Arms, Effects, Reader, final, number
 from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
-    DARK,
     INK,
-    LIGHT,
     SERIES_INK,
-    WIDTH,
+    draw_seeds,
+    label_ends,
     log_axis,
-    new_figure,
+    mean_line,
+    palette,
     render,
+    stacked,
 )
 from actsparse_lab.report.prose import experiment
 
@@ -204,11 +202,11 @@ def against_width(arms: Arms, dark: bool = False) -> bytes | None:
     known = {of: by_decay for of, by_decay in known.items() if by_decay}
     if not known:
         return None
-    figure, every = new_figure(dark, rows=len(known), size=(WIDTH, 0.9 + 2.3 * len(known)))
+    figure, every = stacked(dark, [f"{of}s  (dotted: Gaussian rows)" for of in known], 2.3, 0.9)
     for axes, (of, by_decay) in zip(every, known.items(), strict=True):
         ends = _draw(axes, by_decay, colors)
         for decay in by_decay:
-            dotted = _over(lines(f"{of}_random_anisotropy", decay), fmean)
+            dotted = mean_line(lines(f"{of}_random_anisotropy", decay))
             axes.plot(
                 list(dotted), list(dotted.values()), color=colors[decay], linestyle=":", linewidth=2
             )
@@ -217,9 +215,7 @@ def against_width(arms: Arms, dark: bool = False) -> bytes | None:
         widths = sorted({width for seeds in by_decay.values() for line in seeds for width in line})
         axes.set_xticks(widths, [f"{width:g}" for width in widths])
         axes.minorticks_off()
-        axes.tick_params(labelbottom=axes is every[-1])
-        axes.set_title(f"{of}s  (dotted: Gaussian rows)", loc="left", fontsize=12, color=INK[dark])
-        _name(axes, ends, colors)
+        label_ends(axes, ends, {decay: f"decay {decay:g}" for decay in ends}, colors)
     every[-1].set_xlabel("width p")
     figure.supylabel("anisotropy, of the most possible", color=INK[dark], fontsize=13)
     return render(figure, {})
@@ -235,18 +231,16 @@ def concentration_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
             known.setdefault(width, {})[decay] = seeds
     if not known:
         return None
-    figure, every = new_figure(dark, rows=len(known), size=(WIDTH, 0.8 + 1.75 * len(known)))
+    figure, every = stacked(dark, [f"width {width}" for width in known], 1.75, 0.8)
     ends = []
-    for axes, (width, by_decay) in zip(every, known.items(), strict=True):
+    for axes, by_decay in zip(every, known.values(), strict=True):
         if axes is not every[0]:
             axes.sharex(every[0])
             axes.sharey(every[0])
-        axes.tick_params(labelbottom=axes is every[-1])
-        axes.set_title(f"width {width}", loc="left", fontsize=12, color=INK[dark])
         ends.append(_draw(axes, by_decay, colors))
     for axes, each in zip(every, ends, strict=True):
         log_axis(axes, "y", few=True)
-        _name(axes, each, colors)
+        label_ends(axes, each, {decay: f"decay {decay:g}" for decay in each}, colors)
     every[-1].set_xlabel("step")
     figure.supylabel("largest over smallest eigenvalue", color=INK[dark], fontsize=13)
     return render(figure, {})
@@ -266,41 +260,22 @@ def _concentrations(run: Run) -> Line:
 
 def _colors(cells: Mapping[tuple[int, float], Runs], dark: bool) -> dict[float, str]:
     """Of each decay, ascending; none is grey."""
-    palette = DARK if dark else LIGHT
+    colours = palette(dark)
     decays = sorted({decay for _, decay in cells})
     some = [decay for decay in decays if decay]
     return {
-        decay: palette[some.index(decay) % len(palette)] if decay else SERIES_INK[dark]
+        decay: colours[some.index(decay) % len(colours)] if decay else SERIES_INK[dark]
         for decay in decays
     }
 
 
-def _over(seeds: Sequence[Line], mean: Callable[[list[float]], float]) -> Line:
-    """The mean over the seeds that have a value, at each place."""
-    places = sorted({place for line in seeds for place in line})
-    return {at: mean([line[at] for line in seeds if at in line]) for at in places}
-
-
 def _draw(axes: Axes, by_decay: dict[float, list[Line]], colors: dict[float, str]) -> Line:
     """Seeds thin, their geometric mean thick; returns where each decay's line ends."""
-    ends = {}
-    for decay, seeds in by_decay.items():
-        for line in seeds:
-            axes.plot(list(line), list(line.values()), color=colors[decay], alpha=0.3, linewidth=1)
-        mean = _over(seeds, geometric_mean)
-        axes.plot(list(mean), list(mean.values()), color=colors[decay], linewidth=2.4)
-        ends[decay] = list(mean.values())[-1]
-    return ends
-
-
-def _name(axes: Axes, ends: Line, colors: dict[float, str]) -> None:
-    """The decays right of where their lines end, apart from each other."""
-    order = sorted(ends, key=ends.__getitem__)
-    points = axes.transData.transform([(axes.get_xlim()[1], ends[decay]) for decay in order])
-    places = spread(np.asarray(axes.transAxes.inverted().transform(points))[:, 1])
-    for decay, y in zip(order, places - max(places[-1] - 1, 0), strict=True):  # none above the top
-        text = axes.text(1.02, float(y), f"decay {decay:g}", transform=axes.transAxes, va="center")
-        text.set(color=colors[decay], fontsize=11.5)
+    means = {
+        decay: draw_seeds(axes, seeds, colors[decay], geometric_mean)[1]
+        for decay, seeds in by_decay.items()
+    }
+    return {decay: list(mean.values())[-1] for decay, mean in means.items() if mean}
 
 
 EXPERIMENT = experiment(

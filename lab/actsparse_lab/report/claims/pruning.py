@@ -34,13 +34,14 @@ from actsparse_lab.report.effects import (
 )
 from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
-    DARK,
     INK,
-    LIGHT,
     SERIES_INK,
     WIDTH,
+    draw_seeds,
     new_figure,
+    palette,
     render,
+    stacked,
 )
 from actsparse_lab.report.prose import experiment
 
@@ -209,12 +210,17 @@ def against_threshold(arms: Arms, dark: bool = False) -> bytes | None:
     ]
     if not panels:
         return None
-    figure, every = new_figure(dark, rows=len(panels), size=(WIDTH, 0.9 + 1.75 * len(panels)))
+    figure, every = stacked(dark, [label for label, *_ in panels], 1.75, 0.9)
     lines: dict[str, Any] = {}
-    for axes, (label, level, found) in zip(every, panels, strict=True):
-        axes.set_title(label, loc="left", fontsize=12, color=INK[dark])
+    for axes, (_, level, found) in zip(every, panels, strict=True):
         for base, curves in found.items():
-            lines |= _draw(axes, base, curves, places, dark)
+            seeds = [{places[t]: value for t, value in curve.items()} for curve in curves]
+            line, _ = draw_seeds(
+                axes, seeds, _colours(dark)[base], alpha=0.35,
+                marker="o" if base == REFERENCE else "s", markersize=6, linewidth=2.6,
+            )  # fmt: skip
+            if line is not None:
+                lines[base] = line
         if level is not None:
             axes.axhline(level, color=INK[dark], linestyle=":", linewidth=1.4)
         if found is quality:
@@ -223,7 +229,6 @@ def against_threshold(arms: Arms, dark: bool = False) -> bytes | None:
             axes.set_ylim(bottom=0)
         axes.set_xticks(range(len(places)), [_tick(threshold) for threshold in places])
         axes.set_xlim(-0.25, len(places) - 0.75)
-        axes.tick_params(labelbottom=axes is every[-1])
     every[-1].set_xlabel("entries dropped up to, multiples of rms(η)")
     return render(figure, lines)
 
@@ -286,23 +291,6 @@ def _whole(rows: Iterable[Entry]) -> float | None:
     return next((number(row, "derivative_density") for row in rows), None)
 
 
-def _draw(
-    axes: Axes, base: str, curves: list[dict[float, float]], places: dict[float, int], dark: bool
-) -> dict[str, Any]:
-    """Thin lines for seeds and a thick one for their mean, which is returned by its name."""
-    colour = _colours(dark)[base]
-    for curve in curves:
-        at = [places[threshold] for threshold in curve]
-        axes.plot(at, list(curve.values()), color=colour, alpha=0.35, linewidth=1)
-    shared = [t for t in places if curves and all(t in curve for curve in curves)]
-    if not shared:
-        return {}
-    mean = [fmean(curve[threshold] for curve in curves) for threshold in shared]
-    at, marker = [places[t] for t in shared], "o" if base == REFERENCE else "s"
-    (line,) = axes.plot(at, mean, color=colour, marker=marker, markersize=6, linewidth=2.6)
-    return {base: line}
-
-
 def products(arms: Arms, dark: bool = False) -> bytes | None:
     """The exact shares as bars: each product, or forward and backward where records hold no more.
 
@@ -348,8 +336,8 @@ def _shares(run: Run) -> dict[str, float]:
 
 
 def _colours(dark: bool) -> dict[str, str]:
-    palette = DARK if dark else LIGHT
-    rest = {SUBJECT: palette[0], REFERENCE + SPARED: palette[2], NONE: palette[4]}
+    colours = palette(dark)
+    rest = {SUBJECT: colours[0], REFERENCE + SPARED: colours[2], NONE: colours[4]}
     return {REFERENCE: SERIES_INK[dark]} | rest
 
 

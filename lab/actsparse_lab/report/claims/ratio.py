@@ -13,6 +13,7 @@ sign of each part. Nothing here is a cause: AF has norm and gradient as factors.
 from __future__ import annotations
 
 import math
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -23,21 +24,23 @@ from actsparse_lab.report.effects import Arms, Effects, at_end, log_ratio, over_
 from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.numbers import amount
 from actsparse_lab.report.plots import (
-    DARK,
     INK,
-    LIGHT,
     MARKS,
     SERIES_INK,
     WIDTH,
+    draw_seeds,
+    label_ends,
     log_axis,
     new_figure,
+    palette,
     render,
+    stacked,
 )
 from actsparse_lab.report.prose import experiment
 from actsparse_lab.report.theory import training
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 CONTROL = f"vanilla{SPARED}"
 UNFITTED = 0.1  # training loss, in nats; below it the training data counts as fitted
@@ -56,7 +59,6 @@ PARTS = {
     "input_norm": 2,
     "effective_gradient": 4,
 }  # colours, by number
-ROOM = 0.13  # between two labels, of a panel's height
 
 
 def _over_training(
@@ -115,24 +117,22 @@ def parts_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
     known = {arm: lines for arm in SHOWN if (lines := _relative(arms[arm]))}
     if not known:
         return None
-    figure, every = new_figure(dark, rows=len(known), size=(WIDTH, 0.7 + 2.1 * len(known)))
-    for axes, (arm, lines) in zip(every, known.items(), strict=True):
+    figure, every = stacked(dark, list(known), 2.1, 0.7)
+    ends = []
+    for axes, lines in zip(every, known.values(), strict=True):
         if axes is not every[0]:
             axes.sharex(every[0])
             axes.sharey(every[0])
-        axes.tick_params(labelbottom=axes is every[-1])
-        axes.set_title(arm, loc="left", fontsize=12, color=INK[dark])
         axes.axhline(1, color=INK[dark], linewidth=0.8, linestyle=":")
+        means = {}
         for key, seeds in lines.items():
-            color = _color(key, dark)
             width = 3.2 if key == "ratio" else 2.2
-            for points in seeds:
-                axes.plot(list(points), list(points.values()), color=color, alpha=0.3, linewidth=1)
-            mean = _mean(seeds)
-            axes.plot(list(mean), list(mean.values()), color=color, linewidth=width)
+            color = _color(key, dark)
+            _, means[key] = draw_seeds(axes, seeds, color, geometric_mean, linewidth=width)
+        ends.append({key: list(mean.values())[-1] for key, mean in means.items()})
     log_axis(every[0], "y", few=True)
-    for axes, lines in zip(every, known.values(), strict=True):
-        _label(axes, {key: list(_mean(seeds).values())[-1] for key, seeds in lines.items()}, dark)
+    for axes, each in zip(every, ends, strict=True):
+        label_ends(axes, each, NAMES, {key: _color(key, dark) for key in each})
     every[-1].set_xlabel("step")
     figure.supylabel("times its first value", color=INK[dark], fontsize=13)
     return render(figure, {})
@@ -141,10 +141,10 @@ def parts_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
 def changes(arms: Arms, dark: bool = False) -> bytes | None:
     """By which factor each changed from first to last window: a mark an arm, dots for seeds."""
     figure, (axes,) = new_figure(dark, size=(WIDTH, 5.4))
-    palette = DARK if dark else LIGHT
+    colours = palette(dark)
     marks = {}
     for place, arm in enumerate(SHOWN):
-        color = SERIES_INK[dark] if arm == "vanilla" else palette[place - 1]
+        color = SERIES_INK[dark] if arm == "vanilla" else colours[place - 1]
         for row, key in enumerate(NAMES):
             each = list(within(arms, arm, over_run("train", "measures", key)).values())
             if not each:
@@ -181,38 +181,9 @@ def _relative(runs: dict[int, Run]) -> dict[str, list[dict[int, float]]]:
     return lines
 
 
-def _mean(seeds: list[dict[int, float]]) -> dict[int, float]:
-    """The geometric mean where all seeds have a value."""
-    common = sorted(set.intersection(*map(set, seeds)))
-    logs = {step: [math.log(points[step]) for points in seeds] for step in common}
-    return {step: math.exp(sum(each) / len(each)) for step, each in logs.items()}
-
-
-def _label(axes: Axes, ends: dict[str, float], dark: bool) -> None:
-    """Names right of where the lines end, apart from each other."""
-    low, high = np.log(axes.get_ylim())
-    order = sorted(ends, key=ends.__getitem__)
-    own = (np.log([ends[key] for key in order]) - low) / (high - low)
-    for key, y in zip(order, spread(own), strict=True):
-        text = axes.text(1.02, float(y), NAMES[key], transform=axes.transAxes, va="center")
-        text.set(color=_color(key, dark), fontsize=11.5)
-
-
-def spread(places: np.ndarray, room: float = ROOM) -> np.ndarray:
-    """Ascending places moved apart, so that two are ``room`` apart at least.
-
-    >>> spread(np.array([0.5, 0.5, 0.9]), room=0.2).round(2).tolist()
-    [0.4, 0.6, 0.9]
-    """
-    steps = room * np.arange(len(places))
-    over = np.maximum.accumulate(places - steps)
-    under = np.minimum.accumulate((places - steps)[::-1])[::-1]
-    return (over + under) / 2 + steps
-
-
 def _color(key: str, dark: bool) -> str:
     number = PARTS[key]
-    return INK[dark] if number is None else (DARK if dark else LIGHT)[number]
+    return INK[dark] if number is None else palette(dark)[number]
 
 
 EXPERIMENT = experiment(

@@ -25,7 +25,7 @@ from actsparse_lab.report import plots
 from actsparse_lab.report.claims.sparser import POINT, SPARED
 from actsparse_lab.report.effects import Arms, Effects, final, number, within
 from actsparse_lab.report.findings import Asked
-from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH
+from actsparse_lab.report.plots import INK, MARKS, SERIES_INK, WIDTH, palette
 from actsparse_lab.report.prose import experiment
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def _paths(
     """A path for each arm that has one; its last marks by arm."""
     lines: dict[str, Any] = {}
     for place, (arm, number_) in enumerate(SHOWN.items()):
-        color = SERIES_INK[dark] if number_ is None else (DARK if dark else LIGHT)[number_]
+        color = SERIES_INK[dark] if number_ is None else palette(dark)[number_]
         paths = [path for run in arms[arm].values() if (path := _path(run, read))]
         common = sorted(set.intersection(*map(set, paths))) if paths else []
         if not common:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from actsparse_lab.records import Run
 from actsparse_lab.report.effects import INFERENCE, QUALITY, Arms, number
-from actsparse_lab.report.plots import DARK, INK, LIGHT, PAPER, WIDTH, new_figure, render
+from actsparse_lab.report.plots import INK, PAPER, WIDTH, new_figure, palette, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def _draw(axes: Axes, row: int, nth: int, pairs: list[Pair], name: str, dark: bo
     """A row's marks in one colour, the first above the row's middle and the second below."""
     if not pairs:
         return
-    colour, mark = (DARK if dark else LIGHT)[nth], MARKS[nth]
+    colour, mark = palette(dark)[nth], MARKS[nth]
     middle = row + (2 * nth - 1) * APART
     for index, (before, now) in enumerate(pairs):
         at = middle

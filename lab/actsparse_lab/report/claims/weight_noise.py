@@ -16,7 +16,6 @@ trace. Nor do two things that move together show which moves the other.
 from __future__ import annotations
 
 from statistics import fmean, geometric_mean
-from typing import Any
 
 from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
 from actsparse_lab.report.effects import (
@@ -31,14 +30,12 @@ from actsparse_lab.report.effects import (
 )
 from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
-    DARK,
-    INK,
-    LIGHT,
     SERIES_INK,
-    WIDTH,
+    draw_seeds,
     log_axis,
-    new_figure,
+    palette,
     render,
+    stacked,
 )
 from actsparse_lab.report.prose import experiment
 
@@ -90,20 +87,20 @@ def against_noise(arms: Arms, dark: bool = False) -> bytes | None:
     shown = [panel for panel in panels if any(_series(arms, end, *panel[1:]) for end in ENDINGS)]
     if not any(read is not QUALITY for _, read, _ in shown):
         return None
-    size = (WIDTH, 0.9 + 1.75 * len(shown))
-    figure, every = new_figure(dark, rows=len(shown), size=size)
+    figure, every = stacked(dark, [title for title, *_ in shown], 1.75, 0.9)
     lines = {}
-    for axes, (title, read, log) in zip(every, shown, strict=True):
+    for axes, (_, read, log) in zip(every, shown, strict=True):
         for ending, (name, dash, color) in ENDINGS.items():
-            style: dict[str, Any] = {"color": (DARK if dark else LIGHT)[color], "linestyle": dash}
-            seeds = _series(arms, ending, read, log)
-            for points in seeds:
-                axes.plot(list(points), list(points.values()), **style, alpha=0.3, linewidth=1)
-            mean = _mean(seeds, log)
-            if mean:
-                (lines[name],) = axes.plot(
-                    list(mean), list(mean.values()), **style, marker="o", linewidth=2.4
-                )
+            line, _ = draw_seeds(
+                axes,
+                _series(arms, ending, read, log),
+                palette(dark)[color],
+                geometric_mean if log else fmean,
+                linestyle=dash,
+                marker="o",
+            )
+            if line is not None:
+                lines[name] = line
         if read is QUALITY and (without := within(arms, "no-mlp", QUALITY)):
             level = sum(without.values()) / len(without)
             lines["without MLPs"] = axes.axhline(level, color=SERIES_INK[dark], linestyle=":")
@@ -111,9 +108,7 @@ def against_noise(arms: Arms, dark: bool = False) -> bytes | None:
             log_axis(axes, "y", few=True)
         elif read is INFERENCE:
             axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-        axes.set_title(title, loc="left", fontsize=12, color=INK[dark])
         axes.set_xticks(list(RHO.values()), [f"{rho:g}" for rho in RHO.values()])
-        axes.tick_params(labelbottom=axes is every[-1])
     every[-1].set_xlabel("noise ρ, of the weights’ root mean square")
     return render(figure, lines)
 
@@ -126,13 +121,6 @@ def _series(arms: Arms, ending: str, read: Reader, log: bool) -> list[dict[float
             if value > 0 or not log:
                 found.setdefault(seed, {})[rho] = value
     return list(found.values())
-
-
-def _mean(seeds: list[dict[float, float]], log: bool) -> dict[float, float]:
-    """Over the seeds that have a value, at each ρ."""
-    by_rho = {rho: [s[rho] for s in seeds if rho in s] for rho in RHO.values()}
-    mean = geometric_mean if log else fmean
-    return {rho: mean(each) for rho, each in by_rho.items() if each}
 
 
 EXPERIMENT = experiment("weight-noise", QUESTIONS, {"weight-noise": against_noise})
