@@ -95,8 +95,12 @@ def measures(folder: Path) -> Make:
 
 @kind(60)
 def benchmarks(folder: Path) -> Make:
-    from actsparse_lab.report.benchmark_tables import markdown_payoff, payoff_lead, payoff_title
-    from actsparse_lab.report.benchmarks import payoff_of
+    from actsparse_lab.report.benchmark_tables import (
+        benchmarks_lead,
+        benchmarks_title,
+        markdown_benchmarks,
+    )
+    from actsparse_lab.report.benchmarks import benchmarks_of
 
     names = ("mlp-2-threads.json", "vit-b-1-thread.json")
     sources = [
@@ -105,9 +109,9 @@ def benchmarks(folder: Path) -> Make:
     file = folder / "mlp.json"
 
     def read() -> None:
-        found = payoff_of([file])
+        found = benchmarks_of([file])
         assert found is not None
-        payoff_title(found), payoff_lead(found), markdown_payoff(found)
+        benchmarks_title(found), benchmarks_lead(found), markdown_benchmarks(found)
 
     def wrong(right: bytes, random: Random) -> bytes:
         return json_of(random.choice(sources).read_bytes(), random)

@@ -6,7 +6,7 @@ Reads records only.
 from __future__ import annotations
 
 from actsparse_lab.report.arms_table import markdown_table, print_table
-from actsparse_lab.report.benchmark_tables import markdown_payoff, print_payoff
+from actsparse_lab.report.benchmark_tables import markdown_benchmarks, print_benchmarks
 from actsparse_lab.report.card import model_card
 from actsparse_lab.report.claims import CLAIMS
 from actsparse_lab.report.comparison import Comparison, compare, plain, to_json
@@ -31,8 +31,8 @@ from actsparse_lab.report.theory_tables import markdown_theory
 
 __all__ = [
     "CLAIMS", "Comparison", "boards", "compare", "findings_in", "frontiers_in", "gather",
-    "markdown_findings", "markdown_frontier", "markdown_payoff", "markdown_reproduction",
+    "markdown_benchmarks", "markdown_findings", "markdown_frontier", "markdown_reproduction",
     "markdown_scoreboard", "markdown_table", "markdown_theory", "model_card", "plain",
-    "print_board", "print_findings", "print_payoff", "print_table", "reproductions_in",
+    "print_benchmarks", "print_board", "print_findings", "print_table", "reproductions_in",
     "scoreboard", "to_json", "write_report", "write_scoreboard",
 ]  # fmt: skip

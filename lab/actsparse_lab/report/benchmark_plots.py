@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from actsparse_lab.report.benchmarks import PROGRAMS, Payoff, Ratio, Row
+from actsparse_lab.report.benchmarks import PROGRAMS, Benchmarks, Ratio, Row
 from actsparse_lab.report.plots import (
     HEIGHT,
     INK,
@@ -34,29 +34,29 @@ KEPT = "memory kept for backward, dense = 1"
 FASTER = "dense ÷ own time  ({} is faster)"
 
 
-def gains(kind: str) -> Callable[[Payoff, bool], bytes | None]:
+def gains(kind: str) -> Callable[[Benchmarks, bool], bytes | None]:
     """The plot of dense time ÷ program time by density, a line for each T and program."""
 
     def read(row: Row) -> dict[str, Ratio]:
         return row.ratios.get(kind, {})
 
-    def plot(payoff: Payoff, dark: bool = False) -> bytes | None:
-        return _by_density(payoff, dark, read, FASTER.format("up"), kind)
+    def plot(measured: Benchmarks, dark: bool = False) -> bytes | None:
+        return _by_density(measured, dark, read, FASTER.format("up"), kind)
 
     return plot
 
 
-def memory(payoff: Payoff, dark: bool = False) -> bytes | None:
+def memory(measured: Benchmarks, dark: bool = False) -> bytes | None:
     """What each program keeps for backward over what dense keeps, by density."""
 
     def read(row: Row) -> dict[str, Ratio]:
         return {program: Ratio(kept, kept, kept) for program, kept in row.memory.items()}
 
-    return _by_density(payoff, dark, read, KEPT)
+    return _by_density(measured, dark, read, KEPT)
 
 
 def _by_density(
-    payoff: Payoff,
+    measured: Benchmarks,
     dark: bool,
     read: Callable[[Row], dict[str, Ratio]],
     label: str,
@@ -67,14 +67,14 @@ def _by_density(
 
     layers = [
         (layer, rows)
-        for layer in payoff.layers
+        for layer in measured.layers
         if (rows := [row for row in layer.rows if row.density > 0 and read(row)])
     ]
     if not layers:
         return None
     size = (WIDTH, LEGEND + PANEL * len(layers))
     figure, every = new_figure(dark, rows=len(layers), size=size)
-    styles = _styles(payoff, dark)
+    styles = _styles(measured, dark)
     for axes, (layer, rows) in zip(every, layers, strict=True):
         if axes is not every[0]:
             axes.sharex(every[0])
@@ -134,10 +134,10 @@ def _mark_break_even(
             axes.plot(density, 1, **style, markeredgecolor=PAPER[dark], zorder=3)
 
 
-def _styles(payoff: Payoff, dark: bool) -> dict[int, dict[str, Any]]:
+def _styles(measured: Benchmarks, dark: bool) -> dict[int, dict[str, Any]]:
     """Colour and mark of every T, the same in all plots."""
     colours = palette(dark)
-    every = sorted({row.tokens for layer in payoff.layers for row in layer.rows})
+    every = sorted({row.tokens for layer in measured.layers for row in layer.rows})
     return {
         tokens: {
             "color": colours[at % len(colours)],
@@ -149,14 +149,14 @@ def _styles(payoff: Payoff, dark: bool) -> dict[int, dict[str, Any]]:
     }
 
 
-def whole_models(payoff: Payoff, dark: bool = False) -> bytes | None:
+def whole_models(measured: Benchmarks, dark: bool = False) -> bytes | None:
     """A bar for each model and density, beside it Amdahl's value and the model without MLPs."""
     from matplotlib.lines import Line2D
 
-    if not payoff.wholes:
+    if not measured.wholes:
         return None
-    labels = list(dict.fromkeys(whole.label for whole in payoff.wholes))
-    lines = [(label, whole) for label in labels for whole in [None, *payoff.wholes]
+    labels = list(dict.fromkeys(whole.label for whole in measured.wholes))
+    lines = [(label, whole) for label in labels for whole in [None, *measured.wholes]
              if whole is None or whole.label == label]  # fmt: skip
     size = (WIDTH, max(HEIGHT, 1.6 + BAR * len(lines)))
     figure, (axes,) = new_figure(dark, size=size)
@@ -188,7 +188,7 @@ def whole_models(payoff: Payoff, dark: bool = False) -> bytes | None:
     return render(figure, {"accelerated": accelerated, **handles})
 
 
-PAYOFF = pictures(
+BENCHMARK_PICTURES = pictures(
     {
         "payoff-forward": gains("forward"),
         "payoff-training": gains("training"),

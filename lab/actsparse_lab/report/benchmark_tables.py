@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.text import Text
 
-from actsparse_lab.report.benchmarks import KINDS, OURS, PROGRAMS, Payoff, Ratio, Row, Whole
+from actsparse_lab.report.benchmarks import KINDS, OURS, PROGRAMS, Benchmarks, Ratio, Row, Whole
 from actsparse_lab.report.numbers import NONE, amount, decimal, percent, span
 from actsparse_lab.report.tables import Cell, Column, Table
 
@@ -15,19 +15,19 @@ BRIEF = 8  # columns that fit a terminal
 GAIN = {"forward": "forward", "training": "forward + backward"}
 
 
-def payoff_title(payoff: Payoff) -> str:
+def benchmarks_title(measured: Benchmarks) -> str:
     """The finding in one line: from the worst to the best of all that was measured."""
-    gains = [gain for layer in payoff.layers for row in layer.rows for gain in _best(row)]
+    gains = [gain for layer in measured.layers for row in layer.rows for gain in _best(row)]
     said = [f"one MLP {span(gains)}"] if gains else []
-    wholes = [whole.ratio.value for whole in payoff.wholes]
+    wholes = [whole.ratio.value for whole in measured.wholes]
     said += [f"a whole model {span(wholes)}"] if wholes else []
     return f"Dense time ÷ sparse time: {'; '.join(said)}"
 
 
-def payoff_lead(payoff: Payoff) -> str:
+def benchmarks_lead(measured: Benchmarks) -> str:
     """What the title's numbers are of."""
     said = []
-    rows = [row for layer in payoff.layers for row in layer.rows]
+    rows = [row for layer in measured.layers for row in layer.rows]
     if rows:
         densities = span([row.density for row in rows], 3)
         tokens = span([row.tokens for row in rows], 0)
@@ -35,28 +35,28 @@ def payoff_lead(payoff: Payoff) -> str:
             f"One MLP at densities {densities} and T = {tokens}: at each the faster of the "
             f"programs, sparse and screened, also where dense is faster than both."
         )
-    if payoff.wholes:
-        densities = span([whole.density for whole in payoff.wholes], 3)
+    if measured.wholes:
+        densities = span([whole.density for whole in measured.wholes], 3)
         said.append(f"Whole models at densities {densities}, as accelerated.")
     return " ".join(said)
 
 
-def payoff_tables(payoff: Payoff) -> list[Table]:
+def tables_of(measured: Benchmarks) -> list[Table]:
     """The charts' numbers: one MLP, the densities at which it breaks even, whole models."""
-    tables = (_layer_table(payoff), _break_even_table(payoff), _whole_table(payoff))
+    tables = (_layer_table(measured), _break_even_table(measured), _whole_table(measured))
     return [table for table in tables if table.rows]
 
 
-def markdown_payoff(payoff: Payoff) -> str:
+def markdown_benchmarks(measured: Benchmarks) -> str:
     """The tables, for a README or a lab log; intervals are in brackets."""
-    return "\n".join(table.markdown() for table in payoff_tables(payoff))
+    return "\n".join(table.markdown() for table in tables_of(measured))
 
 
-def print_payoff(payoff: Payoff, console: Console) -> None:
+def print_benchmarks(measured: Benchmarks, console: Console) -> None:
     """The finding and the tables' first columns, for the terminal; the page has the intervals."""
-    console.print(Text(payoff_title(payoff), style="bold"))
-    console.print(Text(payoff_lead(payoff)))
-    for table in payoff_tables(payoff):
+    console.print(Text(benchmarks_title(measured), style="bold"))
+    console.print(Text(benchmarks_lead(measured)))
+    for table in tables_of(measured):
         table.print(console)
         console.print()
 
@@ -66,9 +66,9 @@ def _columns(first: str, *heads: str) -> tuple[Column, ...]:
     return (Column(first, prose=True), *rest)
 
 
-def _layer_table(payoff: Payoff) -> Table:
-    several = len(payoff.layers) > 1
-    every = [row for layer in payoff.layers for row in layer.rows]
+def _layer_table(measured: Benchmarks) -> Table:
+    several = len(measured.layers) > 1
+    every = [row for layer in measured.layers for row in layer.rows]
     timed = [
         (kind, program)
         for kind in KINDS
@@ -84,7 +84,7 @@ def _layer_table(payoff: Payoff) -> Table:
             *(_ratio(row.ratios.get(kind, {}).get(program)) for kind, program in timed),
             *(decimal(row.memory.get(program), 2) for program in kept),
         )
-        for layer in payoff.layers
+        for layer in measured.layers
         for row in layer.rows
     )
     heads = [*(["record"] if several else []), "T", "density"]
@@ -93,9 +93,9 @@ def _layer_table(payoff: Payoff) -> Table:
     return Table("mlp-table", "One MLP, dense ÷ own time", _columns(*heads), rows)
 
 
-def _break_even_table(payoff: Payoff) -> Table:
+def _break_even_table(measured: Benchmarks) -> Table:
     known = [
-        (layer, kind) for layer in payoff.layers for kind in KINDS if layer.break_even.get(kind)
+        (layer, kind) for layer in measured.layers for kind in KINDS if layer.break_even.get(kind)
     ]
     tokens = sorted({t for layer, kind in known for t in layer.break_even[kind]})
     heads = ("break-even density", *(f"T = {t}" for t in tokens))
@@ -109,7 +109,7 @@ def _break_even_table(payoff: Payoff) -> Table:
     return Table("break-even-table", "Break-even", _columns(*heads), rows)
 
 
-def _whole_table(payoff: Payoff) -> Table:
+def _whole_table(measured: Benchmarks) -> Table:
     columns: dict[str, Callable[[Whole], Cell | str]] = {
         "density": lambda whole: decimal(whole.density),
         "dense, s": lambda whole: amount(whole.dense),
@@ -124,10 +124,10 @@ def _whole_table(payoff: Payoff) -> Table:
     shown = {
         head: read
         for head, read in columns.items()
-        if any(read(whole) != NONE for whole in payoff.wholes)
+        if any(read(whole) != NONE for whole in measured.wholes)
     }
     rows = tuple(
-        (whole.label, *(read(whole) for read in shown.values())) for whole in payoff.wholes
+        (whole.label, *(read(whole) for read in shown.values())) for whole in measured.wholes
     )
     return Table("model-table", "Whole models", _columns("model", *shown), rows)
 

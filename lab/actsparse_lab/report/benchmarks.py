@@ -117,7 +117,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Payoff:
+class Benchmarks:
     """All records together."""
 
     layers: tuple[Layer, ...]
@@ -125,7 +125,7 @@ class Payoff:
     sources: tuple[Source, ...]
 
 
-def payoff_of(paths: Iterable[Path]) -> Payoff | None:
+def benchmarks_of(paths: Iterable[Path]) -> Benchmarks | None:
     """What the records at ``paths`` say; None for no path.
 
     Raises `RecordError` as `read_benchmark` does.
@@ -153,7 +153,7 @@ def payoff_of(paths: Iterable[Path]) -> Payoff | None:
         )
         for path, entry in entries.items()
     )
-    return Payoff(tuple(layers), tuple(wholes), sources)
+    return Benchmarks(tuple(layers), tuple(wholes), sources)
 
 
 def benchmark_files(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 from actsparse.values import Text, check
 from actsparse_lab.records import Entry, RecordError, Run
 from actsparse_lab.report.numbers import counted, decimal, percent
-from actsparse_lab.report.provenance import facts
+from actsparse_lab.report.provenance import what_ran
 from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 _HEAD = """\
@@ -31,7 +31,7 @@ _CONFIG = {
     "recipe": {"name": Text, "modifications": [{"modification": Text}]},
     "start?": (str, None),
 }
-_FACTS = ("started", "time in all", "hardware", "versions", "git")
+_TOLD = ("started", "time in all", "hardware", "versions", "git")
 
 
 def model_card(run: Run) -> str:
@@ -61,7 +61,7 @@ def model_card(run: Run) -> str:
         "## Loading it",
         _LOAD,
         "## How it was made",
-        "\n".join(f"- {name}: {markdown(said)}" for name, said in facts([run]) if name in _FACTS),
+        "\n".join(f"- {name}: {markdown(said)}" for name, said in what_ran([run]) if name in _TOLD),
     ]
     return _HEAD + "\n" + "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 

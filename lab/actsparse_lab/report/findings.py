@@ -7,28 +7,23 @@ makes a verdict of effects is `actsparse_lab.report.stats`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from actsparse.values import Count, Name, Text
-from actsparse_lab.records import Entry, Run, write_whole
+from actsparse.values import Name
+from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.effects import Arms, Effects
+from actsparse_lab.report.manifest import SHAPE, read_checked, write_json
 from actsparse_lab.report.numbers import Scale, mean_effect
 from actsparse_lab.report.numbers import effect as show_effect
 from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.speed import read_checked
 from actsparse_lab.report.stats import Claim, Verdict, verdict
 
 MANIFEST = "reproduction.json"
 OURS = "ours"  # the source of a control, or of a check of how to read the others
-_SHAPE = {
-    "name": Name, "full": bool, "seeds": Count, "steps": (Count, None), "command": Text,
-    "time": {"seconds": float},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -158,11 +153,9 @@ def findings(experiment: Experiment, runs: Sequence[Run], manifest: Entry) -> Fi
 
 def write_manifest(folder: str | Path, **fields: Any) -> None:
     """Say what the runs in ``folder`` are of; written whole or not at all."""
-    text = json.dumps(fields, indent=2) + "\n"
-    write_whole(Path(folder) / MANIFEST, text.encode())
+    write_json(Path(folder) / MANIFEST, fields)
 
 
 def read_manifest(folder: str | Path) -> Entry | None:
     """What `write_manifest` wrote; None where there is none. `RecordError` for another file."""
-    path = Path(folder) / MANIFEST
-    return read_checked(path, _SHAPE) if path.is_file() else None
+    return read_checked(Path(folder) / MANIFEST, {"name": Name, "full": bool, **SHAPE})

@@ -15,7 +15,6 @@ Each arm is judged by itself. Of many arms that are exactly at a bar, one in for
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.values import Count, Name, Text
-from actsparse_lab.records import Entry, Run, read_runs, write_whole
+from actsparse.values import Name
+from actsparse_lab.records import Entry, Run, read_runs
 from actsparse_lab.report.comparison import CONTROL
 from actsparse_lab.report.effects import (
     INFERENCE,
@@ -39,7 +38,8 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )  # fmt: skip
-from actsparse_lab.report.speed import Speed, read_checked, read_speeds
+from actsparse_lab.report.manifest import SHAPE, read_checked, write_json
+from actsparse_lab.report.speed import Speed, read_speeds
 from actsparse_lab.report.stats import Estimate, Word, beyond, every, margin, t_interval
 
 MANIFEST = "frontier.json"
@@ -51,11 +51,6 @@ HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"
 KNEE = 5
 SPARSE = 0.03  # target (a): both densities, within noise
 FEWER = 0.6  # target (b): relative improvement of both over the best vanilla
-
-_SHAPE = {
-    "task": Name, "seeds": Count, "steps": (Count, None), "command": Text,
-    "time": {"seconds": float},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,14 +113,12 @@ class Board:
 
 def write_manifest(folder: str | Path, **fields: Any) -> None:
     """Say what the runs in ``folder`` are of; written whole or not at all."""
-    text = json.dumps(fields, indent=2) + "\n"
-    write_whole(Path(folder) / MANIFEST, text.encode())
+    write_json(Path(folder) / MANIFEST, fields)
 
 
 def read_manifest(folder: str | Path) -> Entry | None:
     """What `write_manifest` wrote; None where there is none. `RecordError` for another file."""
-    path = Path(folder) / MANIFEST
-    return read_checked(path, _SHAPE) if path.is_file() else None
+    return read_checked(Path(folder) / MANIFEST, {"task": Name, **SHAPE})
 
 
 def frontiers_in(folder: str | Path) -> list[Path]:

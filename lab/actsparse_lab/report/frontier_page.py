@@ -28,6 +28,7 @@ from actsparse_lab.report.frontier import (
 from actsparse_lab.report.frontier_plot import FRONTIER
 from actsparse_lab.report.numbers import NONE, change, decimal, percent, quality, ratio
 from actsparse_lab.report.plots import Picture
+from actsparse_lab.report.prose import sections as words_of
 from actsparse_lab.report.race import race_picture, race_table, race_text, races
 from actsparse_lab.report.slim import SLIM_RULE, TITLE, read_slim, slim_table, slim_text
 from actsparse_lab.report.stats import POINTS, SHARE
@@ -40,19 +41,14 @@ ABOUT = (
 )
 
 
-RULE = (
-    "± is half a 95 % t-interval over seeds. Changes and “fewer active” are paired, seed by "
-    "seed, with the best vanilla: of the two, with weight decay on norms and biases and without, "
-    "the one of better mean quality on validation rows when training ended. All else is of the "
-    "test split. “Within noise”: the interval of the change excludes a loss of more than "
-    f"{100 * POINTS:g} points of accuracy, or of {100 * SHARE:g} % of the best vanilla’s mean "
-    "where quality is something else; “no” where it lies wholly beyond that; else “undecided”. "
-    f"(a): within noise, and the intervals of both densities lie at {SPARSE:g} or below. (b): the "
-    f"intervals of both improvements lie at {100 * FEWER:g} % or above, whatever the quality. "
-    "Fewer than 5 seeds, or than planned, decide nothing. A task counts where half the steps "
-    f"cost {WHOLE} less than {KNEE * 100 * POINTS:g} points or {KNEE * 100 * SHARE:g} % of the "
-    "loss, and the control without MLPs is worse by more than noise. Each arm is judged by "
-    "itself: of many that are just at a bar, one in forty passes by chance."
+RULE = words_of("rules.md")["The frontier"].format(
+    points=100 * POINTS,
+    share=100 * SHARE,
+    sparse=SPARSE,
+    fewer=100 * FEWER,
+    whole=WHOLE,
+    knee_points=KNEE * 100 * POINTS,
+    knee_share=KNEE * 100 * SHARE,
 )
 
 

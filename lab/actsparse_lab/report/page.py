@@ -17,9 +17,9 @@ from actsparse.values import printable
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
 from actsparse_lab.report import plots
 from actsparse_lab.report.arms_table import arms_table, runs_table
-from actsparse_lab.report.benchmark_plots import PAYOFF
-from actsparse_lab.report.benchmark_tables import payoff_lead, payoff_tables, payoff_title
-from actsparse_lab.report.benchmarks import Payoff, benchmark_files, payoff_of
+from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
+from actsparse_lab.report.benchmark_tables import benchmarks_lead, benchmarks_title, tables_of
+from actsparse_lab.report.benchmarks import Benchmarks, benchmark_files, benchmarks_of
 from actsparse_lab.report.comparison import compare, to_json
 from actsparse_lab.report.effects import Arms
 from actsparse_lab.report.findings import Findings
@@ -27,7 +27,7 @@ from actsparse_lab.report.frontier_page import Section, sections
 from actsparse_lab.report.measures import theory_of
 from actsparse_lab.report.plots import Picture
 from actsparse_lab.report.prose import pictures
-from actsparse_lab.report.provenance import differences, facts
+from actsparse_lab.report.provenance import differences, what_ran
 from actsparse_lab.report.reproduction import EFFECTS, findings_in, findings_table, heading
 from actsparse_lab.report.summary import lead, remarks, tiles, title
 from actsparse_lab.report.theory import THEORY
@@ -56,7 +56,7 @@ class Material:
 
     home: Path  # where the page goes unless told
     runs: list[Run]
-    payoff: Payoff | None
+    benchmarks: Benchmarks | None
     findings: Findings | None = None
     sections: tuple[Section, ...] = ()
 
@@ -75,15 +75,17 @@ def gather(*paths: str | Path) -> Material:
         )
     runs = read_runs(folders[0]) if folders else []
     files += benchmark_files(folders[0]) if folders else []
-    payoff = payoff_of({path.resolve(): path for path in files}.values())
-    if not runs and payoff is None:
+    benchmarks = benchmarks_of({path.resolve(): path for path in files}.values())
+    if not runs and benchmarks is None:
         raise RecordError(
             f"no records under {folders[0] / 'runs'}; give the folder that `actsparse compare "
             f"--out` wrote, or a record of `actsparse bench`"
         )
     found = findings_in(folders[0], runs) if runs else None
     more = tuple(sections(folders[0], runs)) if runs else ()
-    return Material(folders[0] if folders else files[0].with_suffix(""), runs, payoff, found, more)
+    return Material(
+        folders[0] if folders else files[0].with_suffix(""), runs, benchmarks, found, more
+    )
 
 
 def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
@@ -92,7 +94,7 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
     ``paths`` are a folder of runs, records of benchmarks, or both. The page goes into ``out``; into
     the folder if that is not told; or, of benchmarks alone, into a folder named as the first, less
     its ``.json``. ``table.json`` has the arms; ``theory.json``, a `Theory`, is there where runs
-    hold measures of it; ``payoff.json``, a `Payoff`, where there are benchmarks; ``verdicts.json``
+    hold measures of it; ``payoff.json``, `Benchmarks`, where there are some; ``verdicts.json``
     where the runs are those of an experiment of the papers.
 
     Returns the page's path. Raises `RecordError` where there are no records, where one is broken,
@@ -102,10 +104,10 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
     """
     found = gather(*paths)
     out = found.home if out is None else Path(out)
-    shown: dict[str, Any] = {"payoff": found.payoff, "table": None, "theory": None}
+    shown: dict[str, Any] = {"payoff": found.benchmarks, "table": None, "theory": None}
     shown["findings"] = found.findings
-    if found.payoff is not None:
-        shown |= _of_benchmarks(found.payoff, out)
+    if found.benchmarks is not None:
+        shown |= _of_benchmarks(found.benchmarks, out)
     if found.runs:
         shown |= _of_arms(found.runs, out)
     if found.findings is not None:
@@ -122,7 +124,7 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
         if shown[name] is not None:
             write_whole(out / f"{name}.json", to_json(shown[name]).encode() + b"\n")
     path = out / "report.html"
-    page = _template().render(facts=facts(found.runs, found.payoff), **shown)
+    page = _template().render(facts=what_ran(found.runs, found.benchmarks), **shown)
     write_whole(path, page.encode())
     return path
 
@@ -156,14 +158,14 @@ def _of_claims(found: Findings, runs: list[Run], out: Path) -> dict[str, Any]:
     return {**heading(found), "verdicts": findings_table(found), "claim_pictures": drawn}
 
 
-def _of_benchmarks(payoff: Payoff, out: Path) -> dict[str, Any]:
+def _of_benchmarks(measured: Benchmarks, out: Path) -> dict[str, Any]:
     """What the template shows of benchmarks; title and lead where there are no runs."""
     return {
-        "title": payoff_title(payoff),
-        "lead": payoff_lead(payoff),
-        "payoff_lead": payoff_lead(payoff),
-        "payoff_tables": payoff_tables(payoff),
-        "payoff_pictures": list(_drawn(PAYOFF, out, payoff)),
+        "title": benchmarks_title(measured),
+        "lead": benchmarks_lead(measured),
+        "benchmarks_lead": benchmarks_lead(measured),
+        "tables_of": tables_of(measured),
+        "benchmark_pictures": list(_drawn(BENCHMARK_PICTURES, out, measured)),
     }
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.benchmarks import Payoff
+from actsparse_lab.report.benchmarks import Benchmarks
 from actsparse_lab.report.comparison import Comparison
 
 
-def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]]:
+def what_ran(runs: list[Run], benchmarks: Benchmarks | None = None) -> list[tuple[str, str]]:
     """What ran, when, on what: every value the records had, most have one."""
-    sources = payoff.sources if payoff else ()
+    sources = benchmarks.sources if benchmarks else ()
     headers = [*(run.header for run in runs), *(source.where for source in sources)]
 
     def each(read: Callable[[Entry], Any]) -> str:

@@ -25,21 +25,13 @@ from actsparse_lab.report.findings import (
 )  # fmt: skip
 from actsparse_lab.report.numbers import amount
 from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH
-from actsparse_lab.report.prose import pictures
+from actsparse_lab.report.prose import pictures, sections
 from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RULE = (
-    "A claim holds where the 95 % t-interval of its effects over paired seeds lies wholly beyond "
-    "the bar and so many seeds do that a fair coin would give as many in fewer than 1 of 20; it "
-    "does not hold here where both are so on the other side; else, and where any seed has no such "
-    "number, it is undecided. Fewer than 5 seeds decide nothing. Where the typical seed’s effect "
-    "lies at the bar, at most 1 of 32 such verdicts of 5 seeds is a false “holds”. Seeds change "
-    "the initialisation and the order of the data: all share one split, so that intervals say "
-    "nothing of other test data."
-)
+RULE = sections("rules.md")["Claims"]
 STYLES: dict[str, Literal["yes", "no", "open"]] = {
     "holds": "yes", "does not hold here": "no", "undecided": "open"
 }  # fmt: skip

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from actsparse.values import Above0, Count, Name, Share, check
 from actsparse_lab.record_schema import Entry
+from actsparse_lab.report.manifest import read_checked
 from actsparse_lab.report.numbers import NONE, amount, change, quality, ratio
-from actsparse_lab.report.speed import read_checked
+from actsparse_lab.report.prose import sections
 from actsparse_lab.report.stats import Estimate, Factor, factor, t_interval
 from actsparse_lab.report.tables import Column, Table, markdown
 
@@ -20,16 +21,7 @@ WORDS = {
     "trained": "as trained", "pruned": "pruned", "thresholds": "thresholds",
     "both": "pruned, thresholds",
 }  # fmt: skip
-SLIM_RULE = (
-    "Pruned: hidden units that were never active on the validation split are cut out of the "
-    "weights, and layers stay dense. Thresholds: small activations are dropped, as many as the "
-    "validation loss bears within the budget. Quality, density and active units (for a token, in a "
-    "block) are of the test split, where a unit that was silent on validation rows may be missed; "
-    "changes are from the same model as trained. “Logits moved”: by pruning, on the validation "
-    "split, at most, in any run, beside the largest logit there. “Off from float64”: how far these "
-    "float32 logits lie from the unpruned model’s in float64, as trained / pruned. Times are of "
-    "inference on a batch of test rows, as trained ÷ this form."
-)
+SLIM_RULE = sections("rules.md")[TITLE]
 _FORM = {
     "quality": float, "density": Share, "active": float, "units": Count,
     "parameters": {"model": Count, "mlps": Count}, "bytes": Count,
@@ -113,9 +105,9 @@ def read_slim(folder: str | Path) -> Slim | None:
     Raises `RecordError` for a file that holds something else.
     """
     path = Path(folder) / SLIM
-    if not path.is_file():
-        return None
     record = read_checked(path, _SHAPE)
+    if record is None:
+        return None
     for run in record["runs"]:
         for name, form in run["forms"].items():
             check(f"{path}: {run['arm']}.forms.{name}", form, _FORM)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from actsparse.untrusted import read_json
-from actsparse.values import Above0, Count, Name, Share, Text, check
+from actsparse.values import Above0, Count, Name, Share, Text
 from actsparse_lab.record_schema import Entry
+from actsparse_lab.report.manifest import read_checked
 from actsparse_lab.report.stats import Factor, factor
 
 SPEED = "speed.json"
@@ -39,23 +39,14 @@ def read_speeds(folder: str | Path) -> dict[str, Speed]:
 
     Raises `RecordError` for a file that holds something else.
     """
-    path = Path(folder) / SPEED
-    if not path.is_file():
-        return {}
-    rows = read_checked(path, _SHAPE)["runs"]
+    record = read_checked(Path(folder) / SPEED, _SHAPE)
+    rows = record["runs"] if record else []
     found = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = {row["seed"]: row for row in rows if row["arm"] == arm}.values()
         model, mlps = (_over_seeds([row[part] for row in own]) for part in ("model", "mlps"))
         found[arm] = Speed(model, mlps, "; ".join(dict.fromkeys(row["why"] for row in own)))
     return found
-
-
-def read_checked(path: Path, shape: Any) -> Entry:
-    """A JSON object of that shape; `RecordError` for anything else."""
-    found = read_json(path)
-    check(str(path), found, shape)
-    return dict(found)
 
 
 def _over_seeds(ratios: list[Entry]) -> Factor:
