@@ -81,8 +81,8 @@ def _before(arm: Arm, name: str | None) -> str:
 def _skippable(arm: Arm) -> str:
     if arm.skippable_forward is None or arm.skippable_backward is None:
         return NONE
-    forward, backward = 100 * arm.skippable_forward.mean, 100 * arm.skippable_backward.mean
-    return f"{forward:.0f} / {backward:.0f} %"
+    forward, backward = arm.skippable_forward.mean, arm.skippable_backward.mean
+    return f"{decimal(100 * forward, 0)} / {percent(backward, 0)}"
 
 
 def markdown_table(found: Comparison) -> str:

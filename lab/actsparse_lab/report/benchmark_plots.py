@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.report.benchmarks import PROGRAMS, Benchmarks, Ratio, Row
+from actsparse_lab.report.numbers import decimal
 from actsparse_lab.report.plots import (
     HEIGHT,
     INK,
@@ -178,7 +179,7 @@ def whole_models(measured: Benchmarks, dark: bool = False) -> bytes | None:
             (handles["Amdahl"],) = axes.plot(whole.amdahl, y, "D", color=mark, markersize=9)
     accelerated = Line2D([], [], color=bar, linewidth=8)
     axes.axvline(1, color=ink, linestyle=":", linewidth=1.2)
-    densities = {y: f"{whole.density:.3f}" for y, (_, whole) in enumerate(lines) if whole}
+    densities = {y: decimal(whole.density) for y, (_, whole) in enumerate(lines) if whole}
     axes.set_yticks(list(densities), list(densities.values()))
     axes.grid(visible=False, axis="y")
     axes.set_ylim(len(lines) - 0.4, -0.6)  # from the top

@@ -9,6 +9,7 @@ from typing import Any
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.benchmarks import Benchmarks
 from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.numbers import decimal
 
 
 def what_ran(runs: list[Run], benchmarks: Benchmarks | None = None) -> list[tuple[str, str]]:
@@ -43,7 +44,7 @@ def what_ran(runs: list[Run], benchmarks: Benchmarks | None = None) -> list[tupl
         rows += [
             ("runs", f"{len(runs)}, of which {sum(run.finished for run in runs)} finished"),
             ("started", span),
-            ("time in all", f"{seconds / 60:.1f} min"),
+            ("time in all", decimal(seconds / 60, 1, unit=" min")),
         ]
     rows += [
         ("benchmarks", "; ".join(f"{source.name}: {source.settings}" for source in sources)),

@@ -23,7 +23,7 @@ from actsparse_lab.report.findings import (
     findings,
     read_manifest,
 )  # fmt: skip
-from actsparse_lab.report.numbers import amount
+from actsparse_lab.report.numbers import amount, decimal
 from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH
 from actsparse_lab.report.prose import pictures, sections
 from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
@@ -234,6 +234,6 @@ def markdown_findings(found: Findings) -> str:
 def _made(manifest: dict[str, Any], runs: list[Run]) -> list[str]:
     hardware = runs[0].header["hardware"] if runs else {}
     where = hardware.get("gpu") or hardware.get("cpu")
-    took = f"{manifest['time']['seconds'] / 60:.1f} min in all, {len(runs)} runs judged"
+    took = f"{decimal(manifest['time']['seconds'] / 60, 1)} min in all, {len(runs)} runs judged"
     on = markdown(f"{hardware.get('cores')} cores ({where})")
     return [f"{code(manifest['command'])}: {took}, on {on}."]

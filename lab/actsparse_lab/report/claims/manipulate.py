@@ -26,6 +26,7 @@ from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
 from actsparse_lab.report.comparison import CONTROL, REFERENCE
 from actsparse_lab.report.effects import QUALITY, Arms, Effects, log_ratio, number, within
 from actsparse_lab.report.findings import Asked
+from actsparse_lab.report.numbers import minus
 from actsparse_lab.report.plots import INK, WIDTH, draw_seeds, heading, new_figure, palette, render
 from actsparse_lab.report.prose import experiment
 
@@ -250,7 +251,7 @@ def _changes(arms: Arms, arm: str) -> list[Pair]:
 
 def _shift(arm: str, between: str) -> str:
     dx, dy = SHIFTS[arm]
-    return f"δx {dx:+g}{between}δy {dy:+g}".replace("-", "−")
+    return minus(f"δx {dx:+g}{between}δy {dy:+g}")
 
 
 EXPERIMENT = experiment(

@@ -33,6 +33,7 @@ from actsparse_lab.report.effects import (
     within,
 )
 from actsparse_lab.report.findings import Asked
+from actsparse_lab.report.numbers import decimal, minus
 from actsparse_lab.report.plots import (
     INK,
     SERIES_INK,
@@ -241,12 +242,12 @@ def _costs(axes: Axes, arms: Arms, places: dict[float, int], dark: bool) -> None
     if losses:
         axes.plot([at], [fmean(losses)], "o", color=colour, markersize=6)
     if without := paired(arms, CONTROL, REFERENCE, QUALITY, difference).values():
-        said = f"without MLPs: {100 * fmean(without):+.1f}".replace("-", "−")
+        said = f"without MLPs: {decimal(100 * fmean(without), 1, signed=True)}"
         axes.set_title(said, loc="right", fontsize=11, color=INK[dark])
     low, high = axes.get_ylim()
     axes.set_yscale("symlog", linthresh=2, linscale=0.9)
     ticks = [tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3, 10) if low <= tick <= high]
-    axes.set_yticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    axes.set_yticks(ticks, [minus(f"{tick:g}") for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(low, high)
 
@@ -255,19 +256,22 @@ def _tick(threshold: float) -> str:
     return {0.0: "none", math.inf: "all"}.get(threshold, f"{threshold:g}")
 
 
-def _qualities(arms: Arms, base: str) -> list[dict[float, float]]:
-    """For each seed the change of accuracy by threshold, in points, where it has all of them."""
-    each = {threshold: quality_kept(threshold)(arms, base) for threshold in DROPPED}
+def _per_cent(each: dict[float, Effects]) -> list[dict[float, float]]:
+    """For each seed a share by threshold, in per cent, where it has all of them."""
     seeds = sorted(set.intersection(*map(set, each.values())))
-    return [{0.0: 0.0} | {t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+    return [{t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+
+
+def _qualities(arms: Arms, base: str) -> list[dict[float, float]]:
+    """The change of accuracy by threshold, in points."""
+    each = {threshold: quality_kept(threshold)(arms, base) for threshold in DROPPED}
+    return [{0.0: 0.0} | found for found in _per_cent(each)]
 
 
 def _densities(arms: Arms, base: str) -> list[dict[float, float]]:
-    """For each seed the training density by the threshold it was trained with, in per cent."""
-    each = {0.0: within(arms, base, TRAINING)}
-    each |= {t: within(arms, dropping(base, t), TRAINING) for t in DROPPED}
-    seeds = sorted(set.intersection(*map(set, each.values())))
-    return [{t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+    """Training density by the threshold of training, in per cent."""
+    trained = {0.0: base} | {threshold: dropping(base, threshold) for threshold in DROPPED}
+    return _per_cent({t: within(arms, arm, TRAINING) for t, arm in trained.items()})
 
 
 def _curves(
@@ -314,7 +318,7 @@ def products(arms: Arms, dark: bool = False) -> bytes | None:
             lines[arm] = axes.barh(y, mean, 0.88 * thick, color=colour, alpha=0.85)
             axes.plot(values, [y] * len(values), ".", color=INK[dark], markersize=3, alpha=0.7)
             axes.annotate(
-                f"{mean:.0f} %", (max(values), y), (5, 0), textcoords="offset points",
+                decimal(mean, 0, unit=" %"), (max(values), y), (5, 0), textcoords="offset points",
                 va="center", fontsize=10, color=INK[dark],
             )  # fmt: skip
     axes.grid(visible=False)
