@@ -19,7 +19,7 @@ from actsparse_lab.report import CLAIMS, plots, write_report
 from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
 from actsparse_lab.report.page import PICTURES
 from actsparse_lab.report.reproduction import EFFECTS
-from actsparse_lab.report.theory import THEORY
+from actsparse_lab.report.theory_plots import THEORY
 
 WIDTHS = (390, 1200)
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "reproduce"

@@ -30,7 +30,7 @@ from actsparse_lab.report.prose import pictures
 from actsparse_lab.report.provenance import differences, what_ran
 from actsparse_lab.report.reproduction import EFFECTS, findings_in, findings_table, heading
 from actsparse_lab.report.summary import lead, remarks, tiles, title
-from actsparse_lab.report.theory import THEORY
+from actsparse_lab.report.theory_plots import THEORY
 from actsparse_lab.report.theory_tables import curvature_table, how_text, identity_text
 
 _HARD = "\N{NO-BREAK SPACE}"

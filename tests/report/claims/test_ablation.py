@@ -19,7 +19,7 @@ from actsparse_lab.report.claims.ablation import (
     combination,
     main_effect,
 )
-from actsparse_lab.report.claims.sparser import SPARED
+from actsparse_lab.report.claims.arm_questions import SPARED
 from actsparse_lab.report.effects import Arms
 from actsparse_lab.report.stats import fewest_seeds
 from tests.report.claims.made_up import answers, density_of, made_up

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from actsparse_lab.records import Run
 from actsparse_lab.report.claims import rows_plot
+from actsparse_lab.report.claims.arm_questions import SPARED
 from actsparse_lab.report.claims.finetune import EXPERIMENT, FROM_SPARED, HOYER, PLAIN, RECIPE, ROWS
-from actsparse_lab.report.claims.sparser import SPARED
 from actsparse_lab.report.effects import Arms
 from actsparse_lab.report.stats import fewest_seeds
 from tests.report.claims.made_up import answers, density_of, made_up

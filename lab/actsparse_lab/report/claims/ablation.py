@@ -22,8 +22,8 @@ import math
 from collections.abc import Callable, Iterable
 from itertools import product
 
+from actsparse_lab.report.claims.arm_questions import SPARED, mlps_matter, quality_kept, sparser
 from actsparse_lab.report.claims.rows_plot import rows_plot
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
 from actsparse_lab.report.effects import INFERENCE, Arms, Effects, log_ratio, paired
 from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.prose import experiment

@@ -14,8 +14,8 @@ ReLU.
 
 from __future__ import annotations
 
+from actsparse_lab.report.claims.arm_questions import SPARED, quality_kept, sparser
 from actsparse_lab.report.claims.rows_plot import rows_plot
-from actsparse_lab.report.claims.sparser import SPARED, quality_kept, sparser
 from actsparse_lab.report.prose import experiment
 
 RECIPE, PLAIN, HOYER = "paper-finetune", "vanilla", "hoyer-finetune"

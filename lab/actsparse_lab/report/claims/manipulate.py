@@ -22,7 +22,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
+from actsparse_lab.report.claims.arm_questions import POINT, SPARED, mlps_matter
 from actsparse_lab.report.comparison import CONTROL, REFERENCE
 from actsparse_lab.report.effects import QUALITY, Arms, Effects, log_ratio, number, within
 from actsparse_lab.report.findings import Asked

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.claims.sparser import POINT, SPARED, mlps_matter
+from actsparse_lab.report.claims.arm_questions import POINT, SPARED, mlps_matter
 from actsparse_lab.report.comparison import CONTROL, REFERENCE, SUBJECT
 from actsparse_lab.report.effects import (
     QUALITY,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
+from actsparse_lab.report.claims.arm_questions import SPARED, mlps_matter
 from actsparse_lab.report.effects import Arms, Effects, at_end, log_ratio, over_run, paired, within
 from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.numbers import amount
@@ -37,7 +37,7 @@ from actsparse_lab.report.plots import (
     stacked,
 )
 from actsparse_lab.report.prose import experiment
-from actsparse_lab.report.theory import training
+from actsparse_lab.report.theory_plots import training
 
 if TYPE_CHECKING:
     pass

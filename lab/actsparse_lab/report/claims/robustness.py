@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
-from actsparse_lab.report.claims.sparser import POINT, SPARED
+from actsparse_lab.report.claims.arm_questions import POINT, SPARED
 from actsparse_lab.report.effects import Arms, Effects, final, number, within
 from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import INK, MARKS, SERIES_INK, WIDTH, palette

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from statistics import fmean, geometric_mean
 
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
+from actsparse_lab.report.claims.arm_questions import SPARED, mlps_matter, quality_kept, sparser
 from actsparse_lab.report.effects import (
     INFERENCE,
     QUALITY,
