@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from actsparse.cli.main import app
 from actsparse_lab.records import read_runs
-from actsparse_lab.report.board import markdown_scoreboard
+from actsparse_lab.report.frontier_page import markdown_scoreboard
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path("benchmarks/frontier")

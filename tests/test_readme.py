@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from actsparse_lab.records import read_runs
-from actsparse_lab.report import compare, markdown_payoff, markdown_table, markdown_theory
-from actsparse_lab.report.benchmarks import payoff_of
+from actsparse_lab.report import compare, markdown_benchmarks, markdown_table, markdown_theory
+from actsparse_lab.report.benchmarks import benchmarks_of
 from actsparse_lab.report.measures import theory_of
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,9 @@ def record(name: str) -> dict[str, Any]:
 
 
 def gains(names: list[str]) -> str:
-    return markdown_payoff(payoff_of([ROOT / "benchmarks" / f"{name}.json" for name in names]))
+    return markdown_benchmarks(
+        benchmarks_of([ROOT / "benchmarks" / f"{name}.json" for name in names])
+    )
 
 
 def test_the_gains_are_the_records() -> None:

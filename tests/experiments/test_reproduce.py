@@ -13,7 +13,7 @@ from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.engine.gradient_noise import GradientNoiseConfig
 from actsparse_lab.records import Run
 from actsparse_lab.report import CLAIMS
-from actsparse_lab.report.findings import Arms
+from actsparse_lab.report.effects import Arms
 
 TRAINED = [name for name in REPRODUCTIONS if name != "noise"]
 

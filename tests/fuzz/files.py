@@ -26,8 +26,9 @@ def records(folder: Path) -> Make:
     from actsparse_lab.records import read_run
     from actsparse_lab.report import compare, markdown_table
     from actsparse_lab.report.card import model_card
-    from actsparse_lab.report.facts import differences, facts
-    from actsparse_lab.report.words import lead, markdown_theory, remarks, title
+    from actsparse_lab.report.provenance import differences, facts
+    from actsparse_lab.report.summary import lead, remarks, title
+    from actsparse_lab.report.theory_tables import markdown_theory
 
     source = RUN / "record.jsonl"
     every = [json.loads(line) for line in read_file(source).splitlines()]
@@ -116,8 +117,12 @@ def packs(folder: Path) -> Make:
 
 @kind(60)
 def benchmarks(folder: Path) -> Make:
-    from actsparse_lab.report.benchmarks import payoff_of
-    from actsparse_lab.report.payoff import markdown_payoff, payoff_lead, payoff_title
+    from actsparse_lab.report.benchmark_tables import (
+        benchmarks_lead,
+        benchmarks_title,
+        markdown_benchmarks,
+    )
+    from actsparse_lab.report.benchmarks import benchmarks_of
 
     names = ("mlp-2-threads.json", "vit-b-1-thread.json")
     sources = [
@@ -126,9 +131,9 @@ def benchmarks(folder: Path) -> Make:
     file = folder / "mlp.json"
 
     def read() -> None:
-        found = payoff_of([file])
+        found = benchmarks_of([file])
         assert found is not None
-        payoff_title(found), payoff_lead(found), markdown_payoff(found)
+        benchmarks_title(found), benchmarks_lead(found), markdown_benchmarks(found)
 
     def wrong(right: bytes, random: Random) -> bytes:
         return json_of(random.choice(sources).read_bytes(), random)

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from actsparse_lab.report import CLAIMS, write_report
+from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
 from actsparse_lab.report.page import PICTURES
-from actsparse_lab.report.payoff import PAYOFF
 from actsparse_lab.report.reproduction import EFFECTS
-from actsparse_lab.report.theory import THEORY
+from actsparse_lab.report.theory_plots import THEORY
 
 WIDTHS = (390, 1200)
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "reproduce"
@@ -155,7 +155,7 @@ def test_nothing_overflows_and_every_plot_is_drawn(seen: Any, width: int) -> Non
     assert of["page"] <= width
     assert of["body"] <= width
     assert of["widest"] <= width
-    assert of["images"] == [True] * len(PICTURES + THEORY + PAYOFF)
+    assert of["images"] == [True] * len(PICTURES + THEORY + BENCHMARK_PICTURES)
     assert of["fetched"] == 0
     assert of["heading"].startswith("paper: ")
     if width == 390:
@@ -166,7 +166,7 @@ def test_nothing_overflows_and_every_plot_is_drawn(seen: Any, width: int) -> Non
 def test_a_page_of_benchmarks_alone_fits_too(seen: Any, width: int) -> None:
     of = seen["benchmarks"][width]
     assert max(of["page"], of["body"], of["widest"]) <= width
-    assert of["images"] == [True] * len(PAYOFF)
+    assert of["images"] == [True] * len(BENCHMARK_PICTURES)
     assert of["fetched"] == 0
     assert of["heading"].startswith("Dense time ÷ sparse time: one MLP 0.50 to 16.00; a whole")
     if width == 390:

@@ -17,24 +17,24 @@ from actsparse.bench.mlp import bench_mlp
 from actsparse.bench.model import bench_model
 from actsparse_lab.records import RecordError, environment
 from actsparse_lab.report.benchmarks import (
-    Payoff,
+    Benchmarks,
     Ratio,
     Whole,
     _labels,
     benchmark_files,
-    payoff_of,
+    benchmarks_of,
     read_benchmark,
 )
 
 ROOT = Path(__file__).parents[2]
 
 
-def read(folder: Path, **entries: dict[str, Any]) -> Payoff:
+def read(folder: Path, **entries: dict[str, Any]) -> Benchmarks:
     """The payoff of records written to ``folder`` under these names."""
     paths = [folder / f"{name}.json" for name in entries]
     for path, entry in zip(paths, entries.values(), strict=True):
         path.write_text(json.dumps(entry), encoding="utf-8")
-    found = payoff_of(paths)
+    found = benchmarks_of(paths)
     assert found is not None
     return found
 
@@ -98,7 +98,7 @@ def test_decoding_is_told_by_mlps_that_did_not_train(
 
 @pytest.mark.parametrize("name", ["mlp-1-thread", "mlp-2-threads"])
 def test_records_in_git_are_read_with_or_without_what_is_new(name: str) -> None:
-    found = payoff_of([ROOT / "benchmarks" / f"{name}.json"])
+    found = benchmarks_of([ROOT / "benchmarks" / f"{name}.json"])
     assert found is not None
     entry = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
     assert [row.density for row in found.layers[0].rows] == [r["density"] for r in entry["rows"]]
@@ -178,7 +178,7 @@ def test_a_folder_gives_its_records_and_passes_over_the_rest(
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "other.json").write_text('{"benchmark": "measures"}')
     assert benchmark_files(tmp_path) == sorted(paths)
-    assert payoff_of([]) is None
+    assert benchmarks_of([]) is None
 
 
 # -- bad input --------------------------------------------------------------------------------

@@ -14,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actsparse_lab.records import RecordError, Run, read_runs
-from actsparse_lab.report.comparison import Table, compare, loss_drop, t_interval, to_json
-from actsparse_lab.report.page import markdown_table
+from actsparse_lab.report.arms_table import markdown_table
+from actsparse_lab.report.comparison import Comparison, compare, loss_drop, to_json
+from actsparse_lab.report.stats import t_interval
 
 AddRun = Callable[..., Run]
 Measured = Callable[..., dict[str, Any] | None]
 
 
-def table_of(out: Path) -> Table:
+def table_of(out: Path) -> Comparison:
     return compare(read_runs(out))
 
 

@@ -14,23 +14,26 @@ import pytest
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report import findings_in, markdown_reproduction, write_report
 from actsparse_lab.report.claims import CLAIMS
-from actsparse_lab.report.comparison import INFERENCE, QUALITY
-from actsparse_lab.report.findings import (
+from actsparse_lab.report.effects import (
+    INFERENCE,
+    QUALITY,
     Arms,
+    difference,
+    log_ratio,
+    paired,
+    within,
+)
+from actsparse_lab.report.findings import (
     Experiment,
     Finding,
     Findings,
     Question,
-    difference,
     findings,
-    log_ratio,
-    paired,
     read_manifest,
-    within,
     write_manifest,
 )
 from actsparse_lab.report.reproduction import counts, effects_plot
-from actsparse_lab.report.verdict import Claim, Verdict
+from actsparse_lab.report.stats import Claim, Verdict
 
 MANIFEST: dict[str, Any] = {
     "name": "ratio",

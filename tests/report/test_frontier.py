@@ -20,10 +20,9 @@ from actsparse_lab.campaigns import frontier as plans
 from actsparse_lab.records import RecordError, RecordWriter, read_runs, run_path
 from actsparse_lab.report import boards, markdown_frontier, markdown_scoreboard, write_report
 from actsparse_lab.report import frontier as rules
-from actsparse_lab.report.board import summary
-from actsparse_lab.report.comparison import t_interval
-from actsparse_lab.report.frontier import Board, beyond, board
-from actsparse_lab.report.frontier_page import sections
+from actsparse_lab.report.frontier import Board, board
+from actsparse_lab.report.frontier_page import sections, summary
+from actsparse_lab.report.stats import beyond, t_interval
 from actsparse_lab.tasks import ARMS
 from tests.report.frontier_records import WHERE, Made, ordinary, write_task
 
@@ -328,7 +327,7 @@ def test_a_tasks_own_page_shows_the_frontier_first(tmp_path: Path) -> None:
     html = write_report(place).read_text(encoding="utf-8")
     title = "digits: sparse has 90 % fewer active neurons than the best vanilla"
     assert title in html.replace("\N{NO-BREAK SPACE}", " ")
-    assert html.index('id="frontier"') < html.index('aria-label="Table of arms"')
+    assert html.index('id="frontier"') < html.index('aria-label="Table: arms"')
     for arm in ordinary():
         assert f'<th scope="row">{arm}</th>' in html
 

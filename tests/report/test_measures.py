@@ -17,7 +17,8 @@ from actsparse_lab.cli.report import report
 from actsparse_lab.records import RecordError, RecordWriter, Run, read_run, read_runs, run_path
 from actsparse_lab.report.comparison import compare, to_json
 from actsparse_lab.report.measures import Measured, Theory, read_measures, read_spectra, theory_of
-from actsparse_lab.report.words import curvature_table, how_text, identity_text
+from actsparse_lab.report.tables import Cell
+from actsparse_lab.report.theory_tables import curvature_table, how_text, identity_text
 
 AddRun = Callable[..., Run]
 MeasuredBy = Callable[..., dict[str, Any] | None]
@@ -99,12 +100,14 @@ def test_curvature_over_seeds_by_hand(tmp_path: Path, theory_parts: SimpleNamesp
     assert paper.hessian.over_seeds.mean == -1.5  # a Hessian has negative parts
     assert paper.seeds == 3
     assert not arm_in(tmp_path, "no-mlp").curved
-    heads, rows = curvature_table(theory_in(tmp_path))
-    assert heads[0] == "Gauss–Newton trace"
-    assert [name for name, _ in rows] == ["vanilla", "paper"]
-    assert rows[1][1][0] == ["21", "± 2.48", "SE 1.73"]
-    assert rows[1][1][1][0] == "−1.5"
-    assert rows[1][1][-1] == ["3"]
+    table = curvature_table(theory_in(tmp_path))
+    assert table.columns[1].head == "Gauss–Newton trace"
+    assert [row[0] for row in table.rows] == ["vanilla", "paper"]
+    _, gauss_newton, hessian, *_, seeds = table.rows[1]
+    assert gauss_newton == Cell("21 ± 2.48", ("SE 1.73",))
+    assert isinstance(hessian, Cell)
+    assert hessian.text.startswith("−1.5")
+    assert seeds == "3"
 
 
 @pytest.mark.parametrize(("gated", "total"), [(False, 4.0 + 1.0), (True, 4.0 + 2.0 + 1.0)])
@@ -137,8 +140,8 @@ def test_a_standard_error_is_given_only_where_all_runs_give_theirs(
     assert paper.gauss_newton.over_seeds.n == 2
     assert paper.gauss_newton.standard_error is None
     assert paper.hessian is None
-    heads, _ = curvature_table(theory_in(tmp_path))
-    assert heads == ["Gauss–Newton trace", "AF of all MLP layers", "seeds"]
+    heads = [column.head for column in curvature_table(theory_in(tmp_path)).columns]
+    assert heads == ["arm", "Gauss–Newton trace", "AF of all MLP layers", "seeds"]
 
 
 def test_two_ways_of_measuring_are_said_not_to_compare(

@@ -20,7 +20,7 @@ from actsparse_lab.cli.report import report
 from actsparse_lab.records import RecordError, RecordWriter, Run, read_runs, run_path
 from actsparse_lab.report import compare, print_table, to_json, write_report
 from actsparse_lab.report.page import PICTURES
-from actsparse_lab.report.words import lead, remarks, title
+from actsparse_lab.report.summary import lead, remarks, title
 
 AddRun = Callable[..., Run]
 Measured = Callable[..., dict[str, Any] | None]

@@ -15,8 +15,8 @@ from scipy.stats import t as student
 from actsparse_lab.records import read_runs
 from actsparse_lab.report import markdown_frontier, write_report
 from actsparse_lab.report.frontier_page import sections
-from actsparse_lab.report.race import Race, race_note, race_row, races
-from actsparse_lab.report.speed import factor
+from actsparse_lab.report.race import Race, race_table, races
+from actsparse_lab.report.stats import factor
 from tests.report.frontier_records import ordinary, write_run, write_task
 
 Curve = list[tuple[float, float]]
@@ -52,7 +52,7 @@ def test_each_arm_is_timed_to_its_first_validation_as_good_as_vanillas_last(tmp_
     assert race.to_goal.median == pytest.approx(31 / 11)
     assert race.whole is not None
     assert race.whole.mean == pytest.approx(31 / 16)
-    assert race_row(race)[4:6] == ["5 of 5 seeds", "37 against 13"]  # seed 2's
+    assert race_table([race]).rows[0][4:6] == ("5 of 5 seeds", "37 against 13")  # seed 2's
 
 
 def test_the_same_loss_is_a_goal_of_its_own(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_same_loss_is_a_goal_of_its_own(tmp_path: Path) -> None:
     assert (race.goal, race.sooner) == ("loss", "yes")
     assert (race.laps[0].goal, race.laps[0].dense, race.laps[0].fast) == (0.5, 31.0, 16.0)
     (section,) = sections(tmp_path, read_runs(tmp_path))
-    assert [row[3] for row in section.rows] == ["loss", "accuracy"]
+    assert [row[3] for row in section.table.rows] == ["loss", "accuracy"]
 
 
 def test_vanilla_may_reach_its_goal_before_its_end(tmp_path: Path) -> None:
@@ -99,12 +99,12 @@ def test_one_seed_that_never_gets_there_leaves_it_open(tmp_path: Path) -> None:
     write_run(tmp_path, "best", 3, late, quality=0.9, accelerate=True, resumed_at=2)
     race = only(tmp_path)
     assert (race.laps[3].fast, race.sooner) == (None, "undecided")
-    assert race_row(race)[4] == "4 of 5 seeds"
+    assert race_table([race]).rows[0][4] == "4 of 5 seeds"
     assert race.to_goal is not None
     assert race.to_goal.n == 4
     assert race.whole is not None
     assert race.whole.n == 5
-    assert "Resumed on the way: seed 3." in race_note(race)
+    assert "Resumed on the way: seed 3." in race_table([race]).notes[0]
 
 
 def test_goals_are_those_of_the_better_vanilla(tmp_path: Path) -> None:

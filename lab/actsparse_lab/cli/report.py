@@ -66,15 +66,15 @@ def report(
             compare,
             frontiers_in,
             gather,
+            markdown_benchmarks,
             markdown_findings,
             markdown_frontier,
-            markdown_payoff,
             markdown_reproduction,
             markdown_table,
             markdown_theory,
             plain,
+            print_benchmarks,
             print_findings,
-            print_payoff,
             print_table,
             reproductions_in,
             scoreboard,
@@ -104,26 +104,26 @@ def report(
     except RecordError as error:
         typer.echo(f"Error: {printable(str(error))}", err=True)
         raise typer.Exit(2) from error
-    runs, payoff = found.runs, found.payoff
+    runs, benchmarks = found.runs, found.benchmarks
     if json and found.findings is not None:
         verdicts = found.findings.to_json()
         typer.echo(dumps(verdicts | {"arms": plain(compare(runs))}, indent=2))
         return
     if json:
-        typer.echo(to_json(compare(runs) if runs else payoff))
+        typer.echo(to_json(compare(runs) if runs else benchmarks))
         return
     if markdown:
         parts = [markdown_findings(found.findings)] if found.findings else []
         parts += [markdown_table(compare(runs)), markdown_theory(runs)] if runs else []
-        parts += [markdown_payoff(payoff)] if payoff else []
+        parts += [markdown_benchmarks(benchmarks)] if benchmarks else []
         typer.echo("\n".join(filter(None, parts)), nl=False)
         return
     if found.findings is not None:
         print_findings(found.findings, Terminal())
     if runs:
         print_table(runs, Terminal(), titled=found.findings is None)
-    if payoff:
-        print_payoff(payoff, Terminal())
+    if benchmarks:
+        print_benchmarks(benchmarks, Terminal())
     typer.echo(str(page))
 
 

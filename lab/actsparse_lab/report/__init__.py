@@ -1,55 +1,38 @@
-"""For human eyes: the table of arms, the frontier, what silence pays, plots, pages, a model's card.
+"""Tables, plots and pages of records: comparisons, the frontier, claims, benchmarks, model cards.
 
 Reads records only.
 """
 
 from __future__ import annotations
 
-from actsparse_lab.report.board import boards, markdown_scoreboard, print_board
+from actsparse_lab.report.arms_table import markdown_table, print_table
+from actsparse_lab.report.benchmark_tables import markdown_benchmarks, print_benchmarks
 from actsparse_lab.report.card import model_card
 from actsparse_lab.report.claims import CLAIMS
-from actsparse_lab.report.comparison import Table, compare, plain, to_json
+from actsparse_lab.report.comparison import Comparison, compare, plain, to_json
 from actsparse_lab.report.frontier import frontiers_in
 from actsparse_lab.report.frontier_page import (
+    boards,
     markdown_frontier,
+    markdown_scoreboard,
+    print_board,
     scoreboard,
     write_scoreboard,
-)
-from actsparse_lab.report.page import gather, markdown_table, print_table, write_report
-from actsparse_lab.report.payoff import markdown_payoff, print_payoff
+)  # fmt: skip
+from actsparse_lab.report.page import gather, write_report
 from actsparse_lab.report.reproduction import (
     findings_in,
     markdown_findings,
     markdown_reproduction,
     print_findings,
     reproductions_in,
-)
-from actsparse_lab.report.words import markdown_theory
+)  # fmt: skip
+from actsparse_lab.report.theory_tables import markdown_theory
 
 __all__ = [
-    "CLAIMS",
-    "Table",
-    "boards",
-    "compare",
-    "findings_in",
-    "frontiers_in",
-    "gather",
-    "markdown_findings",
-    "markdown_frontier",
-    "markdown_payoff",
-    "markdown_reproduction",
-    "markdown_scoreboard",
-    "markdown_table",
-    "markdown_theory",
-    "model_card",
-    "plain",
-    "print_board",
-    "print_findings",
-    "print_payoff",
-    "print_table",
-    "reproductions_in",
-    "scoreboard",
-    "to_json",
-    "write_report",
-    "write_scoreboard",
-]
+    "CLAIMS", "Comparison", "boards", "compare", "findings_in", "frontiers_in", "gather",
+    "markdown_benchmarks", "markdown_findings", "markdown_frontier", "markdown_reproduction",
+    "markdown_scoreboard", "markdown_table", "markdown_theory", "model_card", "plain",
+    "print_benchmarks", "print_board", "print_findings", "print_table", "reproductions_in",
+    "scoreboard", "to_json", "write_report", "write_scoreboard",
+]  # fmt: skip

@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 from actsparse.untrusted import read_json
 from actsparse.values import Above0, Count, Name, Rule, Share, check
 from actsparse_lab.record_schema import SCHEMA, Entry, RecordError
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.effects import number
 
 KINDS = ("forward", "training")
 OURS = ("sparse", "screened")
+PROGRAMS = (*OURS, "compiled")
 FAST, CUT = "accelerated", "without MLPs"
 MEMORY = Annotated[
     dict[str, Above0],
@@ -116,7 +117,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Payoff:
+class Benchmarks:
     """All records together."""
 
     layers: tuple[Layer, ...]
@@ -124,7 +125,7 @@ class Payoff:
     sources: tuple[Source, ...]
 
 
-def payoff_of(paths: Iterable[Path]) -> Payoff | None:
+def benchmarks_of(paths: Iterable[Path]) -> Benchmarks | None:
     """What the records at ``paths`` say; None for no path.
 
     Raises `RecordError` as `read_benchmark` does.
@@ -152,7 +153,7 @@ def payoff_of(paths: Iterable[Path]) -> Payoff | None:
         )
         for path, entry in entries.items()
     )
-    return Payoff(tuple(layers), tuple(wholes), sources)
+    return Benchmarks(tuple(layers), tuple(wholes), sources)
 
 
 def benchmark_files(folder: Path) -> list[Path]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from actsparse.values import Text, check
 from actsparse_lab.records import Entry, RecordError, Run
-from actsparse_lab.report.page import facts
-from actsparse_lab.report.words import NONE, code, counted, markdown
+from actsparse_lab.report.numbers import counted, decimal, percent
+from actsparse_lab.report.provenance import what_ran
+from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 _HEAD = """\
 ---
@@ -30,7 +31,7 @@ _CONFIG = {
     "recipe": {"name": Text, "modifications": [{"modification": Text}]},
     "start?": (str, None),
 }
-_FACTS = ("started", "time in all", "hardware", "versions", "git")
+_TOLD = ("started", "time in all", "hardware", "versions", "git")
 
 
 def model_card(run: Run) -> str:
@@ -60,7 +61,7 @@ def model_card(run: Run) -> str:
         "## Loading it",
         _LOAD,
         "## How it was made",
-        "\n".join(f"- {name}: {markdown(said)}" for name, said in facts([run]) if name in _FACTS),
+        "\n".join(f"- {name}: {markdown(said)}" for name, said in what_ran([run]) if name in _TOLD),
     ]
     return _HEAD + "\n" + "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
@@ -93,24 +94,24 @@ def _sparsity(result: Entry) -> str:
     if inference is None:
         return "Nothing to tell: the model runs without its MLP blocks."
     late = {each["block"]: each for each in (training or {}).get("blocks", [])}
-    rows = [("whole model", inference, training or {})]
-    rows += [
-        (code(each["block"]), each, late.get(each["block"], {})) for each in inference["blocks"]
+    shown = [(Cell("whole model"), inference, training or {})]
+    shown += [
+        (Cell(each["block"], markdown=code(each["block"])), each, late.get(each["block"], {}))
+        for each in inference["blocks"]
     ]
-    table = _table(
-        ["block", "inference", "training", "derivative", "living units", "dead units"],
-        [
-            [
-                name,
-                _sparse(now, "density"),
-                _sparse(then, "density"),
-                _sparse(then, "derivative_density"),
-                _sparse(now, "living_density"),
-                f"{now['dead']} of {now['units']}",
-            ]
-            for name, now, then in rows
-        ],
+    heads = ("block", "inference", "training", "derivative", "living units", "dead units")
+    rows = tuple(
+        (
+            name,
+            _sparse(now, "density"),
+            _sparse(then, "density"),
+            _sparse(then, "derivative_density"),
+            _sparse(now, "living_density"),
+            f"{now['dead']} of {now['units']}",
+        )
+        for name, now, then in shown
     )
+    table = Table("sparsity", "sparsity", tuple(map(Column, heads)), rows).markdown()
     return (
         "Shares of the entries of the MLPs' hidden layers that are 0: at inference, in training, "
         "those of the activation's derivative in training, and at inference among the units that "
@@ -123,24 +124,19 @@ def _quality(result: Entry) -> str:
     better = "more" if result["higher_is_better"] else "less"
     before = result.get("before")
     states = [("as it is", result)] + ([("before finetuning", before)] if before else [])
-    heads = ["", f"{markdown(name)} ({better} is better)", "loss"]
-    rows = [[said, _scored(name, at["quality"]), f"{at['loss']:.4f}"] for said, at in states]
-    if before:
-        heads.append("inference sparsity")
-        for row, (_, at) in zip(rows, states, strict=True):
-            row.append(_sparse(at["inference"] or {}, "density"))
-    return _table(heads, rows)
+    heads = ["", f"{name} ({better} is better)", "loss"] + ["inference sparsity"] * bool(before)
+    rows = []
+    for said, at in states:
+        row = [said, _scored(name, at["quality"]), decimal(at["loss"], 4)]
+        row += [_sparse(at["inference"] or {}, "density")] if before else []
+        rows.append(tuple(row))
+    return Table("quality", "quality", tuple(map(Column, heads)), tuple(rows)).markdown()
 
 
 def _scored(name: str, quality: float) -> str:
-    return f"{100 * quality:.2f} %" if name == "accuracy" else f"{quality:.4f}"
+    return percent(quality, 2) if name == "accuracy" else decimal(quality, 4)
 
 
 def _sparse(measures: dict[str, Any], key: str) -> str:
     density = measures.get(key)
-    return NONE if density is None else f"{100 * (1 - density):.1f} %"
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return percent(None if density is None else 1 - density)

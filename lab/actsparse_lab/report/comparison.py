@@ -6,39 +6,35 @@ import dataclasses
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from scipy.special import stdtrit
-
 from actsparse_lab.records import Entry, RecordError, Run
+from actsparse_lab.report.effects import (
+    BIGRAM,
+    INFERENCE,
+    LIVING,
+    LOSS,
+    QUALITY,
+    TRAINING,
+    Arms,
+    Reader,
+    dead_share,
+    difference,
+    fewer,
+    of_result,
+    paired,
+    within,
+)  # fmt: skip
+from actsparse_lab.report.stats import Estimate, margin, quality_verdict, t_interval
 
 REFERENCE = "vanilla"
 CONTROL = "no-mlp"  # does the task need its MLPs at all?
 SUBJECT = "paper"  # arms whose names begin so are what is tested, not baselines
 BEST = "best"  # the recipe that ships: no simple baseline
 UNDERTRAINED = 0.01  # relative fall of the validation loss over the last fifth of the steps
-MARGIN = 0.01  # of accuracy (a point), or of the reference's quality: less than that is no loss
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over ``n`` seeds; ``half`` is half its 95 % t-interval, None for one seed."""
-
-    mean: float
-    half: float | None
-    n: int
-
-    @property
-    def low(self) -> float | None:
-        """The interval's lower end."""
-        return None if self.half is None else self.mean - self.half
-
-    @property
-    def high(self) -> float | None:
-        """The interval's upper end."""
-        return None if self.half is None else self.mean + self.half
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,7 @@ class Arm:
     """One row. None where not measured or not applicable (an arm without MLPs, no reference).
 
     ``change`` and the improvements are paired: seed by seed against the reference, seeds both have.
-    ``verdict`` on quality: "better" and "lower" where the interval of the change excludes 0; else
-    "kept" where it excludes a loss of `MARGIN` or more, "unclear" where it does not; "one seed".
+    ``verdict`` on quality is `stats.quality_verdict`.
     """
 
     name: str
@@ -75,7 +70,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Table:
+class Comparison:
     """All arms of one task: the reference first, then from dense to sparse.
 
     ``needs_mlps`` is what the control without MLPs says, None where it cannot tell.
@@ -99,25 +94,7 @@ class Table:
         return next((arm for arm in self.arms if arm.name == name), None)
 
 
-def t_interval(values: Iterable[float]) -> Estimate | None:
-    """Mean and 95 % t-interval over seeds; None for no values.
-
-    >>> one = t_interval([1.0, 2.0, 3.0])
-    >>> one.mean, round(one.half, 3), one.n
-    (2.0, 2.484, 3)
-    """
-    seen = list(values)
-    n = len(seen)
-    if n == 0:
-        return None
-    mean = math.fsum(seen) / n
-    if n == 1:
-        return Estimate(mean, None, 1)
-    variance = math.fsum((value - mean) ** 2 for value in seen) / (n - 1)
-    return Estimate(mean, float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n), n)
-
-
-def compare(runs: list[Run]) -> Table:
+def compare(runs: list[Run]) -> Comparison:
     """The table of a directory's runs; failed and unfinished ones are counted, never dropped.
 
     Raises `RecordError` for no runs, runs of two tasks, two measures of quality, or one seed twice.
@@ -137,15 +114,11 @@ def compare(runs: list[Run]) -> Table:
     by_arm: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_arm[run.arm].append(run)
-    reference = {run.seed: run for run in by_arm.get(REFERENCE, []) if run.finished}
-    arms = sorted(
-        (
-            _arm(name, own, reference if name != REFERENCE else {}, higher)
-            for name, own in by_arm.items()
-        ),
-        key=_reading_order,
-    )
-    table = Table(task, quality_name, higher, tuple(arms))
+    found = Arms(runs)
+    loss = margin(quality_name or "", within(found, REFERENCE, QUALITY).values()) or 0.0
+    judge = partial(quality_verdict, loss=loss, higher=higher)
+    arms = sorted((_arm(name, by_arm[name], found, judge) for name in by_arm), key=_reading_order)
+    table = Comparison(task, quality_name, higher, tuple(arms))
 
     control = table.arm(CONTROL)
     needs_mlps = None
@@ -155,8 +128,7 @@ def compare(runs: list[Run]) -> Table:
     baseline = _strongest_baseline(arms, subject, higher)
     gain = None
     if subject is not None and baseline is not None:
-        others = {run.seed: run for run in by_arm[subject] if run.finished}
-        gain = _paired(by_arm[baseline], others, INFERENCE, _fewer)
+        gain = t_interval(paired(found, baseline, subject, INFERENCE, fewer).values())
     return dataclasses.replace(
         table, needs_mlps=needs_mlps, subject=subject, baseline=baseline, baseline_gain=gain
     )
@@ -194,33 +166,20 @@ def loss_drop(run: Run) -> float | None:
     return (start - losses[last]) / start
 
 
-Reader = Callable[[Run], float | None]
-
-
-def _read(*keys: str) -> Reader:
-    """Reads a number of the result; None where null stands on the way or the last key is absent."""
-
-    def read(run: Run) -> float | None:
-        value: Any = run.result
-        for key in keys:
-            value = None if value is None else value.get(key)
-        return None if value is None else float(value)
-
-    return read
-
-
-QUALITY, LOSS, BIGRAM = _read("quality"), _read("loss"), _read("baselines", "bigram")
-INFERENCE, TRAINING = _read("inference", "density"), _read("training", "density")
-
-
-def _arm(name: str, runs: list[Run], reference: dict[int, Run], higher: bool) -> Arm:
-    done = [run for run in runs if run.finished]
+def _arm(
+    name: str, runs: list[Run], arms: Arms, judge: Callable[[Estimate | None], str | None]
+) -> Arm:
+    done = list(arms[name].values())
 
     def over_seeds(read: Reader) -> Estimate | None:
-        return t_interval(value for value in map(read, done) if value is not None)
+        return t_interval(map(read, done))
 
-    change = _paired(done, reference, QUALITY, lambda own, other: own - other)
-    drop, loss, bigram = over_seeds(loss_drop), over_seeds(LOSS), over_seeds(BIGRAM)
+    def against(read: Reader, combine: Callable[[float, float], float | None]) -> Estimate | None:
+        rival = name != REFERENCE
+        return t_interval(paired(arms, name, REFERENCE, read, combine).values()) if rival else None
+
+    change = against(QUALITY, difference)
+    loss, bigram = over_seeds(LOSS), over_seeds(BIGRAM)
     return Arm(
         name=name,
         seeds=tuple(sorted(run.seed for run in done)),
@@ -230,62 +189,21 @@ def _arm(name: str, runs: list[Run], reference: dict[int, Run], higher: bool) ->
         loss=loss,
         quality=over_seeds(QUALITY),
         change=change,
-        verdict=_verdict(change, higher, _margin(done, reference)),
+        verdict=judge(change),
         inference_density=over_seeds(INFERENCE),
         training_density=over_seeds(TRAINING),
-        inference_improvement=_paired(done, reference, INFERENCE, _fewer),
-        training_improvement=_paired(done, reference, TRAINING, _fewer),
-        dead_share=over_seeds(_dead_share),
-        living_density=over_seeds(_read("inference", "living_density")),
-        skippable_forward=over_seeds(_read("skippable", "forward")),
-        skippable_backward=over_seeds(_read("skippable", "backward")),
-        loss_drop=drop,
-        undertrained=_undertrained([value for value in map(loss_drop, done) if value is not None]),
+        inference_improvement=against(INFERENCE, fewer),
+        training_improvement=against(TRAINING, fewer),
+        dead_share=over_seeds(dead_share),
+        living_density=over_seeds(LIVING),
+        skippable_forward=over_seeds(of_result("skippable", "forward")),
+        skippable_backward=over_seeds(of_result("skippable", "backward")),
+        loss_drop=over_seeds(loss_drop),
+        undertrained=_undertrained([drop for run in done if (drop := loss_drop(run)) is not None]),
         beats_bigram=None if bigram is None or loss is None else loss.mean < bigram.mean,
-        before_quality=over_seeds(_read("before", "quality")),
-        before_density=over_seeds(_read("before", "inference", "density")),
+        before_quality=over_seeds(of_result("before", "quality")),
+        before_density=over_seeds(of_result("before", "inference", "density")),
     )
-
-
-def _paired(
-    runs: list[Run],
-    others: dict[int, Run],
-    read: Reader,
-    combine: Callable[[float, float], float | None],
-) -> Estimate | None:
-    values = []
-    for run in runs:
-        own, other = read(run), read(others[run.seed]) if run.seed in others else None
-        both = None if own is None or other is None else combine(own, other)
-        values += [] if both is None else [both]
-    return t_interval(values)
-
-
-def _fewer(own: float, other: float) -> float | None:
-    return (other - own) / other if other else None
-
-
-def _dead_share(run: Run) -> float | None:
-    dead, units = _read("inference", "dead")(run), _read("inference", "units")(run)
-    return dead / units if dead is not None and units else None
-
-
-def _verdict(change: Estimate | None, higher: bool, margin: float) -> str | None:
-    if change is None:
-        return None
-    if change.low is None or change.high is None:
-        return "one seed"
-    worst, best = (change.low, change.high) if higher else (-change.high, -change.low)
-    if worst > 0 or best < 0:
-        return "better" if worst > 0 else "lower"
-    return "kept" if worst > -margin else "unclear"
-
-
-def _margin(runs: list[Run], reference: dict[int, Run]) -> float:
-    if any(run.result and run.result["quality_name"] == "accuracy" for run in runs):
-        return MARGIN
-    mean = t_interval(v for v in map(QUALITY, reference.values()) if v is not None)
-    return MARGIN * abs(mean.mean) if mean else 0.0
 
 
 def _undertrained(drops: list[float]) -> bool | None:

@@ -2,50 +2,28 @@
 
 `actsparse reproduce NAME` leaves ``reproduction.json`` beside its runs, which says what they are
 of. The claims stand in `actsparse_lab.report.claims`, a file for each experiment; the rule that
-makes a verdict of effects is `actsparse_lab.report.verdict`.
+makes a verdict of effects is `actsparse_lab.report.stats`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from actsparse.untrusted import read_json
-from actsparse.values import Count, Name, Text, check
-from actsparse_lab.records import Entry, Run, write_whole
-from actsparse_lab.report.comparison import Estimate
+from actsparse.values import Name
+from actsparse_lab.records import Entry, Run
+from actsparse_lab.report.effects import Arms, Effects
+from actsparse_lab.report.manifest import SHAPE, read_checked, write_json
+from actsparse_lab.report.numbers import Scale, mean_effect
+from actsparse_lab.report.numbers import effect as show_effect
 from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.verdict import Claim, Verdict, verdict
-from actsparse_lab.report.words import amount
+from actsparse_lab.report.stats import Claim, Verdict, verdict
 
 MANIFEST = "reproduction.json"
-V1 = "v1"  # Peng et al. 2023, arXiv 2309.03004
-V2 = "v2"  # Peng et al. 2026, arXiv 2605.25612
-OURS = "ours"  # a control, or a check of how to read the others
-_SHAPE = {
-    "name": Name, "full": bool, "seeds": Count, "steps": (Count, None), "command": Text,
-    "time": {"seconds": float},
-}  # fmt: skip
-Effects = dict[int, float]  # by seed
-Scale = Literal["log", "share", "points", "number"]
-
-
-class Arms(dict[str, dict[int, Run]]):
-    """The finished runs, ``arms[arm][seed]``; an arm that has none is empty."""
-
-    def __init__(self, runs: Sequence[Run]) -> None:
-        super().__init__()
-        for run in runs:
-            if run.finished:
-                self.setdefault(run.arm, {})[run.seed] = run
-
-    def __missing__(self, arm: str) -> dict[int, Run]:
-        return {}
+OURS = "ours"  # the source of a control, or of a check of how to read the others
 
 
 @dataclass(frozen=True)
@@ -61,6 +39,22 @@ class Question:
     effects: Callable[[Arms], Effects]
     effect: str
     scale: Scale = "number"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a claim is asked of records: the parts of a `Question` that are no prose of the paper."""
+
+    direction: Literal["rises", "falls"]
+    effects: Callable[[Arms], Effects]
+    effect: str
+    scale: Scale = "number"
+    least: float = 0.0
+
+    def question(self, text: str, source: str) -> Question:
+        """The question with the claim's words."""
+        claim = Claim(text, source, self.direction, self.least)
+        return Question(claim, self.effects, self.effect, self.scale)
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Finding:
     def figure(self) -> str:
         """The mean effect with its interval, e.g. ``−23 % (−30 % to −15 %), 5 seeds``."""
         found = self.verdict.estimate
-        return "no seeds" if found is None else _figure(found, self.question.scale)
+        return "no seeds" if found is None else mean_effect(found, self.question.scale)
 
     @property
     def bar(self) -> str:
@@ -102,7 +96,7 @@ class Finding:
 
     def value(self, effect: float) -> str:
         """An effect as the question shows it."""
-        return _value(effect, self.question.scale)
+        return show_effect(effect, self.question.scale)
 
 
 @dataclass(frozen=True)
@@ -148,7 +142,7 @@ def findings(experiment: Experiment, runs: Sequence[Run], manifest: Entry) -> Fi
     found = []
     for question in experiment.questions:
         effects = dict(sorted(question.effects(arms).items()))
-        show = partial(_value, scale=question.scale)
+        show = partial(show_effect, scale=question.scale)
         judged = verdict(question.claim, list(effects.values()), show=show)
         if len(effects) < planned and judged.word != "undecided":
             why = f"{planned - len(effects)} of {planned} seeds have no such number"
@@ -159,91 +153,9 @@ def findings(experiment: Experiment, runs: Sequence[Run], manifest: Entry) -> Fi
 
 def write_manifest(folder: str | Path, **fields: Any) -> None:
     """Say what the runs in ``folder`` are of; written whole or not at all."""
-    text = json.dumps(fields, indent=2) + "\n"
-    write_whole(Path(folder) / MANIFEST, text.encode())
+    write_json(Path(folder) / MANIFEST, fields)
 
 
 def read_manifest(folder: str | Path) -> Entry | None:
     """What `write_manifest` wrote; None where there is none. `RecordError` for another file."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        return None
-    found = read_json(path)
-    check(str(path), found, _SHAPE)
-    return dict(found)
-
-
-# -- effects ----------------------------------------------------------------------------------
-
-
-Reader = Callable[[Run], float | None]
-
-
-def paired(
-    arms: Arms, arm: str, other: str, read: Reader, combine: Callable[[float, float], float | None]
-) -> Effects:
-    """``combine(own, other's)`` for each seed that both arms have a number of."""
-    found: Effects = {}
-    for seed, run in arms[arm].items():
-        if seed not in arms[other]:
-            continue
-        own, others = read(run), read(arms[other][seed])
-        effect = None if own is None or others is None else combine(own, others)
-        if effect is not None:
-            found[seed] = effect
-    return found
-
-
-def within(arms: Arms, arm: str, read: Reader) -> Effects:
-    """One number of each run of an arm."""
-    found = {seed: read(run) for seed, run in arms[arm].items()}
-    return {seed: value for seed, value in found.items() if value is not None}
-
-
-def log_ratio(own: float, other: float) -> float | None:
-    """``ln(own / other)``; None unless both are above 0.
-
-    >>> log_ratio(1.0, 1.0)
-    0.0
-    """
-    return math.log(own / other) if own > 0 and other > 0 else None
-
-
-def difference(own: float, other: float) -> float:
-    """``own − other``."""
-    return own - other
-
-
-# -- in words ---------------------------------------------------------------------------------
-
-
-def _value(value: float, scale: Scale, like: float | None = None) -> str:
-    """``−23 %``, ``÷ 12`` and ``× 20`` of a logarithm; ``like`` is one that it is to look like.
-
-    >>> [_value(math.log(ratio), "log") for ratio in (0.77, 1, 1.5, 20, 1 / 12)]
-    ['−23 %', '0 %', '+50 %', '× 20', '÷ 12']
-    >>> _value(-0.01, "points"), _value(0.724, "share")
-    ('−1 point', '72.4 %')
-    """
-    if scale == "number":
-        return amount(value)
-    if scale == "share":
-        return f"{amount(100 * value)} %"
-    if scale == "points":
-        text = amount(100 * value)
-        return f"{'+' if value > 0 else ''}{text} point{'' if text in ('1', '−1') else 's'}"
-    if abs(value if like is None else like) >= math.log(10):
-        return f"{'×' if value > 0 else '÷'} {amount(math.exp(abs(value)))}"
-    return f"{'+' if value > 0 else ''}{amount(100 * math.expm1(value))} %"
-
-
-def _figure(found: Estimate, scale: Scale) -> str:
-    seeds = f"{found.n} seed{'s' if found.n > 1 else ''}"
-    mean, *ends = (
-        _value(value, scale, like=found.mean)
-        for value in (found.mean, found.low, found.high)
-        if value is not None
-    )
-    if scale == "points":  # the unit once
-        ends = [end.split(" ")[0] for end in ends]
-    return f"{mean} ({' to '.join(ends)}), {seeds}" if ends else f"{mean}, {seeds}"
+    return read_checked(Path(folder) / MANIFEST, {"name": Name, "full": bool, **SHAPE})

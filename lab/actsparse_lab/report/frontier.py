@@ -15,46 +15,42 @@ Each arm is judged by itself. Of many arms that are exactly at a bar, one in for
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from actsparse.values import Count, Name, Text
-from actsparse_lab.records import Entry, Run, read_runs, write_whole
-from actsparse_lab.report.comparison import (
-    CONTROL,
+from actsparse.values import Name
+from actsparse_lab.records import Entry, Run, read_runs
+from actsparse_lab.report.comparison import CONTROL
+from actsparse_lab.report.effects import (
     INFERENCE,
+    LIVING,
     QUALITY,
     TRAINING,
-    Estimate,
+    Arms,
     Reader,
-    t_interval,
-)
-from actsparse_lab.report.findings import Arms, difference, paired, within
-from actsparse_lab.report.speed import Speed, read_checked, read_speeds
-from actsparse_lab.report.verdict import fewest_seeds
+    dead_share,
+    difference,
+    fewer,
+    paired,
+    within,
+)  # fmt: skip
+from actsparse_lab.report.manifest import SHAPE, read_checked, write_json
+from actsparse_lab.report.speed import Speed, read_speeds
+from actsparse_lab.report.stats import Estimate, Word, beyond, every, margin, t_interval
 
 MANIFEST = "frontier.json"
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")
 HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"
-POINTS = 0.003  # of accuracy: so much worse is still within noise
-LOSS = 0.01  # likewise of any other quality, as a share of the best vanilla's mean
 # A task is at the knee where the second half of the training, with a schedule of its own for either
 # length, brings less than so many of those margins: 1.5 points, or 5 % of the loss. Not 1: curves
 # of language models never get there. On the steep part of a curve it brings several times that.
 KNEE = 5
 SPARSE = 0.03  # target (a): both densities, within noise
 FEWER = 0.6  # target (b): relative improvement of both over the best vanilla
-
-Word = Literal["yes", "no", "undecided"]
-_SHAPE = {
-    "task": Name, "seeds": Count, "steps": (Count, None), "command": Text,
-    "time": {"seconds": float},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,14 +113,12 @@ class Board:
 
 def write_manifest(folder: str | Path, **fields: Any) -> None:
     """Say what the runs in ``folder`` are of; written whole or not at all."""
-    text = json.dumps(fields, indent=2) + "\n"
-    write_whole(Path(folder) / MANIFEST, text.encode())
+    write_json(Path(folder) / MANIFEST, fields)
 
 
 def read_manifest(folder: str | Path) -> Entry | None:
     """What `write_manifest` wrote; None where there is none. `RecordError` for another file."""
-    path = Path(folder) / MANIFEST
-    return read_checked(path, _SHAPE) if path.is_file() else None
+    return read_checked(Path(folder) / MANIFEST, {"task": Name, **SHAPE})
 
 
 def frontiers_in(folder: str | Path) -> list[Path]:
@@ -146,17 +140,19 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
         return None
     arms, higher, planned = Arms(runs), higher_is_better(runs), int(manifest["seeds"])
     best = best_vanilla(arms)
-    margin = None if best is None else _margin(first["quality_name"], arms[best])
+    loss, early = (
+        None if best is None else margin(first["quality_name"], within(arms, best, read).values())
+        for read in (QUALITY, _validation)
+    )
     speeds = read_speeds(folder)
-    early = None if best is None else _margin(first["quality_name"], arms[best], _validation)
-    judged = _Judge(arms, best, margin, early, higher, planned)
+    judged = _Judge(arms, best, loss, early, higher, planned)
     lost = Counter(run.arm for run in runs if not run.finished)
     names = dict.fromkeys(run.arm for run in runs)
     rows = [judged.row(arm, lost[arm], speeds.get(arm)) for arm in names]
     rows.sort(key=lambda row: (row.inference is None, -_mean(row.inference), row.arm))
     gain = judged.gain(paired(arms, WHOLE, HALF, QUALITY, difference))
-    bar = None if margin is None else -KNEE * margin
-    at_knee = beyond(_turned(gain), bar, planned)
+    bar = None if loss is None else -KNEE * loss
+    at_knee = beyond(gain and -gain, bar, planned)
     without = next((row.within_noise for row in rows if row.arm == CONTROL), None)
     opposite: dict[Word | None, Word] = {"yes": "no", "no": "yes"}
     needs_mlps = opposite.get(without, "undecided")
@@ -167,7 +163,7 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
         quality_name=first["quality_name"],
         higher_is_better=higher,
         best=best,
-        margin=margin,
+        margin=loss,
         knee=gain,
         at_knee=at_knee,
         needs_mlps=needs_mlps,
@@ -175,34 +171,6 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
         chosen=_chosen(arms, rows, best),
         rows=tuple(rows),
     )
-
-
-def beyond(found: Estimate | None, bar: float | None, planned: int) -> Word:
-    """Does what was found lie above the bar? The rule of all of them.
-
-    >>> beyond(Estimate(0.5, 0.1, 5), 0.3, 5), beyond(Estimate(0.5, 0.3, 5), 0.3, 5)
-    ('yes', 'undecided')
-    >>> beyond(Estimate(0.5, 0.1, 5), 0.7, 5), beyond(Estimate(0.5, 0.1, 4), 0.3, 5)
-    ('no', 'undecided')
-    """
-    if found is None or bar is None or found.low is None or found.high is None:
-        return "undecided"
-    if found.n < max(planned, fewest_seeds()):
-        return "undecided"
-    if found.low >= bar:
-        return "yes"
-    return "no" if found.high < bar else "undecided"
-
-
-def every(*words: Word) -> Word:
-    """ "yes" where all are, "no" where any is; else "undecided".
-
-    >>> every("yes", "undecided"), every("undecided", "no")
-    ('undecided', 'no')
-    """
-    if "no" in words:
-        return "no"
-    return "undecided" if "undecided" in words else "yes"
 
 
 def final(run: Run) -> Entry | None:
@@ -246,20 +214,6 @@ def _validation(run: Run) -> float | None:
     return None if end is None else float(end["quality"])
 
 
-def _living(run: Run) -> float | None:
-    found = (run.result or {}).get("inference") or {}
-    return found.get("living_density")
-
-
-def _dead(run: Run) -> float | None:
-    found = (run.result or {}).get("inference") or {}
-    return found["dead"] / found["units"] if found.get("units") else None
-
-
-def _fewer(own: float, other: float) -> float | None:
-    return (other - own) / other if other > 0 else None
-
-
 @dataclass(frozen=True)
 class _Judge:
     arms: Arms
@@ -278,8 +232,8 @@ class _Judge:
             for found, bar in zip((change, on_validation), bars, strict=True)
         )
         inference, training = self.mean(arm, INFERENCE), self.mean(arm, TRAINING)
-        fewer = [self.over_best(arm, read, _fewer) for read in (INFERENCE, TRAINING)]
-        words = [beyond(_turned(found), -SPARSE, self.planned) for found in (inference, training)]
+        reduced = [self.over_best(arm, read, fewer) for read in (INFERENCE, TRAINING)]
+        words = [beyond(found and -found, -SPARSE, self.planned) for found in (inference, training)]
         dense = inference is None or not rival
         return Row(
             arm=arm,
@@ -293,12 +247,12 @@ class _Judge:
             validation_within=validation_noise,
             inference=inference,
             training=training,
-            living=self.mean(arm, _living),
-            dead=self.mean(arm, _dead),
-            fewer_inference=fewer[0],
-            fewer_training=fewer[1],
+            living=self.mean(arm, LIVING),
+            dead=self.mean(arm, dead_share),
+            fewer_inference=reduced[0],
+            fewer_training=reduced[1],
             sparse=None if dense or noise is None else every(*words, noise),
-            fewer=None if dense else every(*(beyond(f, FEWER, self.planned) for f in fewer)),
+            fewer=None if dense else every(*(beyond(f, FEWER, self.planned) for f in reduced)),
             speed=speed,
         )
 
@@ -314,26 +268,15 @@ class _Judge:
 
     def turn(self, change: Estimate | None) -> Estimate | None:
         """A change of quality such that more is better."""
-        return change if self.higher else _turned(change)
+        return change if self.higher or change is None else -change
 
     def gain(self, effects: dict[int, float]) -> Estimate | None:
         """The same of effects by seed."""
         return self.turn(t_interval(effects.values()))
 
 
-def _turned(found: Estimate | None) -> Estimate | None:
-    return None if found is None else Estimate(-found.mean, found.half, found.n)
-
-
 def _mean(found: Estimate | None) -> float:
     return 0.0 if found is None else found.mean
-
-
-def _margin(quality_name: str, runs: dict[int, Run], read: Reader = QUALITY) -> float | None:
-    if quality_name == "accuracy":
-        return POINTS
-    mean = t_interval(value for value in map(read, runs.values()) if value is not None)
-    return None if mean is None else LOSS * abs(mean.mean)
 
 
 def _chosen(arms: Arms, rows: Sequence[Row], best: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The frontier's pages: docs/frontier.md, what a task's own page shows, and the plot."""
+"""The frontier in words, tables and pages: docs/frontier.md, a README and a task's own page."""
 
 from __future__ import annotations
 
@@ -8,32 +8,182 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from actsparse_lab.records import Run, read_runs, write_whole
-from actsparse_lab.report import plots
-from actsparse_lab.report.board import (
-    RULE,
-    boards,
-    cells_of,
-    counts_text,
-    headline,
-    heads_of,
-    markdown_scoreboard,
-    reached_text,
-    summary,
-    table_line,
-)
-from actsparse_lab.report.comparison import Table, compare, plain
-from actsparse_lab.report.frontier import HALF, Board, board
+from rich.console import Console
+from rich.text import Text
+
+from actsparse_lab.records import RecordError, Run, read_runs, write_whole
+from actsparse_lab.report.comparison import BEST, compare, plain
+from actsparse_lab.report.frontier import (
+    CONTROL,
+    FEWER,
+    KNEE,
+    MANIFEST,
+    SPARSE,
+    WHOLE,
+    Board,
+    Row,
+    board,
+    frontiers_in,
+)  # fmt: skip
+from actsparse_lab.report.frontier_plot import FRONTIER
+from actsparse_lab.report.numbers import NONE, change, decimal, percent, quality, ratio
 from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.race import HEADS, race_note, race_picture, race_row, race_text, races
-from actsparse_lab.report.slim import SLIM_RULE, TITLE, markdown_slim, read_slim
-from actsparse_lab.report.words import markdown
+from actsparse_lab.report.prose import sections as words_of
+from actsparse_lab.report.race import race_picture, race_table, race_text, races
+from actsparse_lab.report.slim import SLIM_RULE, TITLE, read_slim, slim_table, slim_text
+from actsparse_lab.report.stats import POINTS, SHARE
+from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 RACE = "race"  # a folder of a task's: runs timed one at a time
 ABOUT = (
     "# The frontier: how sparse at equal quality?\n\n"
     "Made from records by `actsparse report benchmarks/frontier --markdown`; do not edit."
 )
+
+
+RULE = words_of("rules.md")["The frontier"].format(
+    points=100 * POINTS,
+    share=100 * SHARE,
+    sparse=SPARSE,
+    fewer=100 * FEWER,
+    whole=WHOLE,
+    knee_points=KNEE * 100 * POINTS,
+    knee_share=KNEE * 100 * SHARE,
+)
+
+
+# -- in words ------------------------------------------------------------------------------------
+
+
+def counts_text(of: Board) -> str:
+    """Whether the task counts, and the two figures that decide it."""
+    words = {"yes": "counts", "no": "does not count", "undecided": "may not count (undecided)"}
+    control = of.row(CONTROL)
+    without = None if control is None else control.change
+    shown = (2, 100.0, " points") if of.quality_name == "accuracy" else (3, 1.0, "")
+    cost, noise = decimal(of.knee, *shown), decimal(of.margin, *shown)
+    bar = decimal(None if of.margin is None else KNEE * of.margin, *shown)
+    changed = change(of.quality_name, without, 2)
+    return (
+        f"{of.task} {words[of.counts]}. Half the steps cost {cost} of {of.quality_name} (below "
+        f"{bar}: {of.at_knee}); without MLPs it changes by {changed} (worse by more than {noise}: "
+        f"{of.needs_mlps})."
+    )
+
+
+def reached_text(of: Board) -> str:
+    """The best vanilla, what validation chose, and which arms reach the targets."""
+    best = of.row(of.best)
+    if best is None:
+        return "No vanilla run is finished, so there is nothing to compare with."
+    said = f"Best vanilla: {best.arm}, {quality(of.quality_name, best.quality)}, inference density "
+    said += f"{decimal(best.inference, 4)}."
+    if (row := of.row(of.chosen)) is not None:
+        said += (
+            f" Sparsest within noise on validation rows: {row.arm}, "
+            f"{percent(row.fewer_inference)} fewer active in inference and "
+            f"{percent(row.fewer_training)} in training, at a change of "
+            f"{change(of.quality_name, row.change, 2)} on the test split (within noise: "
+            f"{row.within_noise})."
+        )
+    else:
+        said += " No arm is within noise on validation rows."
+    for name, bar, reached in (
+        ("(a)", f"at most {100 * SPARSE:g} % active, within noise", [r.sparse for r in of.rows]),
+        ("(b)", f"at least {100 * FEWER:g} % fewer active", [r.fewer for r in of.rows]),
+    ):
+        names = [row.arm for row, word in zip(of.rows, reached, strict=True) if word == "yes"]
+        said += f" {name}, {bar}: {', '.join(names) or 'none'}."
+    return said
+
+
+def summary(of: Board) -> str:
+    """One line: does the task count, and what came of it."""
+    return f"{counts_text(of)} {reached_text(of)}"
+
+
+def headline(of: Board) -> str:
+    """What validation chose, in a few words."""
+    row = of.row(of.chosen)
+    if row is None or row.fewer_inference is None:
+        return f"{of.task}: no arm is known to be sparser within noise of the best vanilla"
+    return (
+        f"{of.task}: {row.arm} has {percent(row.fewer_inference.mean, 0)} fewer active neurons "
+        f"than the best vanilla, within its noise on test rows: {row.within_noise}"
+    )
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def frontier_table(of: Board) -> Table:
+    """A row for each arm."""
+    name = of.quality_name
+    columns = (
+        Column("arm"), Column(name),
+        Column("change, points" if name == "accuracy" else "change"),
+        *map(Column, ("within noise", "inference density", "training density")),
+        *(Column(head, brief=False) for head in (
+            "living density", "dead units", "fewer active, inference", "fewer active, training")),
+        Column("(a)"), Column("(b)"),
+        *(Column(head, brief=False) for head in ("MLPs × faster", "model × faster", "seeds")),
+    )  # fmt: skip
+    ran = [f"{row.arm}: {row.speed.why}" for row in of.rows if row.speed]
+    note = f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
+    rows = tuple((row.arm, *_cells(name, row)) for row in of.rows)
+    return Table(f"{FRONTIER.name}-table", "The frontier", columns, rows, (note,))
+
+
+def _cells(name: str, row: Row) -> tuple[str, ...]:
+    return (
+        quality(name, row.quality),
+        change(name, row.change, 2, unit=""),
+        row.within_noise or NONE,
+        decimal(row.inference, 4),
+        decimal(row.training, 4),
+        decimal(row.living, 4),
+        percent(row.dead),
+        percent(row.fewer_inference),
+        percent(row.fewer_training),
+        row.sparse or NONE,
+        row.fewer or NONE,
+        ratio(row.speed.mlps if row.speed else None),
+        ratio(row.speed.model if row.speed else None),
+        f"{row.seeds}" + (f", {row.lost} lost" if row.lost else ""),
+    )
+
+
+def print_board(of: Board, console: Console) -> None:
+    """The task's line and the columns that decide, for the terminal."""
+    console.print(Text(summary(of), style="bold"))
+    frontier_table(of).print(console)
+
+
+def markdown_scoreboard(folder: str | Path) -> str:
+    """For a README: of each task the best vanilla, and `BEST` or else what validation chose."""
+    heads = ("task", "counts", "arm", "quality", *_SCORES, "command")
+    rows: list[tuple[Cell | str, ...]] = []
+    for judged in boards(folder).values():
+        columns = [column.head for column in frontier_table(judged).columns[1:]]
+        for row in (judged.row(judged.best), judged.row(BEST) or judged.row(judged.chosen)):
+            if row is None:
+                continue
+            name = judged.quality_name
+            cells = dict(zip(columns, _cells(name, row), strict=True))
+            scored = f"{quality(name, row.quality)} ({name})"
+            command = Cell(judged.command, markdown=code(judged.command))
+            shown = (cells[head] for head in _SCORES)
+            rows.append((judged.task, judged.counts, row.arm, scored, *shown, command))
+    return Table("scoreboard", "tasks", tuple(map(Column, heads)), tuple(rows)).markdown()
+
+
+_SCORES = (
+    "within noise", "inference density", "training density", "living density", "dead units",
+    "MLPs × faster", "model × faster",
+)  # fmt: skip
+
+
+# -- pages ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,11 +199,23 @@ class Section:
     text: str
     picture: Picture
     shown: tuple[Any, ...]
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
+    table: Table
     rule: str = ""
     heading: dict[str, str] = field(default_factory=dict)
+
+
+def boards(folder: str | Path) -> dict[Path, Board]:
+    """Every frontier task in ``folder`` that has a finished run.
+
+    Raises `RecordError` where there is none, and as `board` does.
+    """
+    found = {place: judged for place in frontiers_in(folder) if (judged := board(place))}
+    if not found:
+        raise RecordError(
+            f"no {MANIFEST} with finished runs in {folder} or a folder in it; `actsparse frontier` "
+            f"makes them"
+        )
+    return found
 
 
 def scoreboard(folder: str | Path) -> dict[str, Any]:
@@ -96,10 +258,10 @@ def markdown_frontier(folder: str | Path, link: str = "") -> str:
                 f"![{markdown(each.title)}]({way}plots/{each.name}.png)",
                 "",
             ]
-            lines += map(table_line, (each.heads, ["---"] * len(each.heads), *each.rows))
-            lines += ["", each.note]
+            lines += [each.table.markdown().rstrip("\n")]
         if place in slims:
-            lines += ["", f"### {TITLE}", "", markdown_slim(slims[place], judged)]
+            slimmed = slim_table(slims[place], judged.quality_name).markdown().rstrip("\n")
+            lines += ["", f"### {TITLE}", "", slim_text(slims[place]), "", slimmed]
     return "\n".join(lines) + "\n"
 
 
@@ -115,85 +277,23 @@ def sections(folder: str | Path, runs: list[Run]) -> list[Section]:
                 text=reached_text(judged),
                 picture=FRONTIER,
                 shown=(judged, compare(runs)),
-                heads=("arm", *heads_of(judged)),
-                rows=tuple((row.arm, *cells_of(judged, row)) for row in judged.rows),
-                note=_note(judged),
+                table=frontier_table(judged),
                 rule=RULE,
                 heading={"title": headline(judged), "lead": counts_text(judged)},
             )
         )
     for timed in (runs, read_runs(Path(folder) / RACE)):
         for _, heats in groupby(races(timed), key=lambda race: race.fast):
-            race, *others = heats  # the same runs, to goals of another kind
+            several = tuple(heats)  # the same runs, to goals of different kinds
+            table = race_table(several)
             found.append(
                 Section(
-                    name=f"race-{race.fast}",
-                    title=f"{race.fast}, accelerated, against dense {race.dense}",
-                    text=" ".join(map(race_text, (race, *others))),
-                    picture=race_picture(race),
-                    shown=(race, compare(timed), timed),
-                    heads=HEADS,
-                    rows=tuple(tuple(race_row(each)) for each in (race, *others)),
-                    note=race_note(race),
+                    name=f"race-{several[0].fast}",
+                    title=table.title,
+                    text=" ".join(map(race_text, several)),
+                    picture=race_picture(several[0]),
+                    shown=(several[0], compare(timed), timed),
+                    table=table,
                 )
             )
     return found
-
-
-def _note(of: Board) -> str:
-    """The command, and how the blocks ran where speed was measured."""
-    ran = [f"{row.arm}: {row.speed.why}" for row in of.rows if row.speed]
-    return f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
-
-
-# -- to look at --------------------------------------------------------------------------------
-
-
-def frontier_plot(of: Board, table: Table, dark: bool = False) -> bytes | None:
-    """Quality against inference density on a log axis: means with 95 % intervals over seeds.
-
-    The control without MLPs is a line; shaded is what lies within noise of the best vanilla's
-    mean. ``table`` gives arms their colours.
-    """
-    rows = [row for row in of.rows if row.quality is not None and row.arm != HALF]
-    dense = [row for row in rows if row.inference is not None]
-    best = of.row(of.best)
-    if not dense or best is None or best.quality is None or of.margin is None:
-        return None
-    height = plots.HEIGHT + 0.14 * len(rows)  # the legend's lines
-    figure, (axes,) = plots.new_figure(dark, size=(plots.WIDTH, height))
-    middle = best.quality.mean
-    axes.axhspan(middle - of.margin, middle + of.margin, color=plots.INK[dark], alpha=0.12)
-    smallest = min(
-        (r.inference.mean for r in dense if r.inference and r.inference.mean > 0), default=1e-4
-    )
-    values = [middle]
-    for name, style in plots.styles(table, dark):
-        row = next((row for row in rows if row.arm == name), None)
-        if row is None or row.quality is None:
-            continue
-        values.append(row.quality.mean)
-        if row.inference is None:
-            axes.axhline(row.quality.mean, color=style["color"], linestyle="--", label=name)
-            continue
-        x, half = max(row.inference.mean, smallest / 2), row.inference.half or 0.0
-        axes.errorbar(
-            x, row.quality.mean, xerr=[[min(half, 0.9 * x)], [half]], yerr=row.quality.half or 0.0,
-            color=style["color"], marker=style["marker"], linestyle="", markersize=8,
-            elinewidth=1.2, label=name,
-        )  # fmt: skip
-    plots.log_axis(axes, "x", few=True)
-    space = max(0.12 * (max(values) - min(values)), 2 * of.margin)
-    axes.set_ylim(min(values) - space, max(values) + space)
-    axes.set_xlabel("inference density  (left is sparser)")
-    axes.set_ylabel(f"{of.quality_name}  ({'up' if of.higher_is_better else 'down'} is better)")
-    return plots.png(figure, table)
-
-
-FRONTIER = Picture(
-    "frontier",
-    frontier_plot,
-    "Quality against density",
-    "Test split, means with 95 % intervals over seeds. Dashed: the control without MLPs. Shaded: "
-    "within noise of the best vanilla’s mean.",
-)

@@ -7,7 +7,7 @@ by `actsparse measure`, holds what passes over the trained model found.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from actsparse.untrusted import parse_json
 from actsparse.values import Name, check
 from actsparse_lab.packed import read_file
 from actsparse_lab.records import Entry, RecordError, Run, run_measures_path
-from actsparse_lab.report.comparison import Estimate, Table, t_interval
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.effects import number
+from actsparse_lab.report.stats import Estimate, t_interval
 
 SCHEMA = 1  # of measures.json
 KEYS = (
@@ -92,7 +94,7 @@ class Theory:
     how: tuple[Entry, ...]
 
 
-def theory_of(table: Table, runs: list[Run]) -> Theory | None:
+def theory_of(table: Comparison, runs: list[Run]) -> Theory | None:
     """The measures of a directory's runs; None where records hold none.
 
     Raises `RecordError` as `read_measures` does.
@@ -111,21 +113,6 @@ def theory_of(table: Table, runs: list[Run]) -> Theory | None:
         if run.finished and file and file.get("how")
     ]
     return Theory(table.task, identity, arms, tuple({str(how): how for how in hows}.values()))
-
-
-def number(entry: Entry | None, *keys: str) -> float | None:
-    """The number there; None where a key is missing, or null or no finite number stands.
-
-    >>> number({"measures": {"flatness": 2}}, "measures", "flatness")
-    2.0
-    >>> number({"measures": None}, "measures", "flatness") is None
-    True
-    """
-    value: Any = entry
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain and math.isfinite(value) else None
 
 
 def read_measures(run: Run) -> Entry | None:
@@ -220,7 +207,7 @@ Beside = list[tuple[Run, Entry | None]]
 def _measured(arm: str, beside: Beside) -> Measured:
     done = [(run, file) for run, file in beside if run.finished]
     files = [file for _, file in done]
-    training = {key: _mean(_late(run, key) for run, _ in done) for key in KEYS}
+    training = {key: t_interval(_late(run, key) for run, _ in done) for key in KEYS}
     return Measured(
         arm=arm,
         training={key: value for key, value in training.items() if value is not None},
@@ -228,10 +215,10 @@ def _measured(arm: str, beside: Beside) -> Measured:
         gauss_newton=_drawn(files, "gauss_newton"),
         hessian=_drawn(files, "hessian"),
         token_copies=_drawn(files, "token_copies"),
-        top_eigenvalue=_mean(
+        top_eigenvalue=t_interval(
             number(file, "curvature", "top_eigenvalue", "value") for file in files
         ),
-        flatness=_mean(_flatness(file) for file in files),
+        flatness=t_interval(_flatness(file) for file in files),
     )
 
 
@@ -239,17 +226,13 @@ def _late(run: Run, key: str) -> float | None:
     """The mean over the training lines of the last fifth of the steps."""
     after = 0.8 * max((entry["step"] for entry in run.train), default=0)
     late = [number(entry["measures"], key) for entry in run.train if entry["step"] > after]
-    mean = _mean(late)
+    mean = t_interval(late)
     return None if mean is None else mean.mean
-
-
-def _mean(values: Iterable[float | None]) -> Estimate | None:
-    return t_interval(value for value in values if value is not None)
 
 
 def _drawn(files: list[Entry | None], name: str) -> Drawn | None:
     known = [file for file in files if number(file, "curvature", name, "value") is not None]
-    mean = _mean(number(file, "curvature", name, "value") for file in known)
+    mean = t_interval(number(file, "curvature", name, "value") for file in known)
     if mean is None:
         return None
     errors = [number(file, "curvature", name, "standard_error") for file in known]

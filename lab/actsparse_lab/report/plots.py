@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.comparison import Estimate, Table
-from actsparse_lab.report.words import amount
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.numbers import amount
+from actsparse_lab.report.stats import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,9 +31,10 @@ SERIES_INK = {False: "#6B6B6B", True: "#B4B4B4"}  # the reference arm
 INK = {False: "#33373D", True: "#C9CDD3"}
 PAPER = {False: "#FFFFFF", True: "#1B1E23"}  # as in page.html.jinja
 WIDTH, HEIGHT, DPI = 5.4, 4.1, 180  # inches: large type, for it shrinks to a phone's width
+ROOM = 0.13  # between two labels, of a panel's height
 PANEL = 1.45  # the height of one of several above each other
 
-Plot = Callable[[Table, list[Run], bool], bytes | None]
+Plot = Callable[[Comparison, list[Run], bool], bytes | None]
 Axis = Literal["zero", "log", "fit"]
 
 
@@ -57,28 +62,7 @@ class Panel:
     level: float | None = None
 
 
-def inference_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """Density on held-out data in eval mode, over steps: a line a seed, thick for their mean."""
-    density = Panel("inference density", lambda run: _densities(run.evals))
-    return over_steps(table, runs, dark, density)
-
-
-def training_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """Density on training batches in train mode, over steps."""
-    density = Panel("training density", lambda run: _densities(run.train))
-    return over_steps(table, runs, dark, density)
-
-
-def loss(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """Validation loss over steps, on a log axis."""
-
-    def losses(run: Run) -> dict[int, float]:
-        return {entry["step"]: entry["loss"] for entry in run.evals}
-
-    return over_steps(table, runs, dark, Panel("validation loss", losses, "log"))
-
-
-def density_by_block(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def density_by_block(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Inference density of every block at the end, by depth: a mark a seed, a line for the mean."""
     figure, (axes,) = new_figure(dark)
     deepest = 0
@@ -107,7 +91,7 @@ def density_by_block(table: Table, runs: list[Run], dark: bool = False) -> bytes
     return png(figure, table)
 
 
-def quality_against_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def quality_against_density(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Each arm's quality against its inference density, with 95 % intervals; small marks are seeds.
 
     An arm without MLPs has no density and is drawn as a line. The axes fit the seeds, so that the
@@ -154,7 +138,7 @@ def quality_against_density(table: Table, runs: list[Run], dark: bool = False) -
     return png(figure, table)
 
 
-def over_steps(table: Table, runs: list[Run], dark: bool, *panels: Panel) -> bytes | None:
+def over_steps(table: Comparison, runs: list[Run], dark: bool, *panels: Panel) -> bytes | None:
     """Panels above each other over the same steps; those with nothing to show are left out.
 
     Thin lines are seeds. Thick ones are the mean over an arm's finished seeds, with a gap at a step
@@ -183,12 +167,23 @@ def over_steps(table: Table, runs: list[Run], dark: bool, *panels: Panel) -> byt
         if len(shown) == 1:
             axes.set_ylabel(panel.label)
         else:
-            axes.set_title(panel.label, loc="left", fontsize=12, color=INK[dark])
+            heading(axes, panel.label, dark)
     every[-1].set_xlabel("step")
     return png(figure, table)
 
 
-def _draw(axes: Axes, table: Table, series: list[tuple[Run, dict[int, float]]], dark: bool) -> None:
+def steps(*panels: Panel) -> Plot:
+    """The plot of panels over steps, see `over_steps`."""
+
+    def plot(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
+        return over_steps(table, runs, dark, *panels)
+
+    return plot
+
+
+def _draw(
+    axes: Axes, table: Comparison, series: list[tuple[Run, dict[int, float]]], dark: bool
+) -> None:
     for name, style in styles(table, dark):
         line = {"color": style["color"], "linestyle": style["linestyle"]}
         own = [(run.finished, points) for run, points in series if run.arm == name and points]
@@ -203,25 +198,107 @@ def _draw(axes: Axes, table: Table, series: list[tuple[Run, dict[int, float]]], 
             axes.plot(list(mean), list(mean.values()), **line, linewidth=2.4, label=name)
 
 
+def draw_seeds(
+    axes: Axes,
+    seeds: Sequence[Mapping[Any, float]],
+    color: str,
+    mean: Callable[[list[float]], float] = fmean,
+    *,
+    alpha: float = 0.3,
+    linestyle: str = "-",
+    **thick: Any,
+) -> tuple[Any, dict[Any, float]]:
+    """A thin line for each seed, and a thick one for their mean; that line, and the mean."""
+    style: dict[str, Any] = {"color": color, "linestyle": linestyle}
+    for line in seeds:
+        axes.plot(list(line), list(line.values()), **style, alpha=alpha, linewidth=1)
+    found = mean_line(seeds, mean)
+    if not found:
+        return None, found
+    thick = {"linewidth": 2.4} | thick
+    (drawn,) = axes.plot(list(found), list(found.values()), **style, **thick)
+    return drawn, found
+
+
+def mean_line(
+    seeds: Sequence[Mapping[Any, float]], mean: Callable[[list[float]], float] = fmean
+) -> dict[Any, float]:
+    """The mean over seeds at each place that all of them have: others would bend the line."""
+    common = sorted(set.intersection(*map(set, seeds))) if seeds else []
+    return {at: mean([line[at] for line in seeds]) for at in common}
+
+
+def stacked(dark: bool, titles: Sequence[str], height: float, more: float) -> Any:
+    """A figure and its axes above each other, each under its title, over one kind of x.
+
+    ``height`` is that of each, ``more`` what the figure has besides, in inches.
+    """
+    size = (WIDTH, more + height * len(titles))
+    figure, every = new_figure(dark, rows=len(titles), size=size)
+    for axes, title in zip(every, titles, strict=True):
+        heading(axes, title, dark)
+        axes.tick_params(labelbottom=axes is every[-1])
+    return figure, every
+
+
+def heading(axes: Axes, title: str, dark: bool, size: float = 12) -> None:
+    """A title at the left."""
+    axes.set_title(title, loc="left", fontsize=size, color=INK[dark])
+
+
+def label_ends(
+    axes: Axes, ends: Mapping[Any, float], names: Mapping[Any, str], colors: Mapping[Any, str]
+) -> None:
+    """Names right of where lines end, in their colours, apart from each other."""
+    order = sorted(ends, key=ends.__getitem__)
+    points = axes.transData.transform([(axes.get_xlim()[1], ends[key]) for key in order])
+    places = spread(np.asarray(axes.transAxes.inverted().transform(points))[:, 1])
+    for key, y in zip(order, places - max(places[-1] - 1, 0), strict=True):  # none above the top
+        text = axes.text(1.02, float(y), names[key], transform=axes.transAxes, va="center")
+        text.set(color=colors[key], fontsize=11.5)
+
+
+def spread(places: np.ndarray, room: float = ROOM) -> np.ndarray:
+    """Ascending places moved apart, so that two are ``room`` apart at least.
+
+    >>> spread(np.array([0.5, 0.5, 0.9]), room=0.2).round(2).tolist()
+    [0.4, 0.6, 0.9]
+    """
+    steps = room * np.arange(len(places))
+    over = np.maximum.accumulate(places - steps)
+    under = np.minimum.accumulate((places - steps)[::-1])[::-1]
+    return (over + under) / 2 + steps
+
+
+def palette(dark: bool) -> tuple[str, ...]:
+    """The colours, in their order."""
+    return DARK if dark else LIGHT
+
+
 def _densities(entries: list[Entry]) -> dict[int, float]:
     return {entry["step"]: entry["measures"]["density"] for entry in entries if entry["measures"]}
+
+
+inference_density = steps(Panel("inference density", lambda run: _densities(run.evals)))
+training_density = steps(Panel("training density", lambda run: _densities(run.train)))
+loss = steps(Panel("validation loss", lambda run: {e["step"]: e["loss"] for e in run.evals}, "log"))
 
 
 def _bar(estimate: Estimate) -> float:
     return estimate.half or 0.0
 
 
-def styles(table: Table, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def styles(table: Comparison, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Colour, mark and dash of every arm, the same in all plots."""
-    palette = DARK if dark else LIGHT
+    colours = palette(dark)
     others = 0
     for arm in table.arms:
         if arm.name == table.reference:
             yield arm.name, {"color": SERIES_INK[dark], "marker": "o", "linestyle": "-"}
             continue
-        dash = DASHES[(others // len(palette)) % len(DASHES)]
+        dash = DASHES[(others // len(colours)) % len(DASHES)]
         mark = MARKS[1 + others % (len(MARKS) - 1)]
-        yield arm.name, {"color": palette[others % len(palette)], "marker": mark, "linestyle": dash}
+        yield arm.name, {"color": colours[others % len(colours)], "marker": mark, "linestyle": dash}
         others += 1
 
 
@@ -272,7 +349,7 @@ def log_axis(axes: Axes, which: Literal["x", "y"], few: bool = False) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def png(figure: Figure, table: Table) -> bytes:
+def png(figure: Figure, table: Comparison) -> bytes:
     """The figure with a legend of its arms, as a PNG."""
     lines: dict[str, Any] = {}
     for axes in figure.axes:

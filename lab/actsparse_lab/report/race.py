@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
-from actsparse_lab.report.comparison import Table
-from actsparse_lab.report.findings import Arms
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.effects import Arms
 from actsparse_lab.report.frontier import best_vanilla, higher_is_better
+from actsparse_lab.report.numbers import NONE, decimal, ratio
 from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.speed import Factor, factor, factor_text
-from actsparse_lab.report.verdict import fewest_seeds
-from actsparse_lab.report.words import NONE
+from actsparse_lab.report.stats import Factor, factor, fewest_seeds
+from actsparse_lab.report.tables import Column, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -154,27 +154,38 @@ def _lap(dense: Run, fast: Run, key: str, higher: bool) -> Lap:
 
 # -- in words, and to look at ------------------------------------------------------------------
 
-HEADS = (
+COLUMNS = tuple(map(Column, (
     "task", "dense", "accelerated", "same validation", "goal reached", "seconds to the goal",
     "dense ÷ accelerated", "whole training", "sooner?",
-)  # fmt: skip
+)))  # fmt: skip
 
 
-def race_row(race: Race) -> list[str]:
-    """The cells under `HEADS`."""
+def race_table(several: Sequence[Race]) -> Table:
+    """A row for each of some races of one accelerated arm."""
+    rows = tuple(map(_row, several))
+    return Table(
+        f"race-{several[0].fast}-table", _title(several[0]), COLUMNS, rows, (_note(several[0]),)
+    )
+
+
+def _title(race: Race) -> str:
+    return f"{race.fast}, accelerated, against dense {race.dense}"
+
+
+def _row(race: Race) -> tuple[str, ...]:
     reached = [(lap.dense, lap.fast) for lap in race.laps if lap.fast is not None]
-    seconds = [f"{statistics.median(each):.0f}" for each in zip(*reached, strict=True)]
-    return [
+    seconds = [decimal(statistics.median(each), 0) for each in zip(*reached, strict=True)]
+    return (
         race.task,
         race.dense,
         race.fast,
         race.goal,
         f"{len(reached)} of {len(race.laps)} seeds",
         " against ".join(seconds) or NONE,
-        factor_text(race.to_goal),
-        factor_text(race.whole),
+        ratio(race.to_goal),
+        ratio(race.whole),
         race.sooner,
-    ]
+    )
 
 
 def race_text(race: Race) -> str:
@@ -183,10 +194,10 @@ def race_text(race: Race) -> str:
     reached = sum(lap.fast is not None for lap in race.laps)
     said = f"{race.task}, {race.fast} accelerated: {word} than dense {race.dense} at the same "
     said += f"validation {race.goal}, reached in {reached} of {len(race.laps)} seeds"
-    return said + (f", there {factor_text(race.to_goal)} times as fast." if reached else ".")
+    return said + (f", there {ratio(race.to_goal)} times as fast." if reached else ".")
 
 
-def race_note(race: Race) -> str:
+def _note(race: Race) -> str:
     """How to read a race's row and picture."""
     resumed = [str(lap.seed) for lap in race.laps if lap.resumed]
     said = (
@@ -197,7 +208,9 @@ def race_note(race: Race) -> str:
     return said + (f" Resumed on the way: seed {', '.join(resumed)}." if resumed else "")
 
 
-def race_plot(race: Race, table: Table, runs: Sequence[Run], dark: bool = False) -> bytes | None:
+def race_plot(
+    race: Race, table: Comparison, runs: Sequence[Run], dark: bool = False
+) -> bytes | None:
     """Validation loss and quality over wall-clock seconds: a line a seed, thick for the mean.
 
     ``table`` gives arms their colours. The mean is of seconds and values at the same step. Dotted

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.table import Table as Grid
 from rich.text import Text
 
 from actsparse_lab.records import RecordError, Run, read_runs
@@ -22,23 +22,19 @@ from actsparse_lab.report.findings import (
     Findings,
     findings,
     read_manifest,
-)
-from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, Picture
-from actsparse_lab.report.words import amount, code, markdown
+)  # fmt: skip
+from actsparse_lab.report.numbers import amount, decimal
+from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH
+from actsparse_lab.report.prose import pictures, sections
+from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RULE = (
-    "A claim holds where the 95 % t-interval of its effects over paired seeds lies wholly beyond "
-    "the bar and so many seeds do that a fair coin would give as many in fewer than 1 of 20; it "
-    "does not hold here where both are so on the other side; else, and where any seed has no such "
-    "number, it is undecided. Fewer than 5 seeds decide nothing. Where the typical seed’s effect "
-    "lies at the bar, at most 1 of 32 such verdicts of 5 seeds is a false “holds”. Seeds change "
-    "the initialisation and the order of the data: all share one split, so that intervals say "
-    "nothing of other test data."
-)
-STYLES = {"holds": "green", "does not hold here": "red", "undecided": "yellow"}
+RULE = sections("rules.md")["Claims"]
+STYLES: dict[str, Literal["yes", "no", "open"]] = {
+    "holds": "yes", "does not hold here": "no", "undecided": "open"
+}  # fmt: skip
 ROW = 0.62  # inches of a question in the plot
 
 
@@ -85,16 +81,23 @@ def heading(found: Findings) -> dict[str, str]:
 def print_findings(found: Findings, console: Console) -> None:
     """The verdicts, for the terminal."""
     console.print(Text(heading(found)["title"], style="bold"))
-    grid = Grid(box=None, pad_edge=False, header_style="bold")
-    for head, wrap in (("claim", True), ("effect, 95 % interval", True), ("bar", True)):
-        grid.add_column(head, no_wrap=not wrap)
-    grid.add_column("verdict", no_wrap=True)
+    findings_table(found).print(console)
+
+
+def findings_table(found: Findings) -> Table:
+    """A row for each claim."""
+    columns = (
+        Column("claim", prose=True), Column("source", prose=True, brief=False),
+        Column("effect of a seed", prose=True, brief=False), Column("bar"),
+        Column("our figure"), Column("verdict"), Column("why", prose=True, brief=False),
+    )  # fmt: skip
+    rows = []
     for each in found.findings:
-        word = each.verdict.word
-        grid.add_row(
-            each.question.claim.text, each.figure, each.bar, Text(word, style=STYLES[word])
-        )
-    console.print(grid)
+        claim, word = each.question.claim, each.verdict.word
+        verdict = Cell(word, style=STYLES[word], markdown=f"**{word}**")
+        told = (claim.text, claim.source, each.question.effect, each.bar, each.figure)
+        rows.append((*told, verdict, each.verdict.why))
+    return Table("verdicts", "verdicts", columns, tuple(rows), (RULE,))
 
 
 def effects_plot(found: Findings, dark: bool = False) -> bytes | None:
@@ -137,13 +140,7 @@ def effects_plot(found: Findings, dark: bool = False) -> bytes | None:
     return plots.render(figure, lines)
 
 
-EFFECTS = Picture(
-    "effects",
-    effects_plot,
-    "Effects and their bars",
-    "A dot a seed; line: mean and 95 % interval; shaded: where effects must lie for the claim to "
-    "hold. A logarithm is drawn as the ratio that it is of.",
-)
+(EFFECTS,) = pictures({"effects": effects_plot})
 
 
 def _colours(dark: bool) -> Iterable[str]:
@@ -190,19 +187,22 @@ def markdown_reproduction(folder: str | Path, link: str = "") -> str:
         found = findings_in(place, runs)
         assert found is not None
         every[name] = found, runs
-    lines = [
-        _INTRODUCTION,
-        "",
-        "| experiment | claim | source | our figure | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    for name, (found, _) in every.items():
-        for each in found.findings:
-            claim = each.question.claim
-            cells = (f"[{name}](#{name})", claim.text, claim.source, each.figure)
-            lines.append(_row(*cells, each.verdict.word))
-    total = sum(len(found.findings) for found, _ in every.values())
-    lines += ["", f"{total} verdicts, of claims and of checks of ours. {RULE}"]
+    heads = (Column("experiment"), Column("claim", prose=True), Column("source"))
+    rows = tuple(
+        (
+            Cell(name, markdown=f"[{name}](#{name})"),
+            each.question.claim.text,
+            each.question.claim.source,
+            each.figure,
+            each.verdict.word,
+        )
+        for name, (found, _) in every.items()
+        for each in found.findings
+    )
+    note = f"{len(rows)} verdicts, of claims and of checks of ours. {RULE}"
+    columns = (*heads, Column("our figure"), Column("verdict"))
+    summary = Table("experiments", "verdicts", columns, rows, (note,)).markdown()
+    lines = [_INTRODUCTION, "", summary.rstrip("\n")]
     for name, (found, runs) in every.items():
         lines += ["", *_section(name, found, runs, f"{link}{places[name].name}")]
     return "\n".join(lines) + "\n"
@@ -228,23 +228,12 @@ def _section(name: str, found: Findings, runs: list[Run], place: str) -> list[st
 
 def markdown_findings(found: Findings) -> str:
     """The verdicts on one experiment, as a table."""
-    lines = ["| claim | source | effect of a seed | bar | our figure | verdict | why |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    for each in found.findings:
-        question, judged = each.question, each.verdict
-        cells = [question.claim.text, question.claim.source, question.effect, each.bar]
-        lines.append(_row(*cells, each.figure, f"**{judged.word}**", judged.why))
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: str) -> str:
-    """A row of a table; an upright stroke in a cell, as in |η|, would end it."""
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return replace(findings_table(found), notes=()).markdown()
 
 
 def _made(manifest: dict[str, Any], runs: list[Run]) -> list[str]:
     hardware = runs[0].header["hardware"] if runs else {}
     where = hardware.get("gpu") or hardware.get("cpu")
-    took = f"{manifest['time']['seconds'] / 60:.1f} min in all, {len(runs)} runs judged"
+    took = f"{decimal(manifest['time']['seconds'] / 60, 1)} min in all, {len(runs)} runs judged"
     on = markdown(f"{hardware.get('cores')} cores ({where})")
     return [f"{code(manifest['command'])}: {took}, on {on}."]

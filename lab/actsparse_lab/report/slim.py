@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from actsparse.values import Above0, Count, Name, Share, check
 from actsparse_lab.record_schema import Entry
-from actsparse_lab.report.board import change_text, quality_text, table_line
-from actsparse_lab.report.comparison import Estimate, t_interval
-from actsparse_lab.report.frontier import Board
-from actsparse_lab.report.speed import Factor, factor, factor_text, read_checked
-from actsparse_lab.report.words import NONE, amount, markdown
+from actsparse_lab.report.manifest import read_checked
+from actsparse_lab.report.numbers import NONE, amount, change, quality, ratio
+from actsparse_lab.report.prose import sections
+from actsparse_lab.report.stats import Estimate, Factor, factor, t_interval
+from actsparse_lab.report.tables import Column, Table, markdown
 
 SLIM = "slim.json"
 TITLE = "Pruned, and with thresholds"
@@ -21,16 +21,7 @@ WORDS = {
     "trained": "as trained", "pruned": "pruned", "thresholds": "thresholds",
     "both": "pruned, thresholds",
 }  # fmt: skip
-SLIM_RULE = (
-    "Pruned: hidden units that were never active on the validation split are cut out of the "
-    "weights, and layers stay dense. Thresholds: small activations are dropped, as many as the "
-    "validation loss bears within the budget. Quality, density and active units (for a token, in a "
-    "block) are of the test split, where a unit that was silent on validation rows may be missed; "
-    "changes are from the same model as trained. “Logits moved”: by pruning, on the validation "
-    "split, at most, in any run, beside the largest logit there. “Off from float64”: how far these "
-    "float32 logits lie from the unpruned model’s in float64, as trained / pruned. Times are of "
-    "inference on a batch of test rows, as trained ÷ this form."
-)
+SLIM_RULE = sections("rules.md")[TITLE]
 _FORM = {
     "quality": float, "density": Share, "active": float, "units": Count,
     "parameters": {"model": Count, "mlps": Count}, "bytes": Count,
@@ -114,9 +105,9 @@ def read_slim(folder: str | Path) -> Slim | None:
     Raises `RecordError` for a file that holds something else.
     """
     path = Path(folder) / SLIM
-    if not path.is_file():
-        return None
     record = read_checked(path, _SHAPE)
+    if record is None:
+        return None
     for run in record["runs"]:
         for name, form in run["forms"].items():
             check(f"{path}: {run['arm']}.forms.{name}", form, _FORM)
@@ -125,14 +116,17 @@ def read_slim(folder: str | Path) -> Slim | None:
     return Slim(record["budget"], record["threads"], tuple(found))
 
 
-def markdown_slim(of: Slim, board: Board) -> str:
-    """The section of a task on the frontier's page, without its heading."""
-    heads = ("arm", "form", board.quality_name, *HEADS)
-    lines = [slim_text(of), "", table_line(heads), table_line(["---"] * len(heads))]
-    for arm in of.arms:
-        lines += [table_line((arm.arm, *_cells(board, arm, form))) for form in arm.forms]
+def slim_table(of: Slim, quality_name: str) -> Table:
+    """A row for each form of each arm."""
+    heads = ("arm", "form", quality_name, *HEADS)
     told = [f"{arm.arm}: {said}" for arm in of.arms for said in (*arm.refused, *arm.ran)]
-    return "\n".join([*lines, *(["", markdown(f"{'; '.join(told)}.")] if told else [])])
+    return Table(
+        "slim-table",
+        TITLE,
+        tuple(map(Column, heads)),
+        tuple((arm.arm, *_cells(quality_name, arm, f)) for arm in of.arms for f in arm.forms),
+        (markdown(f"{'; '.join(told)}."),) if told else (),
+    )
 
 
 def slim_text(of: Slim) -> str:
@@ -154,28 +148,23 @@ def slim_text(of: Slim) -> str:
     )
 
 
-def _cells(board: Board, arm: Slimmed, form: Form) -> tuple[str, ...]:
-    trained, moved = form.form == "trained", arm.moved if form.form == "pruned" else None
-    off = None if moved is None else [moved.trained_off, moved.pruned_off]
+def _cells(quality_name: str, arm: Slimmed, form: Form) -> tuple[str, ...]:
+    moved = arm.moved if form.form == "pruned" else None
+    unit = (1, "") if form.form == "trained" else (100, " %")
     return (
         WORDS[form.form],
-        quality_text(board, form.quality),
-        change_text(board, form.change),
-        _spread(form.density),
-        _spread(form.active),
-        _spread(form.mlps) if trained else _spread(form.mlps, 100, " %"),
-        _spread(form.bytes) if trained else _spread(form.bytes, 100, " %"),
+        quality(quality_name, form.quality),
+        change(quality_name, form.change, 2),
+        amount(form.density),
+        amount(form.active),
+        amount(form.mlps, *unit),
+        amount(form.bytes, *unit),
         NONE if moved is None else f"{amount(moved.moved)} of {amount(moved.logit)}",
-        NONE if off is None else " / ".join(map(amount, off)),
-        factor_text(form.layers),
-        factor_text(form.accelerated),
+        NONE if moved is None else f"{amount(moved.trained_off)} / {amount(moved.pruned_off)}",
+        ratio(form.layers),
+        ratio(form.accelerated),
         str(form.seeds),
     )
-
-
-def _spread(found: Estimate, scale: float = 1, unit: str = "") -> str:
-    half = "" if found.half is None else f" ± {amount(scale * found.half)}"
-    return f"{amount(scale * found.mean)}{half}{unit}"
 
 
 def _share(found: Moved) -> float:

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims import dots
+from actsparse_lab.report.claims import rows_plot
 from actsparse_lab.report.claims.ablation import (
     COMBINATIONS,
     EXPERIMENT,
@@ -19,9 +19,9 @@ from actsparse_lab.report.claims.ablation import (
     combination,
     main_effect,
 )
-from actsparse_lab.report.claims.sparser import SPARED
-from actsparse_lab.report.findings import Arms
-from actsparse_lab.report.verdict import fewest_seeds
+from actsparse_lab.report.claims.arm_questions import SPARED
+from actsparse_lab.report.effects import Arms
+from actsparse_lab.report.stats import fewest_seeds
 from tests.report.claims.made_up import answers, density_of, made_up
 
 INFERENCE, TRAINING, KEPT, LIVING, BESIDE_SPARED, KEPT_SPARED, BOTH_SPARED = range(7)
@@ -248,7 +248,7 @@ def test_a_large_mark_is_the_mean_in_the_row_and_colour_of_its_arm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(dots, "render", lambda figure, lines: drawn.append(figure) or b"")
+    monkeypatch.setattr(rows_plot, "render", lambda figure, lines: drawn.append(figure) or b"")
     runs = factorial(MAIN)
     picture = next(picture for picture in EXPERIMENT.pictures if picture.name == "variants")
     picture.plot(Arms(runs), False)

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims import dots
+from actsparse_lab.report.claims import rows_plot
+from actsparse_lab.report.claims.arm_questions import SPARED
 from actsparse_lab.report.claims.finetune import EXPERIMENT, FROM_SPARED, HOYER, PLAIN, RECIPE, ROWS
-from actsparse_lab.report.claims.sparser import SPARED
-from actsparse_lab.report.findings import Arms
-from actsparse_lab.report.verdict import fewest_seeds
+from actsparse_lab.report.effects import Arms
+from actsparse_lab.report.stats import fewest_seeds
 from tests.report.claims.made_up import answers, density_of, made_up
 
 INFERENCE, TRAINING, KEPT, LIVING, BESIDE_SPARED, FROM, ALL_SPARED = range(7)
@@ -169,7 +169,7 @@ def test_the_picture_is_drawn_where_there_are_runs(dark: bool) -> None:
 
 def test_a_line_leads_from_the_checkpoint_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(dots, "render", lambda figure, lines: drawn.append(figure) or b"")
+    monkeypatch.setattr(rows_plot, "render", lambda figure, lines: drawn.append(figure) or b"")
     runs = finetuned()
     EXPERIMENT.pictures[0].plot(Arms(runs), False)
     density, accuracy = drawn[0].axes
@@ -177,7 +177,7 @@ def test_a_line_leads_from_the_checkpoint_to_the_end(monkeypatch: pytest.MonkeyP
     thick = [line for line in density.lines if line.get_linewidth() == 2.4]
     paths = {round(line.get_ydata()[0], 6): tuple(line.get_xdata()) for line in thick}
     for row, (_, arm) in enumerate(ROWS):
-        for down, end, start in ((-dots.APART, "", 0.3), (dots.APART, FROM_SPARED, 0.2)):
+        for down, end, start in ((-rows_plot.APART, "", 0.3), (rows_plot.APART, FROM_SPARED, 0.2)):
             own = [density_of(run) or 0.0 for run in runs if run.arm == arm + end]
             path = paths.pop(round(row + down, 6))
             assert path == pytest.approx((start, sum(own) / len(own)), abs=TOLERANCE)
@@ -188,7 +188,7 @@ def test_the_axis_fits_all_rows_but_the_penalty_whose_means_stand_at_its_edge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(dots, "render", lambda figure, lines: drawn.append(figure) or b"")
+    monkeypatch.setattr(rows_plot, "render", lambda figure, lines: drawn.append(figure) or b"")
     plot = EXPERIMENT.pictures[0].plot
     runs = finetuned()
     plot(Arms(runs), False)

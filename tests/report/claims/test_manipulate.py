@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from actsparse_lab.records import Entry, RecordWriter, environment, read_runs, run_path
+from actsparse_lab.report.claims.arm_questions import SPARED
 from actsparse_lab.report.claims.manipulate import EXPERIMENT, SHIFTS
-from actsparse_lab.report.claims.sparser import SPARED
-from actsparse_lab.report.findings import Arms, Finding
+from actsparse_lab.report.effects import Arms
+from actsparse_lab.report.findings import Finding
 from actsparse_lab.report.plots import Picture
 from tests.report.claims import made_up
 

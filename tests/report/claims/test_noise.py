@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.claims import noise
 from actsparse_lab.report.claims.noise import EXPERIMENT, grid
-from actsparse_lab.report.findings import Arms, Effects
+from actsparse_lab.report.effects import Arms, Effects
 from tests.report.claims.made_up import answers, made_up
 
 (

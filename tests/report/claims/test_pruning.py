@@ -11,7 +11,8 @@ import pytest
 
 from actsparse_lab.records import Entry, RecordWriter, environment, read_runs, run_path
 from actsparse_lab.report.claims.pruning import BASES, DROPPED, EXPERIMENT, SPARED, dropping
-from actsparse_lab.report.findings import Arms, Finding
+from actsparse_lab.report.effects import Arms
+from actsparse_lab.report.findings import Finding
 from actsparse_lab.report.plots import Picture
 from tests.report.claims import made_up
 

@@ -17,8 +17,10 @@ from matplotlib.figure import Figure
 
 from actsparse_lab.records import Run, read_runs
 from actsparse_lab.report.claims import ratio
-from actsparse_lab.report.claims.ratio import EXPERIMENT, spread
-from actsparse_lab.report.findings import Arms, Effects, findings
+from actsparse_lab.report.claims.ratio import EXPERIMENT
+from actsparse_lab.report.effects import Arms, Effects
+from actsparse_lab.report.findings import findings
+from actsparse_lab.report.plots import spread
 
 AddRun = Callable[..., Run]
 QUESTIONS = EXPERIMENT.questions

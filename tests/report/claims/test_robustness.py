@@ -25,8 +25,8 @@ from actsparse_lab.report.claims.robustness import (
     goes_with,
     moves,
 )
-from actsparse_lab.report.findings import Arms
-from actsparse_lab.report.verdict import verdict
+from actsparse_lab.report.effects import Arms
+from actsparse_lab.report.stats import verdict
 from tests.report.claims.made_up import answers
 
 # the questions, by place: paper against vanilla, both sparing, paper against that, and the rest

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.claims import weight_noise
 from actsparse_lab.report.claims.weight_noise import EXPERIMENT
-from actsparse_lab.report.findings import Arms, Effects, findings
+from actsparse_lab.report.effects import Arms, Effects
+from actsparse_lab.report.findings import findings
 
 AddRun = Callable[..., Run]
 Planted = Callable[..., list[Run]]

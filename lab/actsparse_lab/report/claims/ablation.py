@@ -22,21 +22,11 @@ import math
 from collections.abc import Callable, Iterable
 from itertools import product
 
-from actsparse_lab.report.claims.dots import dots
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
-from actsparse_lab.report.comparison import INFERENCE
-from actsparse_lab.report.findings import (
-    OURS,
-    V2,
-    Arms,
-    Effects,
-    Experiment,
-    Question,
-    log_ratio,
-    paired,
-)
-from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.claims.arm_questions import SPARED, mlps_matter, quality_kept, sparser
+from actsparse_lab.report.claims.rows_plot import rows_plot
+from actsparse_lab.report.effects import INFERENCE, Arms, Effects, log_ratio, paired
+from actsparse_lab.report.findings import Asked
+from actsparse_lab.report.prose import experiment
 
 PARTS = ("bias", "floor", "jsrelu")
 
@@ -70,82 +60,32 @@ def main_effect(part: str, end: str = "") -> Callable[[Arms], Effects]:
     return effects
 
 
-def _lowers(name: str, part: str, end: str = "") -> Question:
+def _lowers(part: str, end: str = "") -> Asked:
     decay = "without 1-D decay" if end else "with 1-D decay"
-    return Question(
-        Claim(f"{name} lowers density {decay}, the other two varied", OURS, "falls"),
-        main_effect(part, end),
+    effect = (
         f"mean, over the four settings of the other two modifications, of ln of the ratio of "
         f"inference density, on the test split, with {part} over without it, all eight arms "
-        f"{decay}",
-        "log",
+        f"{decay}"
     )
+    return Asked("falls", main_effect(part, end), effect, "log")
 
 
-QUESTIONS = (
-    sparser(
-        "All three modifications: at least 36 % fewer active neurons in inference",
-        V2,
-        "paper",
-        "vanilla",
-        by=0.36,
-    ),
-    sparser(
-        "All three: at least 50 % fewer active neurons in training",
-        V2,
-        "paper",
-        "vanilla",
-        density="training",
-        by=0.5,
-    ),
-    quality_kept(
-        "All three: accuracy falls by less than a point", f"{V2}; bar ours", "paper", "vanilla"
-    ),
-    sparser(
-        "All three: 36 % fewer in inference also among the units that are not dead",
-        OURS,
-        "paper",
-        "vanilla",
-        density="living",
-        by=0.36,
-    ),
-    sparser(
-        "All three, with 1-D decay, are sparser, at all, than vanilla without it",
-        OURS,
-        "paper",
-        f"vanilla{SPARED}",
-    ),
-    quality_kept(
-        "All three, with 1-D decay, lose less than a point of accuracy against vanilla without it",
-        OURS,
-        "paper",
-        f"vanilla{SPARED}",
-    ),
-    sparser(
-        "All three, without 1-D decay, are sparser, at all, than vanilla without it",
-        OURS,
-        f"paper{SPARED}",
-        f"vanilla{SPARED}",
-    ),
-    _lowers("The zeroth bias", "bias"),
-    _lowers("The norm floor", "floor"),
-    _lowers("JSReLU", "jsrelu"),
-    _lowers("The norm floor", "floor", SPARED),
-    sparser(
-        "With 1-D decay, the zeroth bias makes it sparser at the MLP’s input (the papers) than at "
-        "its output (the authors’ program)",
-        OURS,
-        "bias",
-        "bias-at-output",
-    ),
-    sparser(
-        "With 1-D decay, a norm floor of 4 makes it sparser than a floor of 1",
-        OURS,
-        "floor-4",
-        "floor",
-    ),
-    mlps_matter(),
-)
+QUESTIONS = {
+    "all-inference": sparser("paper", "vanilla", by=0.36),
+    "all-training": sparser("paper", "vanilla", "training", by=0.5),
+    "all-quality": quality_kept("paper", "vanilla"),
+    "all-living": sparser("paper", "vanilla", "living", by=0.36),
+    "all-against-spared": sparser("paper", f"vanilla{SPARED}"),
+    "all-quality-against-spared": quality_kept("paper", f"vanilla{SPARED}"),
+    "all-spared": sparser(f"paper{SPARED}", f"vanilla{SPARED}"),
+    "bias": _lowers("bias"),
+    "floor": _lowers("floor"),
+    "jsrelu": _lowers("jsrelu"),
+    "floor-spared": _lowers("floor", SPARED),
+    "bias-at-input": sparser("bias", "bias-at-output"),
+    "floor-4": sparser("floor-4", "floor"),
+    "mlps-matter": mlps_matter(),
+}
 
 
 # -- pictures ---------------------------------------------------------------------------------
@@ -171,43 +111,8 @@ VARIANTS = (
     ("no MLPs", "no-mlp"),
 )
 
-EXPERIMENT = Experiment(
-    name="ablation",
-    title="The three modifications, alone and together",
-    about=(
-        "Zeroth bias, norm floor and JSReLU, in all eight combinations, trained from scratch with "
-        "weight decay on all parameters, as in the papers, and again without decay of norm scales "
-        "and biases. Beside them: the bias at the MLP’s output, floors of 2 and 4, and no MLPs."
-    ),
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "combinations",
-            dots(COMBINATIONS, DECAY),
-            "Eight combinations, two kinds of decay",
-            "Large marks: means over seeds; small: seeds. Where decay of norm scales and biases "
-            "alone moves a row as far as the modifications do, the modifications are not needed "
-            "for it.",
-        ),
-        Picture(
-            "variants",
-            dots(VARIANTS, DECAY),
-            "How high a floor, and where the bias",
-            "Large marks: means over seeds; small: seeds. The last row says how much this task "
-            "needs its MLPs; it has no density.",
-        ),
-    ),
-    limits=(
-        "A small model on a small task. 1-D decay is weight decay of norm scales and biases; the "
-        "shrinking of norm scales, and so what the floor can undo, depends on the sum of learning "
-        "rate × decay over all steps. Two arms are at matched quality only where their test losses "
-        "are near too, which accuracy hides: where vanilla’s is far higher with 1-D decay than "
-        "without, decay has crippled it, and accuracy gained over it is the floor undoing the "
-        "decay; and where all three with 1-D decay still lose much more than vanilla without it, "
-        "being sparser than that is no gain at its quality. The table of arms beside the records "
-        "has the losses. Main effects average over the other two modifications; whether they work "
-        "together is not judged; without 1-D decay only the floor’s is asked, for the floor is "
-        "what undoes decay, and the picture shows the other arms. The higher floors and the bias "
-        "at the output were run with 1-D decay only, and so was the model without MLPs."
-    ),
+EXPERIMENT = experiment(
+    "ablation",
+    QUESTIONS,
+    {"combinations": rows_plot(COMBINATIONS, DECAY), "variants": rows_plot(VARIANTS, DECAY)},
 )

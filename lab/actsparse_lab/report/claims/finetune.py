@@ -14,77 +14,25 @@ ReLU.
 
 from __future__ import annotations
 
-from actsparse_lab.report.claims.dots import dots
-from actsparse_lab.report.claims.sparser import SPARED, quality_kept, sparser
-from actsparse_lab.report.findings import OURS, V1, V2, Experiment
-from actsparse_lab.report.plots import Picture
+from actsparse_lab.report.claims.arm_questions import SPARED, quality_kept, sparser
+from actsparse_lab.report.claims.rows_plot import rows_plot
+from actsparse_lab.report.prose import experiment
 
 RECIPE, PLAIN, HOYER = "paper-finetune", "vanilla", "hoyer-finetune"
 FROM_SPARED = "-from-spared"  # ends the names of arms that began from the base without 1-D decay
-BOTH = f"{V1}, {V2}; bar ours"
 
-QUESTIONS = (
-    sparser(
-        "Finetuning with the papers’ recipe: fewer active neurons in inference than plain "
-        "finetuning",
-        BOTH,
-        RECIPE,
-        PLAIN,
-    ),
-    sparser(
-        "The recipe: fewer active neurons in training than plain finetuning",
-        BOTH,
-        RECIPE,
-        PLAIN,
-        density="training",
-    ),
-    quality_kept(
-        "The recipe: accuracy falls by less than a point against plain finetuning",
-        f"{V2}; bar ours",
-        RECIPE,
-        PLAIN,
-    ),
-    sparser(
-        "The recipe: fewer in inference also among the units that are not dead",
-        OURS,
-        RECIPE,
-        PLAIN,
-        density="living",
-    ),
-    sparser(
-        "The recipe, with 1-D decay, is sparser than plain finetuning without it",
-        OURS,
-        RECIPE,
-        f"{PLAIN}{SPARED}",
-    ),
-    sparser(
-        "From a model trained without 1-D decay, both finetuned with it: the recipe is sparser "
-        "than plain finetuning",
-        OURS,
-        f"{RECIPE}{FROM_SPARED}",
-        f"{PLAIN}{FROM_SPARED}",
-    ),
-    sparser(
-        "With no 1-D decay before or in finetuning: the recipe is sparser than plain finetuning",
-        OURS,
-        f"{RECIPE}{SPARED}{FROM_SPARED}",
-        f"{PLAIN}{SPARED}{FROM_SPARED}",
-    ),
-    sparser("The recipe is sparser than finetuning with a Hoyer penalty", OURS, RECIPE, HOYER),
-    sparser(
-        "The recipe is sparser than with a Hoyer penalty also among the units that are not dead",
-        OURS,
-        RECIPE,
-        HOYER,
-        density="living",
-    ),
-    quality_kept(
-        "The Hoyer penalty: accuracy falls by less than a point against plain finetuning",
-        OURS,
-        HOYER,
-        PLAIN,
-    ),
-)
+QUESTIONS = {
+    "recipe-inference": sparser(RECIPE, PLAIN),
+    "recipe-training": sparser(RECIPE, PLAIN, "training"),
+    "recipe-quality": quality_kept(RECIPE, PLAIN),
+    "recipe-living": sparser(RECIPE, PLAIN, "living"),
+    "recipe-against-spared": sparser(RECIPE, f"{PLAIN}{SPARED}"),
+    "from-spared": sparser(f"{RECIPE}{FROM_SPARED}", f"{PLAIN}{FROM_SPARED}"),
+    "spared-throughout": sparser(f"{RECIPE}{SPARED}{FROM_SPARED}", f"{PLAIN}{SPARED}{FROM_SPARED}"),
+    "against-hoyer": sparser(RECIPE, HOYER),
+    "against-hoyer-living": sparser(RECIPE, HOYER, "living"),
+    "hoyer-quality": quality_kept(HOYER, PLAIN),
+}
 
 
 ROWS = (
@@ -96,35 +44,6 @@ ROWS = (
 )
 BASES = (("trained with 1-D decay", ""), ("without", FROM_SPARED))
 
-EXPERIMENT = Experiment(
-    name="finetune",
-    title="Trained models finetuned for sparsity",
-    about=(
-        "Two trained models, one with weight decay of norm scales and biases in training and one "
-        "without, finetuned plainly, with the papers’ recipe (JSReLU mixed in and norms lifted "
-        "over the first third of the steps, zeroth biases), and with a Hoyer penalty."
-    ),
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "before-after",
-            dots(ROWS, BASES, aside=HOYER),
-            "Before finetuning and after",
-            "From the checkpoint (hollow) to the end (filled), means over seeds; thin lines are "
-            "seeds; colours say how the checkpoint was trained. What plain finetuning takes off "
-            "too, the recipe did not do. The axis of density fits the other rows and does not "
-            "begin at zero: where the Hoyer penalty’s end lies beyond it, the mean stands at its "
-            "edge.",
-        ),
-    ),
-    limits=(
-        "Small models that had ReLU from the start; all weights are trained, where the papers use "
-        "adapters of rank 192. No arm is without MLPs, for a trained model cannot do without the "
-        "ones it learnt with; trained from scratch on the digits, models hardly need them (the "
-        "pages of ratio and pruning), and then density proves little. The papers’ bars are for all "
-        "that they train; for finetuning alone the bar is 0. The penalty’s weight comes from "
-        "earlier trials on the digits, and it is compared at that weight, not at matched quality: "
-        "unless its accuracy is kept, its lead in density is bought with some. Accuracy is asked "
-        "from the model trained with 1-D decay only."
-    ),
+EXPERIMENT = experiment(
+    "finetune", QUESTIONS, {"before-after": rows_plot(ROWS, BASES, aside=HOYER)}
 )

@@ -22,22 +22,13 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.comparison import CONTROL, MARGIN, QUALITY, REFERENCE
-from actsparse_lab.report.findings import (
-    OURS,
-    V1,
-    V2,
-    Arms,
-    Effects,
-    Experiment,
-    Question,
-    log_ratio,
-    within,
-)
-from actsparse_lab.report.measures import number
-from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH, Picture, new_figure, render
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.claims.arm_questions import POINT, SPARED, mlps_matter
+from actsparse_lab.report.comparison import CONTROL, REFERENCE
+from actsparse_lab.report.effects import QUALITY, Arms, Effects, log_ratio, number, within
+from actsparse_lab.report.findings import Asked
+from actsparse_lab.report.numbers import minus
+from actsparse_lab.report.plots import INK, WIDTH, draw_seeds, heading, new_figure, palette, render
+from actsparse_lab.report.prose import experiment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +42,6 @@ SHIFTS = {  # arm → δx, δy
 KEYS = ("zero_derivative", "zero_activation")  # P₀, P_a
 NAMES = ("z where φ′ = 0: P₀", "z around φ = 0: Pₐ")
 SHORT = ("P₀", "Pₐ")
-COLOURS = (0, 1)  # of the palette
 Pair = tuple[float, float]  # of P₀, of P_a
 Seen = TypeVar("Seen")
 
@@ -131,82 +121,38 @@ _SPREAD = (
 )
 _SHAPES = "mean test accuracy of the four S-shapes"
 _SPARING = "arms without decay of 1-D parameters"
-QUESTIONS = (
-    mlps_matter(),
-    Question(
-        Claim(
-            "Zero derivatives gain more pre-activations than zero activations",
-            f"{V1}, {V2}",
-            "rises",
-        ),
-        _over_shifts(change, _lead),
-        _RISE,
-        "points",
+_GAINED = "P₀ at the last validation − P₀ at step 0, mean over the four shifts"
+_AT_END = "P₀ − P_a at the last validation, mean over the four shifts"
+
+
+def _as_good(other: str, said: str, ending: str = "", least: float = 0.0) -> Asked:
+    effect = f"{_SHAPES}{said}"
+    return Asked("rises", _quality_against(other, ending), effect, "points", least)
+
+
+QUESTIONS = {
+    "mlps-matter": mlps_matter(),
+    "gain": Asked("rises", _over_shifts(change, _lead), _RISE, "points"),
+    "gain-spared": Asked(
+        "rises", _over_shifts(change, _lead, SPARED), f"{_RISE}; {_SPARING}", "points"
     ),
-    Question(
-        Claim("Without decay of 1-D parameters too zero derivatives gain more", OURS, "rises"),
-        _over_shifts(change, _lead, SPARED),
-        f"{_RISE}; {_SPARING}",
-        "points",
+    "rise": Asked("rises", _over_shifts(change, _rise), _GAINED, "points"),
+    "end": Asked("rises", _over_shifts(end, _lead), _AT_END, "points"),
+    "stable": Asked("falls", _over_shifts(change, _spread), _SPREAD, "log"),
+    "stable-spared": Asked(
+        "falls", _over_shifts(change, _spread, SPARED), f"{_SPREAD}; {_SPARING}", "log"
     ),
-    Question(
-        Claim("They gain at all: P₀ rises from its start", f"{V1}, {V2}", "rises"),
-        _over_shifts(change, _rise),
-        "P₀ at the last validation − P₀ at step 0, mean over the four shifts",
-        "points",
+    "quality": _as_good(REFERENCE, f" − that of ReLU ({REFERENCE})", "", -POINT),
+    "quality-spared": _as_good(
+        REFERENCE + SPARED, f" − that of ReLU ({REFERENCE}{SPARED}); {_SPARING}", SPARED, -POINT
     ),
-    Question(
-        Claim("In the end more lie at zero derivative than around zero activation", OURS, "rises"),
-        _over_shifts(end, _lead),
-        "P₀ − P_a at the last validation, mean over the four shifts",
-        "points",
+    "use": _as_good(CONTROL, " − that of the model without MLPs"),
+    "use-spared": _as_good(
+        CONTROL,
+        f", {_SPARING}, − that of the model without MLPs, whose 1-D parameters decay",
+        SPARED,
     ),
-    Question(
-        Claim("P₀ is the more stable: its change varies less over all four shifts", V2, "falls"),
-        _over_shifts(change, _spread),
-        _SPREAD,
-        "log",
-    ),
-    Question(
-        Claim(
-            "Without decay of 1-D parameters too P₀ varies less over all four shifts", OURS, "falls"
-        ),
-        _over_shifts(change, _spread, SPARED),
-        f"{_SPREAD}; {_SPARING}",
-        "log",
-    ),
-    Question(
-        Claim("S-shapes learn as well as ReLU, within a point", OURS, "rises", -MARGIN),
-        _quality_against(REFERENCE),
-        f"{_SHAPES} − that of ReLU ({REFERENCE})",
-        "points",
-    ),
-    Question(
-        Claim(
-            "Without decay of 1-D parameters too S-shapes learn as well, within a point",
-            OURS,
-            "rises",
-            -MARGIN,
-        ),
-        _quality_against(REFERENCE + SPARED, SPARED),
-        f"{_SHAPES} − that of ReLU ({REFERENCE}{SPARED}); {_SPARING}",
-        "points",
-    ),
-    Question(
-        Claim("S-shapes are of use: better than no MLPs", OURS, "rises"),
-        _quality_against(CONTROL),
-        f"{_SHAPES} − that of the model without MLPs",
-        "points",
-    ),
-    Question(
-        Claim(
-            "Without decay of their 1-D parameters too they are better than no MLPs", OURS, "rises"
-        ),
-        _quality_against(CONTROL, SPARED),
-        f"{_SHAPES}, {_SPARING}, − that of the model without MLPs, whose 1-D parameters decay",
-        "points",
-    ),
-)
+}
 
 
 # -- pictures -------------------------------------------------------------------------------------
@@ -220,25 +166,23 @@ def over_training(arms: Arms, dark: bool = False) -> bytes | None:
         return None
     top = 112 * max(map(max, pairs)) or 1
     figure, every = new_figure(dark, 2, 2, (WIDTH, 5.2))
-    colours = [(DARK if dark else LIGHT)[at] for at in COLOURS]
+    colours = palette(dark)[: len(KEYS)]
     lines: dict[str, Any] = {}
     for axes, (arm, own) in zip(every, series.items(), strict=True):
-        axes.set_title(_shift(arm, ", "), loc="left", fontsize=12, color=INK[dark])
+        heading(axes, _shift(arm, ", "), dark)
         own = [points for points in own if points]
-        steps = sorted(set.intersection(*map(set, own))) if own else []
         ends = []
         for at, colour in enumerate(colours):
-            for points in own:
-                shares = [100 * pair[at] for pair in points.values()]
-                axes.plot(list(points), shares, color=colour, alpha=0.3, linewidth=1)
-            mean = [100 * fmean(points[step][at] for points in own) for step in steps]
+            seeds = [{step: 100 * pair[at] for step, pair in points.items()} for points in own]
+            line, mean = draw_seeds(axes, seeds, colour, linewidth=2.6)
             if mean:
-                (lines[NAMES[at]],) = axes.plot(steps, mean, color=colour, linewidth=2.6)
-                ends.append((mean[-1], at))
+                lines[NAMES[at]] = line
+                last, height = list(mean.items())[-1]
+                ends.append((height, at))
         axes.sharex(every[0])
         axes.sharey(every[0])
         if ends:
-            _label_ends(axes, steps[-1], ends, top, colours)
+            _label_ends(axes, last, ends, top, colours)
     every[0].set_ylim(0, top)
     for at, axes in enumerate(every):
         axes.tick_params(labelbottom=at > 1, labelleft=at % 2 == 0)
@@ -273,7 +217,7 @@ def changes(arms: Arms, dark: bool = False) -> bytes | None:
     if not panels:
         return None
     figure, every = new_figure(dark, 1, len(panels), (WIDTH, 5.2))
-    colours = [(DARK if dark else LIGHT)[at] for at in COLOURS]
+    colours = palette(dark)[: len(KEYS)]
     lines: dict[str, Any] = {}
     for axes, (title, found) in zip(every, panels.items(), strict=True):
         axes.grid(visible=False)
@@ -290,7 +234,7 @@ def changes(arms: Arms, dark: bool = False) -> bytes | None:
         shown = [own for own in found.values() if own]
         more = sum(_lead(own) > 0 for own in shown)
         title += f":\nP₀ gains more in {more} of {len(shown)}"
-        axes.set_title(title, loc="left", fontsize=12, color=INK[dark])
+        heading(axes, title, dark)
         axes.set_yticks(range(len(SHIFTS)), [_shift(arm, "\n") for arm in SHIFTS])
         axes.set_ylim(len(SHIFTS) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0, labelleft=axes is every[0])
@@ -307,45 +251,9 @@ def _changes(arms: Arms, arm: str) -> list[Pair]:
 
 def _shift(arm: str, between: str) -> str:
     dx, dy = SHIFTS[arm]
-    return f"δx {dx:+g}{between}δy {dy:+g}".replace("-", "−")
+    return minus(f"δx {dx:+g}{between}δy {dy:+g}")
 
 
-PICTURES = (
-    Picture(
-        "occupancy",
-        over_training,
-        "Where pre-activations gather",
-        "Shares of pre-activations on validation data in two intervals of equal length: where the "
-        "derivative is zero (P₀) and around where the activation is (Pₐ). What counts is the rise "
-        "from step 0. Thick: mean over seeds; thin: seeds; all weights decay.",
-    ),
-    Picture(
-        "occupancy-change",
-        changes,
-        "What each gained in training",
-        "A pair of dots is a seed. The papers say that P₀ (round) lies to the right of Pₐ (square "
-        "on its tip), and that it lies at about the same place in all four shifts. Pₐ can hardly "
-        "fall where δx and δy differ in sign, as it starts near 0. How many of the shifts gain "
-        "more at P₀ is told of means over seeds.",
-    ),
-)
-EXPERIMENT = Experiment(
-    name="manipulate",
-    title="Zero derivatives against zero activations",
-    about="ReLU is swapped for an S-shape whose derivative is zero in one place and whose value in "
-    "another, shifted in four ways. P₀ is the share of pre-activations where the derivative is "
-    "zero, P_a that in an interval as long around zero activation; each is compared with its share "
-    "at the start, within a seed over all four shifts.",
-    questions=QUESTIONS,
-    pictures=PICTURES,
-    limits="The four shifts are two and their mirror images. Where δx and δy have one sign, the "
-    "interval around zero activation holds z = 0 and most z at the start; where they have not, it "
-    "is all but empty then, P_a cannot fall, and it stays near 0. That decides both rows on "
-    "stability: where 1-D parameters decay, z are drawn to 0 and P_a rises under the former two "
-    "alone, so it varies much from shift to shift; where they do not, it hardly changes under any, "
-    "and P₀ varies more. Neither says what training seeks. The former two alone could not be asked:"
-    " as mirror images they differ by the draw of weights. Weight decay draws z to 0, which lies at"
-    " zero derivative under none of them, so it works against P₀. Where S-shapes learn worse than "
-    "no MLPs at all, where their z gather says little of nets that use them. The intervals have 8 %"
-    " of their length in common. P₀ also counts units stuck there for every token.",
+EXPERIMENT = experiment(
+    "manipulate", QUESTIONS, {"occupancy": over_training, "occupancy-change": changes}
 )

@@ -21,30 +21,25 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.claims.ends import final
-from actsparse_lab.report.claims.ratio import spread
-from actsparse_lab.report.findings import OURS, V1, Arms, Effects, Experiment, Question, Reader
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.effects import Arms, Effects, Reader, final, number
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
-    DARK,
     INK,
-    LIGHT,
     SERIES_INK,
-    WIDTH,
-    Picture,
+    draw_seeds,
+    label_ends,
     log_axis,
-    new_figure,
+    mean_line,
+    palette,
     render,
+    stacked,
 )
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.prose import experiment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BAR_OURS = f"{V1}; bar ours"
 SEEN = ("feature", "gradient")
 MIDDLE = 0.1  # a weight decay of both forms
 TWICE = math.log(2)
@@ -138,70 +133,46 @@ def _by_decay(arms: Arms) -> Effects:
     return {seed: own[seed] - without[seed] for seed in own if seed in without}
 
 
-def _as_random(of: str) -> Question:
-    text = f"Accumulated {of}s are about as anisotropic as random rows, within twice"
-    return Question(
-        Claim(text, BAR_OURS, "falls", -TWICE),
-        _at(0.0, over(f"{of}_anisotropy", f"{of}_random_anisotropy")),
+def _as_random(of: str) -> Asked:
+    effect = (
         f"ln of the anisotropy A of accumulated {of}s over that of as many Gaussian rows of the "
-        "same rank; mean over layers and widths; no weight decay, last step",
-        "log",
+        "same rank; mean over layers and widths; no weight decay, last step"
     )
+    found = _at(0.0, over(f"{of}_anisotropy", f"{of}_random_anisotropy"))
+    return Asked("falls", found, effect, "log", -TWICE)
 
 
-def _follows(text: str, source: str, key: str, of: str, decay: float = 0.0) -> Question:
-    return Question(
-        Claim(text, source, "falls"),
-        _at(decay, over(f"{key}_ks", f"{key}_ks_limit")),
+def _follows(key: str, of: str, decay: float = 0.0) -> Asked:
+    effect = (
         f"ln of the Kolmogorov–Smirnov distance of the eigenvalues of {of} from Marchenko and "
         f"Pastur’s law over the largest that 99 of 100 random matrices have; mean over layers and "
-        f"widths; weight decay {decay:g}, last step",
-        "log",
+        f"widths; weight decay {decay:g}, last step"
     )
+    return Asked("falls", _at(decay, over(f"{key}_ks", f"{key}_ks_limit")), effect, "log")
 
 
-def _persists(decay: float, said: str) -> Question:
-    text = f"Weights’ spectral concentration is still below twice that of the start: {said}"
-    return Question(
-        Claim(text, BAR_OURS, "falls", -TWICE),
-        _at(decay, concentration_peak),
-        "mean over layers of ln (W Wᵀ’s largest over its smallest non-zero eigenvalue), the most "
-        "that it is at a measured step minus the first, after step 1; mean over widths",
-        "log",
-    )
-
-
-QUESTIONS = (
-    *(_as_random(of) for of in SEEN),
-    *(
-        _follows(
-            f"Accumulated {of}s are as random rows would be: Marchenko and Pastur’s law",
-            BAR_OURS,
-            f"{of}_equal",
-            f"the accumulated second moment of {of}s",
-        )
-        for of in SEEN
-    ),
-    _persists(0.0, "no weight decay"),
-    _persists(MIDDLE, f"weight decay {MIDDLE:g}"),
-    Question(
-        Claim("Weight decay makes accumulated gradients less anisotropic", OURS, "falls"),
-        _by_decay,
-        "ln of the anisotropy A of accumulated gradients, largest weight decay over none; mean "
-        "over layers and widths, last step",
-        "log",
-    ),
-    _follows(
-        "Weights still follow the law after training without weight decay", OURS, "weight", "W Wᵀ"
-    ),
-    _follows(
-        f"Weights still follow the law after training with weight decay {MIDDLE:g}",
-        OURS,
-        "weight",
-        "W Wᵀ",
-        MIDDLE,
-    ),
+_PERSISTS = (
+    "mean over layers of ln (W Wᵀ’s largest over its smallest non-zero eigenvalue), the most that "
+    "it is at a measured step minus the first, after step 1; mean over widths"
 )
+_LESS = (
+    "ln of the anisotropy A of accumulated gradients, largest weight decay over none; mean over "
+    "layers and widths, last step"
+)
+QUESTIONS = {
+    **{f"{of}-random": _as_random(of) for of in SEEN},
+    **{
+        f"{of}-law": _follows(f"{of}_equal", f"the accumulated second moment of {of}s")
+        for of in SEEN
+    },
+    "concentration": Asked("falls", _at(0.0, concentration_peak), _PERSISTS, "log", -TWICE),
+    "concentration-decay": Asked(
+        "falls", _at(MIDDLE, concentration_peak), _PERSISTS, "log", -TWICE
+    ),
+    "decay": Asked("falls", _by_decay, _LESS, "log"),
+    "weights-law": _follows("weight", "W Wᵀ"),
+    "weights-law-decay": _follows("weight", "W Wᵀ", MIDDLE),
+}
 
 
 # -- pictures ---------------------------------------------------------------------------------
@@ -231,11 +202,11 @@ def against_width(arms: Arms, dark: bool = False) -> bytes | None:
     known = {of: by_decay for of, by_decay in known.items() if by_decay}
     if not known:
         return None
-    figure, every = new_figure(dark, rows=len(known), size=(WIDTH, 0.9 + 2.3 * len(known)))
+    figure, every = stacked(dark, [f"{of}s  (dotted: Gaussian rows)" for of in known], 2.3, 0.9)
     for axes, (of, by_decay) in zip(every, known.items(), strict=True):
         ends = _draw(axes, by_decay, colors)
         for decay in by_decay:
-            dotted = _over(lines(f"{of}_random_anisotropy", decay), fmean)
+            dotted = mean_line(lines(f"{of}_random_anisotropy", decay))
             axes.plot(
                 list(dotted), list(dotted.values()), color=colors[decay], linestyle=":", linewidth=2
             )
@@ -244,9 +215,7 @@ def against_width(arms: Arms, dark: bool = False) -> bytes | None:
         widths = sorted({width for seeds in by_decay.values() for line in seeds for width in line})
         axes.set_xticks(widths, [f"{width:g}" for width in widths])
         axes.minorticks_off()
-        axes.tick_params(labelbottom=axes is every[-1])
-        axes.set_title(f"{of}s  (dotted: Gaussian rows)", loc="left", fontsize=12, color=INK[dark])
-        _name(axes, ends, colors)
+        label_ends(axes, ends, {decay: f"decay {decay:g}" for decay in ends}, colors)
     every[-1].set_xlabel("width p")
     figure.supylabel("anisotropy, of the most possible", color=INK[dark], fontsize=13)
     return render(figure, {})
@@ -262,18 +231,16 @@ def concentration_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
             known.setdefault(width, {})[decay] = seeds
     if not known:
         return None
-    figure, every = new_figure(dark, rows=len(known), size=(WIDTH, 0.8 + 1.75 * len(known)))
+    figure, every = stacked(dark, [f"width {width}" for width in known], 1.75, 0.8)
     ends = []
-    for axes, (width, by_decay) in zip(every, known.items(), strict=True):
+    for axes, by_decay in zip(every, known.values(), strict=True):
         if axes is not every[0]:
             axes.sharex(every[0])
             axes.sharey(every[0])
-        axes.tick_params(labelbottom=axes is every[-1])
-        axes.set_title(f"width {width}", loc="left", fontsize=12, color=INK[dark])
         ends.append(_draw(axes, by_decay, colors))
     for axes, each in zip(every, ends, strict=True):
         log_axis(axes, "y", few=True)
-        _name(axes, each, colors)
+        label_ends(axes, each, {decay: f"decay {decay:g}" for decay in each}, colors)
     every[-1].set_xlabel("step")
     figure.supylabel("largest over smallest eigenvalue", color=INK[dark], fontsize=13)
     return render(figure, {})
@@ -293,87 +260,26 @@ def _concentrations(run: Run) -> Line:
 
 def _colors(cells: Mapping[tuple[int, float], Runs], dark: bool) -> dict[float, str]:
     """Of each decay, ascending; none is grey."""
-    palette = DARK if dark else LIGHT
+    colours = palette(dark)
     decays = sorted({decay for _, decay in cells})
     some = [decay for decay in decays if decay]
     return {
-        decay: palette[some.index(decay) % len(palette)] if decay else SERIES_INK[dark]
+        decay: colours[some.index(decay) % len(colours)] if decay else SERIES_INK[dark]
         for decay in decays
     }
 
 
-def _over(seeds: Sequence[Line], mean: Callable[[list[float]], float]) -> Line:
-    """The mean over the seeds that have a value, at each place."""
-    places = sorted({place for line in seeds for place in line})
-    return {at: mean([line[at] for line in seeds if at in line]) for at in places}
-
-
 def _draw(axes: Axes, by_decay: dict[float, list[Line]], colors: dict[float, str]) -> Line:
     """Seeds thin, their geometric mean thick; returns where each decay's line ends."""
-    ends = {}
-    for decay, seeds in by_decay.items():
-        for line in seeds:
-            axes.plot(list(line), list(line.values()), color=colors[decay], alpha=0.3, linewidth=1)
-        mean = _over(seeds, geometric_mean)
-        axes.plot(list(mean), list(mean.values()), color=colors[decay], linewidth=2.4)
-        ends[decay] = list(mean.values())[-1]
-    return ends
+    means = {
+        decay: draw_seeds(axes, seeds, colors[decay], geometric_mean)[1]
+        for decay, seeds in by_decay.items()
+    }
+    return {decay: list(mean.values())[-1] for decay, mean in means.items() if mean}
 
 
-def _name(axes: Axes, ends: Line, colors: dict[float, str]) -> None:
-    """The decays right of where their lines end, apart from each other."""
-    order = sorted(ends, key=ends.__getitem__)
-    points = axes.transData.transform([(axes.get_xlim()[1], ends[decay]) for decay in order])
-    places = spread(np.asarray(axes.transAxes.inverted().transform(points))[:, 1])
-    for decay, y in zip(order, places - max(places[-1] - 1, 0), strict=True):  # none above the top
-        text = axes.text(1.02, float(y), f"decay {decay:g}", transform=axes.transAxes, va="center")
-        text.set(color=colors[decay], fontsize=11.5)
-
-
-EXPERIMENT = Experiment(
-    name="noise",
-    title="Are accumulated features and gradients close to random?",
-    about="Small residual nets of several widths are trained by plain SGD with and without weight "
-    "decay. The second moments of what enters each layer and of the gradients at its output are "
-    "summed over training as weight decay sums the weight’s updates, and compared with those of "
-    "random rows. If they are close, the weight’s eigenvalues should stay concentrated.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "noise-anisotropy",
-            against_width,
-            "How far from every direction alike",
-            "Anisotropy at the end over the most possible, √(p(p − 1)), that of a single "
-            "direction. Dotted: what as many Gaussian rows of the same rank have, in the colour of "
-            "the decay. How many times as high a line lies without decay is what the claims ask. "
-            "Thin lines are seeds.",
-        ),
-        Picture(
-            "noise-concentration",
-            concentration_over_steps,
-            "Spectral concentration of the weights",
-            "The largest eigenvalue of W Wᵀ over the smallest above a tenth of their mean, "
-            "geometric mean over layers. It persists where a line stays level. Thin lines are "
-            "seeds.",
-        ),
-    ),
-    limits="The paper’s own section on this could not be read, only its abstract, a summary of its "
-    "settings and the authors’ program: the claims are in our words and the bars are ours. They "
-    "were set after pilot runs with the same seeds, 0 to 4; runs are deterministic, so pilots of "
-    "the same settings gave these very figures. They were revised once more after an audit of the "
-    "results. Without weight decay weights have hardly left their start, which decides both rows "
-    "that ask it of them, on the law and on concentration: W follows the law at step 1 already, as "
-    "independent entries do, and neither figure changes much until the end. The records do not "
-    "hold how far W moved. The learning rate is 0.03 where the paper has 0.001, so that in far "
-    "fewer steps the sum of learning rate × decay comes near the paper’s; another rate may decide "
-    "otherwise. The second moments are uncentred, so a mean alone is an outlier, and anisotropic. "
-    "With weight decay fewer rows count, and fewer random rows are more anisotropic: the row on "
-    "decay does not correct for that. The paper’s own number of samples N is wrong then by a factor"
-    " of 3 to 6 in the quick form, 6 to 7 in the full one, so fits are as of so many rows of equal "
-    "weight (`equal_samples`); without decay, where the claims ask, both agree. The references are "
-    "independent rows of independent entries, which trained features are far from. Their distance "
-    "from the law took the place of the share of accepted layers when that was 0 in every seed of "
-    "the pilot runs, which no rule on spread can judge. Concentration is a ratio of eigenvalues, "
-    "the square of that of singular values; eigenvalues below a tenth of the mean count as zero, so"
-    " it falls where W becomes of low rank.",
+EXPERIMENT = experiment(
+    "noise",
+    QUESTIONS,
+    {"noise-anisotropy": against_width, "noise-concentration": concentration_over_steps},
 )

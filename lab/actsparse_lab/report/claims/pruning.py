@@ -18,33 +18,33 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.claims.ends import final
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.comparison import CONTROL, MARGIN, QUALITY, REFERENCE, SUBJECT, TRAINING
-from actsparse_lab.report.findings import (
-    OURS,
-    V2,
+from actsparse_lab.report.claims.arm_questions import POINT, SPARED, mlps_matter
+from actsparse_lab.report.comparison import CONTROL, REFERENCE, SUBJECT
+from actsparse_lab.report.effects import (
+    QUALITY,
+    TRAINING,
     Arms,
     Effects,
-    Experiment,
-    Question,
     difference,
+    final,
     log_ratio,
+    number,
     paired,
     within,
 )
-from actsparse_lab.report.measures import number
+from actsparse_lab.report.findings import Asked
+from actsparse_lab.report.numbers import decimal, minus
 from actsparse_lab.report.plots import (
-    DARK,
     INK,
-    LIGHT,
     SERIES_INK,
     WIDTH,
-    Picture,
+    draw_seeds,
     new_figure,
+    palette,
     render,
+    stacked,
 )
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.prose import experiment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,79 +122,69 @@ def _mean(read: Means, *bases: str) -> Callable[[Arms], Effects]:
     return effects
 
 
-def _saves_more(text: str, source: str, arm: str, other: str) -> Question:
-    return Question(
-        Claim(text, source, "rises"),
-        lambda arms: paired(arms, arm, other, backward, difference),
+def _saves_more(arm: str, other: str) -> Asked:
+    effect = (
         "share of the MLPs' four backward products that zeros spare, last fifth of training: "
-        f"{arm} minus {other}",
-        "points",
+        f"{arm} minus {other}"
+    )
+    return Asked(
+        "rises", lambda arms: paired(arms, arm, other, backward, difference), effect, "points"
     )
 
 
-def _kept(base: str, said: str) -> Question:
-    claim = f"To drop η up to {SMALL:g} rms costs less than a point: {said}"
-    return Question(
-        Claim(claim, _BAR_OURS, "rises", -MARGIN),
-        _mean(quality_kept(SMALL), base),
-        f"test accuracy of {dropping(base, SMALL)} − that of {base}",
-        "points",
-    )
+def _kept(threshold: float, effect: str, *bases: str) -> Asked:
+    return Asked("rises", _mean(quality_kept(threshold), *bases), effect, "points", -POINT)
 
 
-_BAR_OURS = f"{V2}; bar ours"
-_IDLE = "Zeros spare more of backward than in a net whose up layers learn nothing"
+def _kept_small(base: str) -> Asked:
+    return _kept(SMALL, f"test accuracy of {dropping(base, SMALL)} − that of {base}", base)
+
+
 _THREE = (REFERENCE, SUBJECT, REFERENCE + SPARED)
-QUESTIONS = (
-    _saves_more(f"{_IDLE}: plain ReLU", _BAR_OURS, REFERENCE, NONE),
-    _saves_more(f"{_IDLE}: the papers' recipe", _BAR_OURS, SUBJECT, NONE),
-    _saves_more("The papers' recipe spares more than plain ReLU", V2, SUBJECT, REFERENCE),
-    _saves_more(
-        "… and more than plain ReLU without decay of 1-D parameters",
-        OURS,
-        SUBJECT,
-        REFERENCE + SPARED,
-    ),
-    _kept(REFERENCE, "plain ReLU"),
-    _kept(SUBJECT, "the papers' recipe"),
-    Question(
-        Claim("To drop η up to 1 rms costs less than a point", _BAR_OURS, "rises", -MARGIN),
-        _mean(quality_kept(1.0), *_THREE),
+_SHRINKING = (
+    f"ln of the share of entries of η above {SMALL:g} rms, over derivative density, at the end, "
+    f"over the same at step 0; mean over {' and '.join(BASES)}"
+)
+_CHANGED = (
+    "norm of the change of the gradient of the MLPs' weights over its norm, at the last step; "
+    f"mean over {' and '.join(BASES)}"
+)
+_LESS = (
+    f"test accuracy of {dropping(REFERENCE, 1.0)} − that of {NONE}, in which the layers before the "
+    "activation learn nothing"
+)
+QUESTIONS = {
+    "idle": _saves_more(REFERENCE, NONE),
+    "idle-paper": _saves_more(SUBJECT, NONE),
+    "paper-spares": _saves_more(SUBJECT, REFERENCE),
+    "paper-spares-spared": _saves_more(SUBJECT, REFERENCE + SPARED),
+    "kept": _kept_small(REFERENCE),
+    "kept-paper": _kept_small(SUBJECT),
+    "kept-1": _kept(
+        1.0,
         f"test accuracy of the arm that drops − that of its base, mean over {', '.join(_THREE)}",
-        "points",
+        *_THREE,
     ),
-    Question(
-        Claim("To drop η up to 1 rms costs less than to drop all of it", OURS, "rises"),
+    "less-than-all": Asked(
+        "rises",
         lambda arms: paired(arms, dropping(REFERENCE, 1.0), NONE, QUALITY, difference),
-        f"test accuracy of {dropping(REFERENCE, 1.0)} − that of {NONE}, in which the layers before "
-        f"the activation learn nothing",
+        _LESS,
         "points",
     ),
-    Question(
-        Claim(
-            f"Fewer entries of η exceed {SMALL:g} rms at the end than at the start, among those "
-            "whose derivative is not zero",
-            OURS,
-            "falls",
-        ),
+    "exceed": Asked(
+        "falls",
         _mean(lambda arms, base: within(arms, base, _shrinking), *BASES),
-        f"ln of the share of entries of η above {SMALL:g} rms, over derivative density, at the "
-        f"end, over the same at step 0; mean over {' and '.join(BASES)}",
+        _SHRINKING,
         "log",
     ),
-    Question(
-        Claim(
-            f"At the end, to drop η up to {SMALL:g} rms changes the gradient by less than a tenth",
-            _BAR_OURS,
-            "falls",
-            -TOLERATED,
-        ),
+    "error": Asked(
+        "falls",
         _mean(lambda arms, base: within(arms, base, _error), *BASES),
-        "norm of the change of the gradient of the MLPs' weights over its norm, at the last step; "
-        f"mean over {' and '.join(BASES)}",
+        _CHANGED,
+        least=-TOLERATED,
     ),
-    mlps_matter(),
-)
+    "mlps-matter": mlps_matter(),
+}
 
 
 # -- pictures -------------------------------------------------------------------------------------
@@ -212,7 +202,7 @@ def against_threshold(arms: Arms, dark: bool = False) -> bytes | None:
     panels = [
         (label, level, found)
         for label, level, found in (
-            ("change of accuracy, points", -100 * MARGIN, quality),
+            ("change of accuracy, points", -100 * POINT, quality),
             ("error of the gradient", TOLERATED, error),
             ("η kept, % of all entries", None, kept),
             ("training density, % of units", None, active),
@@ -221,12 +211,17 @@ def against_threshold(arms: Arms, dark: bool = False) -> bytes | None:
     ]
     if not panels:
         return None
-    figure, every = new_figure(dark, rows=len(panels), size=(WIDTH, 0.9 + 1.75 * len(panels)))
+    figure, every = stacked(dark, [label for label, *_ in panels], 1.75, 0.9)
     lines: dict[str, Any] = {}
-    for axes, (label, level, found) in zip(every, panels, strict=True):
-        axes.set_title(label, loc="left", fontsize=12, color=INK[dark])
+    for axes, (_, level, found) in zip(every, panels, strict=True):
         for base, curves in found.items():
-            lines |= _draw(axes, base, curves, places, dark)
+            seeds = [{places[t]: value for t, value in curve.items()} for curve in curves]
+            line, _ = draw_seeds(
+                axes, seeds, _colours(dark)[base], alpha=0.35,
+                marker="o" if base == REFERENCE else "s", markersize=6, linewidth=2.6,
+            )  # fmt: skip
+            if line is not None:
+                lines[base] = line
         if level is not None:
             axes.axhline(level, color=INK[dark], linestyle=":", linewidth=1.4)
         if found is quality:
@@ -235,7 +230,6 @@ def against_threshold(arms: Arms, dark: bool = False) -> bytes | None:
             axes.set_ylim(bottom=0)
         axes.set_xticks(range(len(places)), [_tick(threshold) for threshold in places])
         axes.set_xlim(-0.25, len(places) - 0.75)
-        axes.tick_params(labelbottom=axes is every[-1])
     every[-1].set_xlabel("entries dropped up to, multiples of rms(η)")
     return render(figure, lines)
 
@@ -248,12 +242,12 @@ def _costs(axes: Axes, arms: Arms, places: dict[float, int], dark: bool) -> None
     if losses:
         axes.plot([at], [fmean(losses)], "o", color=colour, markersize=6)
     if without := paired(arms, CONTROL, REFERENCE, QUALITY, difference).values():
-        said = f"without MLPs: {100 * fmean(without):+.1f}".replace("-", "−")
+        said = f"without MLPs: {decimal(100 * fmean(without), 1, signed=True)}"
         axes.set_title(said, loc="right", fontsize=11, color=INK[dark])
     low, high = axes.get_ylim()
     axes.set_yscale("symlog", linthresh=2, linscale=0.9)
     ticks = [tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3, 10) if low <= tick <= high]
-    axes.set_yticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    axes.set_yticks(ticks, [minus(f"{tick:g}") for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(low, high)
 
@@ -262,19 +256,22 @@ def _tick(threshold: float) -> str:
     return {0.0: "none", math.inf: "all"}.get(threshold, f"{threshold:g}")
 
 
-def _qualities(arms: Arms, base: str) -> list[dict[float, float]]:
-    """For each seed the change of accuracy by threshold, in points, where it has all of them."""
-    each = {threshold: quality_kept(threshold)(arms, base) for threshold in DROPPED}
+def _per_cent(each: dict[float, Effects]) -> list[dict[float, float]]:
+    """For each seed a share by threshold, in per cent, where it has all of them."""
     seeds = sorted(set.intersection(*map(set, each.values())))
-    return [{0.0: 0.0} | {t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+    return [{t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+
+
+def _qualities(arms: Arms, base: str) -> list[dict[float, float]]:
+    """The change of accuracy by threshold, in points."""
+    each = {threshold: quality_kept(threshold)(arms, base) for threshold in DROPPED}
+    return [{0.0: 0.0} | found for found in _per_cent(each)]
 
 
 def _densities(arms: Arms, base: str) -> list[dict[float, float]]:
-    """For each seed the training density by the threshold it was trained with, in per cent."""
-    each = {0.0: within(arms, base, TRAINING)}
-    each |= {t: within(arms, dropping(base, t), TRAINING) for t in DROPPED}
-    seeds = sorted(set.intersection(*map(set, each.values())))
-    return [{t: 100 * own[seed] for t, own in each.items()} for seed in seeds]
+    """Training density by the threshold of training, in per cent."""
+    trained = {0.0: base} | {threshold: dropping(base, threshold) for threshold in DROPPED}
+    return _per_cent({t: within(arms, arm, TRAINING) for t, arm in trained.items()})
 
 
 def _curves(
@@ -296,23 +293,6 @@ def _curves(
 def _whole(rows: Iterable[Entry]) -> float | None:
     """The share of entries whose derivative is not zero."""
     return next((number(row, "derivative_density") for row in rows), None)
-
-
-def _draw(
-    axes: Axes, base: str, curves: list[dict[float, float]], places: dict[float, int], dark: bool
-) -> dict[str, Any]:
-    """Thin lines for seeds and a thick one for their mean, which is returned by its name."""
-    colour = _colours(dark)[base]
-    for curve in curves:
-        at = [places[threshold] for threshold in curve]
-        axes.plot(at, list(curve.values()), color=colour, alpha=0.35, linewidth=1)
-    shared = [t for t in places if curves and all(t in curve for curve in curves)]
-    if not shared:
-        return {}
-    mean = [fmean(curve[threshold] for curve in curves) for threshold in shared]
-    at, marker = [places[t] for t in shared], "o" if base == REFERENCE else "s"
-    (line,) = axes.plot(at, mean, color=colour, marker=marker, markersize=6, linewidth=2.6)
-    return {base: line}
 
 
 def products(arms: Arms, dark: bool = False) -> bytes | None:
@@ -338,7 +318,7 @@ def products(arms: Arms, dark: bool = False) -> bytes | None:
             lines[arm] = axes.barh(y, mean, 0.88 * thick, color=colour, alpha=0.85)
             axes.plot(values, [y] * len(values), ".", color=INK[dark], markersize=3, alpha=0.7)
             axes.annotate(
-                f"{mean:.0f} %", (max(values), y), (5, 0), textcoords="offset points",
+                decimal(mean, 0, unit=" %"), (max(values), y), (5, 0), textcoords="offset points",
                 va="center", fontsize=10, color=INK[dark],
             )  # fmt: skip
     axes.grid(visible=False)
@@ -360,49 +340,11 @@ def _shares(run: Run) -> dict[str, float]:
 
 
 def _colours(dark: bool) -> dict[str, str]:
-    palette = DARK if dark else LIGHT
-    rest = {SUBJECT: palette[0], REFERENCE + SPARED: palette[2], NONE: palette[4]}
+    colours = palette(dark)
+    rest = {SUBJECT: colours[0], REFERENCE + SPARED: colours[2], NONE: colours[4]}
     return {REFERENCE: SERIES_INK[dark]} | rest
 
 
-PICTURES = (
-    Picture(
-        "pruning-threshold",
-        against_threshold,
-        "What dropping small gradients costs",
-        "Top: accuracy of training that drops entries of η up to the threshold, against the same "
-        "seed without; the dotted line is a point lost, and beyond 2 points the axis is "
-        "logarithmic. “All” is vanilla whose up layers get no gradient. Below: relative error of "
-        "the gradient (dotted: a tenth) and how much of η is kept, tried at the end of training "
-        "that drops nothing. Bottom: active units in training that drops. At “none” zeros of the "
-        "derivative alone are left out. Thick: mean over seeds.",
-    ),
-    Picture(
-        "pruning-exact",
-        products,
-        "What zeros spare exactly",
-        "Share of multiplications that have a zero factor, mean over seeds (dots): forward on "
-        "held-out data, backward in the last fifth of training. Leaving them out changes no "
-        "result. In vanilla-drop-all the up layers learn nothing.",
-    ),
-)
-EXPERIMENT = Experiment(
-    name="pruning",
-    title="What the backward pass can skip",
-    about="Where the derivative of the activation is zero, products with the effective gradient η "
-    "need not be computed: those multiplications are counted. Training that also drops small "
-    "entries of η, up to 0.3, 1 and 3 times their rms, is compared with training that does not.",
-    questions=QUESTIONS,
-    pictures=PICTURES,
-    limits="Where the MLPs hardly matter, quality that is kept says little. Multiplications are "
-    "counted, not timed, and those of the MLPs alone. Under ReLU and JSReLU the share that zeros "
-    "spare of backward is 1 − training density, so these rows are of density; dead units are among "
-    "the zeros, and pruning them away would save the same. The net whose up layers learn nothing "
-    "is plain ReLU’s: they decay, but get no gradient. The rule that drops is ours, as are 0.3 and "
-    "1 rms, the point and the tenth. Which entries of η are small is known only once η has been "
-    "computed, so dropping spares more in two of the four backward products at most. The largest "
-    "entries set the rms: that fewer exceed a part of it says that entries are more unequal, not "
-    "that they are smaller. Start and end alone are compared. At step 0 the error is larger, 0.09 "
-    "to 0.33 in runs of the quick form. It is that of the gradient of the MLPs' weights over 128 "
-    "validation rows, not of one training batch, whose noise may hide it.",
+EXPERIMENT = experiment(
+    "pruning", QUESTIONS, {"pruning-threshold": against_threshold, "pruning-exact": products}
 )

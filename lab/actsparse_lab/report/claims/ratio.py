@@ -13,42 +13,34 @@ sign of each part. Nothing here is a cause: AF has norm and gradient as factors.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.claims.ends import at_end, change
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter
-from actsparse_lab.report.findings import (
-    OURS,
-    V2,
-    Arms,
-    Effects,
-    Experiment,
-    Question,
-    log_ratio,
-    paired,
-    within,
-)
+from actsparse_lab.report.claims.arm_questions import SPARED, mlps_matter
+from actsparse_lab.report.effects import Arms, Effects, at_end, log_ratio, over_run, paired, within
+from actsparse_lab.report.findings import Asked
+from actsparse_lab.report.numbers import amount
 from actsparse_lab.report.plots import (
-    DARK,
     INK,
-    LIGHT,
     MARKS,
     SERIES_INK,
     WIDTH,
-    Picture,
+    draw_seeds,
+    label_ends,
     log_axis,
     new_figure,
+    palette,
     render,
+    stacked,
 )
-from actsparse_lab.report.theory import training
-from actsparse_lab.report.verdict import Claim
-from actsparse_lab.report.words import amount
+from actsparse_lab.report.prose import experiment
+from actsparse_lab.report.theory_plots import training
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    pass
 
 CONTROL = f"vanilla{SPARED}"
 UNFITTED = 0.1  # training loss, in nats; below it the training data counts as fitted
@@ -67,24 +59,27 @@ PARTS = {
     "input_norm": 2,
     "effective_gradient": 4,
 }  # colours, by number
-ROOM = 0.13  # between two labels, of a panel's height
 
 
 def _over_training(
-    arm: str, key: str, what: str, claim: Claim, least_loss: float | None = None
-) -> Question:
+    arm: str,
+    key: str,
+    what: str,
+    direction: Literal["rises", "falls"] = "falls",
+    least_loss: float | None = None,
+) -> Asked:
     def effects(arms: Arms) -> Effects:
-        return within(arms, arm, change("train", "measures", key, least_loss=least_loss))
+        return within(arms, arm, over_run("train", "measures", key, least_loss=least_loss))
 
     last = "last log window"
     if least_loss is not None:
         last += f" whose training loss is at least {least_loss:g}"
     effect = f"{arm}: ln of {what}, {last} over first (train lines, data’s labels)"
-    return Question(claim, effects, effect, "log")
+    return Asked(direction, effects, effect, "log")
 
 
 def _drawn(arms: Arms) -> Effects:
-    return within(arms, "vanilla", change("measured", "measures", "flatness"))
+    return within(arms, "vanilla", over_run("measured", "measures", "flatness"))
 
 
 def _norms(arms: Arms) -> Effects:
@@ -93,93 +88,25 @@ def _norms(arms: Arms) -> Effects:
 
 _RATIO = ("ratio", "AF ÷ (T · H · mean ‖x‖² · mean η² of active units)")
 _GRADIENT = ("effective_gradient", "mean η² over active units")
-QUESTIONS = (
-    _over_training(
-        "vanilla",
-        *_RATIO,
-        Claim("The ratio of flatness to input norm and gradient falls in training", V2, "falls"),
-    ),
-    _over_training(
-        "vanilla",
-        "density",
-        "training density",
-        Claim("Sparsity rises with it: density falls in training", V2, "falls"),
-    ),
-    _over_training(
-        "paper",
-        *_RATIO,
-        Claim("With the three modifications the ratio falls in training, too", V2, "falls"),
-    ),
-    _over_training(
-        CONTROL,
-        *_RATIO,
-        Claim("The ratio falls also where weight decay spares norms and biases", OURS, "falls"),
-    ),
-    _over_training(
-        "vanilla",
-        "flatness",
-        "augmented flatness AF of the up layer",
-        Claim(
-            "The ratio’s numerator falls: AF of training batches with their own labels",
-            OURS,
-            "falls",
-        ),
-    ),
-    Question(
-        Claim("AF of held-out data with labels drawn from the model falls, too", OURS, "falls"),
-        _drawn,
-        "vanilla: ln of AF of the up layer, the end over step 0 (measured lines: validation rows, "
-        "eval mode)",
-        "log",
-    ),
-    _over_training(
-        "vanilla",
-        "input_norm",
-        "mean ‖x‖²",
-        Claim("A factor of the denominator grows by the end: the input norm", OURS, "rises"),
-    ),
-    Question(
-        Claim(
-            "The modifications enlarge the input norm beyond what it is where weight decay spares "
-            "norms and biases",
-            OURS,
-            "rises",
-        ),
-        _norms,
-        f"ln of mean ‖x‖² in the last log window, paper over {CONTROL}",
-        "log",
-    ),
-    _over_training(
-        "vanilla",
-        *_GRADIENT,
-        Claim(
-            "A factor of the denominator grows by the end: the gradient of active units",
-            OURS,
-            "rises",
-        ),
-    ),
-    _over_training(
-        "vanilla",
-        *_GRADIENT,
-        Claim(
-            "The gradient of active units grows while the training data is not fitted yet",
-            OURS,
-            "rises",
-        ),
-        UNFITTED,
-    ),
-    _over_training(
-        CONTROL,
-        *_GRADIENT,
-        Claim(
-            "Until then the gradient grows also where weight decay spares norms and biases",
-            OURS,
-            "rises",
-        ),
-        UNFITTED,
-    ),
-    mlps_matter(),
+_HELD_OUT = (
+    "vanilla: ln of AF of the up layer, the end over step 0 (measured lines: validation rows, "
+    "eval mode)"
 )
+_LARGER = f"ln of mean ‖x‖² in the last log window, paper over {CONTROL}"
+QUESTIONS = {
+    "ratio": _over_training("vanilla", *_RATIO),
+    "density": _over_training("vanilla", "density", "training density"),
+    "ratio-paper": _over_training("paper", *_RATIO),
+    "ratio-spared": _over_training(CONTROL, *_RATIO),
+    "flatness": _over_training("vanilla", "flatness", "augmented flatness AF of the up layer"),
+    "flatness-held-out": Asked("falls", _drawn, _HELD_OUT, "log"),
+    "input-norm": _over_training("vanilla", "input_norm", "mean ‖x‖²", "rises"),
+    "input-norm-paper": Asked("rises", _norms, _LARGER, "log"),
+    "gradient": _over_training("vanilla", *_GRADIENT, "rises"),
+    "gradient-unfitted": _over_training("vanilla", *_GRADIENT, "rises", UNFITTED),
+    "gradient-unfitted-spared": _over_training(CONTROL, *_GRADIENT, "rises", UNFITTED),
+    "mlps-matter": mlps_matter(),
+}
 
 
 def parts_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
@@ -190,24 +117,22 @@ def parts_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
     known = {arm: lines for arm in SHOWN if (lines := _relative(arms[arm]))}
     if not known:
         return None
-    figure, every = new_figure(dark, rows=len(known), size=(WIDTH, 0.7 + 2.1 * len(known)))
-    for axes, (arm, lines) in zip(every, known.items(), strict=True):
+    figure, every = stacked(dark, list(known), 2.1, 0.7)
+    ends = []
+    for axes, lines in zip(every, known.values(), strict=True):
         if axes is not every[0]:
             axes.sharex(every[0])
             axes.sharey(every[0])
-        axes.tick_params(labelbottom=axes is every[-1])
-        axes.set_title(arm, loc="left", fontsize=12, color=INK[dark])
         axes.axhline(1, color=INK[dark], linewidth=0.8, linestyle=":")
+        means = {}
         for key, seeds in lines.items():
-            color = _color(key, dark)
             width = 3.2 if key == "ratio" else 2.2
-            for points in seeds:
-                axes.plot(list(points), list(points.values()), color=color, alpha=0.3, linewidth=1)
-            mean = _mean(seeds)
-            axes.plot(list(mean), list(mean.values()), color=color, linewidth=width)
+            color = _color(key, dark)
+            _, means[key] = draw_seeds(axes, seeds, color, geometric_mean, linewidth=width)
+        ends.append({key: list(mean.values())[-1] for key, mean in means.items()})
     log_axis(every[0], "y", few=True)
-    for axes, lines in zip(every, known.values(), strict=True):
-        _label(axes, {key: list(_mean(seeds).values())[-1] for key, seeds in lines.items()}, dark)
+    for axes, each in zip(every, ends, strict=True):
+        label_ends(axes, each, NAMES, {key: _color(key, dark) for key in each})
     every[-1].set_xlabel("step")
     figure.supylabel("times its first value", color=INK[dark], fontsize=13)
     return render(figure, {})
@@ -216,12 +141,12 @@ def parts_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
 def changes(arms: Arms, dark: bool = False) -> bytes | None:
     """By which factor each changed from first to last window: a mark an arm, dots for seeds."""
     figure, (axes,) = new_figure(dark, size=(WIDTH, 5.4))
-    palette = DARK if dark else LIGHT
+    colours = palette(dark)
     marks = {}
     for place, arm in enumerate(SHOWN):
-        color = SERIES_INK[dark] if arm == "vanilla" else palette[place - 1]
+        color = SERIES_INK[dark] if arm == "vanilla" else colours[place - 1]
         for row, key in enumerate(NAMES):
-            each = list(within(arms, arm, change("train", "measures", key)).values())
+            each = list(within(arms, arm, over_run("train", "measures", key)).values())
             if not each:
                 continue
             y, mean = row + 0.27 * (place - 1), math.exp(sum(each) / len(each))
@@ -256,79 +181,11 @@ def _relative(runs: dict[int, Run]) -> dict[str, list[dict[int, float]]]:
     return lines
 
 
-def _mean(seeds: list[dict[int, float]]) -> dict[int, float]:
-    """The geometric mean where all seeds have a value."""
-    common = sorted(set.intersection(*map(set, seeds)))
-    logs = {step: [math.log(points[step]) for points in seeds] for step in common}
-    return {step: math.exp(sum(each) / len(each)) for step, each in logs.items()}
-
-
-def _label(axes: Axes, ends: dict[str, float], dark: bool) -> None:
-    """Names right of where the lines end, apart from each other."""
-    low, high = np.log(axes.get_ylim())
-    order = sorted(ends, key=ends.__getitem__)
-    own = (np.log([ends[key] for key in order]) - low) / (high - low)
-    for key, y in zip(order, spread(own), strict=True):
-        text = axes.text(1.02, float(y), NAMES[key], transform=axes.transAxes, va="center")
-        text.set(color=_color(key, dark), fontsize=11.5)
-
-
-def spread(places: np.ndarray, room: float = ROOM) -> np.ndarray:
-    """Ascending places moved apart, so that two are ``room`` apart at least.
-
-    >>> spread(np.array([0.5, 0.5, 0.9]), room=0.2).round(2).tolist()
-    [0.4, 0.6, 0.9]
-    """
-    steps = room * np.arange(len(places))
-    over = np.maximum.accumulate(places - steps)
-    under = np.minimum.accumulate((places - steps)[::-1])[::-1]
-    return (over + under) / 2 + steps
-
-
 def _color(key: str, dark: bool) -> str:
     number = PARTS[key]
-    return INK[dark] if number is None else (DARK if dark else LIGHT)[number]
+    return INK[dark] if number is None else palette(dark)[number]
 
 
-EXPERIMENT = Experiment(
-    name="ratio",
-    title="Does the ratio of flatness to norm and gradient fall in training?",
-    about="A ViT is trained plainly, with the three modifications, and plainly without "
-    "weight decay of norms and biases. Each log window measures augmented flatness AF of the up "
-    "layer, the mean squared norm of its input, the mean squared gradient at active units, and "
-    "density. The ratio is AF over norm times gradient; the paper says that it falls, and that "
-    "sparsity rises with it.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "ratio-parts",
-            parts_over_steps,
-            "Which part moves the ratio",
-            "The ratio (thick, dark) and what it is made of, each over its value in the first log "
-            "window: flatness over norm times gradient² at every step. Flatness pulls it down "
-            "where it falls, norm and gradient where they rise. Thin lines are seeds.",
-        ),
-        Picture(
-            "ratio-changes",
-            changes,
-            "From first to last window",
-            "By which factor each changed. Density changes as flatness over coefficient, by "
-            "arithmetic; the coefficient is about norm times gradient. Small dots are seeds.",
-        ),
-    ),
-    limits="Under ReLU flatness over its coefficient is density, exactly, and the ratio differs "
-    "only by how norm and gradient vary together: that ratio and density both fall is nearly one "
-    "finding. Which part moves is bookkeeping, not a cause: flatness has norm and gradient as "
-    "factors. The gradient’s rows reverse with the end point: in vanilla it grows for as long as "
-    "the training data is not fitted, and falls far below its start once it is, as residuals "
-    "vanish. The loss that parts the two, 0.1, was chosen after the runs. By the same most of the "
-    "fall of AF of training batches is that they are fitted, and shows no flat minimum; AF of "
-    "held-out data with drawn labels could, but it is of 128 rows, and between measurements of one "
-    "run it moves by a factor of 2 and more. Weight decay decides whether vanilla’s input norm "
-    "falls: ‖x‖² after LayerNorm is about the sum of squared scales and biases, which decay "
-    "shrinks; the second picture has the norm where it spares them. A smaller norm with larger "
-    "weights of down leaves outputs as they are and enlarges the gradient as much, so how far that "
-    "grows in vanilla is to be read against the row where decay spares norms. Units that die would "
-    "lower density, too; the table of arms counts them apart (in the quick form no window of "
-    "training has any). The first window lies in warm-up.",
+EXPERIMENT = experiment(
+    "ratio", QUESTIONS, {"ratio-parts": parts_over_steps, "ratio-changes": changes}
 )

@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report import plots
-from actsparse_lab.report.claims.ends import final
-from actsparse_lab.report.claims.sparser import SPARED
-from actsparse_lab.report.comparison import MARGIN
-from actsparse_lab.report.findings import OURS, V1, Arms, Effects, Experiment, Question, within
-from actsparse_lab.report.measures import number
-from actsparse_lab.report.plots import DARK, INK, LIGHT, MARKS, SERIES_INK, WIDTH, Picture
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.claims.arm_questions import POINT, SPARED
+from actsparse_lab.report.effects import Arms, Effects, final, number, within
+from actsparse_lab.report.findings import Asked
+from actsparse_lab.report.plots import INK, MARKS, SERIES_INK, WIDTH, palette
+from actsparse_lab.report.prose import experiment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +87,7 @@ def matched(own: Run, other: Run) -> tuple[Entry, Entry] | None:
         (first["step"], second["step"]): (round(abs(a - b), 9), first, second)
         for first, a in _late(own)
         for second, b in _late(other)
-        if round(abs(a - b), 9) <= MARGIN  # 0.97 − 0.96 in binary is more than 0.01
+        if round(abs(a - b), 9) <= POINT  # 0.97 − 0.96 in binary is more than 0.01
     }
     if not apart:
         return None
@@ -203,65 +201,49 @@ _MATCHED = (
 )
 
 
-def _compared(
-    text: str, source: str, arm: str, other: str, under: str, *disturbances: str
-) -> Question:
-    return Question(
-        Claim(text, source, "rises"),
-        _keeps_more(arm, other, *disturbances),
+def _compared(arm: str, other: str, under: str, *disturbances: str) -> Asked:
+    effect = (
         f"accuracy under {under}, over clean accuracy (validation rows, largest size recorded), "
-        f"{arm} minus {other}, {_MATCHED}",
-        "points",
+        f"{arm} minus {other}, {_MATCHED}"
     )
+    return Asked("rises", _keeps_more(arm, other, *disturbances), effect, "points")
 
 
 _ATTACK = f"FGSM ± {COVERED['size']}"
 _UNDER = {
-    "attacks on inputs": ("PGD", "pgd"),
-    "noise on hidden features": ("noise, mean of that on x and on d", *FEATURES),
-    "noise on weights": ("noise on weights", "weights"),
+    "inputs": ("PGD", "pgd"),
+    "features": ("noise, mean of that on x and on d", *FEATURES),
+    "weights": ("noise on weights", "weights"),
 }
-_INSIDE = ("noise on hidden features", "noise on weights")
-_PAIRS = (
-    ("The modified net is the more robust", V1, "paper", "vanilla", tuple(_UNDER)),
-    ("… also where neither decays norms and biases", OURS, SPARING, CONTROL, tuple(_UNDER)),
-    ("… also than plain nets without decay of norms and biases", OURS, "paper", CONTROL, _INSIDE),
-    ("Training with weight noise makes robust", OURS, "weight-noise", "vanilla", _INSIDE[1:]),
+_PAIRS = {
+    "paper": ("paper", "vanilla", tuple(_UNDER)),
+    "spared": (SPARING, CONTROL, tuple(_UNDER)),
+    "against-spared": ("paper", CONTROL, ("features", "weights")),
+    "weight-noise": ("weight-noise", "vanilla", ("weights",)),
+}
+_TOGETHER = (
+    "Spearman’s correlation, over a run’s successive checkpoints from the second on, of the change "
+    "of −ln participation of the effective gradient (validation rows) and the change of accuracy "
+    "under noise, mean of that on x and on d, over clean accuracy; minus the mean of its "
+    "correlations with those changes of accuracy in the arm’s other seeds; mean over the seed’s "
+    f"runs of {', '.join(TRAINED)}"
 )
-QUESTIONS = (
-    *(
-        _compared(f"{said}: {what}", source, arm, other, *_UNDER[what])
-        for said, source, arm, other, disturbed in _PAIRS
+_COVERS = (
+    f"weight-noise: share of tokens at up whose change under {_ATTACK} on inputs (`covering` in "
+    f"the records) is no longer than the noise of ρ = {COVERED['rho']} in training, mean over "
+    "blocks, at the end"
+)
+QUESTIONS = {
+    **{
+        f"{pair}-{what}": _compared(arm, other, *_UNDER[what])
+        for pair, (arm, other, disturbed) in _PAIRS.items()
         for what in disturbed
+    },
+    "go-together": Asked("rises", _correlations, _TOGETHER),
+    "covered": Asked(
+        "rises", lambda arms: within(arms, "weight-noise", covered), _COVERS, "share", least=0.5
     ),
-    Question(
-        Claim(
-            "Where gradients grow sparser, nets grow robust to noise on features: changes of both "
-            "go together beyond what the step alone gives",
-            V1,
-            "rises",
-        ),
-        _correlations,
-        "Spearman’s correlation, over a run’s successive checkpoints from the second on, of the "
-        "change of −ln participation of the effective gradient (validation rows) and the change of "
-        "accuracy under noise, mean of that on x and on d, over clean accuracy; minus the mean of "
-        "its correlations with those changes of accuracy in the arm’s other seeds; mean over the "
-        f"seed’s runs of {', '.join(TRAINED)}",
-    ),
-    Question(
-        Claim(
-            f"Weight noise covers what an attack, {_ATTACK}, does inside, for most tokens",
-            f"{V1}; bar ours",
-            "rises",
-            least=0.5,
-        ),
-        lambda arms: within(arms, "weight-noise", covered),
-        f"weight-noise: share of tokens at up whose change under {_ATTACK} on inputs (`covering` "
-        f"in the records) is no longer than the noise of ρ = {COVERED['rho']} in training, mean "
-        "over blocks, at the end",
-        "share",
-    ),
-)
+}
 
 
 # -- pictures ---------------------------------------------------------------------------------
@@ -333,7 +315,7 @@ def _paths(
     """A path for each arm that has one; its last marks by arm."""
     lines: dict[str, Any] = {}
     for place, (arm, number_) in enumerate(SHOWN.items()):
-        color = SERIES_INK[dark] if number_ is None else (DARK if dark else LIGHT)[number_]
+        color = SERIES_INK[dark] if number_ is None else palette(dark)[number_]
         paths = [path for run in arms[arm].values() if (path := _path(run, read))]
         common = sorted(set.intersection(*map(set, paths))) if paths else []
         if not common:
@@ -354,46 +336,8 @@ def _path(run: Run, read: Callable[[Entry], tuple[float, float] | None]) -> Path
     return {step: point for step, point in points.items() if point is not None}
 
 
-EXPERIMENT = Experiment(
-    name="robustness",
-    title="Are nets of sparse gradients robust?",
-    about="A ViT is trained plainly, with the three modifications, with weight noise and "
-    "with a sparsity penalty. At checkpoints inputs of validation rows are attacked, and hidden "
-    "features and weights get noise. Kept is the accuracy under a disturbance over the clean one; "
-    "arms are compared at checkpoints that are equally good on clean rows.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "robustness-paths",
-            against_clean,
-            "Robust for its accuracy",
-            "Each arm from its first checkpoint (hollow) to its last, mean over seeds; dots are "
-            "seeds. Of two paths the higher is the more robust where both are equally accurate. "
-            "Inputs are in standard deviations of a pixel, noise in root mean squares of what it "
-            "is added to.",
-        ),
-        Picture(
-            "robustness-gradients",
-            against_sparsity,
-            "Robust as gradients grow sparse",
-            "Noise on the hidden features. A path that rises towards sparse gradients is what the "
-            "paper expects, but in training everything moves at once. Nearly 0 is up to a fixed "
-            "size: that share rises as gradients shrink with the loss.",
-        ),
-    ),
-    limits="Matching leaves up to a point of clean accuracy, and may set a checkpoint from before "
-    "the end beside a final one; arms as accurate still differ in margins and norms, which move "
-    "robustness too. No arm is without MLPs: the pages on pruning and ratio say how far the task "
-    "needs them; digits hardly do. Noise is relative to what it disturbs, so it does not see how "
-    "large that is. Over a run robustness and sparsity change fast at first and slowly as the "
-    "learning rate ends; the other seeds’ correlations, as high as a run’s own in the quick form, "
-    "take out what comes of that alone. Seeds so share runs, and their effects are not quite "
-    "independent. Across arms it is the reverse in the quick form: at the end the modified net has "
-    "the sparser gradients in every seed, and keeps less under noise on features. Read is "
-    "participation, which has no scale; the paper counts gradients near 0, whose share at a fixed "
-    "size rises as gradients shrink with the loss. Of 300 validation rows, which trials see, one "
-    "is a third of a point. The attack’s size decides whether weight noise covers it: in the quick "
-    "form the median of r (`r50` in the records) is 1.6 to 2.2 at up, so that at about half the "
-    "size half the tokens would be covered. As many are covered in vanilla, so that training with "
-    "noise has no part in it. The attacks are simple ones.",
+EXPERIMENT = experiment(
+    "robustness",
+    QUESTIONS,
+    {"robustness-paths": against_clean, "robustness-gradients": against_sparsity},
 )

@@ -16,34 +16,28 @@ trace. Nor do two things that move together show which moves the other.
 from __future__ import annotations
 
 from statistics import fmean, geometric_mean
-from typing import Any
 
-from actsparse_lab.report.claims.ends import at_end
-from actsparse_lab.report.claims.sparser import SPARED, mlps_matter, quality_kept, sparser
-from actsparse_lab.report.comparison import INFERENCE, QUALITY
-from actsparse_lab.report.findings import (
-    OURS,
-    V1,
+from actsparse_lab.report.claims.arm_questions import SPARED, mlps_matter, quality_kept, sparser
+from actsparse_lab.report.effects import (
+    INFERENCE,
+    QUALITY,
     Arms,
-    Experiment,
-    Question,
     Reader,
+    at_end,
     log_ratio,
     paired,
     within,
 )
+from actsparse_lab.report.findings import Asked
 from actsparse_lab.report.plots import (
-    DARK,
-    INK,
-    LIGHT,
     SERIES_INK,
-    WIDTH,
-    Picture,
+    draw_seeds,
     log_axis,
-    new_figure,
+    palette,
     render,
+    stacked,
 )
-from actsparse_lab.report.verdict import Claim
+from actsparse_lab.report.prose import experiment
 
 CONTROL = f"vanilla{SPARED}"
 RHO = {"vanilla": 0.0, "weight-noise": 0.1, "weight-noise-0.3": 0.3}
@@ -55,70 +49,29 @@ ENDINGS = {  # of the arms' names: name, dash, number of the colour
 }
 
 
-def _flatter(
-    text: str, source: str, arm: str, other: str, read: Reader = GAUSS_NEWTON, of: str = ""
-) -> Question:
-    return Question(
-        Claim(text, source, "falls"),
-        lambda arms: paired(arms, arm, other, read, log_ratio),
+def _flatter(arm: str, other: str, read: Reader = GAUSS_NEWTON, of: str = "") -> Asked:
+    effect = (
         f"ln of the Gauss–Newton trace of up’s and down’s weights{of} at the end (validation "
-        f"rows), {arm} over {other}",
-        "log",
+        f"rows), {arm} over {other}"
     )
+    return Asked("falls", lambda arms: paired(arms, arm, other, read, log_ratio), effect, "log")
 
 
-QUESTIONS = (
-    _flatter(
-        "Training with weight noise (ρ = 0.1) ends in flatter minima", V1, "weight-noise", "vanilla"
-    ),
-    _flatter(
-        "Flatter minima, too, where each token has its own copy of the weights",
-        OURS,
-        "weight-noise",
-        "vanilla",
-        TOKEN_COPIES,
-        ", a copy for each token,",
-    ),
-    _flatter(
-        "Flatter also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise{SPARED}",
-        CONTROL,
-    ),
-    sparser(
-        "Training with weight noise (ρ = 0.1) ends in sparser MLPs", V1, "weight-noise", "vanilla"
-    ),
-    sparser(
-        "Sparser also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise{SPARED}",
-        CONTROL,
-    ),
-    sparser(
-        "Noise with decay of all makes MLPs sparser than sparing norms and biases alone does",
-        OURS,
-        "weight-noise",
-        CONTROL,
-    ),
-    sparser(
-        "More noise, sparser MLPs: ρ = 0.3 against 0.1", OURS, "weight-noise-0.3", "weight-noise"
-    ),
-    sparser(
-        "Sparser with ρ = 0.3 than with 0.1 also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise-0.3{SPARED}",
-        f"weight-noise{SPARED}",
-    ),
-    sparser("Sparser MLPs with ρ = 0.3 than without noise", OURS, "weight-noise-0.3", "vanilla"),
-    sparser(
-        "Sparser with ρ = 0.3 than without also where weight decay spares norms and biases",
-        OURS,
-        f"weight-noise-0.3{SPARED}",
-        CONTROL,
-    ),
-    quality_kept("Accuracy falls by less than a point (ρ = 0.1)", OURS, "weight-noise", "vanilla"),
-    mlps_matter(),
-)
+NOISE, MORE = "weight-noise", "weight-noise-0.3"
+QUESTIONS = {
+    "flatter": _flatter(NOISE, "vanilla"),
+    "flatter-copies": _flatter(NOISE, "vanilla", TOKEN_COPIES, ", a copy for each token,"),
+    "flatter-spared": _flatter(f"{NOISE}{SPARED}", CONTROL),
+    "sparser": sparser(NOISE, "vanilla"),
+    "sparser-spared": sparser(f"{NOISE}{SPARED}", CONTROL),
+    "against-spared": sparser(NOISE, CONTROL),
+    "more-noise": sparser(MORE, NOISE),
+    "more-noise-spared": sparser(f"{MORE}{SPARED}", f"{NOISE}{SPARED}"),
+    "much-noise": sparser(MORE, "vanilla"),
+    "much-noise-spared": sparser(f"{MORE}{SPARED}", CONTROL),
+    "quality": quality_kept(NOISE, "vanilla"),
+    "mlps-matter": mlps_matter(),
+}
 
 
 def against_noise(arms: Arms, dark: bool = False) -> bytes | None:
@@ -134,20 +87,20 @@ def against_noise(arms: Arms, dark: bool = False) -> bytes | None:
     shown = [panel for panel in panels if any(_series(arms, end, *panel[1:]) for end in ENDINGS)]
     if not any(read is not QUALITY for _, read, _ in shown):
         return None
-    size = (WIDTH, 0.9 + 1.75 * len(shown))
-    figure, every = new_figure(dark, rows=len(shown), size=size)
+    figure, every = stacked(dark, [title for title, *_ in shown], 1.75, 0.9)
     lines = {}
-    for axes, (title, read, log) in zip(every, shown, strict=True):
+    for axes, (_, read, log) in zip(every, shown, strict=True):
         for ending, (name, dash, color) in ENDINGS.items():
-            style: dict[str, Any] = {"color": (DARK if dark else LIGHT)[color], "linestyle": dash}
-            seeds = _series(arms, ending, read, log)
-            for points in seeds:
-                axes.plot(list(points), list(points.values()), **style, alpha=0.3, linewidth=1)
-            mean = _mean(seeds, log)
-            if mean:
-                (lines[name],) = axes.plot(
-                    list(mean), list(mean.values()), **style, marker="o", linewidth=2.4
-                )
+            line, _ = draw_seeds(
+                axes,
+                _series(arms, ending, read, log),
+                palette(dark)[color],
+                geometric_mean if log else fmean,
+                linestyle=dash,
+                marker="o",
+            )
+            if line is not None:
+                lines[name] = line
         if read is QUALITY and (without := within(arms, "no-mlp", QUALITY)):
             level = sum(without.values()) / len(without)
             lines["without MLPs"] = axes.axhline(level, color=SERIES_INK[dark], linestyle=":")
@@ -155,9 +108,7 @@ def against_noise(arms: Arms, dark: bool = False) -> bytes | None:
             log_axis(axes, "y", few=True)
         elif read is INFERENCE:
             axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
-        axes.set_title(title, loc="left", fontsize=12, color=INK[dark])
         axes.set_xticks(list(RHO.values()), [f"{rho:g}" for rho in RHO.values()])
-        axes.tick_params(labelbottom=axes is every[-1])
     every[-1].set_xlabel("noise ρ, of the weights’ root mean square")
     return render(figure, lines)
 
@@ -172,36 +123,4 @@ def _series(arms: Arms, ending: str, read: Reader, log: bool) -> list[dict[float
     return list(found.values())
 
 
-def _mean(seeds: list[dict[float, float]], log: bool) -> dict[float, float]:
-    """Over the seeds that have a value, at each ρ."""
-    by_rho = {rho: [s[rho] for s in seeds if rho in s] for rho in RHO.values()}
-    mean = geometric_mean if log else fmean
-    return {rho: mean(each) for rho, each in by_rho.items() if each}
-
-
-EXPERIMENT = Experiment(
-    name="weight-noise",
-    title="Does weight noise in training make MLPs flat and sparse?",
-    about="A ViT is trained with noise on the MLPs’ weights, drawn afresh for each "
-    "token, of 0.1 and 0.3 times their root mean square, and without; each also without weight "
-    "decay of norms and biases. Curvature is measured at the end on validation rows with labels "
-    "drawn from the model, density on test data; both without noise.",
-    questions=QUESTIONS,
-    pictures=(
-        Picture(
-            "weight-noise",
-            against_noise,
-            "Density and flatness against noise",
-            "At the end of training. Thick lines are means over seeds, thin lines seeds. If noise "
-            "makes minima flat and MLPs sparse, both upper panels fall with it.",
-        ),
-    ),
-    limits="The traces cannot decide much: each is estimated by 10 probes on 128 rows, with "
-    "standard errors of 9 to 60 % in the quick form (`curvature.*.standard_error`), so undecided "
-    "does not mean that nothing changed. A trace depends on the scale of the weights and inputs, "
-    "also where a rescaling changes no output, and it shrinks as predictions grow sure: flat may "
-    "only mean small or sure. That flatness and density move together does not say that one moves "
-    "the other. What holds with decay of norms and biases, and is undecided without it, may need "
-    "both noise and decay. The paper has ρ = 0.1; 0.3 is ours. Units that die would lower density, "
-    "too; the table of arms counts them apart (the quick form has none).",
-)
+EXPERIMENT = experiment("weight-noise", QUESTIONS, {"weight-noise": against_noise})

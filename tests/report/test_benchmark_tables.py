@@ -23,17 +23,19 @@ from typer.testing import CliRunner
 from actsparse_lab.cli.report import report
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report import (
+    benchmark_plots,
     compare,
     gather,
-    markdown_payoff,
+    markdown_benchmarks,
     markdown_table,
-    payoff,
-    print_payoff,
+    print_benchmarks,
     to_json,
     write_report,
 )
-from actsparse_lab.report.benchmarks import Payoff, payoff_of
-from actsparse_lab.report.payoff import PAYOFF, payoff_lead, payoff_tables, payoff_title
+from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
+from actsparse_lab.report.benchmark_tables import benchmarks_lead, benchmarks_title, tables_of
+from actsparse_lab.report.benchmarks import Benchmarks, benchmarks_of
+from actsparse_lab.report.tables import Cell, Table
 
 ROOT = Path(__file__).parents[2]
 Draw = Callable[..., Figure | None]
@@ -42,12 +44,12 @@ cli = typer.Typer()
 cli.command()(report)
 
 
-def read(folder: Path, *entries: dict[str, Any]) -> Payoff:
+def read(folder: Path, *entries: dict[str, Any]) -> Benchmarks:
     """The payoff of records, written to ``folder``."""
     paths = [folder / f"record-{at}.json" for at in range(len(entries))]
     for path, entry in zip(paths, entries, strict=True):
         path.write_text(json.dumps(entry), encoding="utf-8")
-    found = payoff_of(paths)
+    found = benchmarks_of(paths)
     assert found is not None
     return found
 
@@ -66,11 +68,11 @@ def draw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Draw]:
         drawn.append(figure)
         return b"kept"
 
-    monkeypatch.setattr(payoff, "render", keep)
+    monkeypatch.setattr(benchmark_plots, "render", keep)
 
-    def call(name: str, found: Payoff, dark: bool = False) -> Figure | None:
+    def call(name: str, found: Benchmarks, dark: bool = False) -> Figure | None:
         drawn.clear()
-        next(each.plot for each in PAYOFF if each.name == f"payoff-{name}")(found, dark)
+        next(each.plot for each in BENCHMARK_PICTURES if each.name == f"payoff-{name}")(found, dark)
         return drawn[0] if drawn else None
 
     return call
@@ -204,7 +206,7 @@ def test_density_zero_has_no_place_on_a_log_axis_but_in_the_table(
     assert figure is not None
     line = line_of(figure.axes[0], figure.lines_of_legend, 1, "sparse")
     assert line[:, 0].tolist() == [0.1, 0.8]
-    assert payoff_tables(found)[0].rows[0][1][0] == ["0.000"]
+    assert tables_of(found)[0].rows[0][1] == "0.000"
 
 
 def test_compiled_dense_is_drawn_where_it_was_timed(
@@ -219,9 +221,9 @@ def test_compiled_dense_is_drawn_where_it_was_timed(
     assert figure is not None
     compiled = line_of(figure.axes[0], figure.lines_of_legend, 1, "compiled")
     assert compiled[:, 1].tolist() == [9, 9, 9]
-    assert "forward: compiled" in payoff_tables(found)[0].heads
+    assert "forward: compiled" in heads_of(tables_of(found)[0])
     # it is no sparse program: the best of these is 2 · 0.4 / 0.05
-    assert payoff_title(found) == "Dense time ÷ sparse time: one MLP 0.50 to 16.00"
+    assert benchmarks_title(found) == "Dense time ÷ sparse time: one MLP 0.50 to 16.00"
 
 
 def test_bars_of_whole_models_stand_beside_their_bounds(
@@ -256,7 +258,7 @@ def test_bars_of_whole_models_stand_beside_their_bounds(
     }
 
 
-@pytest.mark.parametrize("picture", PAYOFF, ids=lambda picture: picture.name)
+@pytest.mark.parametrize("picture", BENCHMARK_PICTURES, ids=lambda picture: picture.name)
 def test_charts_can_be_laid_out_and_are_left_out_with_nothing_to_show(
     tmp_path: Path, benchmarks: SimpleNamespace, picture: Any
 ) -> None:
@@ -268,6 +270,10 @@ def test_charts_can_be_laid_out_and_are_left_out_with_nothing_to_show(
     assert picture.plot(other, False) is None
 
 
+def heads_of(table: Table) -> list[str]:
+    return [column.head for column in table.columns]
+
+
 # -- words and tables -------------------------------------------------------------------------
 
 
@@ -276,19 +282,19 @@ def test_the_title_goes_from_worst_to_best_of_the_faster_program(
 ) -> None:
     # At density 0.8 the faster program has 2 · 0.5 · 0.5 forward, 3 · 0.5 · 0.5 in training.
     found = read(tmp_path, benchmarks.mlp(), benchmarks.model())
-    assert payoff_title(found) == (
+    assert benchmarks_title(found) == (
         "Dense time ÷ sparse time: one MLP 0.50 to 16.00; a whole model 1.20 to 1.50"
     )
-    assert "densities 0.050 to 0.800 and T = 1 to 197" in payoff_lead(found)
-    assert "Whole models at densities 0.010 to 0.050, as accelerated." in payoff_lead(found)
+    assert "densities 0.050 to 0.800 and T = 1 to 197" in benchmarks_lead(found)
+    assert "Whole models at densities 0.010 to 0.050, as accelerated." in benchmarks_lead(found)
 
 
 @pytest.mark.parametrize("name", ["mlp-1-thread", "mlp-2-threads"])
 def test_every_ratio_of_a_record_in_git_is_in_its_table(name: str) -> None:
     entry = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
-    found = payoff_of([ROOT / "benchmarks" / f"{name}.json"])
+    found = benchmarks_of([ROOT / "benchmarks" / f"{name}.json"])
     assert found is not None
-    lines = markdown_payoff(found).splitlines()
+    lines = markdown_benchmarks(found).splitlines()
     for row in entry["rows"]:
         cells = [
             f"{r['value']:.2f} [{r['low']:.2f} … {r['high']:.2f}]"
@@ -302,7 +308,7 @@ def test_every_ratio_of_a_record_in_git_is_in_its_table(name: str) -> None:
 def test_tables_hold_memory_break_even_and_bounds(
     tmp_path: Path, benchmarks: SimpleNamespace
 ) -> None:
-    text = markdown_payoff(read(tmp_path, benchmarks.mlp(), benchmarks.model()))
+    text = markdown_benchmarks(read(tmp_path, benchmarks.mlp(), benchmarks.model()))
     first, second, third = text.split("\n\n")
     assert first.splitlines()[-1].endswith("| 1.20 | 1.28 |")  # 3000 and 3200 · 0.8 / 2000
     assert first.splitlines()[2].endswith("| – | – | – | – |")  # T = 1 neither trains nor keeps
@@ -321,9 +327,9 @@ def test_tables_hold_memory_break_even_and_bounds(
 def test_columns_that_no_record_fills_are_left_out(
     tmp_path: Path, benchmarks: SimpleNamespace
 ) -> None:
-    (table,) = payoff_tables(read(tmp_path, benchmarks.trained()))
+    (table,) = tables_of(read(tmp_path, benchmarks.trained()))
     heads = ["model", "density", "dense, s", "dense ÷ accelerated", "limit: without MLPs"]
-    assert table.heads == heads
+    assert heads_of(table) == heads
 
 
 def test_the_terminal_shows_every_row_in_80_columns(
@@ -332,7 +338,7 @@ def test_the_terminal_shows_every_row_in_80_columns(
     out = io.StringIO()
     console = Console(file=out, width=80)
     every = (benchmarks.mlp(), benchmarks.mlp(threads=2), benchmarks.model(), benchmarks.trained())
-    print_payoff(read(tmp_path, *every), console)
+    print_benchmarks(read(tmp_path, *every), console)
     text = out.getvalue()
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
@@ -358,17 +364,19 @@ def test_benchmarks_alone_make_a_page_beside_the_first(
     page = write_report(*paths)
     assert page == tmp_path / "mlp" / "report.html"
     pictures = {each.name for each in (page.parent / "plots").iterdir()}
-    assert pictures == {f"{picture.name}.png" for picture in PAYOFF}
+    assert pictures == {f"{picture.name}.png" for picture in BENCHMARK_PICTURES}
     assert {path.name for path in page.parent.iterdir()} == {"plots", "report.html", "payoff.json"}
-    found = payoff_of(paths)
+    found = benchmarks_of(paths)
     assert found is not None
     assert (page.parent / "payoff.json").read_text() == to_json(found) + "\n"
     text = words(page)
-    assert "What silence pays" in text
-    assert payoff_title(found) in text
-    for table in payoff_tables(found):
-        for first, cells in table.rows:
-            assert " ".join([first, *(line for cell in cells for line in cell)]) in text
+    assert "Speed-up and memory" in text
+    assert benchmarks_title(found) in text
+    for table in tables_of(found):
+        for row in table.rows:
+            cells = (cell if isinstance(cell, Cell) else Cell(cell) for cell in row)
+            shown = [word for cell in cells for word in (cell.text, *cell.lines)]
+            assert " ".join(shown) in text
     for absent in ("Arms", "To look at", "Every run", "dead units"):
         assert absent not in text
     assert "vit-b.json: vit-b, 1 thread, batch = 8, rounds = 5, kernels: avx512" in text
@@ -392,15 +400,15 @@ def test_a_folder_of_runs_shows_its_benchmarks_too(
     assert done.stdout.splitlines()[-1] == str(folder / "report.html")
     assert "Dense time ÷ sparse time: " in done.stdout
     text = words(folder / "report.html")
-    assert text.index("To look at") < text.index("What silence pays") < text.index("What ran")
+    assert text.index("To look at") < text.index("Speed-up and memory") < text.index("What ran")
     assert "gpt2, training step 0.010" in text
     table = json.loads((folder / "table.json").read_text())
     shown = json.loads((folder / "payoff.json").read_text())
     assert len(shown["layers"]) == 2  # mlp.json is given and in the folder: once
     assert json.loads(called(folder, "--json").stdout) == table
-    runs, found = read_runs(folder), gather(folder).payoff
+    runs, found = read_runs(folder), gather(folder).benchmarks
     assert found is not None
-    both = f"{markdown_table(compare(runs))}\n{markdown_payoff(found)}"
+    both = f"{markdown_table(compare(runs))}\n{markdown_benchmarks(found)}"
     assert called(folder, "--markdown").stdout == both
 
 
@@ -413,9 +421,9 @@ def test_the_command_prints_json_or_tables_of_benchmarks_alone(
     done = called(paths[0], "--out", out, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == json.loads((out / "payoff.json").read_text())
-    found = payoff_of(paths[:1])
+    found = benchmarks_of(paths[:1])
     assert found is not None
-    assert called(paths[0], "--out", out, "--markdown").stdout == markdown_payoff(found)
+    assert called(paths[0], "--out", out, "--markdown").stdout == markdown_benchmarks(found)
     assert not (tmp_path / "mlp").exists()
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.benchmarks import Payoff
-from actsparse_lab.report.comparison import Table
+from actsparse_lab.report.benchmarks import Benchmarks
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.numbers import decimal
 
 
-def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]]:
+def what_ran(runs: list[Run], benchmarks: Benchmarks | None = None) -> list[tuple[str, str]]:
     """What ran, when, on what: every value the records had, most have one."""
-    sources = payoff.sources if payoff else ()
+    sources = benchmarks.sources if benchmarks else ()
     headers = [*(run.header for run in runs), *(source.where for source in sources)]
 
     def each(read: Callable[[Entry], Any]) -> str:
@@ -43,7 +44,7 @@ def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]
         rows += [
             ("runs", f"{len(runs)}, of which {sum(run.finished for run in runs)} finished"),
             ("started", span),
-            ("time in all", f"{seconds / 60:.1f} min"),
+            ("time in all", decimal(seconds / 60, 1, unit=" min")),
         ]
     rows += [
         ("benchmarks", "; ".join(f"{source.name}: {source.settings}" for source in sources)),
@@ -55,7 +56,7 @@ def facts(runs: list[Run], payoff: Payoff | None = None) -> list[tuple[str, str]
     return [(name, value) for name, value in rows if value]
 
 
-def differences(table: Table, runs: list[Run]) -> list[tuple[str, str]]:
+def differences(table: Comparison, runs: list[Run]) -> list[tuple[str, str]]:
     """For each arm the settings in which its config differs from the reference's."""
     flat = {run.arm: dict(_flat(run.header["config"])) for run in reversed(runs)}
     base = flat.get(table.reference, {})

@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from actsparse_lab.records import Run
-from actsparse_lab.report.comparison import INFERENCE, QUALITY
-from actsparse_lab.report.findings import Arms
-from actsparse_lab.report.measures import number
-from actsparse_lab.report.plots import DARK, INK, LIGHT, PAPER, WIDTH, new_figure, render
+from actsparse_lab.report.effects import INFERENCE, QUALITY, Arms, number
+from actsparse_lab.report.plots import INK, PAPER, WIDTH, new_figure, palette, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +22,7 @@ SPREAD = 0.22  # of a row: the lines of seeds beside each other
 LINE = 0.46  # inches of a row
 
 
-def dots(
+def rows_plot(
     rows: Named, colours: Named, aside: str | None = None
 ) -> Callable[[Arms, bool], bytes | None]:
     """The plot of ``rows``, each an arm, in two ``colours``, each an ending of the arm's name.
@@ -78,7 +76,7 @@ def _draw(axes: Axes, row: int, nth: int, pairs: list[Pair], name: str, dark: bo
     """A row's marks in one colour, the first above the row's middle and the second below."""
     if not pairs:
         return
-    colour, mark = (DARK if dark else LIGHT)[nth], MARKS[nth]
+    colour, mark = palette(dark)[nth], MARKS[nth]
     middle = row + (2 * nth - 1) * APART
     for index, (before, now) in enumerate(pairs):
         at = middle

@@ -1,7 +1,15 @@
-"""What records say of a paper's claim: it *holds*, *does not hold here*, or is *undecided*.
+"""Every interval and every rule for a verdict, once.
 
-The rule. An effect is one number for each paired seed, e.g. the density of one arm minus that of
-another. A claim says that effects lie beyond a bar in one direction. It holds where both
+*Intervals* are 95 % t-intervals of a mean over seeds (`t_interval`), of ratios on the log scale
+(`factor`).
+
+*Is quality kept?* One threshold everywhere (`margin`): a loss of 0.3 points of accuracy, or of 1 %
+of the reference's mean where quality is something else. Kept where the interval of the paired
+change lies above that loss, lower where it lies wholly below, else not decided (`beyond`).
+
+*Does a claim hold?* (`verdict`) An effect is one number for each paired seed, e.g. the density of
+one arm minus that of another. A claim says that effects lie beyond a bar in one direction. It holds
+where both
 
 1. the mean's two-sided 95 % t-interval over seeds lies wholly beyond the bar, and
 2. so many seeds lie beyond the bar that a fair coin would give as many in fewer than 1 of 20 (sign
@@ -11,59 +19,170 @@ It does not hold here where both are so on the other side of the bar; else it is
 than 5 seeds are undecided because 4 of 4 are no rarer than 1 in 16. Equal effects of all seeds are
 undecided: seeds that change nothing are one observation, and an interval of width 0 is no interval.
 Rounding decides nothing: effects within `SAME` of the largest are equal, and one so near the bar is
-not beyond it (0.96 − 0.97 falls by 0.01 and not by less).
+not beyond it.
 
-Why both. The first alone errs in at most 1 of 40 for normal effects, but a few large ones can carry
-a mean: where half of all seeds give 1 and half -0.01, it calls 19 of 100 experiments of 5 seeds
-*holds*. The second is exact whatever the law, as long as seeds are independent: if at most half of
-all seeds would lie beyond the bar, fewer than 1 of 20 verdicts are false *holds* (at most 1 in 32
-at 5 seeds, 9 in 256 at 8). Two arms that differ in nothing meet this for their difference, their
-ratio and its logarithm, with the bar where nothing changes: either arm is as likely to be the
-larger. The first remains so that one bad seed of 8 is weighed, not just counted.
-
-False *holds* of 100 null effects, the bar at their median. Below, the power: *holds* of 100 where
-the mean of normal effects lies d standard deviations (of one seed's effect) beyond the bar, and in
-brackets what the t-interval alone would give::
-
-    seeds                                     5         6         7         8         10
-    normal                                    2.0       1.3       0.7       1.8       0.8
-    Laplace                                   1.4       1.0       0.6       1.4       0.7
-    Student's t, 3 degrees of freedom         1.6       1.0       0.6       1.4       0.7
-    exponential, its tail short of the bar    2.9       1.6       0.8       1.4       0.6
-    lognormal (σ = 1), likewise               2.8       1.5       0.8       1.4       0.5
-    the same two, tail beyond, at most        1.4       1.0       0.6       2.0       0.9
-    two points, each half                     0         0         0         3.1       1.0
-    differences of binomial shares, at most   2.0       1.3       0.6       1.7       0.7
-    1 − ratio of lognormals (σ = 0.5)         2.6       1.5       0.8       1.5       0.6
-
-    d = 1                                     35 (40)   34 (51)   30 (60)   58 (68)   50 (80)
-    d = 2                                     87 (91)   87 (97)   85 (99)   99        98
-    d = 3                                     99        99        99        100       100
-
-So a sixth or seventh seed decides no more than five do; eight decide more.
-
-What it does not promise. Skewed effects with the bar at their *mean*: most seeds lie a little
-beyond it and a few far behind. 5 seeds then give false *holds* in 9 of 100 for the exponential law,
-15 for the lognormal, and 33 where one seed in five fails badly (near 1, the failures near -4).
-No rule keeps an error rate for the mean of every law (Bahadur and Savage, Ann. Math. Statist. 27,
-1956), so read *holds* as of the typical seed, and take logarithms of ratios. Nor may seeds be added
-until the verdict pleases: looking after each of seeds 5 to 10 doubles the 2 false *holds* of 100
-normal effects. Fix the number of seeds before.
+A few large effects can carry a mean past the interval alone. The sign test is exact whatever the
+law, as long as seeds are independent: if at most half of all seeds would lie beyond the bar, fewer
+than 1 of 20 verdicts are false *holds*. The interval remains so that one bad seed of 8 is weighed,
+not just counted. No rule keeps an error rate for the mean of every law (Bahadur and Savage, Ann.
+Math. Statist. 27, 1956), so read *holds* as of the typical seed, and take logarithms of ratios. Fix
+the number of seeds before the runs: adding seeds until the verdict pleases raises the error rate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from scipy.special import stdtrit
 
-from actsparse_lab.report.comparison import Estimate, t_interval
-
+POINTS = 0.003  # of accuracy: a loss of so much is none
+SHARE = 0.01  # likewise of any other quality, as a share of the reference's mean
 SAME = 2.0**-40  # what float64 leaves of differences a few thousand times less than their terms
 RARER_THAN = 20  # a false *holds* in fewer than 1 of so many
+
+Word = Literal["yes", "no", "undecided"]
+
+
+# -- intervals ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``n`` seeds; ``half`` is half its 95 % t-interval, None for one seed."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    @property
+    def low(self) -> float | None:
+        """The interval's lower end."""
+        return None if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float | None:
+        """The interval's upper end."""
+        return None if self.half is None else self.mean + self.half
+
+    def __neg__(self) -> Estimate:
+        return Estimate(-self.mean, self.half, self.n)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A ratio over ``n`` runs: geometric mean, its 95 % t-interval on the log scale, median."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    median: float
+    n: int
+
+
+def t_interval(values: Iterable[float | None]) -> Estimate | None:
+    """Mean and 95 % t-interval over seeds, of the values that are not None; None for no values.
+
+    >>> one = t_interval([1.0, 2.0, 3.0])
+    >>> one.mean, round(one.half, 3), one.n
+    (2.0, 2.484, 3)
+    """
+    seen = [value for value in values if value is not None]
+    n = len(seen)
+    if n == 0:
+        return None
+    mean = math.fsum(seen) / n
+    if n == 1:
+        return Estimate(mean, None, 1)
+    variance = math.fsum((value - mean) ** 2 for value in seen) / (n - 1)
+    return Estimate(mean, float(stdtrit(n - 1, 0.975)) * math.sqrt(variance / n), n)
+
+
+def factor(ratios: Iterable[float]) -> Factor | None:
+    """The factor of ratios above 0; None for none.
+
+    >>> found = factor([1.0, 2.0, 4.0])
+    >>> round(found.mean, 9), found.median, found.low < 1
+    (2.0, 2.0, True)
+    """
+    seen = list(ratios)
+    found = t_interval(map(math.log, seen))
+    if found is None:
+        return None
+    low, high = (None if end is None else math.exp(end) for end in (found.low, found.high))
+    return Factor(math.exp(found.mean), low, high, statistics.median(seen), found.n)
+
+
+# -- is quality kept? ---------------------------------------------------------------------------
+
+
+def margin(quality_name: str, reference: Iterable[float | None]) -> float | None:
+    """The loss of quality that is none, in quality's own unit; None where no reference is known.
+
+    >>> margin("accuracy", []), margin("nats", [2.0, 4.0])
+    (0.003, 0.03)
+    """
+    if quality_name == "accuracy":
+        return POINTS
+    mean = t_interval(reference)
+    return None if mean is None else SHARE * abs(mean.mean)
+
+
+def beyond(found: Estimate | None, bar: float | None, planned: int) -> Word:
+    """Does the interval lie above the bar? Undecided for fewer seeds than 5, or than ``planned``.
+
+    >>> beyond(Estimate(0.5, 0.1, 5), 0.3, 5), beyond(Estimate(0.5, 0.3, 5), 0.3, 5)
+    ('yes', 'undecided')
+    >>> beyond(Estimate(0.5, 0.1, 5), 0.7, 5), beyond(Estimate(0.5, 0.1, 4), 0.3, 5)
+    ('no', 'undecided')
+    """
+    if found is None or bar is None or found.n < max(planned, fewest_seeds()):
+        return "undecided"
+    return _side(found, bar)
+
+
+def quality_verdict(change: Estimate | None, loss: float, higher: bool) -> str | None:
+    """``change`` of quality in words; None for none, "one seed" where there is no interval.
+
+    "better" where the interval lies above 0, else "kept" where it lies above a loss of ``loss``,
+    "lower" where it lies wholly below that, and "unclear" where neither.
+
+    >>> [quality_verdict(Estimate(m, 0.002, 5), 0.003, True) for m in (0.1, 0, -0.002, -0.1)]
+    ['better', 'kept', 'unclear', 'lower']
+    """
+    if change is None:
+        return None
+    better = change if higher else -change
+    if better.low is None:
+        return "one seed"
+    if better.low > 0:
+        return "better"
+    return {"yes": "kept", "no": "lower", "undecided": "unclear"}[_side(better, -loss)]
+
+
+def _side(found: Estimate, bar: float) -> Word:
+    if found.low is None or found.high is None:
+        return "undecided"
+    if found.low >= bar:
+        return "yes"
+    return "no" if found.high < bar else "undecided"
+
+
+def every(*words: Word) -> Word:
+    """ "yes" where all are, "no" where any is; else "undecided".
+
+    >>> every("yes", "undecided"), every("undecided", "no")
+    ('undecided', 'no')
+    """
+    if "no" in words:
+        return "no"
+    return "undecided" if "undecided" in words else "yes"
+
+
+# -- does a claim hold? -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

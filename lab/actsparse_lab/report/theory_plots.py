@@ -13,22 +13,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.comparison import Table
-from actsparse_lab.report.measures import number, read_spectra
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.effects import number
+from actsparse_lab.report.measures import read_spectra
+from actsparse_lab.report.numbers import counted
 from actsparse_lab.report.plots import (
     INK,
     WIDTH,
     Axis,
     Panel,
-    Picture,
     Plot,
+    heading,
     log_axis,
     new_figure,
     over_steps,
     png,
+    steps,
     styles,
 )
-from actsparse_lab.report.words import counted
+from actsparse_lab.report.prose import pictures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,20 +74,22 @@ def _panel(label: str, key: str, axis: Axis = "zero") -> Panel:
     return Panel(label, training(key, positive=axis == "log"), axis)
 
 
-def what_moves(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+_PARTS = (
+    _panel("numerator: flatness AF  (down is sparser)", "flatness", "log"),
+    _panel("denominator: coefficient c  (up is sparser)", "coefficient", "log"),
+    _panel("part of c: input norm ‖x‖²", "input_norm", "log"),
+    _panel("part of c: effective gradient η², active units", "effective_gradient", "log"),
+)
+
+
+def what_moves(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Density, then numerator and denominator of the identity, and what the latter is made of."""
-    parts = (
-        _panel("numerator: flatness AF  (down is sparser)", "flatness", "log"),
-        _panel("denominator: coefficient c  (up is sparser)", "coefficient", "log"),
-        _panel("part of c: input norm ‖x‖²", "input_norm", "log"),
-        _panel("part of c: effective gradient η², active units", "effective_gradient", "log"),
-    )
-    if not any(part.read(run) for part in parts for run in runs):
+    if not any(part.read(run) for part in _PARTS for run in runs):
         return None
-    return over_steps(table, runs, dark, _panel("density, measured", "density"), *parts)
+    return over_steps(table, runs, dark, _panel("density, measured", "density"), *_PARTS)
 
 
-def flatness_and_density(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+def flatness_and_density(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
     """Training density against flatness: a path for each arm, from a hollow to a filled mark."""
     figure, (axes,) = new_figure(dark)
     flatness, density = training("flatness", positive=True), training("density")
@@ -116,82 +121,59 @@ def flatness_and_density(table: Table, runs: list[Run], dark: bool = False) -> b
     return png(figure, table)
 
 
-def separable_ratio(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """AF over the product of mean input norm and mean gradient, and how far that is density."""
-    ratio, density = training("ratio"), training("derivative_density")
-
-    def over_density(run: Run) -> dict[int, float]:
-        of = density(run)
-        return {step: value / of[step] for step, value in ratio(run).items() if of.get(step)}
-
-    return over_steps(
-        table,
-        runs,
-        dark,
-        Panel("ratio: AF / (T · H · mean ‖x‖² · mean η²)", ratio),
-        Panel("ratio / density  (dotted: they agree)", over_density, "fit", level=1.0),
-    )
+def _over_density(run: Run) -> dict[int, float]:
+    of = training("derivative_density")(run)
+    found = training("ratio")(run)
+    return {step: value / of[step] for step, value in found.items() if of.get(step)}
 
 
-def effective_gradient(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """How sparse the effective gradient is, and where the gradient gathers."""
-    return over_steps(
-        table,
-        runs,
-        dark,
-        _panel("gradient sparsity: share of η that is 0", "gradient_sparsity"),
-        _panel("concentration: share of g² on active units", "concentration"),
-        _panel("participation: share of units that carry η²", "participation"),
-    )
+def _measured(name: str) -> Callable[[Run], dict[int, float]]:
+    """Reads a curvature, where positive, of where a run stopped to measure it."""
+
+    def read(run: Run) -> dict[int, float]:
+        found = {e["step"]: number(e, "curvature", name, "value") for e in run.measured}
+        return {step: value for step, value in found.items() if value is not None and value > 0}
+
+    return read
 
 
-def noise(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """Anisotropy of the effective gradients and of the hidden features, and the noise scale."""
-    return over_steps(
-        table,
-        runs,
-        dark,
-        _panel("anisotropy of effective gradients", "gradient_anisotropy", "fit"),
-        _panel("anisotropy of features", "feature_anisotropy", "fit"),
-        _panel("noise scale: samples", "noise_scale", "log"),
-    )
-
-
-def concentration(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """How far apart the weights' eigenvalues lie, and how far they are from those of noise."""
-    panels = [
+# AF over the product of mean input norm and mean gradient, and how far that is density.
+separable_ratio = steps(
+    Panel("ratio: AF / (T · H · mean ‖x‖² · mean η²)", training("ratio")),
+    Panel("ratio / density  (dotted: they agree)", _over_density, "fit", level=1.0),
+)
+# How sparse the effective gradient is, and where the gradient gathers.
+effective_gradient = steps(
+    _panel("gradient sparsity: share of η that is 0", "gradient_sparsity"),
+    _panel("concentration: share of g² on active units", "concentration"),
+    _panel("participation: share of units that carry η²", "participation"),
+)
+noise = steps(
+    _panel("anisotropy of effective gradients", "gradient_anisotropy", "fit"),
+    _panel("anisotropy of features", "feature_anisotropy", "fit"),
+    _panel("noise scale: samples", "noise_scale", "log"),
+)
+# How far apart the weights' eigenvalues lie, and how far they are from those of noise.
+concentration = steps(
+    *(
         Panel(f"{label} of {layer}", _over_blocks(f"{layer}_{key}"), axis)
         for label, key, axis in SPECTRAL
         for layer in LAYERS
-    ]
-    return over_steps(table, runs, dark, *panels)
+    )
+)
+curvature = steps(
+    Panel("Gauss–Newton trace", _measured("gauss_newton"), "log"),
+    Panel("Gauss–Newton trace, a weight for each token", _measured("token_copies"), "log"),
+    Panel("Hessian trace, where positive", _measured("hessian"), "log"),
+    Panel("largest eigenvalue", _measured("top_eigenvalue"), "log"),
+)
 
 
-def curvature(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
-    """Traces of the curvature and its largest eigenvalue, where runs stopped to measure them."""
-
-    def read(name: str) -> Callable[[Run], dict[int, float]]:
-        def values(run: Run) -> dict[int, float]:
-            found = {e["step"]: number(e, "curvature", name, "value") for e in run.measured}
-            return {step: value for step, value in found.items() if value is not None and value > 0}
-
-        return values
-
-    labels = {
-        "gauss_newton": "Gauss–Newton trace",
-        "token_copies": "Gauss–Newton trace, a weight for each token",
-        "hessian": "Hessian trace, where positive",
-        "top_eigenvalue": "largest eigenvalue",
-    }
-    panels = [Panel(label, read(name), "log") for name, label in labels.items()]
-    return over_steps(table, runs, dark, *panels)
-
-
-def spectra(which: Callable[[Table], str | None]) -> Plot:
+def spectra(which: Callable[[Comparison], str | None]) -> Plot:
     """The plot of the eigenvalues of the weights, in the arm that ``which`` picks: one seed, and of
     its blocks the first, one in the middle and the last."""
 
-    def plot(table: Table, runs: list[Run], dark: bool = False) -> bytes | None:
+    def plot(table: Comparison, runs: list[Run], dark: bool = False) -> bytes | None:
         own = [run for run in runs if run.finished and run.arm == which(table)]
         run, entries = next(((r, found) for r in own if (found := read_spectra(r))), (None, []))
         if run is None:
@@ -252,7 +234,7 @@ def _spectrum(axes: Axes, entry: Entry, title: str, dark: bool) -> None:
     verdict = "fits" if law["accepted"] else "no fit"
     beyond = " ".join(f"{mark}{law[side]}" for side, mark in SIDES.items() if law[side])
     title += f"\n{verdict}, KS {law['ks']:.2f}" + (f"\n{beyond}" if beyond else "")
-    axes.set_title(title, loc="left", fontsize=11, color=INK[dark])
+    heading(axes, title, dark, 11)
 
 
 def marchenko_pastur(lower: float, upper: float) -> tuple[np.ndarray, np.ndarray]:
@@ -268,70 +250,16 @@ def marchenko_pastur(lower: float, upper: float) -> tuple[np.ndarray, np.ndarray
     return x, np.sqrt((upper - x) * (x - lower)) / (2 * np.pi * scale * x)
 
 
-THEORY = (
-    Picture(
-        "what-moves",
-        what_moves,
-        "What moves",
-        "Density is AF over c, but for a constant, at every step: it falls where AF falls faster. "
-        "Both shrink with the gradients as the loss does, so neither panel alone says that units "
-        "fell silent.",
-    ),
-    Picture(
-        "flatness-and-density",
-        flatness_and_density,
-        "Density beside flatness",
-        "Each arm from its start (hollow mark) to its end (filled). Where a path runs sideways, "
-        "flatness changed and density did not; a path is no proof that one drives the other.",
-    ),
-    Picture(
-        "separable-ratio",
-        separable_ratio,
-        "Flatness over norm and gradient apart",
-        "The same quotient with a product of two means in place of c. Near density, input norm and "
-        "gradient hardly vary together and may be read one by one; away from it they may not.",
-    ),
-    Picture(
-        "effective-gradient",
-        effective_gradient,
-        "The effective gradient",
-        "η is the gradient before the activation function, zero where its derivative is. "
-        "Concentration above density: the gradient gathers on active units; below: on silent ones.",
-    ),
-    Picture(
-        "noise",
-        noise,
-        "Anisotropy and noise",
-        "Anisotropy is 0 where all directions are alike, and about the width where there is one; a "
-        "mean other than zero is a direction too. Noise scale: the batch size at which noise and "
-        "signal weigh alike; gaps where noise hides the signal.",
-    ),
-    Picture(
-        "curvature",
-        curvature,
-        "Curvature",
-        "Of the loss at the MLPs’ weights, on held-out data, eval mode. Low is flat. Traces add up "
-        "all directions; a rescaling of the weights that changes no output changes them too.",
-    ),
-    Picture(
-        "spectral-concentration",
-        concentration,
-        "Spectral concentration",
-        "Largest over smallest eigenvalue of WWᵀ that is not near zero, mean over blocks, and the "
-        "distance of all of them from the law of random entries. Most weights start by that law.",
-    ),
-    Picture(
-        "spectra-reference",
-        spectra(lambda table: table.reference),
-        "Eigenvalues of the weights, reference",
-        "At the end of training, one seed. Bars: eigenvalues per unit, or per factor on a log "
-        "axis; line and dotted edges: the law of Marchenko and Pastur for random entries; ↑ ↓ and "
-        "triangles: outliers. A fit does not prove a weight random; a misfit does not say why.",
-    ),
-    Picture(
-        "spectra-subject",
-        spectra(lambda table: table.subject),
-        "Eigenvalues of the weights, arm under test",
-        "The same for the arm under test, on scales of its own.",
-    ),
+THEORY = pictures(
+    {
+        "what-moves": what_moves,
+        "flatness-and-density": flatness_and_density,
+        "separable-ratio": separable_ratio,
+        "effective-gradient": effective_gradient,
+        "noise": noise,
+        "curvature": curvature,
+        "spectral-concentration": concentration,
+        "spectra-reference": spectra(lambda table: table.reference),
+        "spectra-subject": spectra(lambda table: table.subject),
+    }
 )

@@ -1,0 +1,52 @@
+"""The plot of the frontier."""
+
+from __future__ import annotations
+
+from actsparse_lab.report import plots
+from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.report.frontier import HALF, Board
+from actsparse_lab.report.prose import pictures
+
+
+def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | None:
+    """Quality against inference density on a log axis: means with 95 % intervals over seeds.
+
+    The control without MLPs is a line; shaded is what lies within noise of the best vanilla's
+    mean. ``table`` gives arms their colours.
+    """
+    rows = [row for row in of.rows if row.quality is not None and row.arm != HALF]
+    dense = [row for row in rows if row.inference is not None]
+    best = of.row(of.best)
+    if not dense or best is None or best.quality is None or of.margin is None:
+        return None
+    height = plots.HEIGHT + 0.14 * len(rows)  # the legend's lines
+    figure, (axes,) = plots.new_figure(dark, size=(plots.WIDTH, height))
+    middle = best.quality.mean
+    axes.axhspan(middle - of.margin, middle + of.margin, color=plots.INK[dark], alpha=0.12)
+    smallest = min(
+        (r.inference.mean for r in dense if r.inference and r.inference.mean > 0), default=1e-4
+    )
+    values = [middle]
+    for name, style in plots.styles(table, dark):
+        row = next((row for row in rows if row.arm == name), None)
+        if row is None or row.quality is None:
+            continue
+        values.append(row.quality.mean)
+        if row.inference is None:
+            axes.axhline(row.quality.mean, color=style["color"], linestyle="--", label=name)
+            continue
+        x, half = max(row.inference.mean, smallest / 2), row.inference.half or 0.0
+        axes.errorbar(
+            x, row.quality.mean, xerr=[[min(half, 0.9 * x)], [half]], yerr=row.quality.half or 0.0,
+            color=style["color"], marker=style["marker"], linestyle="", markersize=8,
+            elinewidth=1.2, label=name,
+        )  # fmt: skip
+    plots.log_axis(axes, "x", few=True)
+    space = max(0.12 * (max(values) - min(values)), 2 * of.margin)
+    axes.set_ylim(min(values) - space, max(values) + space)
+    axes.set_xlabel("inference density  (left is sparser)")
+    axes.set_ylabel(f"{of.quality_name}  ({'up' if of.higher_is_better else 'down'} is better)")
+    return plots.png(figure, table)
+
+
+(FRONTIER,) = pictures({"frontier": frontier_plot})
