@@ -192,7 +192,11 @@ def test_no_module_imports_itself_through_others(package: Path) -> None:
 def test_files_are_short_and_say_what_they_are_for() -> None:
     files = [path for top in ("actsparse", "lab", "tests") for path in (ROOT / top).rglob("*.py")]
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert {str(path): length for path, length in lengths.items() if length >= 450} == {}
+    assert {
+        str(path): length
+        for path, length in lengths.items()
+        if length > (450 if path.is_relative_to(ROOT / "tests") else 400)
+    } == {}
     assert [str(path) for path in files if path.name in NO_ROOM] == []
 
 
