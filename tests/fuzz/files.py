@@ -26,7 +26,7 @@ def records(folder: Path) -> Make:
     from actsparse_lab.records import read_run
     from actsparse_lab.report import compare, markdown_table
     from actsparse_lab.report.card import model_card
-    from actsparse_lab.report.provenance import differences, facts
+    from actsparse_lab.report.provenance import differences, what_ran
     from actsparse_lab.report.summary import lead, remarks, title
     from actsparse_lab.report.theory_tables import markdown_theory
 
@@ -54,7 +54,7 @@ def records(folder: Path) -> Make:
         table = compare([run])
         for said in (title(table), lead(table), *remarks(table), markdown_table(table)):
             assert isinstance(said, str)
-        facts([run]), differences(table, [run]), markdown_theory([run])
+        what_ran([run]), differences(table, [run]), markdown_theory([run])
         if run.finished:
             model_card(run)
 

@@ -174,13 +174,16 @@ def test_a_page_of_benchmarks_alone_fits_too(seen: Any, width: int) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")  # tests/report/claims draws each of them
+@pytest.mark.parametrize(
+    "names", [["ratio", "noise"], pytest.param([*CLAIMS], marks=pytest.mark.slow)], ids=len
+)
 def test_the_page_of_each_experiment_shows_the_plots_of_its_claims(
-    browser: str, tmp_path: Path
+    browser: str, tmp_path: Path, names: list[str]
 ) -> None:
-    pages = [write_report(RECORDS / name, out=tmp_path / name) for name in CLAIMS]
+    pages = [write_report(RECORDS / name, out=tmp_path / name) for name in names]
     every = measure(browser, tmp_path, *((page, 390) for page in pages))
-    for (name, experiment), page, of in zip(CLAIMS.items(), pages, every, strict=True):
-        text = page.read_text(encoding="utf-8")
+    for name, page, of in zip(names, pages, every, strict=True):
+        experiment, text = CLAIMS[name], page.read_text(encoding="utf-8")
         for picture in (*experiment.pictures, EFFECTS):
             assert f'<figure class="card" id="{picture.name}">' in text
         assert text.count('<span class="verdict') == len(experiment.questions)

@@ -134,6 +134,7 @@ def test_others_cannot_write_what_is_built_whatever_the_umask(tmp_path: Path) ->
     assert build.build(tmp_path / "cache") == target
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_threads_and_processes_may_build_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "cache"

@@ -304,7 +304,10 @@ def test_both_ways_to_sample_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- accelerate -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=() if d is torch.bfloat16 else pytest.mark.slow) for d in DTYPES],
+)
 @pytest.mark.parametrize("mode", ["auto", "sparse", "screened"])
 def test_a_model_runs_so_in_its_own_dtype(mode: Any, dtype: torch.dtype) -> None:
     from actsparse.kernels import accelerate

@@ -22,7 +22,7 @@ QUICK = [
     "fsdp-t5-paper-finetune-hoyer-float64",
 ]
 CASES = [
-    pytest.param([job for job in JOBS if str(job) in QUICK], id="quick"),
+    pytest.param([job for job in JOBS if str(job) in QUICK], id="quick", marks=pytest.mark.slow),
     *(
         pytest.param(
             [job for job in JOBS if job.variant.model == model], id=model, marks=pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -185,6 +185,7 @@ MODEL = mlps("relu", "relu")
 SEEN = magnitudes(MODEL)
 
 
+@settings(max_examples=30)
 @given(
     losses=st.lists(st.floats(0, 1), min_size=8, max_size=8),
     budgets=st.tuples(st.floats(0, 1), st.floats(0, 1)),

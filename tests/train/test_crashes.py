@@ -13,8 +13,7 @@ import pytest
 
 from actsparse_lab.data.text import load_documents
 
-FAST = ("train kill 3", "train stop 1", "train full 1", "noise kill 2", "save kill 3",
-        "save,without_exchange kill 3", "load,without_exchange kill 2")  # fmt: skip
+FAST = ("train kill 2", "train full 1", "save kill 3", "load,without_exchange kill 2")
 SLOW = (
     "train kill all", "train,again kill all", "compare kill 60", "noise kill all",
     "train stop 60", "compare stop 20", "noise stop all",

@@ -241,7 +241,7 @@ def test_two_processes_train_as_one_by_the_documented_command(tmp_path: Path) ->
     near(bare(records[0].path), bare(records[1].path), 1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_image_is_named_and_skipped_only_if_asked(workers: int, tmp_path: Path) -> None:
     write_images(tmp_path / "images")
     broken = tmp_path / "images" / "train" / "class1" / "3.jpg"
