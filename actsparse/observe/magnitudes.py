@@ -128,6 +128,15 @@ class Magnitudes(Counts):
         """What thresholds are of: ``"z"`` where each a ≠ 0 that was seen has z > 0."""
         return "abs(a)" if int(self.active[0, 0]) else "z"
 
+    def dropped(self, threshold: float) -> float:
+        """The share of a token's Σ a², its mean, whose score is at most ``threshold``.
+
+        Exact at :func:`ends`, between them an upper bound.
+        """
+        energy = self.energy[self._by]
+        total = float(energy.sum())
+        return float(energy[self._below(threshold)].sum()) / total if total else 0.0
+
     def density(self, threshold: float) -> float:
         """The share of tokens × units where a ≠ 0 and the score is above ``threshold``.
 

@@ -155,13 +155,16 @@ def score_of(part: Magnitudes, z: Tensor, a: Tensor) -> Tensor:
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("function", ["jsrelu", "gelu", "silu"])
 @pytest.mark.parametrize("share", [0.0, 1e-4, 0.01, 0.3, 1.0])
-def test_threshold_and_density_are_of_one_rule(share: float, function: str, gated: bool) -> None:
+def test_threshold_dropped_and_density_are_of_one_rule(
+    share: float, function: str, gated: bool
+) -> None:
     ((part,), brute) = parts_of(model_of(function, gated=gated))
     z, a = pairs(brute, next(iter(brute.blocks)))
     assert part.score == ("z" if function == "jsrelu" else "abs(a)")
     t = part.threshold(share)
     below = score_of(part, z, a) <= t
-    # a ratio of sums of 15 H positive numbers
+    # ratios of sums of 15 H positive numbers
+    assert part.dropped(t) == pytest.approx(lost(a, below), rel=400 * EPS, abs=0)
     assert lost(a, below) <= share * (1 + 400 * EPS)
     assert part.density(t) == int((a[~below] != 0).sum()) / a.numel()
     assert part.density(-math.inf) == int((a != 0).sum()) / a.numel()
@@ -169,9 +172,10 @@ def test_threshold_and_density_are_of_one_rule(share: float, function: str, gate
 
 
 @given(t=st.floats(0, 4))
-def test_between_ends_no_more_is_said_to_be_left_than_is(t: float) -> None:
+def test_between_ends_more_is_said_to_be_dropped_than_is(t: float) -> None:
     for part, z, a in SEEN:
         below = score_of(part, z, a) <= t
+        assert part.dropped(t) >= lost(a, below) * (1 - 400 * EPS)
         assert part.density(t) <= int((a[~below] != 0).sum()) / a.numel()
 
 
@@ -228,6 +232,7 @@ def test_what_lies_above_the_last_end_is_never_dropped() -> None:
     part = Magnitudes(BLOCK)
     a = torch.full((1, BLOCK.d_hidden), 2 * HIGH)
     part.update(None, {"a": a, "z": a}, None)
+    assert part.dropped(part.threshold(1.0)) == 0.0
     assert part.density(part.threshold(1.0)) == part.density(HIGH) == 1.0
 
 
