@@ -12,7 +12,7 @@ LOCK ?= -c constraints.txt
 # several GB of CUDA.
 TORCH ?= torch==2.13.0
 # The oldest that pyproject.toml admits.
-OLDEST ?= torch==2.13.0 transformers==5.9.0
+OLDEST ?= torch==2.13.0 transformers==5.24.0
 BENCH ?= step --out benchmarks/training_step.json
 FRONTIER ?= all
 REPORT ?= --help
