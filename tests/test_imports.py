@@ -68,20 +68,10 @@ def room_of(path: Path, package: Path = PACKAGE) -> str:
     return path.relative_to(package).parts[0].removesuffix(".py")
 
 
-def imported_names(
-    path: Path, package: Path = PACKAGE, typing: bool = True
-) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, wherever it stands; ``typing``: also those
-    for type checkers alone."""
+def imported_names(path: Path, package: Path = PACKAGE) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a file, wherever it stands."""
     here = (package.name, *path.relative_to(package).parts[:-1])
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    if not typing:
-        tree.body = [
-            node
-            for node in tree.body
-            if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-        ]
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         match node:
             case ast.Import():
                 for alias in node.names:
@@ -176,7 +166,7 @@ def test_no_module_imports_itself_through_others(package: Path) -> None:
     }
     above = {}
     for name, path in paths.items():
-        wanted = [each for _, each in imported_names(path, package, typing=False)]
+        wanted = [each for _, each in imported_names(path, package)]
         above[name] = {
             module
             for each in wanted

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,14 @@ from actsparse.blocks.running import Passes, asleep, unreadable
 from actsparse.blocks.stages import NORMS, token_norm
 from actsparse.blocks.tokens import Tokens, tokens_of
 
-if TYPE_CHECKING:
-    from actsparse.blocks.site import Site
-
 
 class Wiring:
-    """The hooks of one site. Bound methods and plain data, so that models deep-copy."""
+    """The hooks of one site. Bound methods and plain data, so that models deep-copy.
 
-    def __init__(self, site: Site) -> None:
+    ``site`` is the :class:`actsparse.blocks.site.Site` that makes this, and knows this module.
+    """
+
+    def __init__(self, site: Any) -> None:
         self.site = site
         self.block: MLPBlock = site.block
         self.passes = Passes()
