@@ -57,8 +57,9 @@ def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what recipes are held to
 CONTROLS = (*VANILLAS, "no-mlp")
+PAPER = ("paper", "paper-no-1d-decay")
 RECIPES = (
-    "best", "paper", "paper-no-1d-decay", "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
+    "best", *PAPER, "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
 )  # fmt: skip
 # best without one of its parts, or with another in its place; l1-no-1d-decay is it without JSReLU
 PARTS = (
@@ -94,7 +95,7 @@ TASKS: dict[str, FrontierTask] = {
     "text-long": FrontierTask(
         "text",
         {"steps": 5000, "log_every": 250, "eval_every": 1250},
-        arms=(*CONTROLS, "best", HALF, "l1-no-1d-decay"),
+        arms=(*CONTROLS, "best", HALF, "l1-no-1d-decay", *PAPER),
     ),
 }
 # one block is as good here as two, in two thirds of the time
@@ -104,7 +105,7 @@ TASKS["web-long"] = replace(
         TASKS["web"].settings,
         {"steps": 8000, "log_every": 400, "eval_every": 2000, "model": {"n_layer": 1}},
     ),
-    arms=(*CONTROLS, "best", HALF),
+    arms=(*CONTROLS, "best", HALF, *PAPER),
 )
 RACE = Race(
     "cifar10",
