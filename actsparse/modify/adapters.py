@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from actsparse import files
 from actsparse.blocks.block import MLPBlock, unwrap
+from actsparse.blocks.norm import inspect_norm
 from actsparse.blocks.resolve import found_with
 from actsparse.blocks.trace import is_linear
 from actsparse.modify.apply import is_peft_model, sparsify
@@ -53,19 +54,21 @@ def lora_config(
     inputs: Any,
     *,
     r: int = 192,
-    alpha: float | None = None,
+    alpha: float = 1.0,
     targets: str | Iterable[str] = "all-linear",
     dropout: float = 0.0,
+    biases: bool = True,
     keep: str | Iterable[str] = (),
 ) -> Any:
     """A ``peft.LoraConfig`` for finetuning ``model`` for sparsity: ``W + (alpha/r)·B A``.
 
-    The norms that feed MLPs are trained in full beside the adapters, as recipes with a norm floor
-    and zeroth biases need it, and so are the modules named in ``keep``, such as a new head.
     ``inputs`` is anything the model runs on. ``r = 192`` is the papers' (arXiv 2309.03004,
-    2605.25612, finetuning for sparsity); ``alpha`` is ``r`` unless given, so that the adapter's
-    scale is 1. ``targets`` are the ends of the names of the layers that get adapters (``"fc1"``,
-    ``"mlp.fc1"``), or peft's word for all but the head of a language model.
+    2605.25612, finetuning for sparsity). What they leave open is as in their authors' program
+    (cdgyp/sparsity at ae2ff7b): ``alpha = 1``, and with ``biases`` all biases and all norms train
+    beside the adapters. Without, of these the norms that feed MLPs alone do, which recipes with a
+    norm floor need. ``targets`` are the ends of the names of the layers that get adapters
+    (``"fc1"``, ``"mlp.fc1"``), or peft's word for all but the head of a language model. The modules
+    named in ``keep``, such as a new head, are trained whole.
 
     Raises:
         ValueError: a target, or a module to keep, that the model does not have; a model that is
@@ -76,7 +79,7 @@ def lora_config(
     >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     >>> config = lora_config(mlp, torch.zeros(2, 5, 8), r=4, targets=["1", "3"])
     >>> config.r, config.lora_alpha, config.modules_to_save
-    (4, 4, ['0'])
+    (4, 1.0, ['0'])
     >>> model = peft.get_peft_model(mlp, config)
     >>> handle = sparsify(model, "paper-finetune", inputs=torch.zeros(2, 5, 8))
     """
@@ -95,10 +98,14 @@ def lora_config(
     _named("module to keep", keep, modules, layers)
     blocks = found_with(model, inputs, "lora_config")
     norms = [block.norm.name for block in blocks if block.norm is not None]
+    if biases:
+        own = {name: module for name, module in modules.items() if module._parameters}
+        norms += [name for name, module in own.items() if inspect_norm(name, module)]
     return peft.LoraConfig(
         r=r,
-        lora_alpha=r if alpha is None else alpha,
+        lora_alpha=alpha,
         lora_dropout=dropout,
+        bias="all" if biases else "none",
         target_modules="all-linear" if all_linear else targets,
         modules_to_save=list(dict.fromkeys([*norms, *keep])),
         fan_in_fan_out=any(type(modules[name]).__name__ == "Conv1D" for name in aimed),

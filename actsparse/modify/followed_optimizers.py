@@ -12,15 +12,22 @@ from actsparse.blocks.block import MLPBlock
 
 
 class Following:
-    """Optimizers of one training. ``stepped(new)`` is called after each step that one of them
-    makes; ``new``: it begins a step of the training, rather than belonging to the last one.
+    """Optimizers of one training. ``begins()`` is called before each step that one of them makes,
+    ``stepped(new)`` after it; ``new``: it begins a step of the training, rather than belonging to
+    the last one.
 
     SAM and opacus step through an optimizer that they keep, others through several. A step of the
     training begins when one steps that has stepped already.
     """
 
-    def __init__(self, optimizers: Iterable[Optimizer], stepped: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        optimizers: Iterable[Optimizer],
+        begins: Callable[[], None],
+        stepped: Callable[[bool], None],
+    ) -> None:
         self.optimizers = list(optimizers)
+        self._begins = begins
         self._stepped = stepped
         self._done: set[int] = set()  # who has stepped in this step of the training
         self._joined: list[tuple[Optimizer, dict[str, Any], nn.Parameter]] = []
@@ -38,6 +45,7 @@ class Following:
     def _before(self, optimizer: Optimizer, *hook: Any) -> None:
         self._begun.add(id(optimizer))
         self.running = True
+        self._begins()
 
     def _after(self, optimizer: Optimizer, *hook: Any) -> None:
         self.running = False

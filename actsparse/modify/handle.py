@@ -123,7 +123,7 @@ class Handle:
         self._put(start, steps)
         if self._following is not None and self._following.leave():
             self._followed.append(self._following)
-        self._following = Following(optimizers, self._after_step)
+        self._following = Following(optimizers, self._before_step, self._after_step)
         self._changes.explained()
         names = {id(p): name for name, p in self.model.named_parameters()}
         for block in self.blocks:
@@ -149,17 +149,23 @@ class Handle:
             )
         return found
 
+    def _before_step(self) -> None:
+        for change in self._in_order():
+            change.prepare(Progress(self.step, self.steps))
+
     def _after_step(self, new: bool) -> None:
         self._clock.look()
         if new:
             self._say_unclaimed("this step's", stacklevel=6)
             self._asked = False
             self._put(self.step + 1, self.steps)
-        progress = Progress(self.step, self.steps)
-        for _, change in sorted(self._attached, key=lambda pair: pair[0].order):
+        for change in self._in_order():
             change.forget()
-            change.project(progress)
+            change.project(Progress(self.step, self.steps))
         self._changes.explained()
+
+    def _in_order(self) -> list[Attached]:
+        return [change for _, change in sorted(self._attached, key=lambda pair: pair[0].order)]
 
     def _put(self, step: int, steps: int | None) -> None:
         self._clock.put(step, steps)

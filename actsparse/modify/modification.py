@@ -39,6 +39,9 @@ class Attached:
     def settle(self) -> None:
         """Do what must follow between passes: let the site hook what is needed from now on."""
 
+    def prepare(self, progress: Progress) -> None:
+        """Bring parameters back to where they are allowed, before each optimizer step."""
+
     def project(self, progress: Progress) -> None:
         """Bring parameters back to where they are allowed, after each optimizer step."""
 

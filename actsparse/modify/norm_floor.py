@@ -25,6 +25,9 @@ class NormFloor(Modification):
     steps (float). A larger input norm is one of the factors that lower density
     (arXiv 2309.03004, restricted LayerNorm; 2605.25612).
 
+    ``before=True`` brings s to the floor before each step instead, as the papers' authors' program
+    does (cdgyp/sparsity at ae2ff7b): what the step takes away is then missing in the next pass.
+
     Where the norm also feeds something else (attention, the residual stream) its floor changes
     that too: refused unless ``shared=True``.
     """
@@ -34,6 +37,7 @@ class NormFloor(Modification):
     floor: Above0 = 1.0
     uplift: Over | None = None
     shared: bool = False
+    before: bool = False
 
     @override
     def ramps(self) -> list[Ramp]:
@@ -62,8 +66,17 @@ class _Floored(Attached):
         self.config, self.norm = config, norm
 
     @override
-    @torch.no_grad()
+    def prepare(self, progress: Progress) -> None:
+        if self.config.before:
+            self._raise(progress)
+
+    @override
     def project(self, progress: Progress) -> None:
+        if not self.config.before:
+            self._raise(progress)
+
+    @torch.no_grad()
+    def _raise(self, progress: Progress) -> None:
         weight = self.norm.parameter("scale")
         assert weight is not None
         floor, offset = self.config.floor, self.norm.offset

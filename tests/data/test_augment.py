@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -45,26 +46,33 @@ repeats = st.integers(1, 5)
 
 
 @given(rows, batches, repeats, st.integers(0, 3))
-def test_images_come_as_one_permutation_after_the_other_whatever_the_repeats(
+def test_items_come_as_one_order_of_the_images_after_the_other_each_image_repeated(
     count: int, batch: int, repeats: int, seed: int
 ) -> None:
-    unique = math.ceil(batch / repeats)
-    steps = math.ceil(3 * count / unique)
-    stream = Stream(Noise(count), steps * batch, batch=batch, seed=seed, repeats=repeats)
-    numbers = [stream.index(step * batch + k) for step in range(steps) for k in range(unique)]
+    """Whatever the batch, which only says how copies are laid apart within a step."""
+    stream = Stream(Noise(count), 3 * count * batch, batch=batch, seed=seed, repeats=repeats)
+    shown = [stream.index(position) for position in range(3 * count * batch)]
+    plain = Stream(Noise(count), 3 * count * batch, batch=1, seed=seed, repeats=repeats)
+    order = [plain.index(position) for position in range(3 * count * batch)]
+    for start in range(0, 3 * count * batch, batch):
+        assert sorted(shown[start : start + batch]) == sorted(order[start : start + batch])
+    sizes = [repeats] * (count // repeats) + [count % repeats] * (count % repeats > 0)
     for start in range(0, 3 * count, count):
-        assert sorted(numbers[start : start + count]) == list(range(count))
+        runs = [len(list(each)) for _, each in groupby(order[start : start + count])]
+        assert runs == sizes
+        assert len(set(order[start : start + count])) == len(sizes)
 
 
-@given(rows, batches, repeats)
-def test_copies_lie_u_apart_and_fill_the_step(count: int, batch: int, repeats: int) -> None:
-    unique = math.ceil(batch / repeats)
-    stream = Stream(Noise(count), 4 * batch, batch=batch, seed=0, repeats=repeats)
+@given(st.integers(1, 4), repeats, st.integers(0, 3))
+def test_copies_of_an_image_lie_as_far_apart_as_a_step_has_images(
+    images: int, repeats: int, seed: int
+) -> None:
+    batch = images * repeats  # an epoch of two such steps
+    stream = Stream(Noise(2 * batch), 4 * batch, batch=batch, seed=seed, repeats=repeats)
     for step in range(4):
         shown = [stream.index(step * batch + k) for k in range(batch)]
-        assert all(shown[k] == shown[k - unique] for k in range(unique, batch))
-    copies = Counter(k % unique for k in range(batch))
-    assert max(copies.values()) <= repeats
+        assert shown == shown[:images] * repeats
+        assert len(set(shown)) == images
 
 
 def test_an_epoch_has_another_order_than_the_last_and_a_seed_than_another() -> None:

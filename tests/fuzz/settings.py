@@ -117,7 +117,7 @@ def command_lines(folder: Path) -> Make:
     from actsparse.cli.main import VERBS, app
 
     options = (
-        "--task --arm --arms --seed --out --steps --lr --model --data --tokenizer --from --set "
+        "--task --arm --arms --seed --out --steps --lr --model --data --tokenizer --settings --set "
         "--measures --json --markdown --batch-size --threads --split --rows --run"
     ).split()
     words = ["digits", "paper", "0", "1", "hidden_size=8", "data.x=1", "runs/x", "-h", "--", "lm"]

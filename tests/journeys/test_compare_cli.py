@@ -93,7 +93,7 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
     file.write_text("log_every = 3\neval_every = 3\nbatch_size = 16\n")
     words = ["train", "--steps", "6", "--config", str(file), "--set", "batch_size=8"]
     words += ["--out", str(tmp_path)]
-    done = CliRunner().invoke(app, [*words, "--accelerate"])
+    done = CliRunner().invoke(app, [*words, "--set", "accelerate=true"])
     assert done.exit_code == 0, done.output
     for block in ("beit.layers.0.mlp", "beit.layers.1.mlp"):
         assert done.stdout.count(f"{block}: ") == 1
@@ -125,7 +125,8 @@ def test_train_accelerated_says_how_each_block_ran(tmp_path: Path) -> None:
         (["train", "--task", "vit_imagenet"], "reads data of yours: say where, --data PATH"),
         (["train", "--task", "t5_c4", "--data", "/dev/null"], "where, --set data.tokenizer=PATH"),
         (["train", "--task", "lm_finetune"], "lm_finetune finetunes a checkpoint: say which"),
-        (["train", "--task", "lm_finetune", "--set", "model.n_embd=9"], "model that --from names"),
+        (["train", "--task", "lm_finetune", "--set", "model.n_embd=9"], "model that start names"),
+        (["train", "--settings", "mine"], "settings='mine': expected paper or program"),
         (["train", "--steps", "0"], "steps=0: expected a whole number, 1 or more"),
         (["train", "--out", "/dev/full/runs"], "cannot"),
         (["compare", "--out", "/dev/null"], "cannot"),
@@ -146,15 +147,15 @@ def test_a_setting_can_be_taken_back_and_wins_over_an_option() -> None:
     from actsparse_lab.tasks import run_config
 
     words = ["lora=null", "clip=null", "steps=7", "data.held_out=0.2", "start=x"]
-    overrides, threads = chosen("vit_imagenet_finetune", False, "images", "y", 5, None, words)
+    overrides, threads = chosen("vit_imagenet_finetune", False, "images", "paper", 5, None, words)
     assert threads == 1
     config = run_config("vit_imagenet_finetune", "vanilla", 0, **overrides)
     assert (config.lora, config.clip, config.steps) == (None, None, 7)
     assert (config.data["held_out"], config.data["path"]) == (0.2, "images")
     words = ["lora.r=8", "start=x"]
-    less, _ = chosen("vit_imagenet_finetune", False, "images", None, None, None, words)
+    less, _ = chosen("vit_imagenet_finetune", False, "images", "paper", None, None, words)
     assert run_config("vit_imagenet_finetune", "vanilla", 0, **less).lora == {
-        "r": 8, "targets": "all-linear", "keep": ["classifier"],
+        "r": 8, "alpha": 1.0, "targets": "all-linear", "biases": True,
     }  # fmt: skip
 
 

@@ -48,15 +48,29 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_norms_before_the_mlps_and_what_is_kept_are_trained_beside_the_adapters(
+def test_biases_and_norms_are_trained_beside_the_adapters_and_no_layer_whole(name: str) -> None:
+    model, inputs = built(name)
+    config = lora_config(model, inputs)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (192, 1, 0.0)
+    config.r = 2
+    names = {name for name, each in model.named_parameters() if each.ndim == 1}
+    model = peft.get_peft_model(model, config)
+    others = [name.removeprefix("base_model.model.") for name in trainable(model)]
+    others = [name.replace(".base_layer", "") for name in others if "lora_" not in name]
+    assert {name.replace(".modules_to_save.default", "") for name in others} == names
+    assert len(others) == len(names)
+    if name == "vit-classifier":
+        assert hasattr(model.base_model.model.classifier, "lora_A")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_biases_norms_before_mlps_and_what_is_kept_are_trained_beside_the_adapters(
     name: str,
 ) -> None:
     model, inputs = built(name)
     norms = [block.norm.name for block in find_mlp_blocks(model, inputs)]
     keep = ["classifier"] if name == "vit-classifier" else []
-    config = lora_config(model, inputs, keep=keep)
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (192, 192, 0.0)
-    config.r = 2
+    config = lora_config(model, inputs, r=2, biases=False, keep=keep)
     model = peft.get_peft_model(model, config)
     whole = {name.split(".modules_to_save.")[0] for name in trainable(model) if "lora_" not in name}
     assert whole == {f"base_model.model.{name}" for name in [*norms, *keep]}
@@ -220,8 +234,8 @@ def test_what_is_no_sparsified_peft_model_is_refused(verb: Callable[[nn.Module],
 
 
 def test_save_adapter_takes_one_adapter_and_save_all(tmp_path: Path) -> None:
-    model, inputs = wrapped("vit-classifier")
-    model.add_adapter("second", lora_config(*built("vit-classifier"), r=2))
+    model, inputs = wrapped("vit-classifier", biases=False)
+    model.add_adapter("second", lora_config(*built("vit-classifier"), r=2, biases=False))
     sparsify(model, "paper-finetune", inputs=inputs)
     with pytest.raises(ValueError, match=r"'default', 'second'.*save"):
         save_adapter(model, tmp_path / "a")

@@ -78,6 +78,18 @@ def test_from_scratch_the_scale_becomes_the_larger_of_itself_and_the_floor(
     assert torch.equal(norm.weight, expected), "not idempotent"
 
 
+def test_before_a_step_the_floor_leaves_what_the_step_takes_away() -> None:
+    norm = nn.LayerNorm(D)
+    norm.weight.data.fill_(0.25)
+    model = block(norm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    sparsify(model, NormFloor(before=True), inputs=inputs(), optimizer=optimizer)
+    for expected in (0.9, 0.9):  # raised to 1, then moved by 0.5 · 0.2
+        norm.weight.grad = torch.full((D,), 0.2)
+        optimizer.step()
+        torch.testing.assert_close(norm.weight.detach(), torch.full((D,), expected))
+
+
 @settings(max_examples=30)
 @given(weight=scales, floor=floors, offset=st.booleans(), step=st.integers(1, 8))
 def test_uplift_lifts_the_magnitude_to_the_ramped_floor_and_keeps_the_sign(

@@ -195,7 +195,7 @@ def test_what_adapters_learnt_is_part_of_the_start(base: Run, tmp_path: Path) ->
 def test_the_seed_stands_in_the_path_and_the_command_takes_it(base: Run, tmp_path: Path) -> None:
     path = start(base).replace("vanilla-seed0", "vanilla-seed{seed}")
     assert "{seed}" in path
-    words = ["train", "--task", "digits_finetune", "--arm", "vanilla", "--from", path]
+    words = ["train", "--task", "digits_finetune", "--arm", "vanilla", "--set", f"start={path}"]
     words += ["--steps", "3", "--set", "batch_size=8", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,15 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
+from actsparse import find_mlp_blocks
 from actsparse.cli.main import app
 from actsparse.modify import Recipe, decay_groups, recipe_named, sparsify
 from actsparse.train.loss import SoftCrossEntropy
 from actsparse.train.processes import unsharded
-from actsparse_lab.engine.arguments import schedule_of
+from actsparse_lab.engine.arguments import schedule_of, training_arguments
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.engine.run import run
+from actsparse_lab.engine.start import model_of
 from actsparse_lab.engine.tasks import task_of
 from actsparse_lab.records import Run, read_run, run_path
 from actsparse_lab.tasks import EXPERIMENTS, run_config
@@ -65,9 +68,9 @@ def test_vit_imagenet_is_the_papers() -> None:
     assert (config.lr, config.weight_decay, config.no_decay) == (3e-3, 0.3, ())
     assert (config.label_smoothing, config.clip, config.warmup_steps) == (0.11, 1.0, 0)
     assert (config.data["mixup"], config.data["cutmix"]) == (0.2, 1.0)
-    assert config.data["repeats"] > 1
+    assert config.data["repeats"] == 3
     assert config.data["randaugment"] is not None
-    assert config.precision != "float32"
+    assert config.precision == "mixed"
     built = ViTConfig(**config.model)
     plain = ViTConfig()  # ViT-Base/16 at 224 px
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -141,6 +144,101 @@ def test_the_finetuning_recipes_are_the_papers() -> None:
             for ramp in change.ramps():
                 assert ramp.value(over - 1, config.steps) < 1.0
                 assert ramp.value(over, config.steps) == 1.0
+
+
+# --- what only the authors' program states, and where it differs from the papers -----------------
+
+
+def test_vit_begins_as_in_the_program() -> None:
+    config = run_config("vit_imagenet", "vanilla", 0, quick=True)
+    model = task_of(config.task).model(config, {"classes": 5})
+    norms = [each for each in model.modules() if isinstance(each, nn.LayerNorm)]
+    assert len(norms) == 9
+    assert {each.eps for each in norms} == {1e-6}
+    assert not any(bool(each.any()) for each in model.classifier.parameters())
+    for block in find_mlp_blocks(model, torch.zeros(1, 3, 32, 32)):
+        for layer in (block.up.module, block.down.module):
+            bound = math.sqrt(6 / (96 + 384))  # Xavier's, of a uniform distribution
+            assert 0.99 * bound < layer.weight.abs().max() <= bound
+            assert 0 < layer.bias.abs().max() < 1e-5
+
+
+def test_mixed_precision_is_fp16_on_a_gpu_and_bf16_elsewhere_said_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config("digits", "vanilla", 0, steps=1, precision="mixed")
+    said: list[str] = []
+    run(config, tmp_path, told=said.append)
+    assert said == ["mixed precision: bf16, as there is no GPU here; on a GPU it is fp16"]
+    given: list[dict[str, Any]] = []
+
+    def arguments(**options: Any) -> Any:
+        given.append(options)
+        return SimpleNamespace(n_gpu=1)
+
+    monkeypatch.setattr("actsparse_lab.engine.arguments.TrainingArguments", arguments)
+    training_arguments(config, tmp_path, 0, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    training_arguments(config, tmp_path, 0, 1)
+    assert [(each["bf16"], each["fp16"]) for each in given] == [(True, False), (False, True)]
+
+
+def test_t5_is_clipped_at_norm_1(tmp_path: Path) -> None:
+    config = run_config("t5_c4", "vanilla", 0)
+    assert training_arguments(config, tmp_path, 0, 1).max_grad_norm == 1.0
+
+
+@pytest.mark.parametrize("settings", ["paper", "program"])
+def test_zeroth_biases_and_floors_are_the_papers_or_the_programs(settings: Any) -> None:
+    config = run_config("digits", "paper", 0, settings=settings)
+    task = task_of(config.task)
+    model, handle = model_of(config, task, task.splits(config))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle.attach(optimizer, steps=10)
+    block = handle.blocks[0]
+    with torch.no_grad():
+        block.up.module.actsparse.zeroth_bias.fill_(0.05)
+    pixels = torch.randn(2, 1, 8, 8)
+    seen = {}
+    block.up.module.register_forward_pre_hook(lambda layer, given: seen.update(up=given[0]))
+    block.norm.module.register_forward_hook(lambda layer, given, out: seen.update(norm=out))
+    model.eval()(pixel_values=pixels)
+    moved = (seen["up"] - seen["norm"]).abs().max().item()
+    assert moved == pytest.approx(0.05 if settings == "paper" else 0, abs=1e-6)
+    block.norm.module.weight.grad = torch.ones_like(block.norm.module.weight)
+    optimizer.step()
+    lowest = block.norm.module.weight.min().item()
+    assert lowest == pytest.approx(1.0 if settings == "paper" else 0.9)
+
+
+def test_the_program_swaps_the_activation_of_finetuned_vits_at_once() -> None:
+    def mixes(task: str, settings: Any) -> set[Any]:
+        config = run_config(task, "paper-finetune", 0, settings=settings, start="x")
+        changes = config.recipe["modifications"]
+        return {each["mix"] for each in changes if each["modification"] == "SwapActivation"}
+
+    assert mixes("vit_imagenet_finetune", "paper") == {1 / 3}
+    assert mixes("vit_imagenet_finetune", "program") == {None}
+    assert mixes("t5_c4_finetune", "program") == {3000}
+    with pytest.raises(ValueError, match="settings='mine': expected paper or program"):
+        run_config("digits", "paper", 0, settings="mine")  # type: ignore[arg-type]
+
+
+def test_finetuned_vits_train_adapters_biases_and_norms_and_the_head_by_an_adapter(
+    tmp_path: Path,
+) -> None:
+    small = run_config("vit_imagenet", "vanilla", 0, quick=True, model={"num_hidden_layers": 1})
+    task_of(small.task).model(small, {"classes": 3}).save_pretrained(tmp_path)
+    config = run_config("vit_imagenet_finetune", "vanilla", 0, start=str(tmp_path))
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": 0} for _ in range(2)]
+    splits = SimpleNamespace(validation=rows, info={"classes": 3})
+    model, _ = model_of(config, task_of(config.task), splits)  # type: ignore[arg-type]
+    layers = {name: each for name, each in model.named_modules() if hasattr(each, "lora_A")}
+    assert any(name.endswith("classifier") for name in layers)
+    assert {each.scaling["default"] for each in layers.values()} == {1 / 192}
+    frozen = {name for name, each in model.named_parameters() if not each.requires_grad}
+    own = {name for name in frozen if "original_module" not in name}  # peft's copies of norms
+    assert all(name.endswith("base_layer.weight") or "embeddings" in name for name in own)
 
 
 @pytest.mark.parametrize("task", EXPERIMENTS)

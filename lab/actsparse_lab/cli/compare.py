@@ -14,9 +14,9 @@ from actsparse_lab.cli.options import (
     Data,
     Quick,
     Settings,
-    Start,
     Steps,
     Task,
+    Whose,
     chosen,
 )
 
@@ -41,7 +41,7 @@ def compare(
     ] = None,
     quick: Quick = False,
     data: Data = None,
-    start: Start = None,
+    settings: Whose = "paper",
     steps: Steps = None,
     config: Config = None,
     given: Settings = None,
@@ -66,7 +66,7 @@ def compare(
 
       actsparse compare --task vit_cifar10 --quick --data cifar10
 
-      actsparse compare --task digits_finetune --from "runs/digits/runs/vanilla-seed{seed}/weights"
+      actsparse compare --task digits_finetune --set "start=base/runs/vanilla-seed{seed}/weights"
     """
     from actsparse.terminal import Terminal
     from actsparse_lab.campaigns.compare import compare as compare_runs
@@ -81,7 +81,7 @@ def compare(
         return
     asked = default_arms(task) if arms is None else tuple(dict.fromkeys(arms.split(",")))
     out = out or Path("runs") / task
-    overrides, threads = chosen(task, quick, data, start, steps, config, given)
+    overrides, threads = chosen(task, quick, data, settings, steps, config, given)
     configs = [
         run_config(task, arm.strip(), seed, **overrides) for seed in range(seeds) for arm in asked
     ]

@@ -31,12 +31,11 @@ Data = Annotated[
         "shards of text: a folder, file, glob or address of JSON lines, as C4's."
     ),
 ]
-Start = Annotated[
-    str | None,
+Whose = Annotated[
+    str,
     typer.Option(
-        "--from",
-        help="Checkpoint to finetune: a run's weights/, or Hugging Face's folder. {seed} in it "
-        "stands for the seed.",
+        "--settings",
+        help="Where the papers and their authors' program differ: paper or program.",
     ),
 ]
 Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the task's")]
@@ -46,7 +45,8 @@ Settings = Annotated[
         "--set",
         help="Any other setting of a run, such as --set lr=1e-3 --set batch_size=64 --set "
         "model.hidden_size=256 --set data.tokenizer=spiece.model --set measures=flatness,gradient "
-        "--set lora=null --set threads=2; values as in JSON. `--set help` lists them.",
+        "--set accelerate=true --set threads=2; values as in JSON. Tasks that finetune need --set "
+        "start=FOLDER, a run's weights/ or Hugging Face's. `--set help` lists all.",
         metavar="NAME=VALUE",
     ),
 ]
@@ -55,16 +55,8 @@ Config = Annotated[
     typer.Option(help="The same settings from a TOML or JSON file; --set wins over it."),
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads of a run.", min=1, show_default="1")]
-Accelerate = Annotated[
-    bool,
-    typer.Option(
-        "--accelerate",
-        help="Let MLP blocks run sparse in training where that is faster. Small ones, such as the "
-        "tasks' own, stay dense. Training density is then that of the logged steps.",
-    ),
-]
 _GROUPS = ("model", "data", "lora")
-_OWN_OPTION = {"task", "arm", "seed", "quick"}
+_OWN_OPTION = {"task", "arm", "seed", "quick", "settings"}
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -76,7 +68,7 @@ def chosen(
     task: str,
     quick: bool,
     data: str | None,
-    start: str | None,
+    whose: str,
     steps: int | None,
     file: Path | None,
     given: list[str] | None,
@@ -97,9 +89,8 @@ def chosen(
         typer.echo("\n".join(sorted({*known, "threads"})))
         raise typer.Exit
     own = EXPERIMENTS[task](quick)
-    found: dict[str, Any] = {"quick": quick}
+    found: dict[str, Any] = {"quick": quick, "settings": whose}
     found |= {} if steps is None else {"steps": steps}
-    found |= {} if start is None else {"start": start}
     if data is not None:
         place = "path" if "path" in own.get("data", {}) else "shards"
         if place not in own.get("data", {}):
@@ -112,7 +103,7 @@ def chosen(
         group, _, inner = name.partition(".")
         if inner and group in _GROUPS:
             if group == "model" and not own["model"]:
-                raise ValueError(f"{where} {name}: {task} takes the model that --from names")
+                raise ValueError(f"{where} {name}: {task} takes the model that start names")
             if not isinstance(held := found.setdefault(group, {}), dict):
                 raise ValueError(f"{where} {name}: {group} was set to {shown(held)} before")
             held[inner] = value

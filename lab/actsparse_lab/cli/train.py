@@ -10,14 +10,13 @@ from typing import Annotated
 import typer
 
 from actsparse_lab.cli.options import (
-    Accelerate,
     Config,
     Data,
     Quick,
     Settings,
-    Start,
     Steps,
     Task,
+    Whose,
     chosen,
 )
 
@@ -37,9 +36,8 @@ def train(
     ] = None,
     quick: Quick = False,
     data: Data = None,
-    start: Start = None,
+    settings: Whose = "paper",
     steps: Steps = None,
-    accelerate: Accelerate = False,
     config: Config = None,
     given: Settings = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -72,8 +70,7 @@ def train(
     out = out or Path("runs") / task
     if arm is None:
         arm = "paper-finetune" if task.endswith("_finetune") else "best"
-    overrides, threads = chosen(task, quick, data, start, steps, config, given)
-    overrides |= {"accelerate": True} if accelerate else {}
+    overrides, threads = chosen(task, quick, data, settings, steps, config, given)
     asked = run_config(task, arm, seed, **overrides)
     place = run_path(out, arm, seed)
     run = finished_run(asked, out)

@@ -277,13 +277,11 @@ class Augmentable(Protocol):
 class Stream(Dataset[dict[str, Any]]):
     """The whole training as a sequence: item p is what stands at position p, to be read in order.
 
-    Position p is number k = p mod `batch` of step p // `batch`. A step shows U = ⌈batch/repeats⌉
-    images, each up to `repeats` times with other draws (repeated augmentation: Hoffer et al.
-    2020, arXiv 1901.09335): number k shows image ``step·U + k mod U`` of an endless sequence that
-    is one permutation of the rows after the other. Copies lie U positions apart, so they meet in
-    different micro-batches and processes. No image comes to a second step before every other had
-    its first, however many the repeats; torchvision's sampler draws a new order after N
-    *positions*, and with three repeats leaves two images in three out of it.
+    An epoch has as many items as there are N rows. It shows ⌈N/repeats⌉ of them, `repeats` times
+    each with other draws, and the next epoch draws a new order (repeated augmentation: Hoffer et
+    al. 2020, arXiv 1901.09335, as DeiT's sampler does it). So with three repeats an epoch leaves
+    two rows in three out. Within a step the copies of a row lie about ``batch/repeats`` positions
+    apart: they meet in different micro-batches and processes, and are not mixed with each other.
 
     An item is ``rows.augmented(index, draw=(seed, p))`` and ``"draw": p``, for `Mixed`.
 
@@ -297,7 +295,7 @@ class Stream(Dataset[dict[str, Any]]):
     ...         return {"name": "abcd"[index]}
     >>> stream = Stream(Names(), 8, batch=4, seed=0, repeats=2)
     >>> "".join(item["name"] for item in stream)
-    'cacabdbd'
+    'cacadbdb'
     """
 
     def __init__(
@@ -314,9 +312,9 @@ class Stream(Dataset[dict[str, Any]]):
     def index(self, position: int) -> int:
         """The row that stands at `position`."""
         step, number = divmod(position, self.batch)
-        unique = -(-self.batch // self.repeats)
-        epoch, place = divmod(step * unique + number % unique, len(self.rows))
-        return int(_permutation(self.seed, epoch, len(self.rows))[place])
+        place = step * self.batch + int(_apart(self.batch, self.repeats)[number])
+        epoch, place = divmod(place, len(self.rows))
+        return int(_permutation(self.seed, epoch, len(self.rows))[place // self.repeats])
 
     def __len__(self) -> int:
         return self.length
@@ -325,6 +323,12 @@ class Stream(Dataset[dict[str, Any]]):
         position = range(self.length)[position]  # IndexError past the end, and −1 is the last
         item = self.rows.augmented(self.index(position), draw=(self.seed, position))
         return {**item, "draw": position}
+
+
+@lru_cache(maxsize=2)
+def _apart(batch: int, repeats: int) -> NDArray[np.int64]:
+    """The places of a step, each ``repeats``-th first, then those after them."""
+    return np.argsort(np.arange(batch) % repeats, kind="stable")
 
 
 @lru_cache(maxsize=2)  # a step may reach from one permutation into the next

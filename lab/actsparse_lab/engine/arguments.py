@@ -39,7 +39,10 @@ def training_arguments(
 ) -> TrainingArguments:
     """Of the process ``rank`` out of ``processes``; making them joins the processes."""
     rows, passes = config.share(processes)
-    if config.precision == "fp16" and not torch.cuda.is_available():
+    precision: str = config.precision
+    if precision == "mixed":
+        precision = "fp16" if torch.cuda.is_available() else "bf16"
+    if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision='fp16' needs a GPU; here bf16 and float32 run")
     task = task_of(config.task)
     changes = [change["modification"] for change in config.recipe["modifications"]]
@@ -52,8 +55,8 @@ def training_arguments(
         per_device_eval_batch_size=rows if task.loader else 4 * rows,  # logits of all tokens
         gradient_accumulation_steps=passes,
         max_grad_norm=config.clip or 0.0,
-        bf16=config.precision == "bf16",
-        fp16=config.precision == "fp16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         logging_steps=config.log_every,
         logging_nan_inf_filter=False,  # the callback stops at the first one instead
         eval_strategy="steps",

@@ -39,7 +39,8 @@ class RunConfig:
     (steps, or a fraction of ``steps``) to ``lr``; then it follows half a cosine to zero, which with
     ``epochs`` falls in so many equal stairs, or with ``schedule="inverse_sqrt"`` 1/√step.
     ``no_decay`` are the kinds of parameters that weight decay spares (`decay_groups`). ``clip``
-    bounds the norm of the gradient (None: not at all). ``precision`` is that of autocast.
+    bounds the norm of the gradient (None: not at all). ``precision`` is that of autocast;
+    ``"mixed"`` is fp16 with a scaled loss on a GPU, and bf16 on a CPU.
 
     ``start`` is a checkpoint to finetune: a folder of `actsparse.save` or of Hugging Face's
     ``save_pretrained``; None: random weights. ``lora`` are options of `lora_config`; None: all
@@ -88,7 +89,7 @@ class RunConfig:
     no_decay: tuple[str, ...] = ()
     clip: Above0 | None = 1.0
     label_smoothing: Annotated[float, Rule("0 to below 1", lambda value: 0 <= value < 1)] = 0.0
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Literal["float32", "bf16", "fp16", "mixed"] = "float32"
     gradient_checkpointing: bool = False
     start: Text | None = None
     lora: dict[str, Any] | None = None

@@ -72,7 +72,8 @@ def run(
     the last evaluation whose loss was finite, so at the end the final ones, and
     ``checkpoint-<step>/``. A run that is finished with the same config is not repeated; an
     unfinished one goes on from its newest checkpoint that is whole, and ends as
-    if it had not stopped. ``told`` is called with what is wrong with checkpoints that are not. In
+    if it had not stopped. ``told`` is called with what is wrong with checkpoints that are not, and
+    where the precision is another here than on a GPU. In
     several processes (torchrun, ``accelerate launch``) the first writes.
 
     Knobs are picked on the validation split; the test split is looked at once, at the end.
@@ -94,6 +95,8 @@ def run(
     with ExitStack() as lock, Interruption() as interrupted:
         splits = task.splits(config)
         model, handle = model_of(config, task, splits)
+        if rank == 0 and config.precision == "mixed" and not torch.cuda.is_available():
+            told("mixed precision: bf16, as there is no GPU here; on a GPU it is fp16")
         digest: str = splits.info["sha256"]
         checkpoint: Path | None = None
         problem: Exception | None = None

@@ -123,8 +123,18 @@ def _beit(config: RunConfig, info: Info) -> PreTrainedModel:
 
 
 def _vit(config: RunConfig, info: Info) -> PreTrainedModel:
+    """A ViT that begins as in the papers' authors' program (torchvision's): MLPs by Xavier, with
+    biases of 1e-6, and a head of zeros."""
     own = {"num_labels": info["classes"]}
-    return built(ViTForImageClassification, ViTConfig, own, config.model)
+    model = built(ViTForImageClassification, ViTConfig, own, config.model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and ".mlp." in name:
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.normal_(layer.bias, std=1e-6)
+    for parameter in model.classifier.parameters():
+        nn.init.zeros_(parameter)
+    return model
 
 
 def _soft_labels(model: PreTrainedModel, config: RunConfig) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from actsparse.observe import CURVATURES, TRIALS
-from actsparse.values import checked_arguments
+from actsparse.values import checked_arguments, shown
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.tasks import digits, finetune, lm, t5, text, vit
-from actsparse_lab.tasks.arms import ARMS, Arm, arm_named, default_arms, ramped
+from actsparse_lab.tasks.arms import ARMS, Arm, arm_named, by_program, default_arms, ramped
 
 __all__ = ["ARMS", "EXPERIMENTS", "Arm", "arm_named", "default_arms", "run_config"]
 
+Whose = Literal["paper", "program"]
 EXPERIMENTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     each.__name__: each
     for each in (
@@ -25,7 +26,13 @@ EXPERIMENTS: dict[str, Callable[[bool], dict[str, Any]]] = {
 
 
 def run_config(
-    task: str, arm: str, seed: int, *, quick: bool = False, **overrides: Any
+    task: str,
+    arm: str,
+    seed: int,
+    *,
+    quick: bool = False,
+    settings: Whose = "paper",
+    **overrides: Any,
 ) -> RunConfig:
     """The config of one run: the task's settings, the arm's recipe, then ``overrides``.
 
@@ -34,7 +41,8 @@ def run_config(
     ``{seed}`` in ``start`` stands for the seed. ``measures`` may name measures of all kinds: those
     read in each pass, density always among them, and those ``active``: curvature and trials, which
     come to what ``active`` itself names, or maps to options. ``quick`` takes the task's
-    form of a few minutes on two cores.
+    form of a few minutes on two cores. ``settings``: those that the papers state, or where their
+    authors' ``"program"`` differs, its own (docs/recipes.md, "The papers' settings").
 
     Raises `ValueError` for an unknown task, arm or setting, naming the known ones, and for a
     finetuning task without a ``start``.
@@ -42,19 +50,32 @@ def run_config(
     >>> run_config("digits", "paper", seed=1, steps=20).recipe["name"]
     'paper'
     """
-    return config_of(task, arm, arm_named(arm), seed, quick=quick, **overrides)
+    chosen = arm_named(arm)
+    return config_of(task, arm, chosen, seed, quick=quick, settings=settings, **overrides)
 
 
 def config_of(
-    task: str, name: str, chosen: Arm, seed: int, *, quick: bool = False, **overrides: Any
+    task: str,
+    name: str,
+    chosen: Arm,
+    seed: int,
+    *,
+    quick: bool = False,
+    settings: Whose = "paper",
+    **overrides: Any,
 ) -> RunConfig:
     """As `run_config`, of an arm that is not among `ARMS`, under a name of its own."""
     if task not in EXPERIMENTS:
         raise ValueError(f"unknown task {task!r}; known: {', '.join(EXPERIMENTS)}")
+    if settings not in get_args(Whose):
+        raise ValueError(f"settings={shown(settings)}: expected paper or program")
     own = EXPERIMENTS[task](quick)
     spared = tuple(dict.fromkeys((*own.get("no_decay", ()), *chosen.no_decay)))
     recipe = ramped(chosen.recipe.to_json(), own.pop("ramp", None))
-    settings = {**own, "recipe": recipe, "no_decay": spared}
+    at_once = own.pop("program_swaps_at_once", False)
+    if settings == "program":
+        recipe = by_program(recipe, at_once)
+    found = {**own, "recipe": recipe, "no_decay": spared}
     known = {each.name for each in fields(RunConfig)} - {"task", "arm", "seed", "recipe"}
     for key, value in overrides.items():
         if key not in known:
@@ -62,19 +83,19 @@ def config_of(
         checked_arguments(RunConfig, {key: value}, "run")
         if key in ("model", "data", "lora") and isinstance(value, Mapping):
             value = {**(own.get(key) or {}), **value}
-        settings[key] = value
-    if "start" in own and not settings["start"]:
+        found[key] = value
+    if "start" in own and not found["start"]:
         raise ValueError(
-            f"{task} finetunes a checkpoint: say which, --from FOLDER ({{seed}} in it stands for "
-            f"the seed)"
+            f"{task} finetunes a checkpoint: say which, --set start=FOLDER ({{seed}} in it stands "
+            f"for the seed)"
         )
-    if settings.get("start"):
-        settings["start"] = settings["start"].replace("{seed}", str(seed))
-    asked = dict.fromkeys(("density", *settings.get("measures", ())))
+    if found.get("start"):
+        found["start"] = found["start"].replace("{seed}", str(seed))
+    asked = dict.fromkeys(("density", *found.get("measures", ())))
     apart = [each for each in asked if each in (*CURVATURES, *TRIALS)]
-    settings["measures"] = tuple(each for each in asked if each not in apart)
-    active = settings.get("active", ())
+    found["measures"] = tuple(each for each in asked if each not in apart)
+    active = found.get("active", ())
     names = tuple(dict.fromkeys((*active, *apart)))
     options = isinstance(active, Mapping)
-    settings["active"] = {each: active.get(each, {}) for each in names} if options else names
-    return RunConfig(task=task, arm=name, seed=seed, **settings)
+    found["active"] = {each: active.get(each, {}) for each in names} if options else names
+    return RunConfig(task=task, arm=name, seed=seed, **found)

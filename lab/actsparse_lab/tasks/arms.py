@@ -110,6 +110,25 @@ def ramped(recipe: dict[str, Any], steps: int | None) -> dict[str, Any]:
     return recipe | {"modifications": changes}
 
 
+def by_program(recipe: dict[str, Any], at_once: bool) -> dict[str, Any]:
+    """A recipe as JSON, changed to what the papers' authors' program does.
+
+    It adds zeroth biases to the MLP's output, and raises norms to the floor before an optimizer
+    step rather than after it (cdgyp/sparsity at ae2ff7b, ``modules/robustness.py``). ``at_once``:
+    an activation function is swapped at the start, not mixed in.
+
+    >>> by_program(_PAPER.to_json(), False)["modifications"][0]["at"]
+    'output'
+    """
+    own: dict[str, dict[str, Any]] = {
+        "ZerothBias": {"at": "output"},
+        "NormFloor": {"before": True},
+        "SwapActivation": {"mix": None} if at_once else {},
+    }
+    changes = [change | own.get(change["modification"], {}) for change in recipe["modifications"]]
+    return recipe | {"modifications": changes}
+
+
 def arm_named(name: str) -> Arm:
     """The arm of that name; `ValueError` lists the known ones.
 

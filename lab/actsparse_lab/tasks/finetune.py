@@ -15,12 +15,12 @@ def finetuned(settings: Settings) -> Settings:
     return settings | {"model": {}, "start": ""}
 
 
-def with_lora(settings: Settings, keep: tuple[str, ...] = ()) -> Settings:
-    """The settings with adapters of rank 192, as in the papers; ``keep`` are layers trained whole.
+def with_lora(settings: Settings) -> Settings:
+    """The settings with adapters of rank 192, as in the papers, on all linear layers.
 
-    The papers give no scale: alpha = rank leaves the adapters' product as it is.
+    What the papers leave open is as in their authors' program: alpha is 1, biases and norms train.
     """
-    return settings | {"lora": {"r": 192, "targets": "all-linear", "keep": list(keep)}}
+    return settings | {"lora": {"r": 192, "alpha": 1.0, "targets": "all-linear", "biases": True}}
 
 
 def digits_finetune(quick: bool = False) -> Settings:

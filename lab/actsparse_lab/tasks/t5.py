@@ -63,7 +63,7 @@ def t5_c4(quick: bool = False) -> Settings:
         "warmup": 10_000,
         "weight_decay": 1e-3,
         "no_decay": ("named_bias",),
-        "clip": None,
+        "clip": 1.0,
         "precision": "float32",
         "gradient_checkpointing": True,
         "log_every": 100,
