@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from actsparse_lab import packed
+from actsparse_lab.analysis.measures import read_measures
 from actsparse_lab.campaigns.compare import compare
 from actsparse_lab.campaigns.frontier import frontier
 from actsparse_lab.engine.folder import finished_run
 from actsparse_lab.packed import PACK, pack, read_file, record_paths
 from actsparse_lab.records import RecordError, read_runs
-from actsparse_lab.report.measures import read_measures
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "benchmarks" / "digits-measures" / "runs"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from actsparse_lab.analysis.measures import theory_of
 from actsparse_lab.records import read_runs
 from actsparse_lab.report import compare, markdown_benchmarks, markdown_table, markdown_theory
 from actsparse_lab.report.benchmarks import benchmarks_of
-from actsparse_lab.report.measures import theory_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

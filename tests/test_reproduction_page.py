@@ -9,8 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
+from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.records import read_runs
-from actsparse_lab.report import CLAIMS, findings_in, reproductions_in
+from actsparse_lab.report import findings_in, reproductions_in
 
 ROOT = Path(__file__).parents[1]
 PLACES = reproductions_in(ROOT / "benchmarks" / "reproduce")
@@ -25,14 +26,14 @@ def test_the_page_is_made_of_the_records(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_experiment_is_on_it_with_its_plots() -> None:
-    assert list(PLACES) == list(CLAIMS)
+    assert list(PLACES) == list(EXPERIMENTS)
     shown = re.findall(r"!\[[^\]]*\]\(\.\./(benchmarks/reproduce/[^)]+\.png)\)", PAGE)
-    assert len(shown) > len(CLAIMS)
+    assert len(shown) > len(EXPERIMENTS)
     for place in shown:
         assert (ROOT / place).read_bytes().startswith(b"\x89PNG"), place
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_quick_form_took_six_minutes_at_most_and_has_five_seeds(name: str) -> None:
     found = findings_in(PLACES[name])
     assert found is not None

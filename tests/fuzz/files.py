@@ -79,10 +79,10 @@ def pages(folder: Path) -> Make:
 
 @kind(40)
 def measures(folder: Path) -> Make:
+    from actsparse_lab.analysis.measures import read_measures, read_spectra, theory_of
     from actsparse_lab.packed import read_file
     from actsparse_lab.records import read_run
     from actsparse_lab.report import compare
-    from actsparse_lab.report.measures import read_measures, read_spectra, theory_of
 
     every = read_file(RUN / "record.jsonl").splitlines(keepends=True)
     (folder / "record.jsonl").write_bytes(every[0] + every[-1])

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from actsparse_lab.report import CLAIMS, write_report
+from actsparse_lab.analysis.theory_plots import THEORY
+from actsparse_lab.papers.experiments import EXPERIMENTS
+from actsparse_lab.report import write_report
 from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
 from actsparse_lab.report.page import PICTURES
 from actsparse_lab.report.reproduction import EFFECTS
-from actsparse_lab.report.theory_plots import THEORY
 
 WIDTHS = (390, 1200)
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "reproduce"
@@ -173,9 +174,9 @@ def test_a_page_of_benchmarks_alone_fits_too(seen: Any, width: int) -> None:
         assert of["table"] > of["box"]
 
 
-@pytest.mark.usefixtures("undrawn")  # tests/report/claims draws each of them
+@pytest.mark.usefixtures("undrawn")  # tests/papers draws each of them
 @pytest.mark.parametrize(
-    "names", [["ratio", "noise"], pytest.param([*CLAIMS], marks=pytest.mark.slow)], ids=len
+    "names", [["ratio", "noise"], pytest.param([*EXPERIMENTS], marks=pytest.mark.slow)], ids=len
 )
 def test_the_page_of_each_experiment_shows_the_plots_of_its_claims(
     browser: str, tmp_path: Path, names: list[str]
@@ -183,7 +184,7 @@ def test_the_page_of_each_experiment_shows_the_plots_of_its_claims(
     pages = [write_report(RECORDS / name, out=tmp_path / name) for name in names]
     every = measure(browser, tmp_path, *((page, 390) for page in pages))
     for name, page, of in zip(names, pages, every, strict=True):
-        experiment, text = CLAIMS[name], page.read_text(encoding="utf-8")
+        experiment, text = EXPERIMENTS[name], page.read_text(encoding="utf-8")
         for picture in (*experiment.pictures, EFFECTS):
             assert f'<figure class="card" id="{picture.name}">' in text
         assert text.count('<span class="verdict') == len(experiment.questions)

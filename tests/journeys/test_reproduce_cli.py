@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
-from actsparse_lab.report import CLAIMS
+from actsparse_lab.papers.experiments import EXPERIMENTS
 
 SMALL = ["--seeds", "1", "--steps", "8"]
 
@@ -24,7 +24,7 @@ def call(*words: str) -> tuple[int, str, str]:
 def test_without_a_name_it_lists_what_there_is() -> None:
     code, said, _ = call()
     assert code == 0
-    assert [line.split()[0] for line in said.splitlines()] == list(CLAIMS)
+    assert [line.split()[0] for line in said.splitlines()] == list(EXPERIMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +80,11 @@ def test_a_folder_of_another_form_is_refused_and_left_as_it_was(
 def test_what_failed_is_told_and_no_later_stage_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from actsparse_lab.campaigns import reproduce as plans
+    from actsparse_lab.papers.noise import runs
 
-    bad = plans.GradientNoiseConfig("p4-decay0", 0, 4, lr=1e25, steps=3)
-    good = plans.GradientNoiseConfig("p8-decay0", 0, 8, lr=0.1, steps=3)
-    stages = {"base": [bad], "": [good]}
-    monkeypatch.setitem(plans.REPRODUCTIONS, "noise", lambda form: stages)
+    bad = runs.GradientNoiseConfig("p4-decay0", 0, 4, lr=1e25, steps=3)
+    good = runs.GradientNoiseConfig("p8-decay0", 0, 8, lr=0.1, steps=3)
+    monkeypatch.setattr(runs, "runs", lambda form: {"base": [bad], "": [good]})
     code, said, told = call("noise", "--seeds", "1", "--out", str(tmp_path), "--json")
     assert code == 1
     assert "1 runs failed; to try them again" in told
@@ -95,7 +94,7 @@ def test_what_failed_is_told_and_no_later_stage_begins(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CLAIMS if name != "noise"])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name != "noise"])
 def test_every_experiment_runs(name: str, tmp_path: Path) -> None:
     code, said, told = call(name, *SMALL, "--out", str(tmp_path), "--json")
     assert code == 0, told

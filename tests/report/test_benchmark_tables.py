@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
+from actsparse_lab.analysis.tables import Cell, Table
 from actsparse_lab.cli.report import report
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report import (
@@ -35,7 +36,6 @@ from actsparse_lab.report import (
 from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
 from actsparse_lab.report.benchmark_tables import benchmarks_lead, benchmarks_title, tables_of
 from actsparse_lab.report.benchmarks import Benchmarks, benchmarks_of
-from actsparse_lab.report.tables import Cell, Table
 
 ROOT = Path(__file__).parents[2]
 Draw = Callable[..., Figure | None]

@@ -13,10 +13,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actsparse_lab.analysis.comparison import Comparison, compare, loss_drop, to_json
+from actsparse_lab.analysis.stats import t_interval
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report.arms_table import markdown_table
-from actsparse_lab.report.comparison import Comparison, compare, loss_drop, to_json
-from actsparse_lab.report.stats import t_interval
 
 AddRun = Callable[..., Run]
 Measured = Callable[..., dict[str, Any] | None]

@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 
-from actsparse_lab.records import RecordError, Run, read_runs
-from actsparse_lab.report import findings_in, markdown_reproduction, write_report
-from actsparse_lab.report.claims import CLAIMS
-from actsparse_lab.report.effects import (
+from actsparse_lab.analysis.effects import (
     INFERENCE,
     QUALITY,
     Arms,
@@ -23,7 +20,7 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )
-from actsparse_lab.report.findings import (
+from actsparse_lab.analysis.findings import (
     Experiment,
     Finding,
     Findings,
@@ -32,8 +29,11 @@ from actsparse_lab.report.findings import (
     read_manifest,
     write_manifest,
 )
+from actsparse_lab.analysis.stats import Claim, Verdict
+from actsparse_lab.papers.experiments import EXPERIMENTS
+from actsparse_lab.records import RecordError, Run, read_runs
+from actsparse_lab.report import findings_in, markdown_reproduction, write_report
 from actsparse_lab.report.reproduction import counts, effects_plot
-from actsparse_lab.report.stats import Claim, Verdict
 
 MANIFEST: dict[str, Any] = {
     "name": "ratio",
@@ -183,7 +183,7 @@ def test_the_page_the_json_and_the_document_say_the_same(
     document = markdown_reproduction(tmp_path, link="../")
     said = findings_in(tmp_path / "ablation")
     assert said is not None
-    assert len(kept["claims"]) == len(CLAIMS["ablation"].questions) == len(said.findings)
+    assert len(kept["claims"]) == len(EXPERIMENTS["ablation"].questions) == len(said.findings)
     for claim, each in zip(kept["claims"], said.findings, strict=True):
         assert claim["verdict"] == each.verdict.word
         assert f"| {each.verdict.word} |" in document or f"**{each.verdict.word}**" in document

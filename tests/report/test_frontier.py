@@ -16,13 +16,13 @@ from scipy.stats import t as student
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
+from actsparse_lab.analysis.stats import beyond, t_interval
 from actsparse_lab.campaigns import frontier as plans
 from actsparse_lab.records import RecordError, RecordWriter, read_runs, run_path
 from actsparse_lab.report import boards, markdown_frontier, markdown_scoreboard, write_report
 from actsparse_lab.report import frontier as rules
 from actsparse_lab.report.frontier import Board, board
 from actsparse_lab.report.frontier_page import sections, summary
-from actsparse_lab.report.stats import beyond, t_interval
 from actsparse_lab.tasks import ARMS
 from tests.report.frontier_records import WHERE, Made, ordinary, write_task
 

@@ -13,11 +13,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from actsparse_lab.analysis.comparison import compare, to_json
+from actsparse_lab.analysis.measures import Measured, Theory, read_measures, read_spectra, theory_of
+from actsparse_lab.analysis.tables import Cell
 from actsparse_lab.cli.report import report
 from actsparse_lab.records import RecordError, RecordWriter, Run, read_run, read_runs, run_path
-from actsparse_lab.report.comparison import compare, to_json
-from actsparse_lab.report.measures import Measured, Theory, read_measures, read_spectra, theory_of
-from actsparse_lab.report.tables import Cell
 from actsparse_lab.report.theory_tables import curvature_table, how_text, identity_text
 
 AddRun = Callable[..., Run]

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
+from actsparse_lab.analysis.stats import factor
 from actsparse_lab.records import read_runs
 from actsparse_lab.report import markdown_frontier, write_report
 from actsparse_lab.report.frontier_page import sections
 from actsparse_lab.report.race import Race, race_table, races
-from actsparse_lab.report.stats import factor
 from tests.report.frontier_records import ordinary, write_run, write_task
 
 Curve = list[tuple[float, float]]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from actsparse_lab.report.tables import Cell, Column, Table
+from actsparse_lab.analysis.tables import Cell, Column, Table
 
 WORDS = st.text("ab|<*`[]&\\1", min_size=1, max_size=8)
 TABLE = Table(

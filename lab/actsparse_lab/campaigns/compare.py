@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actsparse import files
-from actsparse_lab.engine.config import RunConfig
-from actsparse_lab.engine.folder import check_folder, finished_run
+from actsparse_lab.engine.folder import Config, check_folder, finished_run
 from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, run_gradient_noise
 from actsparse_lab.records import RecordError, run_path
 
-Config = RunConfig | GradientNoiseConfig
 # A fork of this process would inherit torch's threads, half alive. On Linux workers are forked from
 # a process that has done nothing but import what all of them need, once for all.
 _PROCESSES: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")

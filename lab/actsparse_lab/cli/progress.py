@@ -18,8 +18,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from actsparse_lab.campaigns.compare import Config, Event
+from actsparse_lab.campaigns.compare import Event
 from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.folder import Config
 from actsparse_lab.records import Run, read_run, run_path, write_whole
 
 

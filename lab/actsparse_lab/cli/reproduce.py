@@ -15,7 +15,7 @@ from actsparse.terminal import Terminal
 from actsparse_lab.cli.options import Threads
 
 if TYPE_CHECKING:
-    from actsparse_lab.campaigns.reproduce import Form, Stages
+    from actsparse_lab.papers.form import Form, Stages
 
 
 def reproduce(
@@ -79,20 +79,20 @@ def reproduce(
 
       actsparse reproduce ablation --full --data data/cifar10
     """
-    from actsparse_lab.campaigns.reproduce import REPRODUCTIONS, Form, reproduction
-    from actsparse_lab.report import CLAIMS
+    from actsparse_lab.papers.experiments import EXPERIMENTS
+    from actsparse_lab.papers.form import Form, runs_of
 
     if name is None:
-        for each, experiment in CLAIMS.items():
+        for each, experiment in EXPERIMENTS.items():
             typer.echo(f"{each:13} {experiment.title}")
         return
     home = out or Path("runs") / ("reproduce-full" if full else "reproduce")
     alone = name != "all" and out is not None
-    chosen = list(REPRODUCTIONS) if name == "all" else [name]
+    chosen = list(EXPERIMENTS) if name == "all" else [name]
     forms = {
         each: Form(full, seeds, str(home if alone else home / each), data, steps) for each in chosen
     }
-    plans = {each: reproduction(each, form) for each, form in forms.items()}
+    plans = {each: runs_of(each, form) for each, form in forms.items()}
     for each, form in forms.items():  # what is wrong in the last should not cost the first
         _check(each, form, plans[each])
     console = Terminal(stderr=json)
@@ -114,10 +114,10 @@ def reproduce(
 
 def _check(name: str, form: Form, stages: Stages) -> None:
     """Refuse a folder that holds something else, and data that cannot be read."""
+    from actsparse_lab.analysis.findings import read_manifest
     from actsparse_lab.campaigns.compare import compare
-    from actsparse_lab.campaigns.reproduce import check_data
     from actsparse_lab.packed import record_paths
-    from actsparse_lab.report.findings import read_manifest
+    from actsparse_lab.papers.form import check_data
 
     place = Path(form.out)
     manifest = read_manifest(place)
@@ -141,12 +141,12 @@ def _run(
     console: Terminal,
 ) -> dict[str, Any]:
     """Do what is not done yet, write the page, and return what came of it."""
+    from actsparse_lab.analysis.findings import read_manifest, write_manifest
     from actsparse_lab.campaigns.compare import compare
     from actsparse_lab.cli.progress import show, stoppable
     from actsparse_lab.packed import record_paths
     from actsparse_lab.records import read_runs
     from actsparse_lab.report import findings_in, print_findings, write_report
-    from actsparse_lab.report.findings import read_manifest, write_manifest
 
     place = Path(form.out)
     earlier = read_manifest(place) if any(record_paths(place / each) for each in stages) else None

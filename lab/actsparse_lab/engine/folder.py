@@ -19,10 +19,11 @@ from actsparse_lab.engine.gradient_noise_config import GradientNoiseConfig
 from actsparse_lab.packed import PACK, read_file
 from actsparse_lab.records import RecordError, Run, read_run, refusals, run_path
 
+Config = RunConfig | GradientNoiseConfig
 ROOM = 64 * 2**20  # bytes that must be free before any run starts
 
 
-def finished_run(config: RunConfig | GradientNoiseConfig, out: str | Path) -> Run | None:
+def finished_run(config: Config, out: str | Path) -> Run | None:
     """The finished run of this arm and seed, or None if it is still to be done.
 
     A record that ends half-way, or whose first line never got whole, counts as not done.
@@ -89,9 +90,7 @@ def checkpoint_of(
 
 
 @contextmanager
-def claimed(
-    config: RunConfig | GradientNoiseConfig, out: str | Path, room: int = 0
-) -> Iterator[Run | None]:
+def claimed(config: Config, out: str | Path, room: int = 0) -> Iterator[Run | None]:
     """Keep other processes out of a run's folder, which has ``room`` (bytes).
 
     Gives the run if it is finished: another process may have done it since it was looked for.
@@ -153,7 +152,7 @@ _OURS: set[Path] = set()
 _FREE = ("keep", "save_every", "report_to")
 
 
-def _differences(config: RunConfig | GradientNoiseConfig, run: Run) -> str:
+def _differences(config: Config, run: Run) -> str:
     """What differs between a run on disk and one that is asked for, in words; empty: nothing."""
     now = config.to_json()
     # a setting that is newer than the run had its default

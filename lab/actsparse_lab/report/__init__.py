@@ -5,11 +5,10 @@ Reads records only.
 
 from __future__ import annotations
 
+from actsparse_lab.analysis.comparison import Comparison, compare, plain, to_json
 from actsparse_lab.report.arms_table import markdown_table, print_table
 from actsparse_lab.report.benchmark_tables import markdown_benchmarks, print_benchmarks
 from actsparse_lab.report.card import model_card
-from actsparse_lab.report.claims import CLAIMS
-from actsparse_lab.report.comparison import Comparison, compare, plain, to_json
 from actsparse_lab.report.frontier import frontiers_in
 from actsparse_lab.report.frontier_page import (
     boards,
@@ -30,7 +29,7 @@ from actsparse_lab.report.reproduction import (
 from actsparse_lab.report.theory_tables import markdown_theory
 
 __all__ = [
-    "CLAIMS", "Comparison", "boards", "compare", "findings_in", "frontiers_in", "gather",
+    "Comparison", "boards", "compare", "findings_in", "frontiers_in", "gather",
     "markdown_benchmarks", "markdown_findings", "markdown_frontier", "markdown_reproduction",
     "markdown_scoreboard", "markdown_table", "markdown_theory", "model_card", "plain",
     "print_benchmarks", "print_board", "print_findings", "print_table", "reproductions_in",

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
+from actsparse_lab.analysis.comparison import Arm, Comparison, compare
+from actsparse_lab.analysis.numbers import NONE, change, decimal, percent, quality
+from actsparse_lab.analysis.stats import Estimate
+from actsparse_lab.analysis.tables import Cell, Column, Table
 from actsparse_lab.records import Run
-from actsparse_lab.report.comparison import Arm, Comparison, compare
-from actsparse_lab.report.numbers import NONE, change, decimal, percent, quality
-from actsparse_lab.report.stats import Estimate
 from actsparse_lab.report.summary import lead, marks, remarks, title
-from actsparse_lab.report.tables import Cell, Column, Table
 
 VERDICTS = {
     "better": "better",

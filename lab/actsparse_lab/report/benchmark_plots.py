@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from actsparse_lab.report.benchmarks import PROGRAMS, Benchmarks, Ratio, Row
-from actsparse_lab.report.numbers import decimal
-from actsparse_lab.report.plots import (
+from actsparse_lab.analysis.numbers import decimal
+from actsparse_lab.analysis.plots import (
     HEIGHT,
     INK,
     MARKS,
@@ -23,7 +22,8 @@ from actsparse_lab.report.plots import (
     palette,
     render,
 )  # fmt: skip
-from actsparse_lab.report.prose import pictures
+from actsparse_lab.analysis.prose import pictures
+from actsparse_lab.report.benchmarks import PROGRAMS, Benchmarks, Ratio, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,5 +195,6 @@ BENCHMARK_PICTURES = pictures(
         "payoff-training": gains("training"),
         "payoff-memory": memory,
         "payoff-models": whole_models,
-    }
+    },
+    "report/captions.md",
 )

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.text import Text
 
+from actsparse_lab.analysis.numbers import NONE, amount, decimal, percent, span
+from actsparse_lab.analysis.tables import Cell, Column, Table
 from actsparse_lab.report.benchmarks import KINDS, OURS, PROGRAMS, Benchmarks, Ratio, Row, Whole
-from actsparse_lab.report.numbers import NONE, amount, decimal, percent, span
-from actsparse_lab.report.tables import Cell, Column, Table
 
 BRIEF = 8  # columns that fit a terminal
 GAIN = {"forward": "forward", "training": "forward + backward"}

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from actsparse.untrusted import read_json
 from actsparse.values import Above0, Count, Name, Rule, Share, check
+from actsparse_lab.analysis.effects import number
 from actsparse_lab.record_schema import SCHEMA, Entry, RecordError
-from actsparse_lab.report.effects import number
 
 KINDS = ("forward", "training")
 OURS = ("sparse", "screened")

@@ -6,10 +6,10 @@ from pathlib import PurePath
 from typing import Any
 
 from actsparse.values import Text, check
+from actsparse_lab.analysis.numbers import counted, decimal, percent
+from actsparse_lab.analysis.tables import Cell, Column, Table, code, markdown
 from actsparse_lab.records import Entry, RecordError, Run
-from actsparse_lab.report.numbers import counted, decimal, percent
 from actsparse_lab.report.provenance import what_ran
-from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 _HEAD = """\
 ---

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from actsparse.values import Name
-from actsparse_lab.records import Entry, Run, read_runs
-from actsparse_lab.report.comparison import CONTROL
-from actsparse_lab.report.effects import (
+from actsparse_lab.analysis.comparison import CONTROL
+from actsparse_lab.analysis.effects import (
     INFERENCE,
     LIVING,
     QUALITY,
@@ -38,9 +37,10 @@ from actsparse_lab.report.effects import (
     paired,
     within,
 )  # fmt: skip
-from actsparse_lab.report.manifest import SHAPE, read_checked, write_json
+from actsparse_lab.analysis.manifest import SHAPE, read_checked, write_json
+from actsparse_lab.analysis.stats import Estimate, Word, beyond, every, margin, t_interval
+from actsparse_lab.records import Entry, Run, read_runs
 from actsparse_lab.report.speed import Speed, read_speeds
-from actsparse_lab.report.stats import Estimate, Word, beyond, every, margin, t_interval
 
 MANIFEST = "frontier.json"
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")

@@ -11,8 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from actsparse_lab.analysis.comparison import BEST, compare, plain
+from actsparse_lab.analysis.numbers import NONE, change, decimal, percent, quality, ratio
+from actsparse_lab.analysis.plots import Picture
+from actsparse_lab.analysis.prose import sections as words_of
+from actsparse_lab.analysis.stats import POINTS, SHARE
+from actsparse_lab.analysis.tables import Cell, Column, Table, code, markdown
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
-from actsparse_lab.report.comparison import BEST, compare, plain
 from actsparse_lab.report.frontier import (
     CONTROL,
     FEWER,
@@ -26,13 +31,8 @@ from actsparse_lab.report.frontier import (
     frontiers_in,
 )  # fmt: skip
 from actsparse_lab.report.frontier_plot import FRONTIER
-from actsparse_lab.report.numbers import NONE, change, decimal, percent, quality, ratio
-from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.prose import sections as words_of
 from actsparse_lab.report.race import race_picture, race_table, race_text, races
 from actsparse_lab.report.slim import SLIM_RULE, TITLE, read_slim, slim_table, slim_text
-from actsparse_lab.report.stats import POINTS, SHARE
-from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
 
 RACE = "race"  # a folder of a task's: runs timed one at a time
 ABOUT = (
@@ -41,7 +41,7 @@ ABOUT = (
 )
 
 
-RULE = words_of("rules.md")["The frontier"].format(
+RULE = words_of("report/rules.md")["The frontier"].format(
     points=100 * POINTS,
     share=100 * SHARE,
     sparse=SPARSE,

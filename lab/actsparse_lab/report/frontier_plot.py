@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from actsparse_lab.report import plots
-from actsparse_lab.report.comparison import Comparison
+from actsparse_lab.analysis import plots
+from actsparse_lab.analysis.comparison import Comparison
+from actsparse_lab.analysis.prose import pictures
 from actsparse_lab.report.frontier import HALF, Board
-from actsparse_lab.report.prose import pictures
 
 
 def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | None:
@@ -49,4 +49,4 @@ def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | N
     return plots.png(figure, table)
 
 
-(FRONTIER,) = pictures({"frontier": frontier_plot})
+(FRONTIER,) = pictures({"frontier": frontier_plot}, "report/captions.md")

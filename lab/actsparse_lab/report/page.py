@@ -14,23 +14,23 @@ from typing import Any
 import jinja2
 
 from actsparse.values import printable
+from actsparse_lab.analysis import plots
+from actsparse_lab.analysis.comparison import compare, to_json
+from actsparse_lab.analysis.effects import Arms
+from actsparse_lab.analysis.findings import Findings
+from actsparse_lab.analysis.measures import theory_of
+from actsparse_lab.analysis.plots import Picture
+from actsparse_lab.analysis.prose import pictures
+from actsparse_lab.analysis.theory_plots import THEORY
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
-from actsparse_lab.report import plots
 from actsparse_lab.report.arms_table import arms_table, runs_table
 from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
 from actsparse_lab.report.benchmark_tables import benchmarks_lead, benchmarks_title, tables_of
 from actsparse_lab.report.benchmarks import Benchmarks, benchmark_files, benchmarks_of
-from actsparse_lab.report.comparison import compare, to_json
-from actsparse_lab.report.effects import Arms
-from actsparse_lab.report.findings import Findings
 from actsparse_lab.report.frontier_page import Section, sections
-from actsparse_lab.report.measures import theory_of
-from actsparse_lab.report.plots import Picture
-from actsparse_lab.report.prose import pictures
 from actsparse_lab.report.provenance import differences, what_ran
 from actsparse_lab.report.reproduction import EFFECTS, findings_in, findings_table, heading
 from actsparse_lab.report.summary import lead, remarks, tiles, title
-from actsparse_lab.report.theory_plots import THEORY
 from actsparse_lab.report.theory_tables import curvature_table, how_text, identity_text
 
 _HARD = "\N{NO-BREAK SPACE}"
@@ -42,7 +42,8 @@ PICTURES = pictures(
         "training-density": plots.training_density,
         "density-by-block": plots.density_by_block,
         "loss": plots.loss,
-    }
+    },
+    "report/captions.md",
 )
 
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from actsparse_lab.analysis.comparison import Comparison
+from actsparse_lab.analysis.numbers import decimal
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.benchmarks import Benchmarks
-from actsparse_lab.report.comparison import Comparison
-from actsparse_lab.report.numbers import decimal
 
 
 def what_ran(runs: list[Run], benchmarks: Benchmarks | None = None) -> list[tuple[str, str]]:

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from actsparse_lab.records import RecordError, Run, read_runs
-from actsparse_lab.report import plots
-from actsparse_lab.report.claims import CLAIMS
-from actsparse_lab.report.findings import (
+from actsparse_lab.analysis import plots
+from actsparse_lab.analysis.findings import (
     MANIFEST,
     OURS,
     Finding,
@@ -23,15 +21,17 @@ from actsparse_lab.report.findings import (
     findings,
     read_manifest,
 )  # fmt: skip
-from actsparse_lab.report.numbers import amount, decimal
-from actsparse_lab.report.plots import DARK, INK, LIGHT, WIDTH
-from actsparse_lab.report.prose import pictures, sections
-from actsparse_lab.report.tables import Cell, Column, Table, code, markdown
+from actsparse_lab.analysis.numbers import amount, decimal
+from actsparse_lab.analysis.plots import DARK, INK, LIGHT, WIDTH
+from actsparse_lab.analysis.prose import pictures, sections
+from actsparse_lab.analysis.tables import Cell, Column, Table, code, markdown
+from actsparse_lab.papers.experiments import EXPERIMENTS
+from actsparse_lab.records import RecordError, Run, read_runs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-RULE = sections("rules.md")["Claims"]
+RULE = sections("report/rules.md")["Claims"]
 STYLES: dict[str, Literal["yes", "no", "open"]] = {
     "holds": "yes", "does not hold here": "no", "undecided": "open"
 }  # fmt: skip
@@ -46,13 +46,13 @@ def findings_in(folder: str | Path, runs: list[Run] | None = None) -> Findings |
     manifest = read_manifest(folder)
     if manifest is None:
         return None
-    if manifest["name"] not in CLAIMS:
+    if manifest["name"] not in EXPERIMENTS:
         raise RecordError(
             f"{Path(folder) / MANIFEST}: unknown experiment {manifest['name']!r}; known: "
-            f"{', '.join(CLAIMS)}"
+            f"{', '.join(EXPERIMENTS)}"
         )
     runs = read_runs(folder) if runs is None else runs
-    return findings(CLAIMS[manifest["name"]], runs, manifest)
+    return findings(EXPERIMENTS[manifest["name"]], runs, manifest)
 
 
 def counts(found: Findings) -> str:
@@ -140,7 +140,7 @@ def effects_plot(found: Findings, dark: bool = False) -> bytes | None:
     return plots.render(figure, lines)
 
 
-(EFFECTS,) = pictures({"effects": effects_plot})
+(EFFECTS,) = pictures({"effects": effects_plot}, "report/captions.md")
 
 
 def _colours(dark: bool) -> Iterable[str]:
@@ -163,7 +163,7 @@ def _ticks(axes: Axes, found: Finding) -> None:
 
 
 def reproductions_in(folder: str | Path) -> dict[str, Path]:
-    """The experiments whose folders lie in ``folder``, in the order of `CLAIMS`."""
+    """The experiments whose folders lie in ``folder``, in the order of `EXPERIMENTS`."""
     found: dict[str, Path] = {}
     for path in sorted(Path(folder).glob(f"*/{MANIFEST}")):
         manifest = read_manifest(path.parent)
@@ -171,7 +171,7 @@ def reproductions_in(folder: str | Path) -> dict[str, Path]:
         if (name := str(manifest["name"])) in found:
             raise RecordError(f"{found[name]} and {path.parent} both hold {name}; keep one of them")
         found[name] = path.parent
-    return {name: found[name] for name in CLAIMS if name in found}
+    return {name: found[name] for name in EXPERIMENTS if name in found}
 
 
 def markdown_reproduction(folder: str | Path, link: str = "") -> str:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actsparse.values import Above0, Count, Name, Share, check
+from actsparse_lab.analysis.manifest import read_checked
+from actsparse_lab.analysis.numbers import NONE, amount, change, quality, ratio
+from actsparse_lab.analysis.prose import sections
+from actsparse_lab.analysis.stats import Estimate, Factor, factor, t_interval
+from actsparse_lab.analysis.tables import Column, Table, markdown
 from actsparse_lab.record_schema import Entry
-from actsparse_lab.report.manifest import read_checked
-from actsparse_lab.report.numbers import NONE, amount, change, quality, ratio
-from actsparse_lab.report.prose import sections
-from actsparse_lab.report.stats import Estimate, Factor, factor, t_interval
-from actsparse_lab.report.tables import Column, Table, markdown
 
 SLIM = "slim.json"
 TITLE = "Pruned, and with thresholds"
@@ -21,7 +21,7 @@ WORDS = {
     "trained": "as trained", "pruned": "pruned", "thresholds": "thresholds",
     "both": "pruned, thresholds",
 }  # fmt: skip
-SLIM_RULE = sections("rules.md")[TITLE]
+SLIM_RULE = sections("report/rules.md")[TITLE]
 _FORM = {
     "quality": float, "density": Share, "active": float, "units": Count,
     "parameters": {"model": Count, "mlps": Count}, "bytes": Count,

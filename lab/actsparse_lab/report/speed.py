@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from actsparse.values import Above0, Count, Name, Share, Text
+from actsparse_lab.analysis.manifest import read_checked
+from actsparse_lab.analysis.stats import Factor, factor
 from actsparse_lab.record_schema import Entry
-from actsparse_lab.report.manifest import read_checked
-from actsparse_lab.report.stats import Factor, factor
 
 SPEED = "speed.json"
 _RATIO = {"value": Above0, "low": Above0, "high": Above0}

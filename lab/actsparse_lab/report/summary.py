@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actsparse_lab.report.comparison import Arm, Comparison
-from actsparse_lab.report.numbers import change, counted, decimal, percent
-from actsparse_lab.report.stats import Estimate
+from actsparse_lab.analysis.comparison import Arm, Comparison
+from actsparse_lab.analysis.numbers import change, counted, decimal, percent
+from actsparse_lab.analysis.stats import Estimate
 
 
 def title(table: Comparison) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from actsparse_lab.analysis.effects import number
+from actsparse_lab.analysis.measures import Drawn, Identity, Measured, Theory, read_measures
+from actsparse_lab.analysis.numbers import amount
+from actsparse_lab.analysis.stats import Estimate, t_interval
+from actsparse_lab.analysis.tables import Cell, Column, Table
 from actsparse_lab.records import Entry, Run
-from actsparse_lab.report.effects import number
-from actsparse_lab.report.measures import Drawn, Identity, Measured, Theory, read_measures
-from actsparse_lab.report.numbers import amount
-from actsparse_lab.report.stats import Estimate, t_interval
-from actsparse_lab.report.tables import Cell, Column, Table
 
 ROUNDING = 2**-8  # bfloat16 rounds by up to 2⁻⁹, a square by twice that
 

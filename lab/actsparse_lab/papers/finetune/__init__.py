@@ -1,0 +1,1 @@
+"""Trained models finetuned for sparsity, beside plain finetuning."""

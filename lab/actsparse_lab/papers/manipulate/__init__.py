@@ -1,0 +1,1 @@
+"""Activation functions that are zero in one place and their derivatives in another."""

@@ -1,0 +1,1 @@
+"""Second moments of features and gradients, accumulated over training."""

@@ -1,0 +1,1 @@
+"""What zero derivatives spare the backward pass, and what dropping small gradients costs."""

@@ -1,0 +1,1 @@
+"""Flatness over its coefficient, and density, during training."""

@@ -1,0 +1,1 @@
+"""Attacks and noise on inputs, features and weights, at checkpoints of training."""

@@ -1,0 +1,1 @@
+"""Training with noise on the weights: flatness and density."""

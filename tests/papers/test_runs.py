@@ -1,0 +1,114 @@
+"""Each experiment runs what its claims read, with controls, in a form that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from actsparse.modify import Recipe
+from actsparse_lab.analysis.effects import Arms
+from actsparse_lab.engine.config import RunConfig
+from actsparse_lab.engine.gradient_noise import GradientNoiseConfig
+from actsparse_lab.papers.experiments import EXPERIMENTS
+from actsparse_lab.papers.form import Form, runs_of
+from actsparse_lab.papers.questions import SPARED
+from actsparse_lab.records import Run
+
+TRAINED = [name for name in EXPERIMENTS if name != "noise"]
+
+
+class Asked(Arms):
+    """For each arm one run that holds nothing; ``names`` are the arms that were asked for."""
+
+    def __init__(self, arms: Iterable[str] = ()) -> None:
+        super().__init__([])
+        self.names: set[str] = set()
+        for arm in arms:
+            self[arm] = {0: self.run(arm)}
+
+    @staticmethod
+    def run(arm: str) -> Run:
+        header = {"task": "digits", "arm": arm, "seed": 0}
+        return Run(Path(arm), header, [], [], [], {"step": 1}, None, False)
+
+    def __getitem__(self, arm: str) -> dict[int, Run]:
+        self.names.add(arm)
+        return super().__getitem__(arm)
+
+    def __missing__(self, arm: str) -> dict[int, Run]:
+        return {0: self.run(arm)}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_claims_read_arms_that_are_run(name: str) -> None:
+    run = {config.arm for config in runs_of(name, Form())[""]}
+    for question in EXPERIMENTS[name].questions:
+        asked = Asked(run if name == "noise" else ())  # its arms are those at hand
+        assert question.effects(asked) == {}
+        assert asked.names <= run, asked.names - run
+        assert asked.names or name == "noise"
+    for picture in EXPERIMENTS[name].pictures:  # they show what there is
+        assert picture.plot(Arms([]), False) is None
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_seeds_are_paired_and_no_run_comes_twice(name: str) -> None:
+    for configs in runs_of(name, Form(seeds=3)).values():
+        pairs = [(config.arm, config.seed) for config in configs]
+        assert len(set(pairs)) == len(pairs)
+        arms = {arm for arm, _ in pairs}
+        assert len(pairs) == 3 * len(arms)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_controls_differ_in_what_they_control_alone(name: str) -> None:
+    stages = runs_of(name, Form(seeds=1))
+    for configs in stages.values():
+        by_arm = {config.arm: config for config in configs if isinstance(config, RunConfig)}
+        assert any(SPARED in arm for arm in by_arm)
+        for arm, config in by_arm.items():
+            if SPARED not in arm or (twin := by_arm.get(arm.replace(SPARED, ""))) is None:
+                continue
+            own, other = config.to_json(), twin.to_json()
+            assert {key for key in own if own[key] != other[key]} <= {"arm", "no_decay", "start"}
+            assert config.no_decay == ("norm", "bias")
+    if name not in ("finetune", "robustness"):  # nothing to disturb; none in trained models
+        (without,) = [config for config in stages[""] if config.arm == "no-mlp"]
+        assert isinstance(without, RunConfig)
+        assert without.recipe["modifications"][0]["modification"] == "LeaveOutMLP"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_quick_forms_keep_the_budget_of_decay(name: str) -> None:
+    for folder, configs in runs_of(name, Form(seeds=1)).items():
+        for config in configs:
+            assert isinstance(config, RunConfig)
+            Recipe.from_json(config.recipe)
+            if name != "finetune" or folder:
+                assert config.steps * config.weight_decay == pytest.approx(1500 * 0.5)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_full_forms_are_the_same_arms_on_images(name: str) -> None:
+    quick, full = runs_of(name, Form()), runs_of(name, Form(full=True, data="images"))
+    assert quick.keys() == full.keys()
+    for folder in quick:
+        quick_arms = {config.arm for config in quick[folder]}
+        assert quick_arms <= {config.arm for config in full[folder]}
+        assert all(
+            config.task.startswith("vit_cifar10") or isinstance(config, GradientNoiseConfig)
+            for config in full[folder]
+        )
+
+
+def test_bad_forms_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown experiment 'magic'; known: ratio, ablation"):
+        runs_of("magic", Form())
+    with pytest.raises(ValueError, match="--full needs --data FOLDER"):
+        Form(full=True)
+    with pytest.raises(ValueError, match="--data images is for --full"):
+        Form(data="images")
+    with pytest.raises(ValueError, match="seeds=0: expected 1 or more"):
+        Form(seeds=0)
