@@ -15,18 +15,17 @@ from actsparse_lab.analysis.effects import Arms
 from actsparse_lab.analysis.findings import Finding
 from actsparse_lab.analysis.plots import Picture
 from actsparse_lab.papers.experiments import EXPERIMENTS
-from actsparse_lab.papers.manipulate.claims import SHIFTS
-from actsparse_lab.papers.questions import SPARED
+from actsparse_lab.papers.manipulate.claims import DECAYED, SHIFTS
 from actsparse_lab.records import Entry, RecordWriter, environment, read_runs, run_path
 from tests.papers import made_up
 
 EXPERIMENT = EXPERIMENTS["manipulate"]
 
 (
-    MATTER, GAINS, GAINS_SPARED, RISES, ENDS, STABLE, STABLE_SPARED, AS_RELU, AS_RELU_SPARED,
-    OF_USE, OF_USE_SPARED,
+    MATTER, GAINS, RISES, ENDS, STABLE, AS_RELU, OF_USE,
+    GAINS_DECAYED, STABLE_DECAYED, AS_RELU_DECAYED, OF_USE_DECAYED,
 ) = range(11)  # fmt: skip
-SPARED_ROWS = (GAINS_SPARED, STABLE_SPARED, AS_RELU_SPARED, OF_USE_SPARED)
+DECAYED_ROWS = (GAINS_DECAYED, STABLE_DECAYED, AS_RELU_DECAYED, OF_USE_DECAYED)
 PNG = b"\x89PNG"
 HERE = environment(threads=1)
 TOLERANCE = 1e-12  # sums of fewer than ten shares below 1, a few roundings of 2⁻⁵³ each
@@ -67,15 +66,15 @@ def world(out: Path, seeds: int = 5, sign: float = 1.0, **changed: Any) -> None:
     for seed in range(seeds):
         draw = random.Random(f"manipulate{seed}")
         for place, shift in enumerate(SHIFTS):
-            for ending in ("", SPARED):
+            for ending in ("", DECAYED):
                 p0 = 0.2 + 0.005 * draw.gauss(0, 1)
                 pa = 0.1 + 0.03 * (place - 1.5) + 0.002 * draw.gauss(0, 1)
                 own, other = (p0, pa) if sign > 0 else (pa, p0)
                 path = [(0.3 + own * t, 0.35 + other * t) for t in (0, 0.5, 0.8, 1)]
                 write(out, shift + ending, seed, path, 0.96 + 0.002 * draw.random(), **changed)
-        for ending in ("", SPARED):
+        for ending in ("", DECAYED):
             write(out, "vanilla" + ending, seed, [], 0.965 + 0.001 * draw.random())
-        write(out, "no-mlp", seed, [], 0.87 + 0.01 * draw.random())
+            write(out, "no-mlp" + ending, seed, [], 0.87 + 0.01 * draw.random())
 
 
 def test_effects_by_hand(tmp_path: Path) -> None:
@@ -99,17 +98,22 @@ def test_effects_by_hand(tmp_path: Path) -> None:
     for at, value in expected.items():
         assert found[at] == {3: pytest.approx(value, abs=TOLERANCE)}, at
     assert found[MATTER] == {3: pytest.approx(0.2, abs=TOLERANCE)}
-    assert all(found[at] == {} for at in SPARED_ROWS)
+    assert all(found[at] == {} for at in DECAYED_ROWS)
 
 
-def test_quality_by_hand_without_decay_of_1d_parameters(tmp_path: Path) -> None:
+def test_quality_by_hand_with_decay(tmp_path: Path) -> None:
     for place, shift in enumerate(SHIFTS):
         write(tmp_path, shift, 2, [], 0.5)
-        write(tmp_path, shift + SPARED, 2, [], 0.8 + 0.01 * place)
-    for arm, quality in (("vanilla", 0.6), ("vanilla" + SPARED, 0.825), ("no-mlp", 0.7)):
+        write(tmp_path, shift + DECAYED, 2, [], 0.8 + 0.01 * place)
+    for arm, quality in (
+        ("vanilla", 0.6),
+        ("vanilla" + DECAYED, 0.825),
+        ("no-mlp", 0.7),
+        ("no-mlp" + DECAYED, 0.7),
+    ):
         write(tmp_path, arm, 2, [], quality)
     found = [answer.effects for answer in answers(tmp_path)]
-    by_hand = {AS_RELU: -0.1, AS_RELU_SPARED: -0.01, OF_USE: -0.2, OF_USE_SPARED: 0.115}
+    by_hand = {AS_RELU: -0.1, AS_RELU_DECAYED: -0.01, OF_USE: -0.2, OF_USE_DECAYED: 0.115}
     for at, value in by_hand.items():
         assert found[at] == {2: pytest.approx(value, abs=TOLERANCE)}, at
 
@@ -119,7 +123,7 @@ def test_effects_by_brute_force(tmp_path: Path) -> None:
     runs = {(run.arm, run.seed): run for run in read_runs(tmp_path)}
     found = answers(tmp_path)
     for seed in range(5):
-        for ending, lead, stable in (("", GAINS, STABLE), (SPARED, GAINS_SPARED, STABLE_SPARED)):
+        for ending, lead, stable in (("", GAINS, STABLE), (DECAYED, GAINS_DECAYED, STABLE_DECAYED)):
             changes = []
             for key in ("zero_derivative", "zero_activation"):
                 lines = [runs[shift + ending, seed].evals for shift in SHIFTS]
@@ -137,18 +141,18 @@ def test_what_is_planted_holds_and_its_reversal_does_not(tmp_path: Path) -> None
     claimed = [answer.verdict.word for answer in answers(tmp_path / "as claimed")]
     turned = [answer.verdict.word for answer in answers(tmp_path / "reversed")]
     assert set(claimed) == {"holds"}
-    others = {GAINS, GAINS_SPARED, ENDS, STABLE, STABLE_SPARED}
+    others = {GAINS, GAINS_DECAYED, ENDS, STABLE, STABLE_DECAYED}
     assert [at for at, word in enumerate(turned) if word == "does not hold here"] == sorted(others)
 
 
 def test_an_s_shape_that_learns_worse_is_found(tmp_path: Path) -> None:
     world(tmp_path)
     for seed in range(5):
-        for ending in ("", SPARED):
+        for ending in ("", DECAYED):
             write(tmp_path, "vanilla" + ending, seed, [], 0.99 + 0.001 * seed)
-        write(tmp_path, "no-mlp", seed, [], 0.98 + 0.001 * seed)
+            write(tmp_path, "no-mlp" + ending, seed, [], 0.98 + 0.001 * seed)
     found = answers(tmp_path)
-    worse = (AS_RELU, AS_RELU_SPARED, OF_USE, OF_USE_SPARED)
+    worse = (AS_RELU, AS_RELU_DECAYED, OF_USE, OF_USE_DECAYED)
     assert {found[at].verdict.word for at in worse} == {"does not hold here"}
 
 
@@ -158,13 +162,13 @@ def test_a_seed_that_lacks_a_shift_drops_out(tmp_path: Path) -> None:
     found = answers(tmp_path)
     assert list(found[GAINS].effects) == list(found[STABLE].effects) == [0, 1, 2, 3]
     assert found[GAINS].verdict.word == "undecided"
-    assert list(found[AS_RELU].effects) == list(found[GAINS_SPARED].effects) == [0, 1, 2, 3, 4]
+    assert list(found[AS_RELU].effects) == list(found[GAINS_DECAYED].effects) == [0, 1, 2, 3, 4]
 
 
 def test_without_a_start_there_is_no_change(tmp_path: Path) -> None:
     world(tmp_path, first=150)
     found = answers(tmp_path)
-    changes = (GAINS, GAINS_SPARED, RISES, ENDS, STABLE, STABLE_SPARED)
+    changes = (GAINS, GAINS_DECAYED, RISES, ENDS, STABLE, STABLE_DECAYED)
     assert all(found[at].effects == {} for at in changes)
     assert all(found[at].verdict.word == "undecided" for at in changes)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
 
 from actsparse.modify import Recipe
 from actsparse_lab.analysis.effects import Arms
@@ -16,6 +17,7 @@ from actsparse_lab.papers.form import Form, runs_of
 from actsparse_lab.papers.questions import SPARED
 from actsparse_lab.records import Run
 
+FULL = Form(full=True, data="images")
 TRAINED = [name for name in EXPERIMENTS if name != "noise"]
 
 
@@ -43,8 +45,9 @@ class Asked(Arms):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_claims_read_arms_that_are_run(name: str) -> None:
-    run = {config.arm for config in runs_of(name, Form())[""]}
+    quick, full = ({each.arm for each in runs_of(name, form)[""]} for form in (Form(), FULL))
     for question in EXPERIMENTS[name].questions:
+        run = full if question.full else quick
         asked = Asked(run if name == "noise" else ())  # its arms are those at hand
         assert question.effects(asked) == {}
         assert asked.names <= run, asked.names - run
@@ -62,25 +65,28 @@ def test_seeds_are_paired_and_no_run_comes_twice(name: str) -> None:
         assert len(pairs) == 3 * len(arms)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "learning-rate"])
 def test_controls_differ_in_what_they_control_alone(name: str) -> None:
     stages = runs_of(name, Form(seeds=1))
     for configs in stages.values():
         by_arm = {config.arm: config for config in configs if isinstance(config, RunConfig)}
-        assert any(SPARED in arm for arm in by_arm)
+        assert any(SPARED in arm for arm in by_arm) or name == "manipulate"
         for arm, config in by_arm.items():
             if SPARED not in arm or (twin := by_arm.get(arm.replace(SPARED, ""))) is None:
                 continue
             own, other = config.to_json(), twin.to_json()
             assert {key for key in own if own[key] != other[key]} <= {"arm", "no_decay", "start"}
             assert config.no_decay == ("norm", "bias")
-    if name not in ("finetune", "robustness"):  # nothing to disturb; none in trained models
+    if name not in ("finetune", "robustness", "decay"):  # none in trained models, or to disturb
         (without,) = [config for config in stages[""] if config.arm == "no-mlp"]
         assert isinstance(without, RunConfig)
         assert without.recipe["modifications"][0]["modification"] == "LeaveOutMLP"
 
 
-@pytest.mark.parametrize("name", TRAINED)
+OWN_DECAY = ("manipulate", "learning-rate", "decay")  # their decay is what they vary, or none
+
+
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in OWN_DECAY])
 def test_quick_forms_keep_the_budget_of_decay(name: str) -> None:
     for folder, configs in runs_of(name, Form(seeds=1)).items():
         for config in configs:
@@ -92,22 +98,57 @@ def test_quick_forms_keep_the_budget_of_decay(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_full_forms_are_the_same_arms_on_images(name: str) -> None:
-    quick, full = runs_of(name, Form()), runs_of(name, Form(full=True, data="images"))
+    quick, full = runs_of(name, Form()), runs_of(name, FULL)
     assert quick.keys() == full.keys()
     for folder in quick:
         quick_arms = {config.arm for config in quick[folder]}
         assert quick_arms <= {config.arm for config in full[folder]}
         assert all(
-            config.task.startswith("vit_cifar10") or isinstance(config, GradientNoiseConfig)
+            config.task.startswith("vit_cifar10")
+            or isinstance(config, GradientNoiseConfig)
+            or name == "decay"
             for config in full[folder]
         )
+
+
+def test_manipulation_is_judged_without_decay_and_with_zeroth_biases_in_both_forms() -> None:
+    for form in (Form(seeds=1), FULL):
+        for config in runs_of("manipulate", form)[""]:
+            assert isinstance(config, RunConfig)
+            changes = {each["modification"] for each in config.recipe["modifications"]}
+            theirs = not config.arm.endswith("-decayed")
+            assert (config.weight_decay == 0) == theirs
+            assert ("ZerothBias" in changes) == (theirs and config.arm.startswith("s"))
+
+
+def test_the_grid_has_all_pairs_on_as_many_samples() -> None:
+    for form, largest in ((Form(seeds=1), 5e-3), (FULL, 1e-3)):
+        configs = [each for each in runs_of("learning-rate", form)[""] if each.seed == 0]
+        pairs = {(each.lr, each.batch_size) for each in configs}
+        assert len(pairs) == 9
+        assert max(pairs) == (largest, 256)
+        assert len({each.steps * each.batch_size for each in configs}) == 1
+
+
+def test_the_sum_of_rate_times_decay_is_what_the_arm_is_called_by() -> None:
+    from torch.optim import SGD
+
+    from actsparse_lab.engine.arguments import schedule_of
+
+    for config in runs_of("decay", Form(full=True, seeds=1))[""]:
+        assert isinstance(config, RunConfig)
+        schedule = schedule_of(config, SGD([torch.zeros(1)], lr=config.lr))
+        rates = map(schedule.lr_lambdas[0], range(config.steps))  # type: ignore[attr-defined]
+        total = config.lr * config.weight_decay * sum(rates)
+        assert total == pytest.approx(float(config.arm.split("-sum")[1]), rel=0.02)
+        assert config.lr * config.weight_decay <= 5e-3
 
 
 def test_bad_forms_are_named() -> None:
     with pytest.raises(ValueError, match="unknown experiment 'magic'; known: ratio, ablation"):
         runs_of("magic", Form())
     with pytest.raises(ValueError, match="--full needs --data FOLDER"):
-        Form(full=True)
+        runs_of("ratio", Form(full=True))
     with pytest.raises(ValueError, match="--data images is for --full"):
         Form(data="images")
     with pytest.raises(ValueError, match="seeds=0: expected 1 or more"):

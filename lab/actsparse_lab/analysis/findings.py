@@ -28,7 +28,7 @@ OURS = "ours"  # the source of a control, or of a check of how to read the other
 
 @dataclass(frozen=True)
 class Question:
-    """A claim, and how an effect is read for each seed.
+    """A claim, and how an effect is read for each seed. ``full``: only the full form can tell.
 
     ``effect`` says in words what one effect is. ``scale`` is how it is shown: ``"log"`` is the
     natural logarithm of a ratio, shown as a change in per cent or a factor; ``"share"`` in per
@@ -39,6 +39,7 @@ class Question:
     effects: Callable[[Arms], Effects]
     effect: str
     scale: Scale = "number"
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Asked:
     effect: str
     scale: Scale = "number"
     least: float = 0.0
+    full: bool = False
 
     def question(self, text: str, source: str) -> Question:
         """The question with the claim's words."""
         claim = Claim(text, source, self.direction, self.least)
-        return Question(claim, self.effects, self.effect, self.scale)
+        return Question(claim, self.effects, self.effect, self.scale, self.full)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ def findings(experiment: Experiment, runs: Sequence[Run], manifest: Entry) -> Fi
     arms, planned = Arms(runs), int(manifest["seeds"])
     found = []
     for question in experiment.questions:
+        if question.full and not manifest["full"]:
+            continue
         effects = dict(sorted(question.effects(arms).items()))
         show = partial(show_effect, scale=question.scale)
         judged = verdict(question.claim, list(effects.values()), show=show)

@@ -14,6 +14,7 @@ from actsparse_lab.analysis.prose import pictures, sections
 
 NAMES = (
     "ratio", "ablation", "manipulate", "pruning", "noise", "robustness", "weight-noise", "finetune",
+    "learning-rate", "decay",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from actsparse.modify import LeaveOutMLP, Modification, Recipe
@@ -41,31 +42,35 @@ class Form:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.full and self.data is None:
-            raise ValueError("--full needs --data FOLDER: images, or for noise MNIST's .npz files")
         if self.data is not None and not self.full:
             raise ValueError(f"--data {self.data} is for --full; the quick form brings its own")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds}: expected 1 or more; fewer than 5 decide nothing")
 
     def runs(
-        self, arms: Mapping[str, Arm], task: str = "", steps: int = 1500, **settings: Any
+        self,
+        arms: Mapping[str, Arm],
+        task: str = "",
+        steps: int = 1500,
+        full: Mapping[str, Any] = MappingProxyType({}),
+        **settings: Any,
     ) -> list[Config]:
         """Arms × seeds, seed by seed; ``task`` is what follows the task's name.
 
         The quick form takes ``steps`` and settings as they are, and a weight decay such that
-        Σ lr·decay is that of 1500 steps at 0.5. The full form keeps the task's own, and reads and
-        measures as often as the quick one.
+        Σ lr·decay is that of 1500 steps at 0.5. The full form keeps the task's own but for those in
+        ``full``, and reads and measures as often as the quick one.
         """
         often = ("log_every", "eval_every", "active_every")
         if self.full:
-            full = EXPERIMENTS[f"vit_cifar10{task}"](False)
+            own = {**EXPERIMENTS[f"vit_cifar10{task}"](False), **full}
             settings |= {
-                key: settings[key] * full["steps"] // steps for key in often if key in settings
+                key: settings[key] * own["steps"] // steps for key in often if key in settings
             }
             settings |= {"data": {"path": self.data}, "save_every": None}  # or 0.5 GB a run stay
             settings.pop("weight_decay", None)
-            steps = full["steps"]
+            settings |= {key: value for key, value in full.items() if key != "steps"}
+            steps = own["steps"]
         else:
             settings = {"weight_decay": 750 / steps, **settings}
         if self.steps is not None:
@@ -88,8 +93,16 @@ class Form:
 
 
 def runs_of(name: str, form: Form) -> Stages:
-    """The runs of an experiment; `ValueError` lists the known ones."""
-    stages: Stages = part_of(name, "runs").runs(form)
+    """The runs of an experiment.
+
+    Raises:
+        ValueError: it is not known, or its full form needs data. Where it does not, its `runs`
+            module says ``BRINGS_DATA``.
+    """
+    module = part_of(name, "runs")
+    if form.full and form.data is None and not getattr(module, "BRINGS_DATA", False):
+        raise ValueError("--full needs --data FOLDER: images, or for noise MNIST's .npz files")
+    stages: Stages = module.runs(form)
     return stages
 
 

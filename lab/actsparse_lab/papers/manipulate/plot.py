@@ -16,8 +16,15 @@ from actsparse_lab.analysis.plots import (
     palette,
     render,
 )
-from actsparse_lab.papers.manipulate.claims import KEYS, SHIFTS, Pair, change, lead, occupancy
-from actsparse_lab.papers.questions import SPARED
+from actsparse_lab.papers.manipulate.claims import (
+    DECAYED,
+    KEYS,
+    SHIFTS,
+    Pair,
+    change,
+    lead,
+    occupancy,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +86,7 @@ def changes(arms: Arms, dark: bool = False) -> bytes | None:
     """What P₀ and P_a gained, a pair of dots for each shift and seed."""
     panels = {
         title: {arm: _changes(arms, arm + ending) for arm in SHIFTS}
-        for title, ending in (("all weights decay", ""), ("1-D ones do not", SPARED))
+        for title, ending in (("no decay, zeroth biases", ""), ("decay, none", DECAYED))
     }
     panels = {title: found for title, found in panels.items() if any(found.values())}
     if not panels:

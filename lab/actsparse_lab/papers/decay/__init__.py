@@ -1,0 +1,1 @@
+"""The papers' recipe against the decay of norm scales over a whole training, Σ lr·decay."""

@@ -1,0 +1,1 @@
+"""Sparsity against learning rate and batch size: is more noise flatter, and flatter sparser?"""
