@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actsparse.untrusted import read_json
+from actsparse.untrusted import parse_json
 from actsparse.values import Count, Name, Text, check
+from actsparse_lab.packed import read_file
 from actsparse_lab.records import Entry, write_whole
 
 _COMMON = {"seeds": Count, "steps": (Count, None), "command": Text, "time": {"seconds": float}}
@@ -35,9 +36,10 @@ FRONTIER = Manifest("frontier.json", {"task": Name})
 
 
 def read_checked(path: Path, shape: Any) -> Entry | None:
-    """A JSON object of that shape; None for no file, `RecordError` for anything else."""
-    if not path.is_file():
+    """A JSON object of that shape, packed or not; None for no file, `RecordError` for another."""
+    try:
+        found = parse_json(read_file(path), str(path))
+    except FileNotFoundError:
         return None
-    found = read_json(path)
-    check(str(path), found, shape)
+    check(f"{path}: {path.stem}", found, shape)
     return dict(found)
