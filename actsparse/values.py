@@ -117,7 +117,8 @@ def check(name: str, value: Any, shape: Shape) -> None:
     if isinstance(shape, dict):
         needed = [field for field in shape if not field.endswith("?")]
         if not isinstance(value, dict):
-            raise BadValue(f"{name} must be an object of {', '.join(needed)}; got {shown(value)}")
+            of = f" of {', '.join(needed)}" if needed else ""
+            raise BadValue(f"{name} must be an object{of}; got {shown(value)}")
         for field in needed:
             if field not in value:
                 raise BadValue(f"{name} lacks {field!r}; it needs {', '.join(needed)}")

@@ -170,4 +170,4 @@ def test_a_folder_of_other_runs_is_refused(ran: tuple[Path, str, str], tmp_path:
     shutil.copytree(ran[0] / "digits" / "runs", tmp_path / "digits" / "runs")
     code, _, told = call("frontier", "digits", *SMALL, "--out", tmp_path)
     assert code == 2
-    assert "holds other runs, of no frontier" in told
+    assert "holds other runs, without frontier.json" in told

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actsparse_lab.analysis.manifest import FRONTIER
 from actsparse_lab.records import Entry, RecordWriter, environment, run_path
-from actsparse_lab.report.frontier import write_manifest
 
 UNITS = 1000
 WHERE = environment(threads=1)  # once: it asks git
@@ -101,7 +101,7 @@ def write_task(
             )  # fmt: skip
     manifest: dict[str, Any] = {"task": task, "seeds": seeds, "steps": None}
     command = f"actsparse frontier {task}"
-    write_manifest(place, **manifest, command=command, time={"seconds": 60.0})
+    FRONTIER.write(place, **manifest, command=command, time={"seconds": 60.0})
     return place
 
 

@@ -26,9 +26,8 @@ from actsparse_lab.analysis.findings import (
     Findings,
     Question,
     findings,
-    read_manifest,
-    write_manifest,
 )
+from actsparse_lab.analysis.manifest import REPRODUCTION
 from actsparse_lab.analysis.stats import Claim, Verdict
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.records import RecordError, Run, read_runs
@@ -160,11 +159,11 @@ def test_numbers_are_shown_on_their_scale() -> None:
 def test_a_foreign_manifest_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "reproduction.json").write_text(text)
     with pytest.raises(RecordError, match=said):
-        read_manifest(tmp_path)
+        REPRODUCTION.read(tmp_path)
 
 
 def test_an_unknown_experiment_is_refused_by_name(tmp_path: Path) -> None:
-    write_manifest(tmp_path, **(MANIFEST | {"name": "magic"}))
+    REPRODUCTION.write(tmp_path, **(MANIFEST | {"name": "magic"}))
     with pytest.raises(RecordError, match="unknown experiment 'magic'; known: ratio, ablation"):
         findings_in(tmp_path)
 
@@ -176,7 +175,7 @@ def test_the_page_the_json_and_the_document_say_the_same(
     for name in ("ratio", "ablation"):
         for seed in range(5):
             pair(tmp_path / name, seed, 0.1 * 1.01**seed, 0.2)
-        write_manifest(tmp_path / name, **(MANIFEST | {"name": name}))
+        REPRODUCTION.write(tmp_path / name, **(MANIFEST | {"name": name}))
     (tmp_path / "no-records").mkdir()
     page = write_report(tmp_path / "ablation").read_text(encoding="utf-8")
     kept = json.loads((tmp_path / "ablation" / "verdicts.json").read_text())

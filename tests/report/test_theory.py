@@ -19,11 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from actsparse.observe.spectrum import MarchenkoPastur
-from actsparse_lab.analysis import plots, write_report
+from actsparse_lab.analysis import plots
+from actsparse_lab.analysis import theory_plots as theory
 from actsparse_lab.analysis.comparison import compare
 from actsparse_lab.analysis.theory_plots import THEORY, marchenko_pastur
 from actsparse_lab.records import Run, read_run, read_runs
-from actsparse_lab.report import theory_plots as theory
+from actsparse_lab.report import write_report
 
 AddRun = Callable[..., Run]
 MeasuredBy = Callable[..., dict[str, Any] | None]

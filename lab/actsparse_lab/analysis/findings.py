@@ -10,19 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
-from actsparse.values import Name
 from actsparse_lab.analysis.effects import Arms, Effects
-from actsparse_lab.analysis.manifest import SHAPE, read_checked, write_json
 from actsparse_lab.analysis.numbers import Scale, mean_effect
 from actsparse_lab.analysis.numbers import effect as show_effect
 from actsparse_lab.analysis.plots import Picture
 from actsparse_lab.analysis.stats import Claim, Verdict, verdict
 from actsparse_lab.records import Entry, Run
 
-MANIFEST = "reproduction.json"
 OURS = "ours"  # the source of a control, or of a check of how to read the others
 
 
@@ -153,13 +149,3 @@ def findings(experiment: Experiment, runs: Sequence[Run], manifest: Entry) -> Fi
             judged = replace(judged, word="undecided", why=why)
         found.append(Finding(question, effects, judged))
     return Findings(experiment, manifest, tuple(found))
-
-
-def write_manifest(folder: str | Path, **fields: Any) -> None:
-    """Say what the runs in ``folder`` are of; written whole or not at all."""
-    write_json(Path(folder) / MANIFEST, fields)
-
-
-def read_manifest(folder: str | Path) -> Entry | None:
-    """What `write_manifest` wrote; None where there is none. `RecordError` for another file."""
-    return read_checked(Path(folder) / MANIFEST, {"name": Name, "full": bool, **SHAPE})

@@ -9,18 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from actsparse.untrusted import parse_json
-from actsparse.values import Name, check
+from actsparse.values import Name, Rule
 from actsparse_lab.analysis.comparison import Comparison
 from actsparse_lab.analysis.effects import number
+from actsparse_lab.analysis.manifest import read_checked
 from actsparse_lab.analysis.stats import Estimate, t_interval
-from actsparse_lab.packed import read_file
 from actsparse_lab.records import Entry, RecordError, Run, run_measures_path
 
-SCHEMA = 1  # of measures.json
 KEYS = (
     *("flatness", "flatness_up", "flatness_gate", "flatness_down"),
     *("coefficient", "density_from_flatness", "ratio"),
@@ -31,6 +28,33 @@ KEYS = (
 SPECTRUM = ("block", "layer", "bins", "counts", "marchenko_pastur")
 HOW = ("data", "split", "samples", "positions", "labels", "reduction", "loss_reduction")
 LAW = ("lower", "upper", "ks", "outliers", "below", "accepted")
+_ESTIMATE = ({"value?": (float, None), "standard_error?": (float, None)}, None)
+_SHAPE = {
+    "kind": Literal["measures"],
+    "schema": Annotated[
+        int,
+        Rule(
+            "1, which this actsparse reads: upgrade it, or measure the run again",
+            lambda schema: schema == 1,
+        ),
+    ],
+    "how?": (dict[str, str | float | bool | list[Any] | dict[str, Any] | None], None),
+    "measures?": (
+        {
+            **{f"{key}?": (float, None) for key in KEYS},
+            "blocks?": ([{"block?": (Name, None)}], None),
+        },
+        None,
+    ),
+    "spectra?": ([dict], None),
+    "curvature?": (
+        {
+            f"{name}?": _ESTIMATE
+            for name in ("gauss_newton", "hessian", "token_copies", "top_eigenvalue")
+        },
+        None,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -124,20 +148,9 @@ def read_measures(run: Run) -> Entry | None:
     another schema, belongs to another run, or holds something else where numbers should be.
     """
     path = run_measures_path(run.path.parent)
-    try:
-        entry = parse_json(read_file(path), str(path))
-    except FileNotFoundError:
+    entry = read_checked(path, _SHAPE)
+    if entry is None:
         return None
-    kind = entry.get("kind") if isinstance(entry, dict) else None
-    if kind != "measures":
-        raise RecordError(
-            f"{path}: kind must be 'measures', got {kind!r}: not of actsparse measure"
-        )
-    if entry.get("schema") != SCHEMA:
-        raise RecordError(
-            f"{path}: schema must be {SCHEMA}, which this actsparse reads; "
-            f"got {entry.get('schema')!r}: upgrade it, or measure the run again"
-        )
     for key in ("task", "arm", "seed"):
         own = run.header[key]
         if entry.get(key, own) != own:
@@ -145,8 +158,7 @@ def read_measures(run: Run) -> Entry | None:
                 f"{path}: measured {key} {entry[key]!r}, but the record beside it is of {own!r}; "
                 f"move it to its run, or measure this one"
             )
-    _check(path, entry)
-    return dict(entry)
+    return entry
 
 
 def read_spectra(run: Run) -> list[Entry]:
@@ -174,25 +186,6 @@ def read_spectra(run: Run) -> list[Entry]:
                 f"numbers, counts and one more of bins, and of marchenko_pastur {', '.join(LAW)}"
             )
     return whole
-
-
-_PARTS: dict[str, Any] = {
-    "how": dict[str, str | float | bool | list[Any] | dict[str, Any] | None],
-    "measures": {
-        **{f"{key}?": (float, None) for key in KEYS},
-        "blocks?": ([{"block?": (Name, None)}], None),
-    },
-    "spectra": [dict],
-    "curvature": dict,
-}
-_ESTIMATE = ({"value?": (float, None), "standard_error?": (float, None)}, None)
-
-
-def _check(path: Path, entry: Entry) -> None:
-    for name, shape in _PARTS.items():
-        check(f"{path}: {name}", entry.get(name), (shape, None))
-    for name, part in (entry.get("curvature") or {}).items():
-        check(f"{path}: curvature.{name}", part, _ESTIMATE)
 
 
 def _last(run: Run) -> Entry | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,8 +67,8 @@ def compare(
       actsparse compare --task digits_finetune --set "start=base/runs/vanilla-seed{seed}/weights"
     """
     from actsparse.terminal import Terminal
-    from actsparse_lab.campaigns.compare import compare as compare_runs
-    from actsparse_lab.cli.progress import keep_card, show, stoppable
+    from actsparse_lab.cli.campaign import Campaign, exit_if
+    from actsparse_lab.cli.progress import keep_card
     from actsparse_lab.records import read_runs
     from actsparse_lab.report import compare as table_of
     from actsparse_lab.report import print_table, to_json, write_report
@@ -86,11 +84,8 @@ def compare(
         run_config(task, arm.strip(), seed, **overrides) for seed in range(seeds) for arm in asked
     ]
     console = Terminal(stderr=json)
-    command = shlex.join(["actsparse", *sys.argv[1:]])
-    events = compare_runs(configs, out, workers=workers, threads=threads, command=command)
-    console.print(f"{len(asked)} arms × {seeds} seeds on {task}, into {out}", highlight=False)
-    with stoppable(command):
-        failed = show(events, len(configs), str(out), console)
+    campaign = Campaign(f"{len(asked)} arms × {seeds} seeds on {task}", out, {"": configs})
+    failed = campaign.run(console, workers=workers, threads=threads)
     page = write_report(out)
     runs = read_runs(out)
     for run in runs:
@@ -101,8 +96,4 @@ def compare(
     else:
         print_table(runs, console)
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
-    if failed:
-        typer.echo(
-            f"{len(failed)} of {len(configs)} runs failed; to try them again: {command}", err=True
-        )
-        raise typer.Exit(1)
+    exit_if(failed)

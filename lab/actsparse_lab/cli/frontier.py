@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-import time
 from collections.abc import Iterable
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from actsparse.terminal import Terminal
 from actsparse_lab.cli.options import Threads, names
-
-if TYPE_CHECKING:
-    from actsparse_lab.engine.config import RunConfig
 
 RACE = "race"
 
@@ -79,9 +73,11 @@ def frontier(
 
       actsparse frontier race --data cifar10=data/cifar10
     """
+    from actsparse_lab.analysis.manifest import FRONTIER
     from actsparse_lab.campaigns.frontier import RACE as SETTING
     from actsparse_lab.campaigns.frontier import TASKS, race
     from actsparse_lab.campaigns.frontier import frontier as runs_of
+    from actsparse_lab.cli.campaign import Campaign, exit_if
 
     asked = list(dict.fromkeys(tasks or ["all"]))
     if "all" in asked:
@@ -89,35 +85,42 @@ def frontier(
     if unknown := [name for name in asked if name not in (*TASKS, RACE)]:
         raise ValueError(f"unknown task {unknown[0]!r}; known: {', '.join(TASKS)}, race, all")
     if arms is not None and RACE in asked:
-        raise ValueError("--arms is not for race, whose arms are set in experiments/frontier.py")
+        raise ValueError("--arms is not for race, whose arms are set in campaigns/frontier.py")
     subjects = {name: SETTING.task if name == RACE else name for name in asked}
     places = _places(data, [task for task in subjects.values() if TASKS[task].reads_data])
     console = Terminal(stderr=json)
-    plans: dict[str, list[RunConfig]] = {}
+    campaigns = []
     for name, task in subjects.items():
+        form: dict[str, Any] = {"seeds": seeds, "steps": steps, "data": places.get(task)}
         if TASKS[task].reads_data and task not in places:
             told = f"{name}: passed over, it needs --data {task}=PATH"
             console.print(told, highlight=False)
-        elif name == RACE:
-            plans[name] = race(seeds=seeds, steps=steps, data=places.get(task))
+        elif name == RACE:  # its records say it all
+            campaigns.append(Campaign(RACE, out / task / RACE, {"": race(**form)}))
         else:
-            plans[name] = runs_of(
-                name, arms=arms and names(arms), seeds=seeds, steps=steps, data=places.get(task)
+            again = ("--data", f"{name}=DATA") if TASKS[task].reads_data else ()
+            campaigns.append(
+                Campaign(
+                    name,
+                    out / name,
+                    {"": runs_of(name, arms=arms and names(arms), **form)},
+                    FRONTIER,
+                    about={"task": name},
+                    again=("frontier", name, *again),
+                    seeds=TASKS[name].seeds,
+                    steps=steps,
+                )
             )
-    if not plans:
+    if not campaigns:
         raise ValueError("nothing to do: no task that was asked for has its data")
-    folders = {name: out / task / (RACE if name == RACE else "") for name, task in subjects.items()}
-    for name, configs in plans.items():  # what is wrong in the last should not cost the first
-        _check(name, configs, folders[name], steps)
-    command = shlex.join(["actsparse", *sys.argv[1:]])
+    for campaign in campaigns:  # what is wrong in the last should not cost the first
+        campaign.check()
     failed = 0
-    for name, configs in plans.items():
-        at_once = workers or (1 if name == RACE else None)
-        failed += _run(name, configs, folders[name], steps, at_once, threads, command, console)
-    _tell(out, {subjects[name] for name in plans}, json, console)
-    if failed:
-        typer.echo(f"{failed} runs failed; to try them again: {command}", err=True)
-        raise typer.Exit(1)
+    for campaign in campaigns:
+        at_once = workers or (1 if campaign.name == RACE else None)
+        failed += campaign.run(console, workers=at_once, threads=threads)
+    _tell(out, {subjects[campaign.name] for campaign in campaigns}, json, console)
+    exit_if(failed)
 
 
 def _places(data: Iterable[str] | None, needing: list[str]) -> dict[str, str]:
@@ -137,86 +140,6 @@ def _places(data: Iterable[str] | None, needing: list[str]) -> dict[str, str]:
             )
         found[task] = path
     return found
-
-
-def _check(name: str, configs: list[RunConfig], place: Path, steps: int | None) -> None:
-    """Refuse a folder that holds something else, and data that cannot be read."""
-    from actsparse_lab.campaigns.compare import compare
-    from actsparse_lab.engine.folder import finished_run
-    from actsparse_lab.engine.tasks import task_of
-    from actsparse_lab.packed import record_paths
-    from actsparse_lab.report.frontier import read_manifest
-
-    manifest = read_manifest(place)
-    if manifest is not None and (manifest["task"], manifest["steps"]) != (name, steps):
-        raise ValueError(f"{place} holds runs of `{manifest['command']}`; choose another --out")
-    if manifest is None and name != RACE and record_paths(place):
-        raise ValueError(f"{place} holds other runs, of no frontier; choose another --out")
-    compare(configs, place)  # says what is wrong; nothing runs before it is asked
-    missing = [config for config in configs if finished_run(config, place) is None]
-    if missing and missing[0].data:
-        task_of(missing[0].task).splits(missing[0])
-
-
-def _run(
-    name: str,
-    configs: list[RunConfig],
-    place: Path,
-    steps: int | None,
-    workers: int | None,
-    threads: int,
-    command: str,
-    console: Terminal,
-) -> int:
-    """Do what is not done yet; returns how many runs failed."""
-    from actsparse_lab.campaigns.compare import compare
-    from actsparse_lab.cli.progress import show, stoppable
-    from actsparse_lab.report.frontier import read_manifest, write_manifest
-
-    earlier = None if name == RACE else read_manifest(place)
-    spent = 0.0 if earlier is None else float(earlier["time"]["seconds"])
-    planned = len({config.seed for config in configs})
-    seeds = max(planned, earlier["seeds"] if earlier else 0)  # none is dropped
-    began, done = time.perf_counter(), 0
-
-    def note() -> None:
-        if name != RACE:  # its records say it all
-            seconds = spent + (time.perf_counter() - began if done else 0)
-            write_manifest(
-                place,
-                task=name,
-                seeds=seeds,
-                steps=steps,
-                command=_again(name, seeds, steps),
-                time={"seconds": round(seconds, 1)},
-            )
-
-    console.print(f"{name}: {len(configs)} runs, into {place}", highlight=False, soft_wrap=True)
-    note()
-    events = compare(configs, place, workers=workers, threads=threads, command=command)
-
-    def counted() -> Iterable[Any]:
-        nonlocal done
-        for event in events:
-            done += event.kind != "skipped"
-            yield event
-
-    with stoppable(command):
-        try:
-            return len(show(counted(), len(configs), str(place), console))
-        finally:
-            note()
-
-
-def _again(name: str, seeds: int, steps: int | None) -> str:
-    """The command without where it ran and where data lie."""
-    from actsparse_lab.campaigns.frontier import TASKS
-
-    task = TASKS[name]
-    parts = ["actsparse", "frontier", name]
-    parts += ["--data", f"{name}=DATA"] if task.reads_data else []
-    parts += [] if seeds == task.seeds else ["--seeds", str(seeds)]
-    return shlex.join([*parts, *([] if steps is None else ["--steps", str(steps)])])
 
 
 def _tell(out: Path, tasks: set[str], json: bool, console: Terminal) -> None:

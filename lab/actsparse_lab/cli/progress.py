@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -62,6 +64,11 @@ def show(events: Iterable[Event], total: int, out: str, console: Console) -> lis
             else:
                 _say(console, f"[{done}/{total}] {name}: {_outcome(config, out, event.kind)}")
     return failed
+
+
+def called() -> str:
+    """The command as it was typed."""
+    return shlex.join(["actsparse", *sys.argv[1:]])
 
 
 @contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-import time
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +12,8 @@ from actsparse.terminal import Terminal
 from actsparse_lab.cli.options import Threads
 
 if TYPE_CHECKING:
-    from actsparse_lab.papers.form import Form, Stages
+    from actsparse_lab.cli.campaign import Campaign
+    from actsparse_lab.papers.form import Form
 
 
 def reproduce(
@@ -80,121 +78,64 @@ def reproduce(
       actsparse reproduce ablation --full --data data/cifar10
     """
     from actsparse_lab.papers.experiments import EXPERIMENTS
-    from actsparse_lab.papers.form import Form, runs_of
 
     if name is None:
         for each, experiment in EXPERIMENTS.items():
             typer.echo(f"{each:13} {experiment.title}")
         return
+    from actsparse_lab.cli.campaign import exit_if
+    from actsparse_lab.papers.form import Form
+
     home = out or Path("runs") / ("reproduce-full" if full else "reproduce")
     alone = name != "all" and out is not None
     chosen = list(EXPERIMENTS) if name == "all" else [name]
-    forms = {
-        each: Form(full, seeds, str(home if alone else home / each), data, steps) for each in chosen
-    }
-    plans = {each: runs_of(each, form) for each, form in forms.items()}
-    for each, form in forms.items():  # what is wrong in the last should not cost the first
-        _check(each, form, plans[each])
+    places = {each: home if alone else home / each for each in chosen}
+    campaigns = [
+        _campaign(each, Form(full, seeds, str(place), data, steps))
+        for each, place in places.items()
+    ]
+    for campaign in campaigns:  # what is wrong in the last should not cost the first
+        campaign.check()
     console = Terminal(stderr=json)
-    command = shlex.join(["actsparse", *sys.argv[1:]])
     found = []
-    for each, form in forms.items():
-        on_gpu = full and each != "noise"
-        said = _run(
-            each, form, plans[each], workers or (2 if on_gpu else None), threads, command, console
-        )
-        found.append(said)
+    for campaign in campaigns:
+        at_once = workers or (2 if full and campaign.name != "noise" else None)
+        failed = campaign.run(console, workers=at_once, threads=threads)
+        found.append(_judged(campaign, console) | {"failed": failed})
     if json:
         typer.echo(dumps(found, indent=2))
-    failed = sum(said["failed"] for said in found)
-    if failed:
-        typer.echo(f"{failed} runs failed; to try them again: {command}", err=True)
-        raise typer.Exit(1)
+    exit_if(sum(said["failed"] for said in found))
 
 
-def _check(name: str, form: Form, stages: Stages) -> None:
-    """Refuse a folder that holds something else, and data that cannot be read."""
-    from actsparse_lab.analysis.findings import read_manifest
-    from actsparse_lab.campaigns.compare import compare
-    from actsparse_lab.packed import record_paths
-    from actsparse_lab.papers.form import check_data
+def _campaign(name: str, form: Form) -> Campaign:
+    from actsparse_lab.analysis.manifest import REPRODUCTION
+    from actsparse_lab.cli.campaign import Campaign
+    from actsparse_lab.papers.form import runs_of
 
-    place = Path(form.out)
-    manifest = read_manifest(place)
-    own = {"name": name, "full": form.full, "steps": form.steps}
-    if manifest is not None and own != {key: manifest.get(key) for key in own}:
-        raise ValueError(f"{place} holds runs of `{manifest['command']}`; choose another --out")
-    if manifest is None and record_paths(place):
-        raise ValueError(f"{place} holds other runs, of no experiment; choose another --out")
-    for folder, configs in stages.items():
-        compare(configs, place / folder)  # says what is wrong; nothing runs before it is asked
-    check_data(stages)
+    return Campaign(
+        name,
+        Path(form.out),
+        runs_of(name, form),
+        REPRODUCTION,
+        about={"name": name, "full": form.full},
+        again=("reproduce", name, *(("--full", "--data", "DATA") if form.full else ())),
+        steps=form.steps,
+    )
 
 
-def _run(
-    name: str,
-    form: Form,
-    stages: Stages,
-    workers: int | None,
-    threads: int,
-    command: str,
-    console: Terminal,
-) -> dict[str, Any]:
-    """Do what is not done yet, write the page, and return what came of it."""
-    from actsparse_lab.analysis.findings import read_manifest, write_manifest
-    from actsparse_lab.campaigns.compare import compare
-    from actsparse_lab.cli.progress import show, stoppable
-    from actsparse_lab.packed import record_paths
+def _judged(campaign: Campaign, console: Terminal) -> dict[str, Any]:
+    """Write the page and print the verdicts; returns both for `--json`."""
     from actsparse_lab.records import read_runs
     from actsparse_lab.report import findings_in, print_findings, write_report
 
-    place = Path(form.out)
-    earlier = read_manifest(place) if any(record_paths(place / each) for each in stages) else None
-    spent = 0.0 if earlier is None else float(earlier["time"]["seconds"])
-    seeds = max(form.seeds, earlier["seeds"] if earlier else 0)  # none is dropped
-    began = time.perf_counter()
-
-    def note() -> None:
-        write_manifest(
-            place,
-            name=name,
-            full=form.full,
-            seeds=seeds,
-            steps=form.steps,
-            command=_again(name, form, seeds),
-            time={"seconds": round(spent + time.perf_counter() - began, 1)},
-        )
-
-    total = sum(map(len, stages.values()))
-    console.print(f"{name}: {total} runs, into {place}", highlight=False, soft_wrap=True)
-    failed = 0
-    for folder, configs in stages.items():
-        note()
-        if len(stages) > 1:
-            console.print(f"{len(configs)} runs, into {place / folder}", highlight=False)
-        events = compare(configs, place / folder, workers=workers, threads=threads, command=command)
-        with stoppable(command):
-            try:
-                failed += len(show(events, len(configs), str(place / folder), console))
-            finally:
-                note()
-        if failed:  # the next stage may begin from what failed
-            break
-    said: dict[str, Any] = {"name": name, "folder": str(place), "page": None, "failed": failed}
+    place = campaign.place
+    said: dict[str, Any] = {"name": campaign.name, "folder": str(place), "page": None}
     runs = read_runs(place)
     findings = findings_in(place, runs)
     if findings is None or not any(run.finished for run in runs):
-        console.print(f"{name}: no run is finished, so there is nothing to judge")
+        console.print(f"{campaign.name}: no run is finished, so there is nothing to judge")
         return said
     page = write_report(place)
     print_findings(findings, console)
     console.print(f"page: {page}", highlight=False, soft_wrap=True)
     return said | {"page": str(page)} | findings.to_json()
-
-
-def _again(name: str, form: Form, seeds: int) -> str:
-    """The command without where it ran."""
-    parts = ["actsparse", "reproduce", name]
-    parts += ["--full", "--data", "DATA"] if form.full else []
-    parts += [] if seeds == 5 else ["--seeds", str(seeds)]
-    return shlex.join([*parts, *([] if form.steps is None else ["--steps", str(form.steps)])])

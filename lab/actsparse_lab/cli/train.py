@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -62,7 +60,7 @@ def train(
 
     from actsparse.terminal import Terminal
     from actsparse.train.processes import launched
-    from actsparse_lab.cli.progress import following, keep_card
+    from actsparse_lab.cli.progress import called, following, keep_card
     from actsparse_lab.engine.folder import finished_run
     from actsparse_lab.records import run_path
     from actsparse_lab.tasks import run_config
@@ -90,13 +88,12 @@ def train(
 
         torch.set_num_threads(threads)
         transformers.logging.set_verbosity_error()  # it remarks on configs that were made up
-        command = shlex.join(["actsparse", *sys.argv[1:]])
         with following(asked, console) as tell:
             try:
                 run = train_run(
                     asked,
                     out,
-                    command=command,
+                    command=called(),
                     on_step=tell,
                     told=lambda said: _warn(said, first),
                 )

@@ -16,8 +16,6 @@ from typing import Any
 
 from actsparse.modify import LeaveOutMLP, Modification, Recipe
 from actsparse_lab.engine.folder import Config
-from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, splits_of
-from actsparse_lab.engine.tasks import task_of
 from actsparse_lab.papers.experiments import part_of
 from actsparse_lab.papers.questions import SPARED
 from actsparse_lab.tasks import EXPERIMENTS, config_of
@@ -104,15 +102,6 @@ def runs_of(name: str, form: Form) -> Stages:
         raise ValueError("--full needs --data FOLDER: images, or for noise MNIST's .npz files")
     stages: Stages = module.runs(form)
     return stages
-
-
-def check_data(stages: Stages) -> None:
-    """Read what the first run will; `ValueError` or what reading raises, before any work."""
-    config = next(iter(stages.values()))[0]
-    if isinstance(config, GradientNoiseConfig):
-        splits_of(config)
-    elif config.task not in ("digits", "digits_finetune"):
-        task_of(config.task).splits(config)
 
 
 def named(*names: str) -> Arms:

@@ -18,6 +18,7 @@ from actsparse_lab.analysis.effects import number
 from actsparse_lab.record_schema import SCHEMA, Entry, RecordError
 
 KINDS = ("forward", "training")
+PHASES = ("inference", "training")  # what was timed of a trained model, which ran as it is
 OURS = ("sparse", "screened")
 PROGRAMS = (*OURS, "compiled")
 FAST, CUT = "accelerated", "without MLPs"
@@ -35,17 +36,35 @@ BREAK_EVEN = Annotated[
 RATIO = {"of": Literal["dense"], "to": Name, "value": Above0, "low": Above0, "high": Above0}
 TIMED = {"seconds": {"dense": Above0}, "ratios": [RATIO]}
 WHERE = {key: SCHEMA["run"][key] for key in ("versions", "hardware", "git")}
+WHOLE = {
+    "density": Share,
+    **TIMED,
+    "memory?": ({"dense": {"peak_mib": Above0}, FAST: {"peak_mib": Above0}}, None),
+    "mlps?": ([dict], None),
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "mlp": {
         **WHERE,
         "sizes": dict,
         "threads": Count,
-        "rows": [{"tokens": Count, "density": Share, "forward": TIMED}],
+        "rows": [
+            {
+                "tokens": Count,
+                "density": Share,
+                "forward": TIMED,
+                "training?": (TIMED, None),
+                "memory?": (MEMORY, None),
+            }
+        ],
+        "break_even?": ({f"{kind}?": BREAK_EVEN for kind in KINDS}, None),
     },
-    "model": {**WHERE, "model": Name, "threads": Count},
+    "model": {
+        **WHERE,
+        "model": Name,
+        "threads": Count,
+        **{f"{phase}?": (WHOLE, None) for phase in PHASES},
+    },
 }
-WHOLE = {"density": Share, **TIMED}
-PEAK = {"dense": {"peak_mib": Above0}, FAST: {"peak_mib": Above0}}
 
 
 @dataclass(frozen=True)
@@ -185,35 +204,16 @@ def read_benchmark(path: Path) -> Entry:
         )
     where = f"{path}: {name}"
     check(where, entry, SHAPES[name])
-    rows = {f"{where}.{phase}": entry[phase] for phase in _phases(entry)}
-    if not rows:
-        check(where, entry, {"rows": [dict]})
-        rows = {f"{where}.rows[{at}]": row for at, row in enumerate(entry["rows"])}
-    if not rows:
-        raise RecordError(f"{where}.rows is empty; run the benchmark again")
-    for at, row in rows.items():
-        _check_row(at, row, name)
-    _check_present(where, entry, {"break_even": dict})
-    for kind, found in (entry.get("break_even") or {}).items():
-        check(f"{where}.break_even.{kind}", found, BREAK_EVEN)
+    if name == "model" and not any(map(entry.get, PHASES)):
+        check(where, entry, {"rows": [WHOLE]})
+    timed = _timed(entry)
+    if not timed:
+        raise RecordError(f"{where} has no rows; run the benchmark again")
+    for at, row in timed.items():
+        for to in (FAST, CUT) if name == "model" else ():
+            if to not in _ratios(row):
+                raise RecordError(f"{where}.{at}.ratios lacks the one of dense to {to!r}")
     return dict(entry)
-
-
-def _check_row(where: str, row: Any, name: str) -> None:
-    if name == "mlp":
-        _check_present(where, row, {"training": TIMED, "memory": MEMORY})
-        return
-    check(where, row, WHOLE)
-    _check_present(where, row, {"memory": PEAK, "mlps": [dict]})
-    for to in (FAST, CUT):
-        if to not in _ratios(row):
-            raise RecordError(f"{where}.ratios lacks the one of dense to {to!r}")
-
-
-def _check_present(where: str, entry: Entry, shapes: Entry) -> None:
-    for key, shape in shapes.items():
-        if entry.get(key) is not None:
-            check(f"{where}.{key}", entry[key], shape)
 
 
 def _read(path: Path) -> Any:
@@ -244,17 +244,19 @@ def _layer(entry: Entry, label: str) -> Layer:
                 },
             )
         )
+    found = entry.get("break_even") or {}
     break_even = {
-        kind: {int(tokens): density for tokens, density in found.items()}
-        for kind, found in (entry.get("break_even") or {}).items()
+        kind: {int(tokens): density for tokens, density in found[kind].items()}
+        for kind in KINDS
+        if kind in found
     }
     return Layer(label, tuple(rows), break_even)
 
 
 def _wholes(entry: Entry, label: str) -> Iterator[Whole]:
     """One of each row, or of a trained model's two phases."""
-    timed = [(phase, entry[phase]) for phase in _phases(entry)]
-    for what, row in timed or [(_task(row), row) for row in entry["rows"]]:
+    for at, row in _timed(entry).items():
+        what = at if at in PHASES else _task(row)
         ratios, memory = _ratios(row), row.get("memory")
         yield Whole(
             label=", ".join(filter(None, [label, what])),
@@ -270,10 +272,11 @@ def _wholes(entry: Entry, label: str) -> Iterator[Whole]:
         )
 
 
-def _phases(entry: Entry) -> list[str]:
-    """What was timed of a trained model, which ran as it is; other models have rows instead."""
-    trained = entry["benchmark"] == "model"
-    return [phase for phase in ("inference", "training") if trained and entry.get(phase)]
+def _timed(entry: Entry) -> dict[str, Entry]:
+    """What was timed, by where it stands in the record: phases of a trained model, or rows."""
+    phases = PHASES if entry["benchmark"] == "model" else ()
+    found = {phase: entry[phase] for phase in phases if entry.get(phase)}
+    return found or {f"rows[{at}]": row for at, row in enumerate(entry.get("rows") or [])}
 
 
 def _task(row: Entry) -> str:

@@ -20,9 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from actsparse.values import Name
 from actsparse_lab.analysis.comparison import CONTROL
 from actsparse_lab.analysis.effects import (
     INFERENCE,
@@ -37,12 +35,11 @@ from actsparse_lab.analysis.effects import (
     paired,
     within,
 )  # fmt: skip
-from actsparse_lab.analysis.manifest import SHAPE, read_checked, write_json
+from actsparse_lab.analysis.manifest import FRONTIER
 from actsparse_lab.analysis.stats import Estimate, Word, beyond, every, margin, t_interval
 from actsparse_lab.records import Entry, Run, read_runs
 from actsparse_lab.report.speed import Speed, read_speeds
 
-MANIFEST = "frontier.json"
 VANILLAS = ("vanilla", "vanilla-no-1d-decay")
 HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"
 # A task is at the knee where the second half of the training, with a schedule of its own for either
@@ -111,21 +108,11 @@ class Board:
         return next((row for row in self.rows if row.arm == arm), None)
 
 
-def write_manifest(folder: str | Path, **fields: Any) -> None:
-    """Say what the runs in ``folder`` are of; written whole or not at all."""
-    write_json(Path(folder) / MANIFEST, fields)
-
-
-def read_manifest(folder: str | Path) -> Entry | None:
-    """What `write_manifest` wrote; None where there is none. `RecordError` for another file."""
-    return read_checked(Path(folder) / MANIFEST, {"task": Name, **SHAPE})
-
-
 def frontiers_in(folder: str | Path) -> list[Path]:
     """The folders of frontier tasks: ``folder`` itself, or those in it; in the order of names."""
-    if (Path(folder) / MANIFEST).is_file():
+    if (Path(folder) / FRONTIER.file).is_file():
         return [Path(folder)]
-    return [path.parent for path in sorted(Path(folder).glob(f"*/{MANIFEST}"))]
+    return [path.parent for path in sorted(Path(folder).glob(f"*/{FRONTIER.file}"))]
 
 
 def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None:
@@ -133,7 +120,7 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
 
     Raises `RecordError` for a broken manifest, ``speed.json`` or record.
     """
-    manifest = read_manifest(folder)
+    manifest = FRONTIER.read(folder)
     runs = read_runs(folder) if runs is None else runs
     first = next((run.result for run in runs if run.result is not None), None)
     if manifest is None or first is None:

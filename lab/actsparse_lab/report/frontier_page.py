@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from actsparse_lab.analysis.comparison import BEST, compare, plain
+from actsparse_lab.analysis.manifest import FRONTIER
 from actsparse_lab.analysis.numbers import NONE, change, decimal, percent, quality, ratio
 from actsparse_lab.analysis.plots import Picture
 from actsparse_lab.analysis.prose import sections as words_of
@@ -22,7 +23,6 @@ from actsparse_lab.report.frontier import (
     CONTROL,
     FEWER,
     KNEE,
-    MANIFEST,
     SPARSE,
     WHOLE,
     Board,
@@ -30,7 +30,7 @@ from actsparse_lab.report.frontier import (
     board,
     frontiers_in,
 )  # fmt: skip
-from actsparse_lab.report.frontier_plot import FRONTIER
+from actsparse_lab.report.frontier_plot import FRONTIER_PLOT
 from actsparse_lab.report.race import race_picture, race_table, race_text, races
 from actsparse_lab.report.slim import SLIM_RULE, TITLE, read_slim, slim_table, slim_text
 
@@ -131,7 +131,7 @@ def frontier_table(of: Board) -> Table:
     ran = [f"{row.arm}: {row.speed.why}" for row in of.rows if row.speed]
     note = f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
     rows = tuple((row.arm, *_cells(name, row)) for row in of.rows)
-    return Table(f"{FRONTIER.name}-table", "The frontier", columns, rows, (note,))
+    return Table(f"{FRONTIER_PLOT.name}-table", "The frontier", columns, rows, (note,))
 
 
 def _cells(name: str, row: Row) -> tuple[str, ...]:
@@ -212,8 +212,8 @@ def boards(folder: str | Path) -> dict[Path, Board]:
     found = {place: judged for place in frontiers_in(folder) if (judged := board(place))}
     if not found:
         raise RecordError(
-            f"no {MANIFEST} with finished runs in {folder} or a folder in it; `actsparse frontier` "
-            f"makes them"
+            f"no {FRONTIER.file} with finished runs in {folder} or a folder in it; "
+            f"`actsparse frontier` makes them"
         )
     return found
 
@@ -249,7 +249,7 @@ def markdown_frontier(folder: str | Path, link: str = "") -> str:
         way = link if place == Path(folder) else f"{link}{place.name}/"
         lines += ["", f"## {markdown(judged.task)}"]
         for each in sections(place, read_runs(place)):
-            lines += ["", f"### {markdown(each.title)}"] if each.name != FRONTIER.name else []
+            lines += ["", f"### {markdown(each.title)}"] if each.name != FRONTIER_PLOT.name else []
             text = " ".join(filter(None, [each.heading.get("lead"), each.text]))
             lines += [
                 "",
@@ -272,10 +272,10 @@ def sections(folder: str | Path, runs: list[Run]) -> list[Section]:
     if judged is not None:
         found.append(
             Section(
-                name=FRONTIER.name,
+                name=FRONTIER_PLOT.name,
                 title="The frontier",
                 text=reached_text(judged),
-                picture=FRONTIER,
+                picture=FRONTIER_PLOT,
                 shown=(judged, compare(runs)),
                 table=frontier_table(judged),
                 rule=RULE,

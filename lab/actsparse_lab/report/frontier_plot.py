@@ -49,4 +49,4 @@ def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | N
     return plots.png(figure, table)
 
 
-(FRONTIER,) = pictures({"frontier": frontier_plot}, "report/captions.md")
+(FRONTIER_PLOT,) = pictures({"frontier": frontier_plot}, "report/captions.md")

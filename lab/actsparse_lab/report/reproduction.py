@@ -14,13 +14,12 @@ from rich.text import Text
 
 from actsparse_lab.analysis import plots
 from actsparse_lab.analysis.findings import (
-    MANIFEST,
     OURS,
     Finding,
     Findings,
     findings,
-    read_manifest,
 )  # fmt: skip
+from actsparse_lab.analysis.manifest import REPRODUCTION
 from actsparse_lab.analysis.numbers import amount, decimal
 from actsparse_lab.analysis.plots import DARK, INK, LIGHT, WIDTH
 from actsparse_lab.analysis.prose import pictures, sections
@@ -43,12 +42,12 @@ def findings_in(folder: str | Path, runs: list[Run] | None = None) -> Findings |
 
     Raises `RecordError` for an experiment that is not known, and what reading raises.
     """
-    manifest = read_manifest(folder)
+    manifest = REPRODUCTION.read(folder)
     if manifest is None:
         return None
     if manifest["name"] not in EXPERIMENTS:
         raise RecordError(
-            f"{Path(folder) / MANIFEST}: unknown experiment {manifest['name']!r}; known: "
+            f"{Path(folder) / REPRODUCTION.file}: unknown experiment {manifest['name']!r}; known: "
             f"{', '.join(EXPERIMENTS)}"
         )
     runs = read_runs(folder) if runs is None else runs
@@ -165,8 +164,8 @@ def _ticks(axes: Axes, found: Finding) -> None:
 def reproductions_in(folder: str | Path) -> dict[str, Path]:
     """The experiments whose folders lie in ``folder``, in the order of `EXPERIMENTS`."""
     found: dict[str, Path] = {}
-    for path in sorted(Path(folder).glob(f"*/{MANIFEST}")):
-        manifest = read_manifest(path.parent)
+    for path in sorted(Path(folder).glob(f"*/{REPRODUCTION.file}")):
+        manifest = REPRODUCTION.read(path.parent)
         assert manifest is not None
         if (name := str(manifest["name"])) in found:
             raise RecordError(f"{found[name]} and {path.parent} both hold {name}; keep one of them")
@@ -179,7 +178,7 @@ def markdown_reproduction(folder: str | Path, link: str = "") -> str:
     places = reproductions_in(folder)
     if not places:
         raise RecordError(
-            f"no {MANIFEST} in a folder under {folder}; `actsparse reproduce` makes them"
+            f"no {REPRODUCTION.file} in a folder under {folder}; `actsparse reproduce` makes them"
         )
     every: dict[str, tuple[Findings, list[Run]]] = {}
     for name, place in places.items():
