@@ -106,9 +106,9 @@ def calibrate_thresholds(
     parts = {n: copy.deepcopy(seen.part(n, "inference", "magnitudes")) for n in chosen}
     handle = Thresholds(model, chosen, parts)
     try:
-        handle.check()
+        handle._check()
         if budget is not None and evaluate is not None:
-            handle.search(budget, evaluate)
+            handle._search(budget, evaluate)
         else:
             handle.put(share or 0.0)
     except BaseException:
@@ -213,11 +213,8 @@ class Thresholds:
         self._places = {name: _Place(name, block) for name, block in blocks.items()}
         self._root.__dict__[_ATTRIBUTE] = self
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Check that every block was observed with a φ that is 0 at z ≤ 0, as a threshold needs it.
-
-        Raises:
-            ValueError: a block was not; the message names it.
         """
         for name, part in self._seen.items():
             if part.score != "z":
@@ -245,16 +242,8 @@ class Thresholds:
         self.share = share
         self.set({name: part.threshold(share) for name, part in self._seen.items()})
 
-    def search(self, budget: float, evaluate: Callable[[], float]) -> None:
-        """Set the thresholds of the largest ε that bisection finds within a budget.
-
-        Args:
-            budget: as for :func:`calibrate_thresholds`.
-            evaluate: as for :func:`calibrate_thresholds`.
-
-        Raises:
-            ValueError: the loss without thresholds is not finite.
-        """
+    def _search(self, budget: float, evaluate: Callable[[], float]) -> None:
+        """Set the thresholds of the largest ε that bisection finds within a budget."""
         known: dict[tuple[float, ...], float] = {}
 
         def loss(step: int) -> float:
