@@ -145,8 +145,8 @@ def recipe_named(name: str) -> Recipe:
     Raises:
         ValueError: no recipe has that name.
 
-    >>> recipe_named("paper").modifications[1]
-    NormFloor(floor=1.0, uplift=None, shared=False)
+    >>> recipe_named("paper").modifications[2]
+    SwapActivation(to='jsrelu', mix=None)
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
