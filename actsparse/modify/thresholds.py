@@ -214,8 +214,7 @@ class Thresholds:
         self._root.__dict__[_ATTRIBUTE] = self
 
     def _check(self) -> None:
-        """Check that every block was observed with a φ that is 0 at z ≤ 0, as a threshold needs it.
-        """
+        """Check that every block was seen with a φ that is 0 at z ≤ 0, as a threshold needs it."""
         for name, part in self._seen.items():
             if part.score != "z":
                 raise ValueError(
