@@ -1,4 +1,4 @@
-"""Activation functions by name: the value φ(z) and the derivative φ′(z) side by side.
+"""Activation functions by name, each with its value φ(z) and its derivative φ′(z).
 
 >>> import torch
 >>> jsrelu = named("jsrelu")

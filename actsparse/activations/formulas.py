@@ -1,4 +1,4 @@
-"""The activation functions: value φ(z) and derivative φ′(z) side by side."""
+"""The formulas of the activation functions: value φ(z) and derivative φ′(z) side by side."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ActivationFunction:
-    """A pointwise function with its derivative.
+    """An activation function that acts on each entry by itself, with its derivative.
 
-    ``silent`` says that φ is exactly zero on a set of positive length, so that density means
-    something; ``same_zeros`` says that φ = 0 and φ′ = 0 on the same set (ReLU, JSReLU), so that
-    density and derivative density are one number.
+    Args:
+        name: what :func:`actsparse.activations.named` finds it by.
+        value: φ, of a tensor of any shape.
+        derivative: φ′, of a tensor of any shape.
+        silent: whether φ is exactly zero on a set of positive length. Density means something only
+            for such functions.
+        same_zeros: whether φ = 0 and φ′ = 0 on the same set, as for ReLU and JSReLU. Density and
+            derivative density are then one number.
+
+    >>> relu = ActivationFunction("mine", torch.relu, lambda z: (z > 0).float(), silent=True)
+    >>> relu.derivative(torch.tensor([-1.0, 2.0]))
+    tensor([0., 1.])
     """
 
     name: str
@@ -83,14 +92,22 @@ def _jsrelu_of_positive(r: Tensor, jump: float, cap: float) -> Tensor:
 
 
 def jsrelu(z: Tensor, jump: float = 1.0, cap: float = math.inf, threshold: float = 0.0) -> Tensor:
-    """Jump-slope ReLU: ``φ(z) = ((z+1)² − 1)/2`` for z > 0, else 0; any shape.
+    """Jump-slope ReLU (JSReLU): ``φ(z) = ((z+1)² − 1)/2`` for z > 0, else 0.
 
-    ``φ′(z) = (z+1)·1[z>0]`` jumps by 1 at zero and ``φ(0) = φ′(0) = 0``; NaN gives NaN
-    (Peng et al. 2023, arXiv 2309.03004, the activation of the modified Transformer).
+    Its derivative ``φ′(z) = (z+1)·1[z>0]`` jumps by 1 at zero; ``φ(0) = φ′(0) = 0``, and NaN gives
+    NaN. Source: Peng et al. 2023 (arXiv 2309.03004), the activation of the modified Transformer.
 
-    The numbers are ours: ``φ′(z) = min(jump + z, cap)`` for z > 0, with φ continuous, and φ = 0
-    where z ≤ ``threshold``, which makes φ jump there. See
-    :func:`actsparse.activations.named`.
+    The options are ours. With them ``φ′(z) = min(jump + z, cap)`` for z > 0, and φ is continuous.
+    A ``threshold`` t sets φ = 0 where z ≤ t, so that φ jumps at t.
+
+    Args:
+        z: pre-activations, any shape.
+        jump: how far φ′ jumps at zero, at least 0.
+        cap: the largest slope, above ``jump``.
+        threshold: t, at least 0.
+
+    Returns:
+        φ(z), in the shape of ``z``.
 
     >>> jsrelu(torch.tensor([-3.0, 1.0]))
     tensor([0.0000, 1.5000])

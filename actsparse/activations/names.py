@@ -75,7 +75,13 @@ def _written(base: str, numbers: dict[str, float]) -> str | None:
 
 
 def numbers_of(name: str) -> tuple[str, dict[str, float]] | None:
-    """Base and numbers of a function called ``name``, as its name gives them; None: not of ours.
+    """Split the name of an activation function into its base and the numbers in it.
+
+    Args:
+        name: a name as :func:`with_numbers` writes it.
+
+    Returns:
+        The base name and the numbers by option; None if no function here has that name.
 
     >>> numbers_of("jsrelu(cap=4, threshold=0.25)")
     ('jsrelu', {'cap': 4.0, 'threshold': 0.25})
@@ -98,7 +104,17 @@ _MADE: dict[str, ActivationFunction] = {}
 
 
 def known_as(name: str) -> ActivationFunction | None:
-    """The function called ``name``; None where nothing of ours is."""
+    """The activation function called ``name``, or None if there is none.
+
+    Args:
+        name: as for :func:`named`, which raises an error instead.
+
+    Returns:
+        The function. Equal names give the same object.
+
+    >>> known_as("relu").name, known_as("no such function") is None
+    ('relu', True)
+    """
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
     if name not in _MADE:
@@ -113,20 +129,26 @@ def named(name: str) -> ActivationFunction:
     """The activation function called ``name``: a key of ``ACTIVATIONS``, or one with numbers.
 
     - ``relu(threshold=t)``, ``jsrelu(threshold=t)``, ``squared_relu(threshold=t)``: φ(z) where
-      z > t ≥ 0, else 0, a jump at t (FATReLU: Song et al. 2024, ProSparse, arXiv 2402.13516);
+      z > t ≥ 0, else 0; φ jumps at t (FATReLU: Song et al. 2024, ProSparse, arXiv 2402.13516);
     - ``relu(shift=b)``: ``ReLU(z − b)``, b ≥ 0 (shifted ReLU: Mirzadeh et al. 2023, arXiv
-      2310.04564); a threshold beside it is still one of z;
+      2310.04564); a threshold beside it is compared with z, not with z − b;
     - ``jsrelu(jump=j)``, ``jsrelu(cap=c)``, ``jsrelu(jump=j, cap=c)``: see :func:`jsrelu`;
     - ``s_shape(dx=…, dy=…)``: see :func:`shifted_s_shape`.
+
+    Args:
+        name: one of these names, written as :func:`with_numbers` writes it.
+
+    Returns:
+        The function. Equal names give the same object.
+
+    Raises:
+        ValueError: no activation has that name; the message lists those that exist.
 
     >>> import torch
     >>> named("relu(threshold=0.5)").value(torch.tensor([0.4, 0.5, 0.6]))
     tensor([0.0000, 0.0000, 0.6000])
     >>> named("s_shape(dx=1.6, dy=-1.6)") is shifted_s_shape(1.6, -1.6)
     True
-
-    Raises:
-        ValueError: no activation has that name; the message lists those that exist.
     """
     function = known_as(name)
     if function is None:
@@ -144,10 +166,18 @@ def named(name: str) -> ActivationFunction:
 
 
 def with_numbers(base: str, **numbers: float) -> ActivationFunction:
-    """The function ``base`` with numbers of your own, which :func:`named` finds by its name.
+    """The activation function ``base`` with numbers of your own.
+
+    Args:
+        base: ``"relu"``, ``"jsrelu"``, ``"squared_relu"`` or ``"s_shape"``.
+        **numbers: the options of that function, as :func:`named` lists them. Those left out keep
+            their default.
+
+    Returns:
+        The function. :func:`named` finds it by its ``name``.
 
     Raises:
-        ValueError: ``base`` has no such numbers, or they are out of range.
+        ValueError: ``base`` has no such option, or a number is out of range.
 
     >>> with_numbers("jsrelu", cap=4, jump=0.5).name
     'jsrelu(jump=0.5, cap=4)'
@@ -163,12 +193,17 @@ def with_numbers(base: str, **numbers: float) -> ActivationFunction:
 
 
 def thresholded(name: str, threshold: float) -> ActivationFunction:
-    """φ called ``name`` where z > ``threshold``, else 0.
+    """The activation function ``name`` with a threshold: φ(z) where z > ``threshold``, else 0.
 
-    One that has a threshold keeps it if it is the larger.
+    Args:
+        name: a function that takes a threshold: ReLU, JSReLU or squared ReLU, with numbers or not.
+        threshold: at least 0. If the function has one already, the larger of the two counts.
+
+    Returns:
+        The function.
 
     Raises:
-        ValueError: φ takes no threshold, or it is not a finite number ≥ 0.
+        ValueError: the function takes no threshold, or it is not a finite number ≥ 0.
 
     >>> thresholded("jsrelu(cap=4)", 0.25).name
     'jsrelu(cap=4, threshold=0.25)'
@@ -180,7 +215,18 @@ def thresholded(name: str, threshold: float) -> ActivationFunction:
 
 
 class SShape(NamedTuple):
-    """What tells one S-shape ``s(z − dx) + dy`` from another; see :func:`shifted_s_shape`."""
+    """The numbers that tell one S-shape ``s(z − dx) + dy`` from another.
+
+    :func:`shifted_s_shape` makes the function.
+
+    Args:
+        dx: how far it is shifted along z.
+        dy: how far it is shifted along φ.
+        half_width: h, half the length of the interval on which it is flat, above 0.
+
+    >>> SShape(dx=1.6, dy=-1.6).name
+    's_shape(dx=1.6, dy=-1.6)'
+    """
 
     dx: float = 0.0
     dy: float = 0.0
@@ -188,7 +234,7 @@ class SShape(NamedTuple):
 
     @property
     def name(self) -> str:
-        """``s_shape``, ``s_shape(dx=1.6, dy=-1.6)`` or, with another h, ``half_width`` as a third.
+        """The name of the function, which :func:`named` finds it by.
 
         Raises:
             ValueError: a number is not finite, or ``half_width`` is not above 0.
@@ -197,7 +243,13 @@ class SShape(NamedTuple):
 
 
 def s_shape_of(name: str) -> SShape | None:
-    """The S-shape called ``name``; None where that is no S-shape's name.
+    """The numbers of the S-shape called ``name``, or None if that is not the name of one.
+
+    Args:
+        name: a name as :func:`with_numbers` writes it.
+
+    Returns:
+        The numbers, or None.
 
     >>> s_shape_of("s_shape(dx=1.6, dy=-1.6)")
     SShape(dx=1.6, dy=-1.6, half_width=1.5)
@@ -211,11 +263,18 @@ def s_shape_of(name: str) -> SShape | None:
 def shifted_s_shape(
     dx: float = 0.0, dy: float = 0.0, half_width: float = 1.5
 ) -> ActivationFunction:
-    """The S-shape ``s(z − dx) + dy`` whose zeros of φ and of φ′ lie in different places.
+    """The S-shape ``s(z − dx) + dy``, whose φ and φ′ are zero in different places.
 
     ``s(z) = r(z−h)² − r(−z−h)²``, r = ReLU, h = ``half_width`` (arXiv 2309.03004 and 2605.25612,
-    the manipulation experiments). Calls with equal numbers return the same object, which
-    :func:`named` finds by its name.
+    the manipulation experiments).
+
+    Args:
+        dx: how far it is shifted along z.
+        dy: how far it is shifted along φ.
+        half_width: h, above 0.
+
+    Returns:
+        The function. Equal numbers give the same object, which :func:`named` finds by its name.
 
     Raises:
         ValueError: a number is not finite, or ``half_width`` is not above 0.

@@ -13,12 +13,21 @@ from actsparse.activations.names import known_as
 
 
 def identify(function: Callable[[Tensor], Tensor]) -> str | None:
-    """Name a pointwise function by its values on a grid; ``None`` when it is none of ours.
+    """The name of an activation function, found by its values on a grid, or None.
 
-    Values are compared, not classes, so that anybody's ReLU is a ReLU. The probe is float64
-    and fires no hooks; the tolerance is far above rounding and far below the
-    distance of any two of our functions on the grid. A module that learns has no name, since what
-    it computes today says nothing about tomorrow.
+    Values are compared, not classes, so any implementation of ReLU is found to be ReLU. The
+    probe is in float64 and fires no hooks. The tolerance is far above rounding errors and far below
+    the distance between any two of the known functions. A module with trainable parameters has no
+    name, because it may compute something else tomorrow.
+
+    Args:
+        function: a function or module that acts on each entry by itself.
+
+    Returns:
+        A key of ``ACTIVATIONS``, or None if it is none of these.
+
+    >>> identify(torch.nn.SiLU()), identify(lambda z: z.clamp(min=0)), identify(torch.sin)
+    ('silu', 'relu', None)
     """
     grid = torch.linspace(-7.0, 7.0, 113, dtype=torch.float64)
     # near zero for small thresholds and shifts, far out for caps
@@ -51,10 +60,20 @@ def identify(function: Callable[[Tensor], Tensor]) -> str | None:
 def derivative_of(
     function: Callable[[Tensor], Tensor] | None, name: str | None
 ) -> Callable[[Tensor], Tensor]:
-    """φ′ of a block's activation: the formula where ``name`` is known, autograd otherwise.
+    """The derivative φ′ of an activation: by its formula if ``name`` is known, else by autograd.
+
+    Args:
+        function: φ; needed where ``name`` is unknown.
+        name: its name in :mod:`actsparse.activations`, or None.
+
+    Returns:
+        A function from z to φ′(z), both of any shape.
 
     Raises:
-        ValueError: neither a known name nor a function to differentiate.
+        ValueError: there is neither a known name nor a function to differentiate.
+
+    >>> derivative_of(torch.square, None)(torch.tensor([3.0]))
+    tensor([6.])
     """
     known = None if name is None else known_as(name)
     if known is not None:
@@ -65,7 +84,17 @@ def derivative_of(
 
 
 def works_in_place(call: Callable[[Tensor], Tensor] | None) -> bool:
-    """Whether φ overwrites its input, like ``nn.ReLU(inplace=True)``."""
+    """Whether an activation overwrites its input, like ``nn.ReLU(inplace=True)``.
+
+    Args:
+        call: the function or module; None counts as no.
+
+    Returns:
+        Whether a tensor that is given to it has changed afterwards.
+
+    >>> works_in_place(torch.nn.ReLU(inplace=True)), works_in_place(torch.relu)
+    (True, False)
+    """
     # a module's hooks are nobody's business here
     forward = call.forward if isinstance(call, torch.nn.Module) else call
     if forward is None:

@@ -14,9 +14,18 @@ from torch import Tensor, nn
 
 
 class NoMLPFound(ValueError):
-    """The model shows no MLP block; the message lists what was seen and what is missing.
+    """No MLP block was found in the model; the message lists what was seen and what is missing.
 
-    ``refused`` holds what looks like one but cannot be handled.
+    Args:
+        message: what was seen.
+        refused: what looks like a block but cannot be handled, each with its reason.
+
+    >>> from actsparse import find_mlp_blocks
+    >>> import torch
+    >>> find_mlp_blocks(nn.Linear(8, 8), torch.randn(2, 8))
+    Traceback (most recent call last):
+    ...
+    actsparse.blocks.block.NoMLPFound: ...
     """
 
     def __init__(self, message: str, refused: Iterable[Refused] = ()) -> None:
@@ -26,10 +35,18 @@ class NoMLPFound(ValueError):
 
 @dataclass(eq=False)
 class Layer:
-    """A linear layer of a block, or a range of output rows of a fused one.
+    """A linear layer of a block, or a range of output rows of one that computes several.
 
-    ``rows`` selects the layer's own outputs where one module computes up and gate together
-    (Phi-3, ModernBERT). ``layout`` is ``"Linear"`` (weight [out, in]) or ``"Conv1D"`` ([in, out]).
+    Args:
+        name: the module's path in the model.
+        module: the module itself.
+        layout: how its weight is stored: ``"Linear"`` [out, in] or ``"Conv1D"`` [in, out].
+        rows: which outputs of the module are the layer's own, where one module computes up and gate
+            together (Phi-3, ModernBERT); None: all.
+
+    >>> fused = Layer("gate_up", nn.Linear(8, 64), rows=slice(32, 64))
+    >>> print(fused, list(fused.weight.shape), fused.width)
+    gate_up[32:64] [32, 8] 64
     """
 
     name: str
@@ -51,7 +68,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], whatever the layout; a view of the model's parameter.
+        """The weight [out, in], whatever the layout: a view of the model's parameter.
 
         Raises:
             ValueError: there is none to read, as in quantised layers, or it is on 'meta'.
@@ -62,7 +79,7 @@ class Layer:
 
     @property
     def bias(self) -> Tensor | None:
-        """[out] or None; a view of the model's parameter.
+        """The bias [out], a view of the model's parameter, or None if the layer has none.
 
         Raises:
             ValueError: as for ``weight``.
@@ -78,7 +95,18 @@ class Layer:
         return widths(self.module)[1]
 
     def select(self, output: Tensor) -> Tensor:
-        """This layer's part [..., out] of the module's output [..., out of the module]."""
+        """Take this layer's part of the module's output.
+
+        Args:
+            output: what the module returned, [..., width].
+
+        Returns:
+            The layer's own outputs, [..., out].
+
+        >>> import torch
+        >>> Layer("gate_up", nn.Linear(8, 64), rows=slice(32, 64)).select(torch.ones(2, 64)).shape
+        torch.Size([2, 32])
+        """
         return output if self.rows is None else output[..., self.rows]
 
     def __str__(self) -> str:
@@ -90,10 +118,18 @@ class Layer:
 
 @dataclass(eq=False)
 class Norm:
-    """A normalisation layer with its effective scale ``s = scale + offset``.
+    """A normalisation layer, with its effective scale ``s = scale + offset``.
 
-    ``offset`` is 1 where the layer multiplies by ``1 + weight`` (Gemma), else 0; ``scale`` and
-    ``bias`` name the layer's parameters, ``None`` where it has none.
+    Args:
+        name: the module's path in the model.
+        module: the module itself.
+        scale: the name of the parameter that holds its scale [D]; None if it has none.
+        bias: the name of the parameter that holds its bias [D]; None if it has none.
+        offset: 1 where the layer multiplies by ``1 + weight`` (Gemma), else 0.
+
+    >>> norm = Norm("ln", nn.LayerNorm(8), scale="weight", bias="bias")
+    >>> norm.parameter("scale").shape
+    torch.Size([8])
     """
 
     name: str
@@ -103,19 +139,34 @@ class Norm:
     offset: float = 0.0
 
     def parameter(self, role: Literal["scale", "bias"]) -> nn.Parameter | None:
-        """The parameter itself, looked up anew, since sharding replaces parameters."""
+        """The scale or bias itself; looked up at each call, because sharding replaces parameters.
+
+        Args:
+            role: ``"scale"`` or ``"bias"``.
+
+        Returns:
+            The parameter [D], or None if the layer has none.
+        """
         name = self.scale if role == "scale" else self.bias
         return None if name is None else getattr(self.module, name)
 
 
 @dataclass(eq=False)
 class Activation:
-    """The nonlinearity of a block: a module, or operations inside some module's forward.
+    """The nonlinearity φ of a block: a module, or operations inside some module's forward.
 
-    ``function`` is its name in :mod:`actsparse.activations`, found by probing, or ``None``;
-    ``call`` computes it. ``module`` is None for a function; then ``owner`` is the module whose
-    forward computes it by the functions in ``steps``, one applied to the other's result; empty
-    where the operations form no such chain. ``in_place``: φ overwrites its input.
+    Args:
+        name: how the model calls it.
+        function: its name in :mod:`actsparse.activations`, found by its values; None if unknown.
+        call: computes φ of a tensor of any shape; None where that cannot be told.
+        module: the module that computes φ; None if a function does.
+        owner: the module in whose forward that function is called.
+        steps: the functions that make φ, each applied to the result of the one before; empty where
+            the operations form no such chain.
+        in_place: whether φ overwrites its input.
+
+    >>> Activation("act", "relu", nn.ReLU(), nn.ReLU()).function
+    'relu'
     """
 
     name: str
@@ -129,7 +180,16 @@ class Activation:
 
 @dataclass(frozen=True)
 class Between:
-    """What stands between the activation (or gated product) and down: a dropout or a norm."""
+    """What stands between the activation (or the gated product) and down: a dropout or a norm.
+
+    Args:
+        name: the module's path in the model.
+        kind: ``"dropout"`` or ``"norm"``.
+        module: the module itself; None if a function does it.
+
+    >>> Between("drop", "dropout", nn.Dropout(0.1)).kind
+    'dropout'
+    """
 
     name: str
     kind: Literal["dropout", "norm"]
@@ -138,15 +198,39 @@ class Between:
 
 @dataclass(eq=False)
 class MLPBlock:
-    """One MLP block of a model; see the module's docstring for the stages.
+    """One MLP block of a model: its layers, its activation and how they are connected.
 
-    ``name`` is the path of the smallest module that holds both up and down. ``norm_position`` is
-    ``"pre"`` (the residual adds the norm's input), ``"post"`` (the residual adds the norm's
-    output, as in BERT) or ``"none"``; ``norm_feeds`` names what else the norm's output goes to, and
-    ``hidden_feeds`` what else reads the layer between up and down. ``path`` are the modules that
-    call up, outermost first, of which the first ``around`` call down too. ``same_input``: gate and
-    up get the very same tensor. ``standing`` notices modules that are exchanged. ``d_model`` and
-    ``d_hidden`` are D and H. ``inputs`` describes what the block was found with.
+    :func:`actsparse.find_mlp_blocks` makes them.
+
+    Args:
+        name: the path of the smallest module that holds both up and down.
+        norm: the norm whose output enters up; None if there is none.
+        up: the layer D → H.
+        gate: the other layer D → H of gated blocks, whose output enters φ; None if not gated.
+        activation: φ.
+        between: what stands between φ and down.
+        down: the layer H → D.
+        d_model: D, the width of the block's input and output.
+        d_hidden: H, the number of hidden units.
+        norm_position: ``"pre"`` (the residual adds the norm's input), ``"post"`` (the residual adds
+            the norm's output, as in BERT) or ``"none"``.
+        norm_feeds: what else reads the norm's output.
+        calls: how often the block was called in the pass that found it.
+        input_shape: the shape of its input in that pass.
+        path: the modules whose forward leads to up, outermost first.
+        around: how many of ``path``, from the outermost, also lead to down.
+        hidden_feeds: what else reads the hidden layer between up and down.
+        same_input: whether gate and up get the very same tensor.
+        standing: notices modules that are exchanged after the block was found.
+        inputs: describes what the model ran on when the block was found.
+        batch_first: whether the first axis of the input is the batch; None: unknown.
+
+    >>> import torch
+    >>> from actsparse import find_mlp_blocks
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> (block,) = find_mlp_blocks(mlp, torch.randn(2, 8))
+    >>> block.gated, block.d_hidden, block.row()["activation"]
+    (False, 32, '1')
     """
 
     name: str
@@ -177,7 +261,7 @@ class MLPBlock:
 
     @property
     def layout(self) -> str:
-        """``"Linear"`` or ``"Conv1D"``."""
+        """How up stores its weight: ``"Linear"`` or ``"Conv1D"``."""
         return self.up.layout
 
     @property
@@ -186,7 +270,11 @@ class MLPBlock:
         return self.up if self.gate is None else self.gate
 
     def row(self) -> dict[str, Any]:
-        """The block as one row of a table, every value a string, number or list."""
+        """The block as one row of a table.
+
+        Returns:
+            Strings, numbers and lists by column, for JSON.
+        """
         return {
             "name": self.name,
             "norm": self.norm.name if self.norm else None,
@@ -208,7 +296,13 @@ class MLPBlock:
 class Refused:
     """Something that looks like an MLP block but that actsparse does not handle, and why.
 
-    ``reached`` is False where it did not run on the inputs that blocks were found with.
+    Args:
+        name: the path of the module.
+        reason: why it is not handled.
+        reached: False if it did not run on the inputs with which the blocks were found.
+
+    >>> Refused("experts.0", "it did not run on the inputs", reached=False).reason
+    'it did not run on the inputs'
     """
 
     name: str
@@ -241,10 +335,16 @@ def without_numbers(name: str) -> str:
 
 
 class Blocks(list[MLPBlock]):
-    """The MLP blocks of a model in order of execution.
+    """The MLP blocks of a model, a list in order of execution; print it for an overview.
 
-    ``refused`` lists those left out: what cannot be handled, and what did not run on the inputs.
-    ``inputs`` describes what the model ran on to find them.
+    Args:
+        blocks: the blocks.
+        refused: what was left out: what cannot be handled, and what did not run on the inputs.
+        inputs: describes what the model ran on when the blocks were found.
+
+    >>> print(Blocks(refused=[Refused("experts", "batched experts")]))
+    0 MLP blocks
+      refused experts: batched experts
     """
 
     def __init__(

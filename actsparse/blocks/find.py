@@ -55,21 +55,26 @@ from actsparse.blocks.unreached import unreached
 
 
 def find_mlp_blocks(model: nn.Module, inputs: Any) -> Blocks:
-    """The MLP blocks of ``model``, found by watching one forward pass on ``inputs``.
+    """Find the MLP blocks of a model by running it once on ``inputs``.
 
     The pass has no side effects: modes, random state, buffers, gradients and hooks stay as they
-    were (:func:`actsparse.blocks.trace.undisturbed` says what that leaves out). Another thread may
-    evaluate the model meanwhile; it must not train it or attach anything to it.
+    were (:func:`actsparse.blocks.trace.undisturbed` names the exceptions). Another thread may
+    evaluate the model meanwhile, but must not train it or attach anything to it.
 
-    ``inputs`` is a tensor, a tuple of arguments or a dict for ``model(**inputs)``. What actsparse
-    cannot handle (batched experts, ...) and what looks like a block, but did not run on
-    ``inputs``, is in the result's ``refused``, each with a reason.
+    Args:
+        model: any model; classes and names play no part.
+        inputs: what the model runs on: a tensor, a tuple of arguments or a dict for
+            ``model(**inputs)``.
+
+    Returns:
+        The blocks in order of execution. Their ``refused`` lists, with reasons, what cannot be
+        handled (batched experts, …) and what looks like a block but did not run on ``inputs``.
 
     Raises:
-        NoMLPFound: no block, or only refused ones; lists what was seen and what is missing.
+        NoMLPFound: there is no block that can be handled; the message lists what was seen.
         TypeError: ``inputs`` is none of the three kinds.
-        ValueError: layers that are not initialised yet (lazy) or hold no values (on 'meta', where
-            the pass needs them), or a TorchScript model.
+        ValueError: the model is a TorchScript model, or has layers that are not initialised yet
+            (lazy) or that hold no values (on 'meta') where the pass needs them.
 
     >>> import torch
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))

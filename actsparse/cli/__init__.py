@@ -1,1 +1,1 @@
-"""argv: one verb a file."""
+"""The command line: one file for each verb."""

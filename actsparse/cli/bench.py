@@ -1,4 +1,4 @@
-"""``actsparse bench``: timings, printed and kept as records."""
+"""``actsparse bench``: time actsparse, print the results and write them to records."""
 
 from __future__ import annotations
 
@@ -20,29 +20,42 @@ bench = typer.Typer(
 
 @bench.callback()
 def _bench() -> None:
-    """Timings run interleaved in one process and are reported as ratios of medians."""
+    """What is compared is timed in turn in one process, and reported as ratios of medians."""
 
 
 @bench.command()
 def mlp(
-    d: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 768,
-    h: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 3072,
-    tokens: Annotated[str, typer.Option(help="With commas between.")] = "1,16,197,1576",
-    densities: Annotated[str, typer.Option(help="With commas between.")] = ".01,.03,.05,.1,.2",
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds; of few tokens 8 ×.")] = 11,
-    activation: Annotated[str, typer.Option(help="relu, jsrelu, squared_relu, ….")] = "relu",
+    d: Annotated[int, typer.Option(min=1, help="Width D of the model.")] = 768,
+    h: Annotated[int, typer.Option(min=1, help="Number H of hidden units.")] = 3072,
+    tokens: Annotated[
+        str, typer.Option(help="Numbers of tokens T, separated by commas.")
+    ] = "1,16,197,1576",
+    densities: Annotated[
+        str, typer.Option(help="Densities from 0 to 1, separated by commas.")
+    ] = ".01,.03,.05,.1,.2",
+    rounds: Annotated[
+        int, typer.Option(min=3, help="Number of timed rounds; 8 times as many for few tokens.")
+    ] = 11,
+    activation: Annotated[
+        str, typer.Option(help="Activation: relu, jsrelu, squared_relu, ….")
+    ] = "relu",
     training: Annotated[bool, typer.Option(help="Time training steps too.")] = True,
     pattern: Annotated[
-        str, typer.Option(help="even: all units are as often active; zipf: few units, mostly.")
+        str,
+        typer.Option(
+            help="even: all units are active equally often; zipf: a few units are active mostly."
+        ),
     ] = "even",
     compiled: Annotated[
-        bool, typer.Option(help="Time torch.compile of the dense MLP too.")
+        bool, typer.Option(help="Time the dense MLP under torch.compile too.")
     ] = False,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Number of threads; default: all cores.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Dense time ÷ sparse time of one MLP, by density and number of tokens.
+    """Time one MLP: dense time ÷ sparse time, by density and number of tokens.
 
     Example: actsparse bench mlp --tokens 1,1576 --out benchmarks/mlp.json
     """
@@ -95,22 +108,29 @@ def mlp(
 @bench.command()
 def model(
     name: Annotated[
-        str | None, typer.Argument(help="vit-b, gpt2 (training steps) or t5-base (decoding).")
+        str | None, typer.Argument(help="vit-b or gpt2 (training steps), or t5-base (decoding).")
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(help="Instead: a trained model, the folder of a run with record and weights."),
+        typer.Option(help="Time a trained model instead: the folder of a run, with its weights."),
     ] = None,
-    densities: Annotated[str, typer.Option(help="With commas between.")] = ".01,.05",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each program.")] = 5,
-    memory: Annotated[bool, typer.Option(help="Peak memory too, in processes of its own.")] = True,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
+    densities: Annotated[
+        str, typer.Option(help="Densities from 0 to 1, separated by commas.")
+    ] = ".01,.05",
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds of each program.")] = 5,
+    memory: Annotated[
+        bool, typer.Option(help="Measure peak memory too, in extra processes.")
+    ] = True,
+    threads: Annotated[
+        int | None, typer.Option(help="Number of threads; default: all cores.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Dense time ÷ sparse time of a whole model, and the limits: no MLPs at all, and Amdahl's.
+    """Time a whole model: dense time ÷ sparse time, and what it could be at most.
 
-    The weights are random, arranged for the densities; those of --run are trained and stay.
+    The limits are the model without MLPs, and what Amdahl's law predicts from one MLP's speed-up.
+    Weights are random, arranged so that blocks have the densities; with --run they are the run's.
 
     Examples:
 
@@ -180,8 +200,8 @@ def _print_trained(result: dict[str, Any]) -> None:
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """The numbers of an option, with commas between."""
+    """The numbers of an option, separated by commas."""
     try:
         return [kind(each) for each in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} {text!r}: expected numbers with commas between") from None
+        raise ValueError(f"{option} {text!r}: expected numbers, separated by commas") from None

@@ -1,4 +1,4 @@
-"""``actsparse blocks``: where a model's MLP blocks are."""
+"""``actsparse blocks``: print the MLP blocks of a model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ def blocks(
     model: Annotated[
         str,
         typer.Argument(
-            help="digits, text or lm; a local Hugging Face folder or config.json; "
-            "or package.module:factory, a function that returns a model, or (model, inputs)."
+            help="The path of a local Hugging Face folder or config.json; "
+            "package.module:factory, a function that returns a model or (model, inputs); "
+            "or digits, text or lm."
         ),
     ],
     json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """Print a model's MLP blocks: norm, up, gate, activation, down, widths.
+    """Print the MLP blocks of a model: norm, up, gate, activation, down and widths.
 
-    Of a Hugging Face folder only the config is read: weights do not matter here, and no code of
-    the folder runs. A factory's module is imported, so it runs.
+    Of a Hugging Face folder only the config is read. Weights do not matter here, and no code from
+    the folder runs. The module of a factory is imported, so its code runs.
 
     Examples:
 

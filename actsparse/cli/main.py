@@ -1,4 +1,4 @@
-"""``actsparse``: one verb a file; what a verb needs is imported when it is called."""
+"""The command ``actsparse``: one file for each verb, which imports what it needs when called."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERBS = ("blocks", "measure", "bench")
 
 
 class Verbs(typer.core.TyperGroup):
-    """Says what a user can put right in one line, without a traceback, and exits with 2."""
+    """Prints an error that the user can correct in one line, without a traceback; exits with 2."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
@@ -48,10 +48,12 @@ def _version(asked: bool) -> None:
 def actsparse(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Activation sparsity in Transformer MLPs: find them, induce it, measure it, compare it."""
+    """Find the MLP blocks of Transformers, make their activations sparse, and measure it."""
 
 
 for _verb in VERBS:

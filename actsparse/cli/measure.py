@@ -1,4 +1,4 @@
-"""``actsparse measure``: why is this network sparse? Measures of a trained one."""
+"""``actsparse measure``: measure a trained model, to see why it is sparse."""
 
 from __future__ import annotations
 
@@ -17,51 +17,62 @@ def measure(
     target: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint: a folder that actsparse.save or Hugging Face's save_pretrained "
-            "wrote; or a run's folder (its record.jsonl and weights/)."
+            help="The folder of a checkpoint, written by actsparse.save or Hugging Face's "
+            "save_pretrained; or the folder of a run, with record.jsonl and weights/."
         ),
     ],
     task: Annotated[
         str | None,
-        typer.Option(help="digits, text or lm: whose data.", show_default="the run's"),
+        typer.Option(help="Measure on the data of this task.", show_default="the run's"),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="package.module:function that returns (loss_fn, batches), as "
-            "actsparse.measure takes them."
+            help="Measure on data of your own: package.module:function, a function that "
+            "returns (loss_fn, batches) for actsparse.measure."
         ),
     ] = None,
     measures: Annotated[
         str,
         typer.Option(
-            help="With commas between: density, flatness, gradient, noise, spectrum, magnitudes, "
-            "occupancy (of S-shapes), gauss_newton, token_copies, hessian, top_eigenvalue, "
-            "robustness, covering, pruning; or JSON, with "
+            help="Names, separated by commas: density, flatness, gradient, noise, spectrum, "
+            "magnitudes, occupancy (S-shapes only), gauss_newton, token_copies, hessian, "
+            "top_eigenvalue, robustness, covering, pruning. Or JSON with "
             'options: \'{"gradient": {"epsilon": 1e-4}}\'.'
         ),
     ] = DEFAULT,
     labels: Annotated[
-        str, typer.Option(help="Of the measures of gradients: data's, or drawn from the model.")
+        str,
+        typer.Option(
+            help="Labels for measures of gradients: data (the data's own) or model (drawn from it)."
+        ),
     ] = "data",
     reduction: Annotated[
-        str, typer.Option(help="Of a sample's loss over its positions: mean or sum.")
+        str, typer.Option(help="A sample's loss over its positions: mean or sum.")
     ] = "mean",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
-    rows: Annotated[int, typer.Option(help="Samples, evenly spread over the split.", min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Samples in a pass.", min=1)] = 64,
-    probes: Annotated[int, typer.Option(help="Random draws of each estimate.", min=2)] = 10,
-    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+    split: Annotated[
+        str, typer.Option(help="Split of the task's data: train, validation or test.")
+    ] = "validation",
+    rows: Annotated[
+        int, typer.Option(help="Number of samples, evenly spread over the split.", min=1)
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(help="Number of samples in a pass.", min=1)] = 64,
+    probes: Annotated[
+        int, typer.Option(help="Number of random draws for each estimate.", min=2)
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.", min=0)] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="File for the result.", show_default="measures.json in a run's folder"),
+        typer.Option(
+            help="Write the result to this file.", show_default="measures.json in a run's folder"
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure a trained model: density, flatness and its identity, gradients, curvature, attacks.
+    """Measure a trained model: density, flatness, gradients, curvature, attacks.
 
-    Nothing is trained and the model stays as it is. A run's measures are kept beside its record,
-    where `actsparse report` finds them.
+    Nothing is trained, and the model stays as it is. The measures of a run are written beside its
+    record, where `actsparse report` finds them. docs/measures.md explains every number.
 
     Examples:
 
@@ -84,7 +95,7 @@ def measure(
     if data is not None and task is not None:
         raise ValueError("give --task or --data, not both")
     if data is None and laboratory() is None:
-        raise ValueError("say on what to measure: give --data (--task needs the laboratory, ./lab)")
+        raise ValueError("give --data, the data to measure on (--task needs the laboratory, ./lab)")
     log = Terminal(stderr=True)
     run = None if laboratory() is None else laboratory().run_at(target)
     if run is not None and out is None:
@@ -156,10 +167,10 @@ def asked_of(measures: str) -> Any:
 
 
 def model_at(target: Path) -> Any:
-    """The model of a checkpoint, of `actsparse.save` or of Hugging Face.
+    """The model of a checkpoint that `actsparse.save` or Hugging Face wrote.
 
     Raises:
-        ValueError: there is none, it cannot be loaded, or it leaves its MLPs out.
+        ValueError: there is none, it cannot be loaded, or its recipe leaves the MLPs out.
     """
     from actsparse.modify.pretrained import pretrained
 
@@ -179,7 +190,7 @@ def saved_model(target: Path) -> Any:
     """The model that `actsparse.save` wrote.
 
     Raises:
-        ValueError: it cannot be loaded, or it leaves its MLPs out.
+        ValueError: it cannot be loaded, or its recipe leaves the MLPs out.
     """
     from actsparse import LeaveOutMLP, handle_of, load
 
@@ -191,7 +202,9 @@ def saved_model(target: Path) -> Any:
     if handle is not None and any(
         isinstance(change, LeaveOutMLP) for change in handle.recipe.modifications
     ):
-        raise ValueError(f"{target} leaves its MLPs out ({handle.recipe.name}): nothing to measure")
+        raise ValueError(
+            f"{target}: nothing to measure, recipe {handle.recipe.name!r} leaves the MLPs out"
+        )
     return model
 
 

@@ -22,39 +22,52 @@ def accelerate(
     blocks: Iterable[MLPBlock] | None = None,
     mode: Mode = "auto",
 ) -> Accelerated:
-    """Run the MLP blocks of ``model`` sparse, exactly, in inference and training; in place.
+    """Run the MLP blocks of a model sparse where that is faster, with the same results.
 
-    Parameters and state dicts stay as they are. A block runs by whichever is faster on this
-    machine: its own layers, sparse products, or sparse products behind the int8 screen
-    (:func:`sparse_mlp`). All three are timed on the block's own weights and tokens at the second
-    call of a kind (training or not, about so many tokens), once for blocks of equal size and
-    density within 25 %, and again when the density has moved that far. The layers run, and print
-    says why, while something needs all of the hidden layer (``observe``, a hook of yours), where a
-    layer was exchanged or wrapped, under autocast, ``torch.func`` and ``torch.jit.trace``, and for
-    any dtype but float32 on the CPU, and float32, bfloat16 and float16 on a GPU. Numbers differ
-    from the layers' by the dtype's rounding; a product with an activation that is exactly zero is
-    skipped even where its weight is NaN or infinite; dropout draws other random numbers. A
-    gradient's own gradient (Hessian products) needs the layers: ``remove()`` first. Under
-    ``torch.compile`` a block keeps to what it met when it was compiled, and in a CUDA graph, of 16
-    tokens at most, to what it met before: run two calls first, or give ``mode``, since trials see
-    what launches cost without a graph. Compiled training runs sparse after one training call that
-    was not compiled. Without gradients prepared copies of weights are used while
-    those do not change; a change of few entries through ``weight.data`` goes unnoticed, on a GPU
-    any such change, one through the weight itself does not. Weights made in inference mode, whose
-    changes leave no trace, are copied at each call. Threads may call one model at a time.
+    The model is changed in place; parameters and state dicts stay as they are. It works in
+    inference and in training.
+
+    *Which program runs.* A block runs by whichever is fastest on this machine: its own layers,
+    sparse products, or sparse products behind the int8 screen (:func:`sparse_mlp`). All three are
+    timed on the block's own weights and tokens at the second call of a kind (training or not, about
+    so many tokens). Blocks of equal size, with densities within 25 %, share one timing. They are
+    timed again when the density has moved by more than that.
+
+    *When the layers run.* The block's own layers run, and print says why, while something needs all
+    of the hidden layer (``observe``, a hook of yours); where a layer was exchanged or wrapped;
+    under autocast, ``torch.func`` and ``torch.jit.trace``; and for dtypes other than float32 on
+    the CPU, and float32, bfloat16 and float16 on a GPU.
+
+    *What differs.* Results differ from the layers' by the rounding of the dtype. A product with an
+    activation that is exactly zero is skipped even where its weight is NaN or infinite. Dropout
+    draws other random numbers. Second derivatives (Hessian products) need the layers: call
+    ``remove()`` first.
+
+    *Compiling.* Under ``torch.compile`` a block keeps the program it had when it was compiled. In a
+    CUDA graph, which holds 16 tokens at most, it keeps the one it had before. Run two calls first,
+    or give ``mode``, because the timings include launch costs that a graph does not have. Compiled
+    training runs sparse after one training call that was not compiled.
+
+    *Copies of weights.* Without gradients prepared copies of the weights are used until the weights
+    change. A change through the weight itself is noticed. A change through ``weight.data`` is not
+    noticed on a GPU, nor on the CPU if it is of few entries. Weights made in inference mode are
+    copied at each call, because their changes leave no trace.
+
+    Several threads may call one model at the same time.
 
     Args:
         model: any model, modified by ``sparsify`` or not, before or after.
         inputs: for finding the blocks, as :func:`actsparse.find_mlp_blocks` takes them.
         blocks: the blocks to run, instead. A model that ``sparsify`` has modified needs neither.
-        mode: ``"auto"``; ``"sparse"`` or ``"screened"`` run so at any density and size.
+        mode: ``"auto"`` times the programs. ``"sparse"`` and ``"screened"`` run that program at any
+            density and size.
 
     Returns:
-        A handle; print it for choice, density and measured gain of each block, ``remove()`` gives
-        the model back.
+        A handle. Print it for the program, density and measured speed-up of each block;
+        ``remove()`` restores the model.
 
     Raises:
-        ValueError: unknown mode; no block can be run so, with the reason for each.
+        ValueError: the mode is unknown, or no block can run sparse; the message says why for each.
 
     >>> import torch
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -78,7 +91,28 @@ def accelerate(
 
 
 class Accelerated:
-    """What :func:`accelerate` has done; ``remove()`` undoes it."""
+    """The handle that :func:`accelerate` returns: print it to see how each block runs.
+
+    As a context manager it restores the model at the end.
+
+    Args:
+        blocks: the blocks that can run sparse.
+        left: the other blocks by name, with the reason for each.
+        mode: as for :func:`accelerate`.
+        trials: the timings that the blocks share.
+
+    >>> import torch
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> x = torch.randn(4, 8)
+    >>> handle = accelerate(mlp, inputs=x, mode="sparse")
+    >>> with torch.no_grad():
+    ...     y = mlp(x)
+    >>> handle.ran()
+    {'0': 'sparse'}
+    >>> handle.table()[0]["tokens"]
+    4
+    >>> handle.remove()
+    """
 
     def __init__(
         self, blocks: list[MLPBlock], left: dict[str, str], mode: Mode, trials: Trials
@@ -91,18 +125,24 @@ class Accelerated:
             site_of(run.block).execute(run)
 
     def table(self) -> list[dict[str, Any]]:
-        """A row for each block and kind of call it has met, as JSON has it.
+        """One row for each block and each kind of call that it has had.
 
-        ``block``, ``training``, ``tokens`` (of the last call), ``program``, ``reason`` (why the
-        layers run where nothing was timed, else None), ``density``, ``ratio`` (dense time ÷ the
-        program's in the trial; None where there was none), and ``calls`` by program.
+        Returns:
+            Rows for JSON: ``block``; ``training``; ``tokens`` of the last call; ``program``;
+            ``reason`` (why the layers run where nothing was timed, else None); ``density``;
+            ``ratio`` (dense time divided by the program's time when it was timed; None if it was
+            not); ``calls`` by program.
         """
         return [
             {"block": name, **met.row()} for name, run in self.runs.items() for met in run.met()
         ]
 
     def ran(self) -> dict[str, str]:
-        """By block, how its last call ran: a program, or ``dense`` and why."""
+        """How the last call of each block ran.
+
+        Returns:
+            By block, the name of the program, or ``dense`` with the reason.
+        """
         how = {name: f"dense: {why}" for name, why in self.left.items()}
         for row in self.table():
             why = row["reason"] or "sparse was not clearly faster"
@@ -110,7 +150,7 @@ class Accelerated:
         return how
 
     def remove(self) -> None:
-        """Give the blocks their own layers back; twice is fine."""
+        """Let the blocks run by their own layers again; calling it twice does no harm."""
         for run in self.runs.values():
             site_of(run.block).release(run)
 

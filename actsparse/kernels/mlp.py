@@ -22,11 +22,19 @@ from actsparse.kernels.row_norms import row_norms
 
 @dataclass(frozen=True)
 class Prepared:
-    """Copies of weights that do not change from call to call: ``prepare`` makes them.
+    """Copies of weights for :func:`sparse_mlp` that need not be made at each call.
 
-    ``rows`` [H, D] is downᵀ, contiguous; ``first`` [H, D] the matrix that is screened (gate in
-    gated blocks, else up), contiguous, and ``codes`` what :func:`ops.quantise` says of it: or
-    None and empty. On a GPU ``codes`` are those of :func:`triton_decode.quantise`.
+    :func:`prepare` makes them.
+
+    Args:
+        rows: downᵀ [H, D], contiguous.
+        first: the matrix that is screened [H, D], contiguous: gate in gated blocks, else up; None
+            where nothing is screened.
+        codes: what :func:`ops.quantise` (on a GPU :func:`triton_decode.quantise`) returns for
+            ``first``; empty where nothing is screened.
+
+    >>> prepare(torch.ones(2, 3)).rows.shape
+    torch.Size([3, 2])
     """
 
     rows: Tensor
@@ -36,11 +44,18 @@ class Prepared:
 
 @torch.no_grad()
 def prepare(down: Tensor, up: Tensor | None = None, *, screen: bool = True) -> Prepared:
-    """Copy down [D, H] by rows and, for the screen, up (or gate) [H, D] in int8.
+    """Copy weights into the layout that :func:`sparse_mlp` reads fastest.
 
-    Without ``screen`` up too is laid out by rows, which is no copy where it is so, and no more.
+    The copies have the values of the weights now: prepare again when a weight has changed.
 
-    The copies are of the weights as they are now: prepare again when a weight has changed.
+    Args:
+        down: the weight of down [D, H].
+        up: the weight of up, or of gate in gated blocks [H, D].
+        screen: also quantise ``up`` to int8 for the screen. Without it ``up`` is laid out by rows,
+            which takes no copy if it is so already.
+
+    Returns:
+        The copies, for ``sparse_mlp(..., prepared=...)``.
 
     >>> prepare(torch.ones(2, 3)).rows.shape
     torch.Size([3, 2])
@@ -77,32 +92,44 @@ def sparse_mlp(
     on_active: Callable[[int], None] | None = None,
     on_norms: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Tensor:
-    """y [..., D] of x [..., D] through up [H, D], φ and down [D, H], biases [H] and [D].
+    """Compute an MLP from its weights and skip every product with a zero activation.
 
-    Weights are laid out as ``nn.Linear`` has them, with any strides; transposes of HF's Conv1D
-    weights fit too. Differentiable in x and every weight; float32 on the CPU runs the C++ kernels,
-    float32, bfloat16 and float16 on a GPU the Triton kernels, anything else PyTorch's own
-    operators; autocast does not apply. A product with an exact zero
-    activation is skipped even if its partner is NaN or infinite; a NaN pre-activation counts as
-    active. Differentiable once: a gradient's gradient needs the dense block.
+    ``y = φ(x Uᵀ + b) Vᵀ + b′``; gated: ``y = (φ(x Gᵀ + b_g) ⊙ (x Uᵀ + b)) Vᵀ + b′``.
+
+    Float32 on the CPU runs the C++ kernels; float32, bfloat16 and float16 on a GPU run the Triton
+    kernels; anything else runs PyTorch's own operators. Autocast does not apply. A product with an
+    exact zero activation is skipped even if its partner is NaN or infinite. A NaN pre-activation
+    counts as active. Gradients exist for x and every weight, but only of first order: second
+    derivatives need the dense block.
 
     Args:
+        x: the tokens [..., D].
+        up: the weight of up [H, D], U above, laid out as ``nn.Linear`` has it, with any strides.
+            The transpose of a Conv1D weight of Hugging Face fits too.
+        bias: the bias of up [H], or None.
+        down: the weight of down [D, H], V above.
+        down_bias: the bias of down [D], or None.
         activation: a name of ``actsparse.activations``, or a function. ReLU, JSReLU and squared
-            ReLU are fused, whatever their numbers (``"relu(threshold=0.1)"``); of others φ and φ′
-            are packed where either is not zero.
-        gate: gate weight [H, D] of gated blocks.
-        screen: leave out units that an int8 product proves inactive: off if ``ẑ + b + ‖x‖‖u − û‖
-            + ‖x − x̂‖‖û‖ + γ(‖x‖‖u‖ + |b| + t) < t`` (Cauchy–Schwarz; γ covers float32 in any order
-            of summation; t: φ's threshold, or 0). Pays at low density. Fused activations only;
-            ignored for others, where the C++ kernels are missing, and on a GPU with gradients or
-            for more than 16 tokens.
-        between: what stands between φ and down, such as dropout: called on the values [nnz] that
-            are packed; must be pointwise and keep zeros.
-        prepared: from :func:`prepare`, for weights that do not change between calls.
+            ReLU, with any numbers (``"relu(threshold=0.1)"``), are computed inside the kernels. For
+            others φ and φ′ are computed densely, and packed where either is not zero.
+        gate: the weight of gate [H, D], G above, of gated blocks.
+        gate_bias: the bias of gate [H], or None.
+        screen: skip units that an int8 product proves inactive. A unit is proved inactive if ``ẑ +
+            b + ‖x‖‖u − û‖ + ‖x − x̂‖‖û‖ + γ(‖x‖‖u‖ + |b| + t) < t`` (Cauchy–Schwarz; x̂, û and ẑ
+            are the int8 values and their product, γ bounds the rounding of float32 in any order of
+            summation, t is φ's threshold or 0). It saves time at low density. It works for
+            the activations above that the kernels compute, and is ignored for others, where the C++
+            kernels are missing, and on a GPU with gradients or for more than 16 tokens.
+        between: what stands between φ and down, such as dropout. It gets the packed values [nnz],
+            so it must act on each by itself and keep zeros.
+        prepared: what :func:`prepare` returned, for weights that do not change between calls.
         on_active: called with the number of entries that were packed.
-        on_norms: called with ‖a‖₁ and ‖a‖₂ of each token as ``l1`` and ``l2``, [..., 1], before
-            ``between``; differentiable. At a = 0 the gradient is 0, as torch's norms have it, so
-            that units left out miss nothing.
+        on_norms: called with a dict of ‖a‖₁ and ‖a‖₂ of each token, ``l1`` and ``l2`` [..., 1],
+            before ``between``; they have gradients. The gradient at a = 0 is 0, as for torch's
+            norms, so units that are left out change nothing.
+
+    Returns:
+        y [..., D].
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the activation has no such name.

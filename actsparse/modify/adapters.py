@@ -60,15 +60,25 @@ def lora_config(
     biases: bool = True,
     keep: str | Iterable[str] = (),
 ) -> Any:
-    """A ``peft.LoraConfig`` for finetuning ``model`` for sparsity: ``W + (alpha/r)·B A``.
+    """A ``peft.LoraConfig`` for finetuning a model for sparsity: ``W + (alpha/r)·B A``.
 
-    ``inputs`` is anything the model runs on. ``r = 192`` is the papers' (arXiv 2309.03004,
-    2605.25612, finetuning for sparsity). What they leave open is as in their authors' program
-    (cdgyp/sparsity at ae2ff7b): ``alpha = 1``, and with ``biases`` all biases and all norms train
-    beside the adapters. Without, of these the norms that feed MLPs alone do, which recipes with a
-    norm floor need. ``targets`` are the ends of the names of the layers that get adapters
-    (``"fc1"``, ``"mlp.fc1"``), or peft's word for all but the head of a language model. The modules
-    named in ``keep``, such as a new head, are trained whole.
+    Norms are trained in full beside the adapters, because a norm floor and zeroth biases need it.
+    Source of the rank: arXiv 2309.03004 and 2605.25612, finetuning for sparsity. What the papers
+    leave open is as in their authors' program (cdgyp/sparsity at ae2ff7b): alpha, biases, norms.
+
+    Args:
+        model: the plain model.
+        inputs: anything the model runs on, to find its MLP blocks.
+        r: the rank of the adapters; the papers have 192.
+        alpha: the scale of the adapters times r.
+        targets: the ends of the names of the layers that get adapters (``"fc1"``, ``"mlp.fc1"``),
+            or peft's word for all but the head of a language model.
+        dropout: the dropout of the adapters' input.
+        biases: train all biases and all norms. Without it only the norms that feed MLPs train.
+        keep: the ends of the names of further modules to train in full, such as a new head.
+
+    Returns:
+        The config, for ``peft.get_peft_model``.
 
     Raises:
         ValueError: a target, or a module to keep, that the model does not have; a model that is
@@ -139,18 +149,39 @@ def _without_numbers(name: str) -> str:
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write the adapter of a sparsified ``PeftModel`` to the folder ``path``, without its base.
+    """Write the adapter of a sparsified ``PeftModel`` to a folder, without its base model.
 
     The folder is peft's own (``adapter_config.json``, ``adapter_model.safetensors``) with two more
-    files: ``actsparse.json``, the recipe and where its schedules stand, and
-    ``actsparse.safetensors``, the zeroth biases and the norms that feed the MLPs, whether or not
-    peft's config keeps them. :func:`load_adapter` reads all four. The folder is written whole, or
-    not at all; one that was written so before is replaced.
+    files. ``actsparse.json`` holds the recipe and its step. ``actsparse.safetensors`` holds the
+    zeroth biases and the norms that feed the MLPs, whether or not peft's config keeps them.
+    :func:`load_adapter` reads all four.
+
+    Args:
+        model: the ``PeftModel``.
+        path: the folder. It is written whole or not at all. A folder that save_adapter wrote before
+            is replaced.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: no sparsified ``PeftModel``, or one with several adapters.
         FileExistsError: ``path`` is a file, or a folder with other files in it.
         OSError: the folder cannot be written; what was there before is still there.
+
+    >>> import copy, peft, tempfile
+    >>> base = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    >>> x, other = torch.randn(2, 5, 8), copy.deepcopy(base)
+    >>> model = peft.get_peft_model(base, lora_config(base, x, r=4, targets=["1", "3"]))
+    >>> handle = sparsify(model, "paper-finetune", inputs=x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_adapter(model, f"{folder}/adapter")
+    ...     again = load_adapter(other, path)
+    >>> torch.equal(again(x), model.eval()(x))
+    True
+    >>> merged = merge_adapter(model)
+    >>> torch.allclose(merged(x), again(x), atol=1e-6), handle_of(merged).recipe.name
+    (True, 'paper-finetune')
     """
     root, handle = _sparsified(model, "save_adapter()")
     if list(root.peft_config) != ["default"]:
@@ -180,15 +211,20 @@ def write_changes(model: nn.Module, handle: Handle, folder: Path, sidecar: dict[
 
 
 def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
-    """Put what :func:`save_adapter` wrote on ``base``, the model that the adapter was trained on.
+    """Load an adapter that :func:`save_adapter` wrote, with its recipe, onto its base model.
+
+    Args:
+        base: the model that the adapter was trained on, without adapters.
+        path: the folder.
 
     Returns:
-        The sparsified ``PeftModel`` around ``base``, in eval mode and ready to be trained on; the
-        handle is ``actsparse.handle_of(model)``.
+        The sparsified ``PeftModel`` around ``base``, in eval mode and ready to be trained further;
+        ``actsparse.handle_of(model)`` is its handle.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: torn or foreign files, or a base that does not fit them.
+        ValueError: files that are damaged or not written by save_adapter, or a base that does not
+            fit them.
     """
     import peft
 
@@ -230,13 +266,19 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:
-    """peft's ``merge_and_unload``, with the recipe kept: the plain model, sparsified as before.
+    """Add the adapters of a sparsified ``PeftModel`` to its weights, and keep the recipe.
 
-    Adapters are added to the weights, ``W ← W + (alpha/r)·B A``; zeroth biases, norms and the state
-    of the schedules stay, so that in eval mode the outputs are those of ``model`` up to rounding.
-    What peft has frozen stays frozen.
-    ``model`` is used up, as by peft, and its optimizer is no longer followed. The result takes
-    ``actsparse.save``; its handle is ``actsparse.handle_of(merged)``.
+    ``W ← W + (alpha/r)·B A``, as peft's ``merge_and_unload`` does. Zeroth biases, norms and the
+    step of the schedules are kept, so in eval mode the outputs are those of ``model`` up to
+    rounding. Parameters that peft has frozen stay frozen.
+
+    Args:
+        model: the ``PeftModel``. It cannot be used afterwards, and its optimizer is no longer
+            followed.
+
+    Returns:
+        The plain model, sparsified: ``actsparse.save`` writes it, and
+        ``actsparse.handle_of(merged)`` is its handle.
 
     Raises:
         ValueError: no sparsified ``PeftModel``, or one with thresholds; nothing has changed then.

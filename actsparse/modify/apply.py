@@ -1,4 +1,4 @@
-"""``sparsify``, the one verb that changes a model."""
+"""``sparsify``: attach the modifications of a recipe to a model."""
 
 from __future__ import annotations
 
@@ -29,27 +29,39 @@ def sparsify(
     optimizer: torch.optim.Optimizer | None = None,
     steps: int | None = None,
 ) -> Handle:
-    """Modify a model in place so that its MLP neurons stay silent more often.
+    """Modify a model in place so that fewer of its MLP neurons are active.
 
-    Modifications attach to the model's own modules; nothing is wrapped or renamed, so a state dict
-    or a checkpoint of the plain model still loads (with ``strict=False``: only zeroth biases are
-    missing). A recipe with schedules adds a buffer, ``actsparse_progress``, which says where they
-    stand. ``inputs`` is anything the model runs on (a tensor, a tuple, or a dict for
-    ``model(**inputs)``), by which its MLP blocks are found; ``blocks`` gives them instead. Blocks
-    that ``inputs`` do not reach (experts, another tower) stay as they are, with a warning.
-    ``optimizer`` is attached (:meth:`Handle.attach`) if given, with ``steps``, the number of its
-    steps in the whole training, which schedules given as fractions need. The default
-    recipe, ``best``, is for training from scratch. It has a penalty, ``loss = loss +
-    handle.penalty()`` (the Trainer's callback adds it), whose ramp needs optimizer and steps, here
-    or by ``handle.attach(optimizer, steps=...)``, and it wants weight decay that spares norms and
-    biases (:func:`decay_groups`).
-    With peft, wrap first (:func:`actsparse.modify.adapters.lora_config`) and sparsify then: zeroth
-    biases are among what the ``PeftModel`` saves.
+    Modifications attach to the model's own modules. Nothing is wrapped or renamed, so a checkpoint
+    of the plain model still loads (with ``strict=False``: only zeroth biases are missing). A recipe
+    with schedules adds a buffer, ``actsparse_progress``, which holds the number of steps done.
+
+    The default recipe, ``"best"``, is for training from scratch. It needs three things:
+
+    - its penalty in the loss, ``loss = loss + handle.penalty()`` (the Trainer's callback adds it);
+    - an optimizer and the number of steps, for the ramp of the penalty: here, or by
+      ``handle.attach(optimizer, steps=...)``;
+    - weight decay that spares norms and biases (:func:`decay_groups`).
+
+    With peft, wrap first (:func:`actsparse.modify.adapters.lora_config`), then sparsify. The
+    ``PeftModel`` then saves zeroth biases with its adapters.
+
+    Args:
+        model: the model, not yet wrapped in DDP. ``torch.compile`` may come before or after.
+        recipe: the name of a recipe (:func:`actsparse.modify.recipe_named`), a :class:`Recipe`, a
+            modification or a list of modifications.
+        inputs: what the model runs on, to find its MLP blocks: a tensor, a tuple, or a dict for
+            ``model(**inputs)``. Blocks that they do not reach (experts, another tower) stay as they
+            are, with a warning.
+        blocks: the blocks to modify, instead of ``inputs``.
+        optimizer: follow this optimizer at once, as :meth:`Handle.attach` does.
+        steps: the number of its steps in the whole training. Schedules that are given as fractions
+            need it.
 
     Returns:
-        The handle: print it, ``attach`` an optimizer, ``remove`` everything again.
+        The handle. Print it, ``attach`` an optimizer, ``remove`` everything again.
 
     Raises:
+        TypeError: ``model`` is no module, or ``recipe`` none of the above.
         ValueError: unknown recipe; no block; blocks of another model; a modification that fits no
             block at all; a model that is sparsified already, has thresholds, is wrapped in DDP or
             has weights on 'meta' (offloaded, or not loaded); ``steps`` without ``optimizer``, or

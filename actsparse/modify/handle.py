@@ -1,4 +1,4 @@
-"""What ``sparsify`` returns: everything attached to a model, to follow, print and take back."""
+"""``Handle``, what ``sparsify`` returns: all that is attached to a model, to follow and remove."""
 
 from __future__ import annotations
 
@@ -23,9 +23,30 @@ from actsparse.modify.zeroth_bias import CHILD
 
 
 class Handle:
-    """The modifications of one model; ``print`` it to see what changed and what did not, and why.
+    """All modifications of one model; print it to see what changed, what did not, and why.
 
-    ``blocks`` are the model's MLP blocks, ``step`` the optimizer steps followed so far.
+    :func:`actsparse.sparsify` makes it, and :func:`actsparse.handle_of` finds it later.
+
+    Args:
+        model: the model, without wrappers.
+        recipe: its recipe.
+        blocks: its MLP blocks.
+
+    >>> from actsparse import sparsify
+    >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> x = torch.randn(2, 5, 8)
+    >>> handle = sparsify(mlp, inputs=x)  # the recipe "best"
+    >>> handle.rows()[0]["change"]
+    'relu → jsrelu'
+    >>> optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    >>> handle.attach(optimizer, steps=100)
+    >>> loss = mlp(x).square().mean() + handle.penalty()
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> handle.step, handle.state_dict()
+    (1, {'step': 1, 'steps': 100})
+    >>> handle.load_state_dict({"step": 0, "steps": 100})
+    >>> handle.remove()
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, blocks: Blocks) -> None:
@@ -52,30 +73,41 @@ class Handle:
 
     @property
     def step(self) -> int:
-        """Optimizer steps followed so far."""
+        """The number of optimizer steps followed so far."""
         return self._clock.step
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of the whole training, where known."""
+        """The number of optimizer steps of the whole training; None if unknown."""
         return self._clock.steps
 
     @property
     def has_schedules(self) -> bool:
-        """Whether the recipe moves with training."""
+        """Whether anything in the recipe changes with the number of steps."""
         return any(modification.ramps() for modification, _ in self._attached)
 
     @property
     def changes_function(self) -> bool:
-        """Whether the model computes something else in evaluation than without the recipe."""
+        """Whether in evaluation the model computes something else than without the recipe."""
         return any(modification.changes_function for modification, _ in self._attached)
 
     def add(self, modification: Modification, attached: Attached) -> None:
-        """Take over something that ``sparsify`` attached."""
+        """Add what a modification has attached to a block; ``sparsify`` calls it.
+
+        Args:
+            modification: the modification.
+            attached: what its ``apply`` returned.
+        """
         self._attached.append((modification, attached))
 
     def leave_alone(self, modification: str, block: str, reason: str) -> None:
-        """Note why a modification was not made at a block."""
+        """Note why a modification was not made at a block; ``sparsify`` calls it.
+
+        Args:
+            modification: the name of the modification's class.
+            block: the name of the block.
+            reason: why not.
+        """
         self._left_alone.append((modification, block, reason))
 
     # -- during training ------------------------------------------------------------------------
@@ -83,19 +115,24 @@ class Handle:
     def attach(
         self, optimizer: torch.optim.Optimizer, steps: int | None = None, start: int | None = None
     ) -> None:
-        """Follow an optimizer: after each of its real steps schedules move and parameters are
-        projected. Right under accumulation, GradScaler's skipped steps, DDP and FSDP2, for which
-        the order is ``sparsify``, ``fully_shard``, optimizer, ``attach``; and where an optimizer
-        steps through others that it keeps, as SAM does.
+        """Follow an optimizer: move schedules and project parameters after each of its steps.
 
-        ``steps`` is the number of optimizer steps of the whole training, needed by schedules given
-        as fractions; None keeps the number known from before. ``start`` is the number of steps
-        done before, where the weights do not say: None keeps ``handle.step``. Zeroth biases that
-        the optimizer does not know yet join the group of their block's up layer. One optimizer is
-        followed at a time: call it again with another one.
+        Only real steps count: not the small batches of accumulation, nor the steps that GradScaler
+        skips. It also works where one optimizer steps through others that it holds, as SAM does.
+        With DDP and FSDP2 the order is ``sparsify``, ``fully_shard``, optimizer, ``attach``.
+
+        Zeroth biases that the optimizer does not hold yet join the group of their block's up layer.
+        One optimizer is followed at a time; call it again to follow another one.
+
+        Args:
+            optimizer: the optimizer of the model's parameters.
+            steps: the number of optimizer steps of the whole training. Schedules that are given as
+                fractions need it. None keeps the number known from before.
+            start: the number of steps done before, where the weights do not say it. None keeps
+                ``handle.step``.
 
         Raises:
-            TypeError: not a torch optimizer; Accelerate's wrapper of one is taken too.
+            TypeError: not a torch optimizer (Accelerate's wrapper of one is accepted).
             ValueError: a schedule is a fraction of the steps and ``steps`` is missing, a layer was
                 wrapped (peft) after ``sparsify``, the optimizer holds nothing of the model, or
                 ``start`` is negative.
@@ -176,7 +213,13 @@ class Handle:
             attached.update(Progress(self.step, self.steps))
 
     def look(self, *hook: Any) -> None:
-        """Follow what the model's buffer says; between passes, as sites take up new hooks."""
+        """Take the step from the model's buffer, which loading or averaging may have changed.
+
+        Call it between passes only, because hooks may change.
+
+        Args:
+            *hook: ignored, so that it can serve as a hook.
+        """
         self._clock.look()
         for _, attached in self._attached:
             attached.settle()
@@ -238,11 +281,13 @@ class Handle:
             warnings.warn(message, stacklevel=stacklevel)
 
     def penalty(self) -> Tensor:
-        """What the penalties add to the loss of the last forward pass, a 0-dim tensor.
+        """The penalty of the last forward pass, to be added to its loss.
 
-        ``loss = loss + handle.penalty()``; zero without penalties or outside training mode.
-        Each call takes the values of one forward pass. Warns, once, where schedules stand still in
-        training since no optimizer is attached.
+        ``loss = loss + handle.penalty()``. Each call takes the values of one forward pass. It
+        warns, once, if no optimizer is attached although a schedule waits for one.
+
+        Returns:
+            A tensor without dimensions; zero without penalties or outside training mode.
         """
         self._asked = True
         self.look()
@@ -266,12 +311,19 @@ class Handle:
         return torch.stack(means).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedules stand; parameters are in the model's own state dict."""
+        """The number of steps done and of all steps; parameters are in the model's own state dict.
+
+        Returns:
+            Plain values for JSON: ``step`` and ``steps``.
+        """
         self.look()
         return {"step": self.step, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Go on from where :meth:`state_dict` was called.
+
+        Args:
+            state: what it returned.
 
         Raises:
             ValueError: ``state`` is not a handle's.
@@ -281,7 +333,7 @@ class Handle:
         self._put(int(state["step"]), state["steps"])
 
     def remove(self) -> None:
-        """Take everything back: the model computes, and its state dict reads, as without it.
+        """Remove everything: the model computes as before, and its state dict has its old keys.
 
         Parameters keep the values that training gave them.
         """
@@ -314,8 +366,11 @@ class Handle:
     # -- for the eye ----------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, str]]:
-        """One row for each modification and block: ``modification``, ``block``, ``change`` or
-        ``left_alone`` with the reason."""
+        """One row for each modification and each block.
+
+        Returns:
+            ``modification``, ``block``, and either ``change`` or, with the reason, ``left_alone``.
+        """
         rows = [
             {
                 "modification": type(modification).__name__,
@@ -359,7 +414,17 @@ def _alike(text: str) -> str:
 
 
 def handle_of(model: nn.Module) -> Handle | None:
-    """The handle attached to a model, if it has been sparsified."""
+    """The handle of a model that was sparsified, or None.
+
+    Args:
+        model: the model that ``sparsify`` got, without wrappers.
+
+    Returns:
+        The handle, or None if the model is not sparsified.
+
+    >>> handle_of(nn.Linear(2, 2)) is None
+    True
+    """
     handle: Handle | None = model.__dict__.get(HANDLE)
     if handle is not None:
         handle.look()

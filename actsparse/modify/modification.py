@@ -14,7 +14,15 @@ from actsparse.values import check_fields
 
 
 class NotApplicable(Exception):
-    """A modification cannot be made at a block; the message says why."""
+    """A modification cannot be made at a block; the message says why.
+
+    ``sparsify`` leaves such a block alone and lists it, unless the modification fits no block.
+
+    >>> raise NotApplicable("no norm feeds its up layer")
+    Traceback (most recent call last):
+    ...
+    actsparse.modify.modification.NotApplicable: no norm feeds its up layer
+    """
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,16 @@ class Attached:
 
 @dataclass(frozen=True)
 class Modification:
-    """Base of the configs; the annotations of its fields say what they must be.
+    """Base class of all modifications: dataclasses of options that attach themselves to blocks.
 
-    ``order``: projections of lower order run first. ``changes_function``: in evaluation the block
-    computes something else with it, whatever its parameters.
+    The annotations of the fields say which values are allowed; a wrong one is a ``ValueError``. A
+    subclass may set two class attributes. ``order``: after each optimizer step projections of lower
+    order run first. ``changes_function``: in evaluation the block computes something else with this
+    modification, whatever its parameters are.
+
+    >>> from actsparse.modify import NormFloor
+    >>> isinstance(NormFloor(), Modification), NormFloor().ramps()
+    (True, [])
     """
 
     order: ClassVar[int] = 0
@@ -77,14 +91,31 @@ class Modification:
         check_fields(self, form=type(self).__name__ + "({}={})")
 
     def ramps(self) -> list[Ramp]:
-        """The schedules this modification follows."""
+        """The schedules that this modification follows during training.
+
+        Returns:
+            A ramp for each schedule; none by default.
+        """
         return []
 
     def apply(self, block: MLPBlock) -> Attached:
-        """Attach to one block.
+        """Attach this modification to one block; ``sparsify`` calls it for each block.
+
+        Args:
+            block: the block.
+
+        Returns:
+            What was attached: it follows schedules, projects parameters and can be removed.
 
         Raises:
             NotApplicable: the block has no place for it, and why.
             ValueError: the block's state contradicts it (a norm bias that is not zero).
+
+        >>> import torch
+        >>> from actsparse import LeaveOutMLP, find_mlp_blocks
+        >>> up, down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
+        >>> (block,) = find_mlp_blocks(torch.nn.Sequential(up, torch.nn.ReLU(), down), torch.ones(2, 8))
+        >>> LeaveOutMLP().apply(block).note
+        'output replaced by zero'
         """
         raise NotImplementedError

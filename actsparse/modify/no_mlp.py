@@ -1,4 +1,4 @@
-"""The control without MLPs: does the task need them at all?"""
+"""The control without MLPs: it shows whether the task needs them at all."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from actsparse.modify.modification import Attached, Modification
 
 @dataclass(frozen=True)
 class LeaveOutMLP(Modification):
-    """Replace every block's output y by zero, so that only the residual stream goes on.
+    """Replace every block's output y by zero, so that only the residual stream is left.
 
-    A density says something only where the network is clearly worse without its MLPs.
+    It is a control. A density says something only where the network is clearly worse without its
+    MLPs.
+
+    >>> import torch
+    >>> from actsparse import sparsify
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    >>> handle = sparsify(mlp, LeaveOutMLP(), inputs=torch.randn(2, 8))
+    >>> mlp(torch.randn(2, 8)).count_nonzero()
+    tensor(0)
     """
 
     changes_function: ClassVar[bool] = True

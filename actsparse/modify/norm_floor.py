@@ -17,19 +17,34 @@ from actsparse.values import Above0
 
 @dataclass(frozen=True)
 class NormFloor(Modification):
-    """After every optimizer step the norm's effective scale s is at least ``floor``.
+    """Keep the scale of the norm before each MLP at or above ``floor`` (restricted LayerNorm).
 
-    ``s = w + o``, o = 1 where the norm multiplies by ``1 + w`` (Gemma). From scratch
-    ``s ← max(s, f)``. In finetuning, with ``uplift``: ``s ← sgn(s)·max(|s|, f·ramp)``,
-    ``sgn(0) = +1``, the ramp from 0 to 1 over ``uplift`` steps (int) or that fraction of all
-    steps (float). A larger input norm is one of the factors that lower density
-    (arXiv 2309.03004, restricted LayerNorm; 2605.25612).
+    After every optimizer step the norm's effective scale s is raised to the floor f. ``s = w + o``,
+    where o = 1 if the norm multiplies by ``1 + w`` (Gemma), else 0:
 
-    ``before=True`` brings s to the floor before each step instead, as the papers' authors' program
-    does (cdgyp/sparsity at ae2ff7b): what the step takes away is then missing in the next pass.
+        from scratch: ``s ← max(s, f)``
+        in finetuning: ``s ← sgn(s)·max(|s|, f·ramp)``, ``sgn(0) = +1``
 
-    Where the norm also feeds something else (attention, the residual stream) its floor changes
-    that too: refused unless ``shared=True``.
+    A larger input norm is one of the factors that lower density. Source: arXiv 2309.03004,
+    restricted LayerNorm; 2605.25612.
+
+    Args:
+        floor: f, above 0.
+        uplift: for finetuning: over how many optimizer steps (int), or over which fraction of all
+            steps (float up to 1), the ramp rises from 0 to 1. None: from scratch.
+        shared: allow it also where the norm feeds something else (attention, the residual stream),
+            which the floor changes too. Without it such a block is left alone.
+        before: raise the scale before each step instead of after it, as the papers' authors'
+            program does (cdgyp/sparsity at ae2ff7b). A step can then leave it below the floor.
+
+    >>> import torch
+    >>> from actsparse import sparsify
+    >>> mlp = torch.nn.Sequential(
+    ...     torch.nn.LayerNorm(8), torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)
+    ... )
+    >>> print(sparsify(mlp, NormFloor(uplift=0.5), inputs=torch.randn(2, 8)))
+    NormFloor: 1 MLP block of Sequential
+      NormFloor          (root): 0.weight ≥ 1, over 50% of the steps
     """
 
     order: ClassVar[int] = 0

@@ -44,19 +44,32 @@ PENALTIES: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class ActivationPenalty(Modification):
-    """``weight ·`` the mean over blocks and unpadded tokens of a penalty on a, in training mode.
+    """Add a penalty on the activations a to the loss, in training mode.
 
-    ``kind`` is ``"hoyer"`` or ``"l1"``, each a formula of ‖a‖₁ and ‖a‖₂, which sparse blocks know
-    (:func:`actsparse.accelerate`). With ``ramp`` the weight rises linearly from 0 over the first so
-    many steps (int) or that fraction of all steps (float). While it is 0 blocks run as without a
-    penalty. The penalty enters the loss by ``loss = loss + handle.penalty()`` or by the training
-    callback.
+    The penalty is ``weight`` times the mean over blocks and unpadded tokens of
+
+        ``"l1"``: ``‖a‖₁ / H``
+        ``"hoyer"``: ``‖a‖₁² / (H·‖a‖₂²)`` (Hoyer-Square: Yang, Wen, Li 2020, arXiv 1908.09979)
+
+    Add it yourself, ``loss = loss + handle.penalty()``, or let the training callback do it. Blocks
+    run sparse with it (:func:`actsparse.accelerate`). While the weight is 0 blocks run as without
+    a penalty.
+
+    Args:
+        kind: ``"hoyer"`` or ``"l1"``.
+        weight: the factor of the penalty, at least 0.
+        ramp: over how many optimizer steps (int), or over which fraction of all steps (float up to
+            1), the weight rises linearly from 0. None: it is constant.
 
     Raises:
         ValueError: unknown kind, negative weight, impossible ramp.
 
-    >>> print(*ActivationPenalty(ramp=0.5).ramps())
-    over 50% of the steps
+    >>> from actsparse import sparsify
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    >>> x = torch.randn(4, 8)
+    >>> handle = sparsify(mlp, ActivationPenalty("l1", weight=0.5), inputs=x)
+    >>> loss = mlp(x).square().mean() + handle.penalty()
+    >>> loss.backward()
     """
 
     kind: str = "hoyer"

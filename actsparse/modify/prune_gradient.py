@@ -17,25 +17,28 @@ from actsparse.values import AtLeast0
 
 @dataclass(frozen=True)
 class PruneGradient(Modification):
-    """Set entries of the effective gradient η = g_z with ``|η| ≤ threshold · rms(η)`` to zero.
+    """In training, set small entries of the effective gradient η = ∂ℓ/∂z to zero.
 
-    η [..., H] is the gradient at z, the output of the layer that enters φ (up; the gate in gated
-    blocks, whose up keeps its whole gradient). What is dropped is missing from that layer's
-    weights' and bias's gradients and from what goes on to x: ``dU = η̂ᵀx``, ``dx = η̂U``.
+    η [..., H] is the gradient at z, the output of the layer that enters φ. That is up; in gated
+    blocks it is gate, and up keeps its whole gradient. With η̂ in its place that layer has the
+    gradients ``dU = η̂ᵀx`` and ``dx = η̂U``:
 
         ``η̂ = η · 1[|η| > threshold · rms(η)]``,  ``rms(η) = √(Σ η² / #{η ≠ 0})``
 
     over all tokens and units of one call of the block: with several processes each of its own
-    batch, under accumulation of each small batch. Zeros do not count, so that the threshold means
-    the same at every density, and padding that gets no gradient has no say. The scale of the loss
-    does not matter (``GradScaler``). An η that is not finite is left as it is. 0 drops nothing.
+    batch, under accumulation each small batch by itself. Zeros do not count in rms, so the
+    threshold means the same at every density, and padding without a gradient has no influence. The
+    scale of the loss does not matter (``GradScaler``). An η that is not finite is left as it is.
 
-    Training mode only; the forward is the same to the bit. ``observe`` reads η before the block's
-    own dropping: what it says of a block is of the gradient that came, in which the dropping of
-    later blocks is. Zeros are written, not skipped, so that no time is saved: like weight noise it
-    makes the block run by its own layers under :func:`actsparse.accelerate`, in evaluation too.
+    The forward pass stays the same to the bit. ``observe`` reads η before the block's own pruning,
+    so what it reports includes the pruning of later blocks only. Zeros are written, not skipped:
+    this saves no time, and under :func:`actsparse.accelerate` such a block runs by its own layers,
+    in evaluation too.
 
-    Source: Peng et al. 2026, arXiv 2605.25612, on sparse backward passes; rule and rms are ours.
+    Source: Peng et al. 2026, arXiv 2605.25612, on sparse backward passes; the rule is ours.
+
+    Args:
+        threshold: what is dropped, as a multiple of rms(η); 0 drops nothing.
 
     Raises:
         ValueError: ``threshold`` is not a finite number ≥ 0.

@@ -1,4 +1,4 @@
-"""Prune dead units: hidden units that were never active leave the weights; layers stay dense."""
+"""Cut hidden units that were never active out of the weights; the layers stay dense."""
 
 from __future__ import annotations
 
@@ -25,31 +25,33 @@ _DENSE = "_actsparse_dense_width"  # kept on up: what tells a pruned block from 
 def prune_dead_units(
     model: nn.Module, seen: Seen, *, blocks: Iterable[MLPBlock] | None = None
 ) -> Pruned:
-    """Cut out of ``model``, in place, the hidden units that were never active in ``seen``.
+    """Cut the hidden units that were never active out of a model's MLPs, in place.
 
-    A unit h is dead on some data if ``a_th = 0``, exactly, for each of its tokens t. It is dead of
-    the weights and φ as they were when observed: a threshold or swap taken back since may wake it,
-    and that is not checked. Its row of up
+    A unit h is dead on some data if ``a_th = 0``, exactly, for each of its tokens t. Its row of up
     (and gate) and its column of down then change nothing:
 
         ``y_t = Σ_h a_th V_:h + b′ = Σ_{h alive} a_th V_:h + b′``
 
-    so outputs on these tokens stay as they were, up to the rounding of shorter sums. **On other
-    data a unit that was silent may wake, and pruned it is missing there**; padding that ``observe``
-    left out is other data too. Which units live was counted in evaluation mode; training mode with
-    its dropout and noise may have waked others.
+    Outputs on these tokens stay as they were, up to the rounding of shorter sums. **On other data a
+    unit that was inactive may be active, and is missing then.** Padding that ``observe`` left out
+    is other data, too. So is training mode, with its dropout and noise: units are counted in
+    evaluation mode. A unit is dead with the weights and φ that were observed. If a threshold or a
+    swap was removed since, it may be active again; that is not checked.
 
-    ``seen`` is what ``observe(model, "density")`` returned, after passes in evaluation mode over
-    the data that matters. Pruning closes it, as its counts are of units that are gone; close other
-    sessions yourself. ``blocks`` are those of ``seen.blocks`` to prune, all unless given. One unit,
-    the first, is left of a block whose units are all dead: at width 0 means over units (of weight
-    noise, penalties, densities) would be 0/0.
+    If all units of a block are dead, its first is left, because at width 0 means over units would
+    be 0/0. What ``sparsify`` and ``accelerate`` attached stays and works on. Layers get new
+    parameters: make another optimizer, because one made before holds the old ones. ``save`` keeps
+    the widths.
 
-    What ``sparsify`` and ``accelerate`` attached stays and works on. Layers get new parameters: an
-    optimizer made before holds the old ones, so make another. ``save`` keeps the widths.
+    Args:
+        model: the model.
+        seen: what ``observe(model, "density")`` returned, after passes in evaluation mode over the
+            data that matters. It is closed, because its counts include the units that are gone.
+            Close other sessions yourself.
+        blocks: which of ``seen.blocks`` to prune; None: all.
 
     Returns:
-        The handle: print it for the units of each block, ``remove()`` gives the dense layers back.
+        The handle. Print it for the units of each block; ``remove()`` restores the dense layers.
 
     Raises:
         ValueError: a block that was not observed with ``"density"`` or that no token passed in
@@ -60,7 +62,7 @@ def prune_dead_units(
     >>> from actsparse import observe
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     >>> _ = nn.init.constant_(mlp[0].bias[:5], -99.0)
-    >>> x = torch.randn(1000, 8)  # wakes all that can
+    >>> x = torch.randn(1000, 8)  # all other units are active on some of these
     >>> with observe(mlp, inputs=x) as seen:
     ...     y = mlp(x)
     >>> pruned = prune_dead_units(mlp, seen)
@@ -195,9 +197,25 @@ class _Cut:
 
 
 class Pruned:
-    """What :func:`prune_dead_units` has done; ``remove()`` undoes it.
+    """The handle that :func:`prune_dead_units` returns: print it for the units of each block.
 
-    ``rows``: of each block its name, and its hidden units before and after.
+    Its attribute ``parameters`` is the number of parameters that were cut out.
+
+    Args:
+        root: the model, without wrappers.
+        rows: of each block its name, and its hidden units before and after.
+        cuts: the parameters that were cut.
+        followers: other objects that describe the same blocks, with the width they had.
+
+    >>> from actsparse import observe
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    >>> _ = nn.init.constant_(mlp[0].bias[:5], -99.0)
+    >>> with observe(mlp, inputs=torch.randn(2, 8)) as seen:
+    ...     _ = mlp(torch.randn(1000, 8))
+    >>> pruned = prune_dead_units(mlp, seen)
+    >>> pruned.rows, pruned.parameters
+    ([('0', 32, 27)], 85)
+    >>> pruned.remove()
     """
 
     def __init__(
@@ -214,13 +232,13 @@ class Pruned:
         self.parameters = sum(each.dense.numel() - each.size.numel() for each in cuts)
 
     def remove(self) -> None:
-        """Give the blocks their dense layers back, with the parameters they had; twice is fine.
+        """Restore the dense layers; calling it twice does no harm.
 
-        Units that were kept have the values that training has given them since, pruned ones those
-        they had.
+        Units that were kept have the values that training has given them since; pruned units have
+        those they had.
 
         Raises:
-            ValueError: a layer was changed in shape since; nothing is undone then.
+            ValueError: the shape of a layer was changed since; nothing is restored then.
         """
         for piece in self._cuts:
             piece.check()

@@ -29,17 +29,25 @@ MODIFICATIONS: dict[str, type[Modification]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named list of modifications.
+    """A named list of modifications, which ``sparsify`` makes in this order.
 
-    >>> Recipe("mine", (NormFloor(floor=2.0), SwapActivation("relu"))).to_json()["name"]
-    'mine'
+    Args:
+        name: any name, for print and for files.
+        modifications: the modifications.
+
+    >>> recipe = Recipe("mine", (NormFloor(floor=2.0), SwapActivation("relu")))
+    >>> Recipe.from_json(recipe.to_json()) == recipe
+    True
     """
 
     name: str
     modifications: tuple[Modification, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as plain values; :meth:`from_json` reads them.
+        """The recipe as plain values for JSON; :meth:`from_json` reads them.
+
+        Returns:
+            The name, and under ``modifications`` the name and options of each.
 
         Raises:
             ValueError: a modification holds a function instead of a name.
@@ -56,12 +64,20 @@ class Recipe:
 
     @classmethod
     def from_json(cls, values: Any, where: str = "the recipe") -> Recipe:
-        """The inverse of :meth:`to_json`; ``where`` the values are from, for the message.
+        """Make a recipe from what :meth:`to_json` returned.
 
-        An option that no longer exists is dropped where it is null, as it changed nothing.
+        An option that no longer exists is dropped if its value is null, because it changed nothing.
+
+        Args:
+            values: the plain values.
+            where: what they were read from, for error messages.
+
+        Returns:
+            The recipe.
 
         Raises:
-            ValueError: no recipe, an unknown modification or option, or a wrong value of one.
+            BadValue: this is no recipe, or names an unknown modification or option, or has a wrong
+                value of one. It is a ``ValueError``.
         """
         check(where, values, _SHAPE)
         modifications = []
@@ -120,8 +136,17 @@ def recipe_named(name: str) -> Recipe:
     ``best`` wants weight decay that spares norms and biases: ``decay_groups(model, weight_decay,
     exclude=("norm", "bias"))``.
 
+    Args:
+        name: one of these.
+
+    Returns:
+        The recipe.
+
     Raises:
         ValueError: no recipe has that name.
+
+    >>> recipe_named("paper").modifications[2]
+    SwapActivation(to='jsrelu', mix=None)
     """
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")

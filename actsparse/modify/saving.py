@@ -44,23 +44,41 @@ from actsparse.values import AtLeast0, Count
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
-    """Write a sparsified model, or one with thresholds, to the folder ``path``: whole or not.
+    """Write a sparsified model, or one with thresholds, to a folder that :func:`load` reads.
 
-    ``model.safetensors`` holds every parameter and buffer, zeroth biases among them;
-    ``actsparse.json`` the recipe, where its schedules stand, how many hidden units each block has
+    ``model.safetensors`` holds every parameter and buffer, zeroth biases among them.
+    ``actsparse.json`` holds the recipe and its step, the number of hidden units of each block
     (:func:`actsparse.prune_dead_units`), thresholds (:func:`actsparse.calibrate_thresholds`) and,
-    for models of ``transformers``, the class and config, so that :func:`load` needs nothing else.
-    What was pruned is gone from the file. Of a ``PeftModel`` the base and the adapters are written,
-    with the adapters' configs
-    (:func:`actsparse.modify.adapters.save_adapter` leaves out the base). A folder that save()
-    wrote before is replaced. Of a sharded model (FSDP2) call it in every process: parameters are
-    gathered, and the first process writes them.
+    for models of ``transformers``, class and config, so that :func:`load` needs nothing else.
+    Pruned units are not written. Of a ``PeftModel`` the base and the adapters are written, with the
+    adapters' configs (:func:`actsparse.modify.adapters.save_adapter` leaves out the base).
+
+    Args:
+        model: the model. If it is sharded (FSDP2), call save in every process: parameters are
+            gathered and the first process writes them.
+        path: the folder. It is written whole or not at all. A folder that save wrote before is
+            replaced.
+
+    Returns:
+        The folder.
 
     Raises:
         ValueError: the model is not changed, its recipe holds a function, or a block that was
             pruned or has a threshold is none of those sparsified.
         FileExistsError: ``path`` is a file, or a folder with other files in it.
         OSError: the folder cannot be written; what was there before is still there.
+
+    >>> import tempfile
+    >>> from actsparse import handle_of
+    >>> def mlp():
+    ...     return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> model, x = mlp(), torch.randn(2, 5, 8)
+    >>> handle = sparsify(model, "paper", inputs=x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save(model, f"{folder}/saved")
+    ...     again = load(path, mlp())
+    >>> torch.equal(again(x), model(x)), handle_of(again).recipe.name
+    (True, 'paper')
     """
     root = unwrap(model)
     sidecar = describe(root, "save()")
@@ -77,21 +95,25 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Read what :func:`save` wrote: build the plain model, sparsify it, load the weights.
+    """Load a model that :func:`save` wrote, with its recipe, thresholds and widths.
 
-    What ``save_pretrained`` wrote of a model whose function actsparse had changed, and checkpoints
-    of a Trainer with ``SparsityCallback``, are read as well.
-    ``model`` is the plain model, in any state; it may be left out for classes of ``transformers``
-    (the model then comes in eval mode, with the dtypes it was saved with). A model that was saved
-    with peft's adapters comes back as a ``PeftModel`` around it, one that was pruned with its
-    widths (``model`` is whole or as narrow), one with thresholds with them
-    (:func:`actsparse.modify.thresholds.thresholds_of`).
-    Nothing is unpickled and no code from the folder runs. The handle is
-    ``actsparse.handle_of(model)``.
+    It also reads what ``save_pretrained`` wrote of a model whose function actsparse had changed,
+    and checkpoints of a Trainer with ``SparsityCallback``. Nothing is unpickled, and no code from
+    the folder runs. The example of :func:`save` shows both.
+
+    Args:
+        path: the folder.
+        model: the plain model, with any weights; if it was pruned, whole or as narrow. It may be
+            left out for classes of ``transformers``: the model then comes in eval mode, with the
+            dtypes it was saved with.
+
+    Returns:
+        The model, sparsified: ``actsparse.handle_of(model)`` is its handle. If it was saved with
+        peft's adapters, a ``PeftModel`` around it.
 
     Raises:
         FileNotFoundError: the folder or one of its two files is missing.
-        ValueError: torn or foreign files, or a model that does not fit them.
+        ValueError: files that are damaged or not written by save, or a model that does not fit.
     """
     path = Path(path)
     sidecar = read_sidecar(path, WEIGHTS)

@@ -20,11 +20,22 @@ from actsparse.values import Rule
 
 @dataclass(frozen=True)
 class SwapActivation(Modification):
-    """Compute φ (the gate's, in gated blocks) as the activation named ``to``.
+    """Replace the activation φ of each block (of gate, in gated blocks) by another one.
 
-    With ``mix`` (finetuning) it is ``(1−k)·φ_old + k·φ_new``, k from 0 to 1 over ``mix`` steps
-    (int) or that fraction of all steps (float); arXiv 2309.03004, finetuning for sparsity. ``to``
-    may also be an :class:`actsparse.activations.ActivationFunction`.
+    In finetuning it is mixed in, ``(1−k)·φ_old + k·φ_new``, k from 0 to 1 (arXiv 2309.03004,
+    finetuning for sparsity).
+
+    Args:
+        to: the new φ: a name (:func:`actsparse.activations.named`) or an
+            :class:`actsparse.activations.ActivationFunction`.
+        mix: over how many optimizer steps (int), or over which fraction of all steps (float up to
+            1), k rises from 0 to 1. None: φ is replaced at once.
+
+    >>> from actsparse import sparsify
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+    >>> print(sparsify(mlp, SwapActivation("jsrelu"), inputs=torch.randn(2, 8)))
+    SwapActivation: 1 MLP block of Sequential
+      SwapActivation     (root): gelu → jsrelu
     """
 
     changes_function: ClassVar[bool] = True

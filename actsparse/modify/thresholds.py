@@ -1,4 +1,4 @@
-"""Thresholds after training: small activations are dropped, as many as quality bears."""
+"""Thresholds after training: drop small activations, as many as a limit on the loss allows."""
 
 from __future__ import annotations
 
@@ -29,35 +29,48 @@ def calibrate_thresholds(
     share: float | None = None,
     blocks: Iterable[MLPBlock] | None = None,
 ) -> Thresholds:
-    """Give the φ of each block a threshold, in place: ``φ_t(z) = φ(z)`` where z > t, else 0.
+    """Give φ of each block a threshold, in place: ``φ_t(z) = φ(z)`` where z > t, else 0.
 
-    One number ε for the whole model says how much may go: t_b is the threshold that drops the most
-    with ``mean_t (Σ_{h: z ≤ t_b} a_th² / Σ_h a_th²) ≤ ε`` over all tokens t that were seen of block
-    b (gated blocks: z is the gate's, a = φ(z) ⊙ u), and of those that drop the same the smallest.
-    Each token counts the same: with shares of Σ a² over all tokens, one token a thousand times as
-    large as the others would silence them. There are two ways to choose ε:
+    One number ε for the whole model says how much may be dropped. The threshold t_b of block b is
+    the one that drops the most under the condition
+
+        ``mean_t (Σ_{h: z ≤ t_b} a_th² / Σ_h a_th²) ≤ ε``
+
+    over all tokens t that block b was seen with. In gated blocks z is the gate's and
+    a = φ(z) ⊙ u. Of thresholds that drop the same the smallest is taken. Each token counts the
+    same: with shares of Σ a² over all tokens, one token a thousand times as large as the others
+    would silence them.
+
+    There are two ways to choose ε:
 
     - ``budget`` and ``evaluate``: the largest ε, by bisection, with which
-      ``evaluate() ≤ evaluate() without thresholds + budget``. ``evaluate`` runs the model as it
-      stands and returns its loss, lower is better, on data of your choice (validation), in
-      evaluation mode and the same each time; it is called about 9 times. ``budget`` is in the
-      loss's own unit. Loss need not grow with ε: the result is within budget, perhaps not the
-      largest that is. A larger budget never gives a smaller ε.
-    - ``share``: ε itself, from 0 to 1. Nothing is evaluated.
+      ``evaluate() ≤ evaluate() without thresholds + budget``. The loss need not grow with ε: the
+      result is within the budget, but perhaps not the largest that is. A larger budget never gives
+      a smaller ε.
+    - ``share``: ε itself. Nothing is evaluated.
 
-    ``seen`` is what ``observe(model, "magnitudes")`` returned, after passes in evaluation mode and
-    best closed; ``blocks`` are those of ``seen.blocks`` to change, all unless given. φ must be of
-    the family of ReLU, JSReLU or squared ReLU, the model's own or ``sparsify``'s; one that had a
-    threshold has the larger of the two. Where t is 0 nothing changes. ``observe`` and ``save`` know
-    the thresholded φ by its name.
+    φ must be a ReLU, JSReLU or squared ReLU, with numbers or not, the model's own or
+    ``sparsify``'s. If it has a threshold already, the larger of the two counts. Where t is 0
+    nothing changes. ``observe`` and ``save`` know the thresholded φ by its name.
 
-    Thresholds by the distribution of what was seen: CATS (Lee et al. 2024, arXiv 2404.08763) and
-    TEAL (Liu et al. 2024, arXiv 2408.14690), at one density for all blocks or by greedy search;
-    ReLU with a threshold: FATReLU in ProSparse (Song et al. 2024, arXiv 2402.13516). One share of
-    each token's Σ a² for all blocks is ours.
+    Sources: CATS (Lee et al. 2024, arXiv 2404.08763) and TEAL (Liu et al. 2024, arXiv 2408.14690)
+    choose thresholds by the distribution of what was seen, at one density for all blocks or by
+    greedy search; FATReLU is ReLU with a threshold (ProSparse: Song et al. 2024, arXiv 2402.13516).
+    One share of each token's Σ a² for all blocks is ours.
+
+    Args:
+        model: the model.
+        seen: what ``observe(model, "magnitudes")`` returned, after passes in evaluation mode; best
+            closed.
+        budget: by how much the loss may rise, in its own unit, at least 0.
+        evaluate: runs the model as it is and returns its loss (lower is better) on data of your
+            choice (validation), in evaluation mode and the same each time. It is called about 9
+            times.
+        share: ε, from 0 to 1.
+        blocks: which of ``seen.blocks`` to change; None: all.
 
     Returns:
-        The handle: print it for threshold and density of each block, ``remove()`` undoes it.
+        The handle. Print it for threshold and density of each block; ``remove()`` undoes it.
 
     Raises:
         ValueError: not one of the two ways; a φ that takes no threshold (GELU and SiLU are never
@@ -93,9 +106,9 @@ def calibrate_thresholds(
     parts = {n: copy.deepcopy(seen.part(n, "inference", "magnitudes")) for n in chosen}
     handle = Thresholds(model, chosen, parts)
     try:
-        handle.check()
+        handle._check()
         if budget is not None and evaluate is not None:
-            handle.search(budget, evaluate)
+            handle._search(budget, evaluate)
         else:
             handle.put(share or 0.0)
     except BaseException:
@@ -105,9 +118,16 @@ def calibrate_thresholds(
 
 
 def thresholds_of(model: nn.Module) -> Thresholds | None:
-    """The handle of a model's thresholds, also of those that came with ``load``; None: it has none.
+    """The handle of a model's thresholds, also of those that ``load`` has read, or None.
 
-    >>> thresholds_of(nn.Linear(2, 2))
+    Args:
+        model: any model.
+
+    Returns:
+        The handle, or None if the model has no thresholds.
+
+    >>> thresholds_of(nn.Linear(2, 2)) is None
+    True
     """
     held = (module.__dict__.get(_ATTRIBUTE) for module in unwrap(model).modules())
     return next((handle for handle in held if handle is not None), None)
@@ -145,9 +165,34 @@ class Magnitudes(Protocol):
 
 
 class Thresholds:
-    """What :func:`calibrate_thresholds` has done; ``remove()`` undoes it.
+    """The handle that :func:`calibrate_thresholds` returns: print it for what each block drops.
 
-    ``share`` is ε, ``loss_before`` and ``loss_after`` what was evaluated; None where it was not.
+    ``share`` is ε; ``loss_before`` and ``loss_after`` are what ``evaluate`` returned. They are None
+    where they were not asked for.
+
+    Args:
+        model: the model.
+        blocks: the blocks that may have a threshold, by name.
+        seen: what was observed of each; None for thresholds from a file.
+
+    Raises:
+        ValueError: the model has thresholds already, or a block takes none.
+
+    >>> import torch
+    >>> from actsparse import observe
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    >>> x = torch.randn(64, 8)
+    >>> with observe(mlp, "magnitudes", inputs=x) as seen:
+    ...     y = mlp(x)
+    >>> handle = calibrate_thresholds(mlp, seen, share=0.1)
+    >>> (row,) = handle.rows()
+    >>> row["density_after"] < row["density_before"]
+    True
+    >>> handle.set({"0": 0.5})
+    >>> [round(threshold, 2) for threshold in handle.in_force().values()]
+    [0.5]
+    >>> handle.put(0.2)
+    >>> handle.remove()
     """
 
     def __init__(
@@ -168,8 +213,8 @@ class Thresholds:
         self._places = {name: _Place(name, block) for name, block in blocks.items()}
         self._root.__dict__[_ATTRIBUTE] = self
 
-    def check(self) -> None:
-        """Refuse what was seen by another rule than ours: φ(z) where z > t, else 0."""
+    def _check(self) -> None:
+        """Check that every block was seen with a φ that is 0 at z ≤ 0, as a threshold needs it."""
         for name, part in self._seen.items():
             if part.score != "z":
                 raise ValueError(
@@ -178,18 +223,26 @@ class Thresholds:
                 )
 
     def set(self, thresholds: Mapping[str, float]) -> None:
-        """Put these in force, by block."""
+        """Set the thresholds of blocks.
+
+        Args:
+            thresholds: by name of the block; 0 takes its threshold away.
+        """
         for name, threshold in thresholds.items():
             self._places[name].set(threshold)
         note_changes(self._root)
 
     def put(self, share: float) -> None:
-        """Put in force what drops at most this share of a token's Σ a², as each block's mean."""
+        """Set the thresholds that drop at most a given share of a token's Σ a², on average.
+
+        Args:
+            share: ε of :func:`calibrate_thresholds`, from 0 to 1.
+        """
         self.share = share
         self.set({name: part.threshold(share) for name, part in self._seen.items()})
 
-    def search(self, budget: float, evaluate: Callable[[], float]) -> None:
-        """Put in force the largest share that :func:`calibrate_thresholds` finds within budget."""
+    def _search(self, budget: float, evaluate: Callable[[], float]) -> None:
+        """Set the thresholds of the largest ε that bisection finds within a budget."""
         known: dict[tuple[float, ...], float] = {}
 
         def loss(step: int) -> float:
@@ -212,27 +265,33 @@ class Thresholds:
         self.loss_after = loss(within)
 
     def remove(self) -> None:
-        """Give the blocks the φ back that they had, the model's own or ``sparsify``'s."""
+        """Give the blocks the φ back that they had: the model's own or ``sparsify``'s."""
         self.set(dict.fromkeys(self._places, 0.0))
         if self._root.__dict__.get(_ATTRIBUTE) is self:
             del self._root.__dict__[_ATTRIBUTE]
 
     @property
     def blocks(self) -> Blocks:
-        """The blocks that have a place for one."""
+        """The blocks that may have a threshold."""
         return Blocks(place.block for place in self._places.values())
 
     def in_force(self) -> dict[nn.Module, float]:
-        """By the up layers of blocks the thresholds above 0."""
+        """The thresholds above 0.
+
+        Returns:
+            By the module of up of each block.
+        """
         places = self._places.values()
         return {place.block.up.module: place.threshold for place in places if place.threshold}
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each block, as JSON has it.
+        """One row for each block.
 
-        ``block``, ``function`` (its φ now), ``threshold``, and, on the data seen and with what came
-        before the block as it was then, ``density_before`` and ``density_after``; None where
-        thresholds come from a file.
+        Returns:
+            Rows for JSON: ``block``; ``function`` (the name of its φ now); ``threshold``; and, on
+            the data seen, ``density_before`` and ``density_after``, None for thresholds from a
+            file. Densities are for the block by itself: thresholds of earlier blocks do not change
+            its input.
         """
         rows = []
         for name, place in self._places.items():

@@ -1,4 +1,4 @@
-"""Top-k: of every token only the largest activations are left."""
+"""Top-k: only the largest activations of each token are kept."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from actsparse.values import Rule
 
 @dataclass(frozen=True)
 class TopK(Modification):
-    """Keep each token's ``⌈k·H⌉`` largest ``|φ(z)|``, the rest is exactly zero; at any time.
+    """Keep the ``⌈k·H⌉`` largest ``|φ(z)|`` of each token and set the others to zero.
 
         ``a_th = φ(z_th) · 1[|φ(z_th)| is among the ⌈k·H⌉ largest of token t]``
 
-    in training and in evaluation, so k bounds the density of every token; of equal values enough
-    are kept to make up the number. The gradient goes through what is kept and nothing else. In
-    gated blocks the choice is by the gate's factor φ(z_gate) alone, whatever ``u`` is. φ is the
-    block's own, or the activation named ``to``, since a block has one replacement of φ: TopK does
-    not go with :class:`SwapActivation`. With ``ramp`` k falls linearly from 1 to its value over
-    the first so many steps (int) or that fraction of all steps (float).
-
-    φ under top-k has no name, so that its blocks run by their own layers under
-    :func:`actsparse.accelerate`.
+    It works in training and in evaluation, so k bounds the density of every token. Of equal values
+    enough are kept to make up the number. Only what is kept has a gradient. In gated blocks the
+    choice depends on φ(z_gate) alone, not on up. φ under top-k has no name, so its blocks run by
+    their own layers under :func:`actsparse.accelerate`.
 
     Source: Li et al. 2022 (arXiv 2210.06313), the Top-k Transformer, on ReLU.
+
+    Args:
+        k: which share of the units is kept, in (0, 1].
+        to: the name of the φ to use; None: the block's own. A block has one replacement of φ, so
+            TopK cannot be combined with :class:`SwapActivation`.
+        ramp: over how many optimizer steps (int), or over which fraction of all steps (float up to
+            1), the share falls linearly from 1 to k. None: it is k from the start.
 
     Raises:
         ValueError: ``k`` is not in (0, 1], or ``to`` is no activation's name.

@@ -1,4 +1,4 @@
-"""Weight decay as a choice: which parameters decay, whatever an engine's rules about names."""
+"""Weight decay by kind of parameter: which parameters decay, whatever rules a trainer has."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ _OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # batch and ins
 def decay_groups(
     model: nn.Module, weight_decay: float, exclude: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """Optimizer parameter groups in which only some kinds of parameters decay.
+    """Parameter groups for an optimizer in which only some kinds of parameters decay.
 
-    ``exclude`` names the kinds that do not: ``"norm"`` (scales of norms), ``"bias"`` (biases of
-    norms and layers), ``"zeroth_bias"``, ``"named_bias"`` (whatever has "bias" in its name, T5's
-    relative positions and zeroth biases too: the papers' T5 setting). By default all decay, zeroth
-    biases as weights, which is the papers' ViT setting; ``("norm", "bias")`` is *vanilla without
-    decay on 1-D parameters*, the control every comparison needs. Frozen parameters are left out.
+    By default all parameters decay, zeroth biases too: the papers' setting for ViT.
+    ``exclude=("norm", "bias")`` gives *vanilla without decay on 1-D parameters*, the control that
+    every comparison needs. ``exclude=("named_bias",)`` is the papers' setting for T5.
+
+    Args:
+        model: any model. Frozen parameters are left out.
+        weight_decay: the weight decay of those that decay, at least 0.
+        exclude: the kinds that do not decay: ``"norm"`` (scales of norms), ``"bias"`` (biases of
+            norms and layers), ``"zeroth_bias"``, ``"named_bias"`` (every parameter with "bias" in
+            its name, among them T5's relative positions and zeroth biases).
+
+    Returns:
+        One or two groups, ``{"params": [...], "weight_decay": ...}``, for any torch optimizer.
 
     Raises:
         ValueError: an unknown kind in ``exclude``, or a negative decay.

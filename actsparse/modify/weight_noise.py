@@ -21,10 +21,21 @@ from actsparse.values import Above0, Rule
 class WeightNoise(Modification):
     """Add noise of standard deviation ``ρ · rms(W) · ‖x_t‖`` to the outputs of linear layers.
 
-    That is what independent Gaussian noise of std ``ρ·rms(W)`` on each weight, drawn afresh for
-    every token, does to the output of a layer with input x_t. Training mode only. ``layers``:
-    ``"up"`` (the gate with it) and ``"down"``; the papers' ViT has both, T5 only up. The noise is
-    a constant for the gradient. Source: arXiv 2309.03004, synapse noise, ρ = 0.1.
+    This equals independent Gaussian noise of standard deviation ``ρ·rms(W)`` on each weight, drawn
+    anew for every token. It acts in training mode only, and the noise is a constant for the
+    gradient. Source: arXiv 2309.03004, synapse noise, ρ = 0.1; there ViT has it on up and down, T5
+    on up only.
+
+    Args:
+        rho: ρ, above 0.
+        layers: which layers: ``"up"`` (gate with it), ``"down"`` or both.
+
+    >>> from actsparse import sparsify
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    >>> x = torch.randn(4, 8)
+    >>> handle = sparsify(mlp, WeightNoise(rho=0.1), inputs=x)
+    >>> torch.equal(mlp(x), mlp(x)), torch.equal(mlp.eval()(x), mlp(x))
+    (False, True)
     """
 
     rho: Above0 = 0.1

@@ -23,17 +23,29 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length
 
 @dataclass(frozen=True)
 class ZerothBias(Modification):
-    """A vector d_t per token position t: the MLP sees ``x_t + d_t`` ("doubly biased MLP").
+    """Add a learnt vector d_t for each token position t to the input of each MLP.
 
-    d starts at zero and after every optimizer step is clipped entrywise to ``±clip·|s|``, s the
-    norm's effective scale (1 where there is none). The norm's own bias, which d makes redundant,
-    is frozen: from scratch it must be zero, in finetuning (``finetune=True``) it keeps its value;
-    where the norm also feeds something else it stays trainable. ``at="output"`` adds d to the
-    MLP's output instead, as the authors' program does. ``length`` is the number of positions;
-    None takes the config's maximum, else the length of the inputs the blocks were found with.
+    The MLP then sees ``x_t + d_t`` ("doubly biased MLP"). d starts at zero and is clipped entrywise
+    to ``±clip·|s|`` after every optimizer step, where s is the norm's effective scale (1 without a
+    norm). d makes the norm's own bias redundant, so that bias is frozen, unless the norm also feeds
+    something else.
 
-    Source: arXiv 2309.03004, the modified Transformer; parameter ``….actsparse.zeroth_bias``
-    of shape [length, d_model] in the norm's dtype.
+    Source: arXiv 2309.03004, the modified Transformer. The parameter is called
+    ``….actsparse.zeroth_bias``, has the shape [length, d_model] and the norm's dtype.
+
+    Args:
+        clip: the bound on |d| as a multiple of |s|, above 0.
+        at: ``"input"``, or ``"output"`` to add d to the MLP's output, as the authors' program does.
+        length: the number of positions. None: the maximum that the config names, else the length of
+            the inputs with which the blocks were found.
+        finetune: allow a norm bias that is not zero, and keep its value. From scratch it must be
+            zero.
+
+    >>> from actsparse import sparsify
+    >>> mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> handle = sparsify(mlp, ZerothBias(length=16), inputs=torch.randn(2, 5, 8))
+    >>> mlp[1].actsparse.zeroth_bias.shape
+    torch.Size([16, 8])
     """
 
     order: ClassVar[int] = 1  # after the norm floor, whose scale bounds the clip

@@ -1,4 +1,4 @@
-"""Reads a model while it runs, and never changes it: one file, one measure."""
+"""Measure a model while it runs, without changing it: one file for each measure."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Attacks on inputs: FGSM and PGD.
+"""Attacks on inputs: FGSM and PGD find inputs near the clean ones at which the loss is large.
 
-For each sample, inputs within ε of the clean ones at which its loss ℓ_b is large. FGSM takes one
-step, ``x + ε·sign(∇_x ℓ_b)`` (Goodfellow, Shlens, Szegedy 2015, arXiv 1412.6572), PGD many smaller
-ones, each back into the ball (Madry et al. 2018, arXiv 1706.06083); in L2 a step goes along
+An attack changes each sample by at most ε. FGSM takes one step, ``x + ε·sign(∇_x ℓ_b)``
+(Goodfellow, Shlens, Szegedy 2015, arXiv 1412.6572). PGD takes many smaller ones, each projected
+back into the ball of radius ε (Madry et al. 2018, arXiv 1706.06083). In L2 a step goes along
 ``∇_x ℓ_b / ‖∇_x ℓ_b‖``.
 
-The loss is that of :mod:`actsparse.observe.loss`, the mean over a sample's predicted positions.
-Models run in eval mode. Parameters, gradients, modes, hooks and global random numbers are
-afterwards as they were, also after an error.
+The loss ℓ_b of a sample is that of :mod:`actsparse.observe.loss`, the mean over its predicted
+positions. Models run in eval mode. Parameters, gradients, modes, hooks and global random numbers
+are afterwards as they were, also after an error.
 """
 
 from __future__ import annotations
@@ -30,16 +30,29 @@ Bounds = tuple[float | Tensor, float | Tensor]
 
 @dataclass(frozen=True)
 class Attack:
-    """FGSM or PGD on inputs: how far, in which norm, in which steps.
+    """An attack on inputs, FGSM or PGD: how far it goes, in which norm and in which steps.
 
-    ``epsilon`` is in the inputs' own units, after any normalisation; the L2 norm is over all of a
-    sample's entries. PGD takes ``steps`` (10) of ``step_size`` (2.5·ε/steps, which reaches every
-    point of the ball from every other), from a uniformly random point
-    of the ball or, with ``random_start=False``, from the clean input. FGSM is one step of size ε
-    from there.
+    Args:
+        method: ``"fgsm"``, one step of size ε from the clean input, or ``"pgd"``.
+        epsilon: ε, the largest change of a sample, in the inputs' own units (after any
+            normalisation), above 0.
+        norm: how the change is measured: ``"linf"``, or ``"l2"`` over all entries of a sample.
+        steps: PGD only: the number of steps; None: 10.
+        step_size: PGD only: the length of a step; None: 2.5·ε/steps, with which every point of the
+            ball can be reached from every other.
+        random_start: PGD only: start from a uniformly random point of the ball instead of the clean
+            input; None: True.
 
     Raises:
-        ValueError: an unknown method or norm, a number out of range, or steps for FGSM.
+        ValueError: an unknown method or norm, a number out of range, or PGD's options for FGSM.
+
+    >>> attack = Attack("pgd", 0.1, norm="l2", steps=20)
+    >>> attack.project(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.0600, 0.0800]])
+    >>> attack.direction(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    >>> attack.start(torch.zeros(2, 8), torch.Generator()).norm(dim=1) <= 0.1
+    tensor([True, True])
     """
 
     method: Literal["fgsm", "pgd"]
@@ -66,7 +79,10 @@ class Attack:
             )
 
     def row(self) -> dict[str, Any]:
-        """The attack as plain values, every default resolved.
+        """The attack as plain values, with every default filled in.
+
+        Returns:
+            Values by name, for JSON.
 
         >>> Attack("fgsm", 0.1).row()
         {'disturbance': 'fgsm', 'size': 0.1, 'norm': 'linf', 'steps': 1, 'step_size': 0.1,
@@ -84,7 +100,15 @@ class Attack:
         }
 
     def start(self, like: Tensor, generator: torch.Generator) -> Tensor:
-        """A uniformly random change of each sample within its ball."""
+        """Draw a uniformly random change of each sample within its ball.
+
+        Args:
+            like: a tensor of the inputs' shape [B, ...] and dtype.
+            generator: where the numbers are drawn from.
+
+        Returns:
+            The change [B, ...].
+        """
         draw = partial(torch.rand, generator=generator, device=generator.device)
         if self.norm == "linf":
             return self.epsilon * (2 * draw(like.shape).to(like) - 1)
@@ -92,11 +116,25 @@ class Attack:
         return self.epsilon * _per_sample(radius, like).to(like) * _unit(normal(like, generator))
 
     def direction(self, gradient: Tensor) -> Tensor:
-        """Where a step goes; nowhere where the gradient is zero."""
+        """The direction of a step, in which the loss rises fastest in the attack's norm.
+
+        Args:
+            gradient: ∇_x of each sample's loss [B, ...].
+
+        Returns:
+            The direction [B, ...]; zero where the gradient is zero.
+        """
         return gradient.sign() if self.norm == "linf" else _unit(gradient)
 
     def project(self, change: Tensor) -> Tensor:
-        """The nearest change of each sample that is within its ball."""
+        """Project the change of each sample into its ball: the nearest change that is allowed.
+
+        Args:
+            change: the change of the inputs [B, ...].
+
+        Returns:
+            The nearest change within the ball [B, ...].
+        """
         if self.norm == "linf":
             return change.clamp(-self.epsilon, self.epsilon)
         shrink = (self.epsilon / _norms(change)).clamp(max=1)
@@ -113,20 +151,24 @@ def perturb(
     bounds: Bounds | None = None,
     generator: torch.Generator | None = None,
 ) -> Any:
-    """``batch`` with adversarial inputs in place of its own; a new one, of the same kind.
+    """Attack a batch: replace its inputs by adversarial ones.
 
-    A model so sure of a sample that its softmax rounds to 0 or 1 is not safe by that: each
-    sample's gradient is scaled before it can vanish, of which its direction knows nothing. A
-    sample that still has no gradient takes no step.
+    A model does not withstand an attack by being so sure that its softmax rounds to 0 or 1: each
+    sample's gradient is scaled before it can vanish, which leaves its direction as it is. A sample
+    that still has no gradient takes no step.
 
     Args:
-        model, predict: as in :func:`actsparse.observe.robustness`.
+        model: any model.
+        predict: as for :func:`actsparse.observe.robustness`.
         batch: a dict, tuple or list that holds the inputs, a float tensor [B, ...].
-        attack: which.
-        key: of the inputs in ``batch``; None: its only float tensor.
+        attack: which attack.
+        key: where in ``batch`` the inputs are; None: they are its only float tensor.
         bounds: the least and the greatest value an input may take: numbers, or tensors that
-            broadcast to the inputs (pixels that were normalised by channel: [C, 1, 1]).
+            broadcast to the inputs (for pixels that were normalised by channel: [C, 1, 1]).
         generator: where PGD's start is drawn from; None: one of seed 0.
+
+    Returns:
+        A new batch of the same kind.
 
     Raises:
         ValueError: there is no float input, or more than one and no ``key``; the clean inputs are

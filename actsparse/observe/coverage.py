@@ -1,15 +1,15 @@
-"""Covering: how far per-token weight noise covers what an attack on the inputs does inside.
+"""Covering: how far weight noise in training covers what an attack on the inputs does inside.
 
 Weight noise of size ρ (:class:`actsparse.WeightNoise`) adds to each of the H outputs of a linear
-layer W a draw of standard deviation ``ρ·rms(W)·‖x_t‖``, so a vector of length about √H times
-that. Where an attack moves the layer's input x_t by δ_t, and so its output by W δ_t,
+layer W a draw of standard deviation ``ρ·rms(W)·‖x_t‖``. As a vector it is about √H times as long.
+An attack moves the layer's input x_t by δ_t, and so its output by W δ_t. The ratio
 
     ``r_t = ‖W δ_t‖ / (ρ·rms(W)·‖x_t‖·√H)``
 
 is at most 1 where noise in training was as large as what the attack does (after Peng et al. 2023,
 arXiv 2309.03004). H is the number of the layer's own outputs: for down that is d_model. W δ_t is
-taken as the change of the layer's output, adapters included, rms(W) of the base weight, as the
-noise takes it.
+the change of the layer's output, with adapters. rms(W) is that of the base weight, as for the
+noise.
 """
 
 from __future__ import annotations
@@ -42,23 +42,25 @@ def covering(
     blocks: Iterable[MLPBlock] | None = None,
     mask: Mask | None = None,
 ) -> list[dict[str, Any]]:
-    """The ratios r_t of every layer of the MLP blocks, over all tokens of all batches.
+    """Compare the effect of an attack with weight noise, in every layer of the MLP blocks.
 
-    Two passes for each pair, in eval mode, that leave no trace.
+    The module's docstring defines the ratio r_t. It takes two passes for each pair, in eval mode,
+    that leave no trace.
 
     Args:
         model: any model, modified or not.
         predict: ``predict(model, batch)`` runs the model; what it returns is not read.
         pairs: batches, each with its adversarial twin (:func:`actsparse.observe.perturb`) of the
             same shapes.
-        rho: ρ of the weight noise.
-        inputs, blocks, mask: as in :func:`actsparse.observe`; padding is left out.
+        rho: ρ of the weight noise, above 0.
+        inputs, blocks, mask: as for :func:`actsparse.observe`; padding is left out.
 
     Returns:
-        For each ``block`` and ``layer`` (``"up"``, ``"gate"``, ``"down"``): the number of
-        ``tokens``; ``covered``, the share of tokens with r_t ≤ 1; ``r50``, ``r90``, ``r99``, each
-        the least number that so many percent of the r_t do not exceed. r_t is 0 where the attack
-        changes nothing, else infinite where x_t is zero; None stands for what is not finite.
+        A row for each ``block`` and ``layer`` (``"up"``, ``"gate"``, ``"down"``), over all tokens
+        of all batches: the number of ``tokens``; ``covered``, the share of tokens with r_t ≤ 1;
+        ``r50``, ``r90``, ``r99``, the least number that so many percent of the r_t do not exceed.
+        r_t is 0 where the attack changes nothing, else infinite where x_t is zero. None stands for
+        what is not finite.
 
     Raises:
         ValueError: ρ is not positive and finite; there is no pair, or no MLP block; the two batches

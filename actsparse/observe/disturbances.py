@@ -1,8 +1,8 @@
 """Robustness: loss and accuracy under attacks on inputs, and noise on features and weights.
 
-Attacks are those of :mod:`actsparse.observe.attack`. Relative noise is Gaussian, of a given share
-of the size of what it is added to. Source: Peng et al. 2023, arXiv 2309.03004, who take sparse
-gradients for a step to robustness against perturbed hidden features and parameters.
+Attacks are those of :mod:`actsparse.observe.attack`. Relative noise is Gaussian; its size is a
+share of the size of what it is added to. Source: Peng et al. 2023, arXiv 2309.03004, who see
+sparse gradients as a step towards robustness against perturbed hidden features and parameters.
 
 Models run in eval mode. Parameters, gradients, modes, hooks and global random numbers are
 afterwards as they were, also after an error. What :func:`actsparse.observe` watches on the model
@@ -37,16 +37,21 @@ from actsparse.observe.loss import (
 
 @dataclass(frozen=True)
 class RelativeNoise:
-    """Gaussian noise of standard deviation ``level`` times the rms of what it is added to.
+    """Gaussian noise on features or weights, of standard deviation ``level`` times their rms.
 
-    ``at="x"``: the input of every MLP block, as its layers see it (with a zeroth bias), of each
-    token ``level · ‖x_t‖/√D``; a fresh draw for every entry. ``at="d"``: in the same way the
-    input of down, which is a, behind a norm where there is one. ``at="weights"``: up, gate and
-    down of every block, ``level · rms(W)``, one draw for a batch; of layers with adapters the base
-    weight.
+    Args:
+        at: what it is added to. ``"x"``: the input of every MLP block, as its layers see it (with a
+            zeroth bias); ``level · ‖x_t‖/√D`` for each token, drawn anew for every entry. ``"d"``:
+            in the same way the input of down, which is a, behind a norm where there is one.
+            ``"weights"``: up, gate and down of every block, ``level · rms(W)``, one draw for each
+            batch; of layers with adapters the base weight.
+        level: the size of the noise, above 0.
 
     Raises:
         ValueError: an unknown place, or a level that is not finite and > 0.
+
+    >>> RelativeNoise("weights", 0.1).row()
+    {'disturbance': 'noise', 'size': 0.1, 'at': 'weights'}
     """
 
     at: Literal["x", "d", "weights"]
@@ -59,7 +64,11 @@ class RelativeNoise:
             raise ValueError(f"RelativeNoise(level={self.level!r}): expected a finite number > 0")
 
     def row(self) -> dict[str, Any]:
-        """The noise as plain values."""
+        """The noise as plain values.
+
+        Returns:
+            Values by name, for JSON.
+        """
         return {"disturbance": "noise", "size": self.level, "at": self.at}
 
 
@@ -75,26 +84,27 @@ def robustness(
     bounds: Bounds | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Loss and accuracy on ``batches``, clean and under each of the disturbances ``against``.
+    """Loss and accuracy on clean data, and under each of several attacks and noises.
 
-    Each draws from a generator of its own, all of the same ``seed``: numbers do not depend on what
-    else is asked for, levels of noise share their draws, and so do models of one shape.
+    Each attack or noise draws from a generator of its own, all of the same ``seed``. So numbers do
+    not depend on what else is asked for, and levels of noise share their draws, as do models of the
+    same shape.
 
     Args:
         model: any model, modified or not.
         predict: ``predict(model, batch)`` returns logits [B, ..., C] and integer targets [B, ...],
             −100 where nothing is predicted.
-        batches: read once.
+        batches: the data; read once.
         against: attacks and noises.
-        inputs, blocks: the MLP blocks, for noise, as in :func:`actsparse.observe`.
-        key, bounds: for attacks, as in :func:`perturb`.
+        inputs, blocks: the MLP blocks, for noise, as for :func:`actsparse.observe`.
+        key, bounds: for attacks, as for :func:`perturb`.
         seed: of all draws.
 
     Returns:
-        A row for the clean data, then one for each disturbance: what it is (``disturbance``,
-        ``size``, …), and means over the ``samples`` that predict anything of ``loss`` (nats) and
-        ``accuracy`` (the share of a sample's predicted positions at which the largest logit is the
-        target's); ``positions`` counts the predicted ones.
+        A row for the clean data, then one for each attack or noise: what it is (``disturbance``,
+        ``size``, …); means over samples of ``loss`` (nats) and ``accuracy`` (the share of a
+        sample's predicted positions at which the largest logit is the target's); the number of
+        ``samples`` that predict anything, and of predicted ``positions``.
 
     Raises:
         ValueError: no batch, no MLP block for noise, and what :func:`perturb` says of inputs.

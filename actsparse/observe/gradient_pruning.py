@@ -1,10 +1,10 @@
 """Backward pruning: what dropping small effective gradients does to the gradient of the loss.
 
-The rule is that of :class:`actsparse.PruneGradient`, which trains by it: in the backward pass of
+The rule is that of :class:`actsparse.PruneGradient`, which trains with it. In the backward pass of
 every block, and for each batch by itself, entries of η = g_z (at the layer whose output enters φ)
-with ``|η| ≤ threshold · rms(η)`` become zero, ``rms(η) = √(Σ η² / #{η ≠ 0})``. What φ′(z) = 0 lets
-the backward pass skip is exact, what small η would let it skip beyond that is not (Peng et al.
-2026, arXiv 2605.25612); here is how much there is, and what it costs.
+with ``|η| ≤ threshold · rms(η)`` become zero, ``rms(η) = √(Σ η² / #{η ≠ 0})``. What φ′(z) = 0
+lets the backward pass skip is exact. What small η let it skip beyond that is not (Peng et al.
+2026, arXiv 2605.25612). This module measures how much that is, and what it costs.
 """
 
 from __future__ import annotations
@@ -40,37 +40,38 @@ def pruning(
     blocks: Iterable[MLPBlock] | None = None,
     reduction: Reduction = "mean",
 ) -> list[dict[str, Any]]:
-    """How much of η small thresholds drop, and how far the gradient of the loss is off then.
+    """Drop small effective gradients η, and measure the error of the gradient of the loss.
 
     G is the gradient of the mean loss over the samples of all ``batches``, in all parameters that
-    require gradients; Ĝ is the same with small η dropped in every block. The model runs in eval
-    mode; parameters, gradients, modes, buffers, hooks and global random numbers are afterwards as
-    they were, also after an error.
+    require gradients. Ĝ is the same with small η dropped in every block; the module's docstring has
+    the rule. The model runs in eval mode. Parameters, gradients, modes, buffers, hooks and global
+    random numbers are afterwards as they were, also after an error.
 
-    Costs a forward and a backward pass over each batch for G and for each threshold but 0; in
-    memory G and Ĝ, in float32 or wider, beside the gradient of the running batch.
+    It takes a forward and a backward pass over each batch for G and for each threshold but 0. In
+    memory it takes G and Ĝ, in float32 or wider, beside the gradient of the current batch.
 
     Args:
         model: any model, modified or not.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar, the mean over the batch's samples, or
             the pair (logits [B, ..., C], targets [B, ...]), −100 where nothing is predicted.
         batches: a list of batches, or a DataLoader: read again for every threshold.
-        thresholds: finite numbers ≥ 0; at 0 Ĝ is G.
-        inputs, blocks: the MLP blocks, as in :func:`actsparse.observe`.
-        reduction: of a sample's loss over its predicted positions; a scalar is taken as it is.
+        thresholds: finite numbers ≥ 0, multiples of rms(η); at 0 Ĝ is G.
+        inputs, blocks: the MLP blocks, as for :func:`actsparse.observe`.
+        reduction: of a sample's loss over its predicted positions, ``"mean"`` or ``"sum"``; a
+            scalar is taken as it is.
 
     Returns:
         A row for each threshold, in their order, all numbers plain:
 
         - ``threshold``;
         - ``kept``: the share of entries of η that are not dropped, of all blocks' units at all
-          unpadded tokens; at most
+          unpadded tokens. It is at most
         - ``derivative_density``: the share of φ′(z) ≠ 0 among them;
         - ``error``: ``‖Ĝ − G‖ / ‖G‖``;
         - ``cosine``: ``⟨Ĝ, G⟩ / (‖Ĝ‖ ‖G‖)``.
 
         The shares are of blocks that a gradient comes to (not those below all that is trained).
-        None where a denominator is zero.
+        None stands where a denominator is zero.
 
     Raises:
         ValueError: a threshold is negative or not finite, or none is given; no MLP block, or one

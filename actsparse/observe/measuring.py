@@ -1,4 +1,4 @@
-"""``measure``: the active door. It makes its own passes over a model, in eval mode."""
+"""``measure``: measures that make passes of their own over a model, in eval mode."""
 
 from __future__ import annotations
 
@@ -32,11 +32,22 @@ CURVATURES = ("gauss_newton", "token_copies", "hessian", "top_eigenvalue")
 class Measures:
     """What :func:`measure` found; print it for tables.
 
-    ``measures`` is a summary as :meth:`Seen.summary` gives it, with ``flatness…_error``, standard
-    errors over draws, where labels were drawn; None if none was asked for. ``curvature`` holds
-    what was asked for of ``gauss_newton``, ``token_copies``, ``hessian`` and ``top_eigenvalue``,
-    each as plain numbers; ``spectra``, where ``"spectrum"`` was asked for, those of each layer with
-    histograms; ``trials`` of each trial a row for everything tried. ``how`` says on what and how.
+    Args:
+        measures: what :meth:`Seen.summary` returns. Where labels were drawn it also has
+            ``flatness…_error``, standard errors over draws. None if no such measure was asked for.
+        curvature: by name, ``gauss_newton``, ``token_copies``, ``hessian`` and ``top_eigenvalue``,
+            each as plain numbers; those that were asked for.
+        spectra: the spectra of each layer, with histograms, if ``"spectrum"`` was asked for.
+        how: on what data and with which settings it was measured.
+        trials: by name, a row for everything that a trial tried.
+
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> batch = {"x": torch.randn(16, 8), "y": torch.randint(0, 8, (16,))}
+    >>> found = measure(mlp, lambda m, b: (m(b["x"]), b["y"]), [batch], inputs=batch["x"])
+    >>> found.to_json()["measures"]["density"] == found.measures["density"]
+    True
+    >>> len(found.tables())  # density, flatness, gradient
+    3
     """
 
     measures: dict[str, Any] | None
@@ -46,11 +57,19 @@ class Measures:
     trials: dict[str, Rows] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Everything as plain values.
+
+        Returns:
+            Values by the names of the fields, for JSON.
+        """
         return asdict(self)
 
     def tables(self) -> list[Any]:
-        """Rich tables, one for each measure, one of curvature, one for each trial."""
+        """Tables for the terminal: one for each measure, one for curvature, one for each trial.
+
+        Returns:
+            Tables of rich.
+        """
         from rich.table import Table
 
         shown = [
@@ -102,41 +121,47 @@ def measure(
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Measures:
-    """Measure a model on ``batches``: passes of its own, in eval mode, that leave no trace.
+    """Measure a model on data, by passes of its own that leave no trace.
 
-    Modes, gradients, ``requires_grad`` and global random numbers are afterwards as they were.
-    Frozen models are measured like others. The loss is the mean over samples of per-sample losses
-    (see :mod:`actsparse.observe.loss`); samples that predict nothing do not count in it, nor in
-    flatness.
+    The model runs in eval mode. Modes, gradients, ``requires_grad`` and global random numbers are
+    afterwards as they were. Frozen models are measured like others. The loss is the mean over
+    samples of per-sample losses (see :mod:`actsparse.observe.loss`). Samples that predict nothing
+    count neither in the loss nor in flatness. ``docs/measures.md`` says what each number means.
 
     Args:
         model: any model, modified or not.
         loss_fn: ``loss_fn(model, batch)`` returns the pair (logits [B, ..., C], targets [B, ...]),
-            −100 where nothing is predicted; or a scalar, the mean over the batch's samples, which
-            is enough for ``labels="data"`` without Gauss–Newton.
+            −100 where nothing is predicted. For ``labels="data"`` without Gauss–Newton it may
+            return a scalar instead, the mean over the batch's samples.
         batches: a list of batches, or a DataLoader.
-        measures: names, or name → options. Those of :func:`observe`: ``"density"``,
-            ``"flatness"``, ``"gradient"``, ``"noise"``, ``"spectrum"``; and of curvature:
-            ``"gauss_newton"``, ``"hessian"`` (traces), ``"top_eigenvalue"``, and
-            ``"token_copies"``, the Gauss–Newton trace when each token has its own copy of the MLP
-            weights, which augmented flatness is an estimate of (arXiv 2605.25612). And trials
-            (:mod:`actsparse.observe.trials` has their options): ``"robustness"``, loss and
-            accuracy under attacks on inputs and noise; ``"covering"``, how far weight noise covers
-            an attack; ``"pruning"``, small effective gradients dropped. Sizes of attacks are in
-            the inputs' own units, after any normalisation.
-        labels: of the measures of gradients: the data's, or drawn from softmax(logits), in
-            ``probes`` draws. Under ``"model"`` augmented flatness estimates the trace
-            ``token_copies`` where a sample's loss is a sum over positions, that trace / N where it
-            is a mean over N. Curvature does not ask: Gauss–Newton traces always draw, the Hessian
-            takes the data's, and so do trials.
-        reduction: of a sample's loss over its positions; of a scalar it is not known. The losses
-            of robustness are means.
-        inputs, blocks: as in :func:`observe`; without both the first batch serves as inputs.
-        parameters: names, for curvature; None: the weights of the MLP blocks' layers.
-        probes: draws for every estimate that has no option of its own.
-        mask: which tokens the passive measures and covering count, as in :func:`observe`.
+        measures: names, or name → options.
+
+            - those of :func:`observe`: ``"density"``, ``"flatness"``, ``"gradient"``, ``"noise"``,
+              ``"spectrum"``;
+            - curvature: ``"gauss_newton"``, ``"hessian"`` (traces), ``"top_eigenvalue"``, and
+              ``"token_copies"``, the Gauss–Newton trace with a copy of the MLP weights for each
+              token, which augmented flatness estimates (arXiv 2605.25612);
+            - trials (:mod:`actsparse.observe.trials` has their options): ``"robustness"``, loss and
+              accuracy under attacks on inputs and noise; ``"covering"``, how far weight noise
+              covers an attack; ``"pruning"``, small effective gradients dropped. Sizes of attacks
+              are in the inputs' own units, after any normalisation.
+
+        labels: for measures of gradients: ``"data"``, the data's labels, or ``"model"``, labels
+            drawn from softmax(logits) in ``probes`` draws. With ``"model"`` augmented flatness
+            estimates the trace ``token_copies`` if a sample's loss is a sum over positions, and
+            that trace / N if it is a mean over N. Gauss–Newton traces always draw; the Hessian and
+            trials always take the data's.
+        reduction: of a sample's loss over its positions, ``"mean"`` or ``"sum"``; of a scalar it is
+            not known. The losses of robustness are means.
+        inputs, blocks: as for :func:`observe`; without both the first batch serves as inputs.
+        parameters: names of parameters, for curvature; None: the weights of the MLP blocks' layers.
+        probes: the number of draws for every estimate that has no option of its own.
+        mask: which tokens count for density and covering, as for :func:`observe`.
         seed: of all draws.
         progress: called with (measure, passes done, passes in all).
+
+    Returns:
+        The measures; print them for tables.
 
     Raises:
         ValueError: unknown measures, options, labels or reduction; a loss that is wrong or not
@@ -217,9 +242,21 @@ def measure(
 
 
 def spectra_of(blocks: Mapping[str, MLPBlock], zero: float = 0.1) -> list[dict[str, Any]]:
-    """The spectra of all layers of ``blocks``, as :attr:`Seen.blocks` names them, for records.
+    """The spectra (eigenvalues of W Wᵀ) of all layers of several blocks, for records.
 
-    ``zero`` as in :func:`actsparse.observe.spectrum.spectrum`.
+    Args:
+        blocks: blocks by name, as :attr:`Seen.blocks`.
+        zero: below which size an eigenvalue counts as zero, as for
+            :func:`actsparse.observe.spectrum.spectrum`.
+
+    Returns:
+        A row for each ``block`` and ``layer``, with numbers and histograms.
+
+    >>> from actsparse import find_mlp_blocks
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> blocks = find_mlp_blocks(mlp, torch.randn(2, 8))
+    >>> [row["layer"] for row in spectra_of({"mlp": blocks[0]})]
+    ['up', 'down']
     """
     return [
         {"block": name, "layer": layer, **found.to_json()}

@@ -1,4 +1,4 @@
-"""``observe``: measures that read the user's own passes, and never change them."""
+"""``observe``: measures that read a model's own passes and change nothing."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ def observe(
     loss_reduction: Reduction = "mean",
     loss_scale: Scale | torch.amp.GradScaler = 1.0,
 ) -> Seen:
-    """Watch the MLP blocks of ``model`` through the user's own passes until closed.
+    """Measure the MLP blocks of a model while you run it, in training and in inference.
 
-    Outputs, gradients and random numbers stay as they are. Training and inference are kept apart
-    by the mode (``.train()``, ``.eval()``) each block is in. Counts are exact, added up on the
-    block's device without waiting for it; a pass that gradient checkpointing repeats counts once.
-    Every process counts its own passes.
+    Outputs, gradients and random numbers stay as they are. Training and inference are counted
+    apart, by the mode (``.train()``, ``.eval()``) that each block is in. Counts are exact. They are
+    added up on the block's device without waiting for it. A pass that gradient checkpointing
+    repeats counts once. Every process counts its own passes.
 
     Args:
-        model: any model; compiled or not, modified by ``sparsify`` before or after, or not at all.
+        model: any model: compiled or not, modified by ``sparsify`` before or after, or not at all.
         measures: names, or name → options of the measure. ``"density"``, ``"magnitudes"``; of
             gradients, read in backward: ``"flatness"``, ``"gradient"``, ``"noise"``; of weights:
             ``"spectrum"``.
@@ -49,15 +49,19 @@ def observe(
         mask: which tokens to count: bool [B, T], True = count, or a function of (B, T), the batch
             and length of the running call, that returns such a mask or None for all. Without it,
             padding that the model's own ``attention_mask`` (or ``…_key_padding_mask``) marks is
-            left out; where a model gets none, padding counts.
+            left out. A model that gets none counts padding.
         sample_mask: which samples have a part in the loss: bool [B], or a function of B. The
             others are left out of the measures of gradients.
         loss_reduction: how the loss that backward starts from is made of per-sample losses:
-            ``"mean"`` or ``"sum"`` over samples. A language model's mean over all tokens of
-            the batch is, for per-sample losses summed over tokens, a sum with
-            ``loss_scale=1 / tokens``; for samples of equal length also a mean of means.
+            ``"mean"`` or ``"sum"`` over samples. If per-sample losses are sums over tokens, a
+            language model's mean over all tokens of the batch is a sum with ``loss_scale=1 /
+            tokens``. For samples of equal length it is also a mean of means.
         loss_scale: what that loss was multiplied by: 1/k under accumulation of k batches; AMP's
-            ``GradScaler``; a number, or a function that gives it, asked in each forward.
+            ``GradScaler``; a number, or a function that gives it, called in each forward pass.
+
+    Returns:
+        The session. It watches until it is closed, or until the end of a ``with`` block; print it
+        for a table.
 
     Raises:
         ValueError: unknown measures; blocks missing, or not of this model; ``loss_reduction``.
@@ -96,9 +100,35 @@ def options_of(measures: Names, known: Iterable[str]) -> dict[str, dict[str, Any
 
 
 class Seen:
-    """What ``observe`` has seen so far; print it for a table.
+    """A session of :func:`observe` and what it has seen so far; print it for a table.
 
-    ``blocks`` maps the name of each block (its up layer's where the name is empty or shared) to it.
+    Its attribute ``blocks`` maps names to blocks. The name is the block's own, or its up layer's
+    where that is empty or shared.
+
+    Args:
+        blocks: the blocks to watch.
+        options: measure → its options.
+        mask: which tokens count, as for :func:`observe`.
+        weighing: how gradients are scaled to those of per-sample losses.
+        always: read gradients also of outputs that do not require one, as in a frozen model.
+
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    >>> seen = observe(mlp, inputs=torch.randn(2, 8))
+    >>> _ = mlp(torch.randn(100, 8))
+    >>> seen.units("0", "inference").shape, int(seen.part("0", "inference", "density").tokens)
+    (torch.Size([32]), 100)
+    >>> seen.close()
+    >>> _ = mlp(torch.randn(100, 8))  # not seen
+    >>> seen.open()
+    >>> _ = mlp(torch.randn(100, 8))
+    >>> state = seen.state_dict()
+    >>> seen.reset()
+    >>> seen.summary("inference") is None, seen.leaves("train")
+    (True, [])
+    >>> seen.load_state_dict(state)
+    >>> seen.summary("inference")["blocks"][0]["tokens"]
+    200
+    >>> seen.close()
     """
 
     def __init__(
@@ -123,14 +153,21 @@ class Seen:
         self._open = True
 
     def summary(self, phase: Phase) -> dict[str, Any] | None:
-        """The measures of all passes of ``phase``, ``"train"`` or ``"inference"``; None: no pass.
+        """Sum up the measures over all passes of one phase.
 
-        A dict of numbers for JSON. Of density: ``density``, ``derivative_density`` (shares of all
-        units × tokens), ``dead`` (how many units were never active), ``units``,
-        ``living_density`` (density among units active at least once; 0.0 where none was), and
-        under ``blocks`` the same of each block that tokens passed, with its name, ``block``, and
-        ``tokens``. A block that is called several times in a pass (ALBERT) has its units once and
-        each call's tokens.
+        Args:
+            phase: ``"train"`` or ``"inference"``.
+
+        Returns:
+            Numbers for JSON, or None if there was no pass. Of density: ``density``,
+            ``derivative_density`` (shares of all units × tokens), ``dead`` (how many units were
+            never active), ``units``, ``living_density`` (density among units that were active at
+            least once; 0.0 if none was). Under ``blocks`` are the same for each block that tokens
+            passed, with its name, ``block``, and ``tokens``. A block that is called several times
+            in a pass (ALBERT) has its units once and each call's tokens.
+
+        Raises:
+            ValueError: no such phase.
         """
         _check(phase)
         whole: dict[str, Any] | None = None
@@ -145,7 +182,14 @@ class Seen:
         return None if whole is None else whole | {"blocks": list(rows.values())}
 
     def units(self, block: str, phase: Phase) -> Tensor:
-        """In what share of the tokens each unit of a block was active: float64 [H].
+        """The share of the tokens for which each hidden unit of a block was active.
+
+        Args:
+            block: the block's name.
+            phase: ``"train"`` or ``"inference"``.
+
+        Returns:
+            Shares from 0 to 1, float64 [H].
 
         Raises:
             ValueError: no such block or phase, density is not observed, or no token was seen.
@@ -154,7 +198,15 @@ class Seen:
         return density.active.double() / density.tokens
 
     def part(self, block: str, phase: Phase, measure: str) -> Any:
-        """One measure of one block in one phase, as it stands: an object of its class.
+        """One measure of one block in one phase, as the object that counts it.
+
+        Args:
+            block: the block's name.
+            phase: ``"train"`` or ``"inference"``.
+            measure: the measure's name.
+
+        Returns:
+            An object of the measure's class.
 
         Raises:
             ValueError: no such block or phase, not observed, or no token was seen.
@@ -170,7 +222,14 @@ class Seen:
         return part
 
     def leaves(self, phase: Phase) -> list[Tensor]:
-        """The leaves that gather what is read in backward, as their gradients."""
+        """The tensors whose gradients collect what measures read in the backward pass.
+
+        Args:
+            phase: ``"train"`` or ``"inference"``.
+
+        Returns:
+            The tensors; none if no measure of gradients is observed.
+        """
         return [
             leaf
             for watch in self._watches.values()
@@ -180,7 +239,11 @@ class Seen:
         ]
 
     def reset(self, phase: Phase | None = None) -> None:
-        """Forget the passes of one phase, or of both."""
+        """Forget the passes of one phase, or of both.
+
+        Args:
+            phase: ``"train"`` or ``"inference"``; None: both.
+        """
         if phase is not None:
             _check(phase)
         for watch in self._watches.values():
@@ -189,10 +252,13 @@ class Seen:
                     measure.reset()
 
     def pool(self, phase: Phase | None = None) -> None:
-        """Add up what all processes of ``torch.distributed`` have seen, of one phase or of both.
+        """Add up what all processes of ``torch.distributed`` have seen.
 
-        To be called in each of them. Afterwards each holds the sum, so reset all but one before
-        they see more.
+        Call it in each of them. Afterwards each holds the sum, so reset all but one before they see
+        more.
+
+        Args:
+            phase: ``"train"`` or ``"inference"``; None: both.
         """
         if phase is not None:
             _check(phase)
@@ -208,11 +274,14 @@ class Seen:
                 measure.load(total)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was counted so far, to go on with after :meth:`load_state_dict`.
+        """Everything that was counted so far; :meth:`load_state_dict` goes on from it.
 
-        Copies, by ``<block>/<phase>/<measure>/<number>``; an empty tensor where nothing but zeros
-        was. Measures of the weights themselves (``"spectrum"``) count nothing. Every process has
-        a state of its own.
+        Measures of the weights themselves (``"spectrum"``) count nothing. Every process has a state
+        of its own.
+
+        Returns:
+            Copies, by ``<block>/<phase>/<measure>/<number>``; an empty tensor stands for zeros
+            only.
 
         >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
         >>> seen = observe(mlp, inputs=torch.randn(4, 5, 8))
@@ -227,7 +296,10 @@ class Seen:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where :meth:`state_dict` was taken; what was counted here before is forgotten.
+        """Go on from where :meth:`state_dict` was called; earlier counts are forgotten.
+
+        Args:
+            state: what it returned.
 
         Raises:
             ValueError: the state is of other blocks or measures, or of other sizes. Nothing has
@@ -281,7 +353,7 @@ class Seen:
                 watch.attach()
 
     def close(self) -> None:
-        """Stop watching; what was seen stays. Closing twice is fine."""
+        """Stop watching and keep what was seen; calling it twice does no harm."""
         if self._open:
             self._open = False
             for watch in self._watches.values():
@@ -299,7 +371,7 @@ class Seen:
         self.close()
 
     def print(self) -> None:
-        """Print the tables, in colour where the terminal has it."""
+        """Print the tables, in colour if the terminal has it."""
         from rich.console import Console
 
         for table in self._tables():

@@ -1,4 +1,4 @@
-"""What pays: the multiplications of a model's MLPs that exact zeros let one skip."""
+"""How many multiplications of a model's MLPs can be skipped because of exact zeros."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from actsparse.blocks.block import MLPBlock
 def skippable(
     summary: dict[str, Any], blocks: Iterable[MLPBlock] | Mapping[str, MLPBlock]
 ) -> dict[str, float]:
-    """The share of the MLPs' multiplications that zeros of a and of φ′(z) make needless.
+    """The share of the MLPs' multiplications that exact zeros of a and of φ′(z) make needless.
 
-    Returns ``{"forward": f, "backward": b}``, shares from 0 to 1; ``summary`` is what
-    :meth:`Seen.summary` returns and ``blocks`` holds (at least) the blocks in it. Every matrix
-    product of a block takes ``tokens·D·H`` multiplications, so that blocks weigh by
-    ``tokens·D·H·(number of products)``. Products with a zero only are left out, so the results
-    stay exact. The rest of the model, and products of one element with one (φ ⊙ u), do not count.
+    Every matrix product of a block takes ``tokens·D·H`` multiplications, so blocks weigh by
+    ``tokens·D·H·(number of products)``. Only products with a zero are left out, so results stay
+    exact. The rest of the model, and elementwise products (φ ⊙ u), do not count.
 
     *Ungated*, 2 products forward and 4 backward. With d = density, s = derivative density:
 
@@ -25,7 +23,7 @@ def skippable(
     ``z = xUᵀ``           all needed, to know where the zeros are  0
     ``y = aVᵀ``           columns of V where a ≠ 0                 1 − d
     ``dV = g_yᵀa``        where a ≠ 0                              1 − d
-    ``g_a = g_yV``        asked for by ``g_z = g_a ⊙ φ′(z)`` only  1 − s
+    ``g_a = g_yV``        needed for ``g_z = g_a ⊙ φ′(z)`` only    1 − s
     ``dx = g_zU``         where g_z ≠ 0, so φ′(z) ≠ 0              1 − s
     ``dU = g_zᵀx``        the same                                 1 − s
     ====================  =======================================  ==========
@@ -38,20 +36,27 @@ def skippable(
 
     ====================  =======================================  ==========
     ``z = xGᵀ``           all needed                               0
-    ``u = xUᵀ``           a is 0 whatever u where φ(z) = 0         1 − p
+    ``u = xUᵀ``           a is 0 for any u where φ(z) = 0          1 − p
     ``y = aVᵀ``           where a ≠ 0                              1 − d
     ``dV = g_yᵀa``        where a ≠ 0                              1 − d
-    ``g_a = g_yV``        asked for where φ(z) ≠ 0 or φ′(z) ≠ 0    1 − p
+    ``g_a = g_yV``        needed where φ(z) ≠ 0 or φ′(z) ≠ 0       1 − p
     ``dx += g_zG``        where φ′(z) ≠ 0                          1 − s
     ``dG = g_zᵀx``        the same                                 1 − s
     ``dx += g_uU``        where φ(z) ≠ 0                           1 − p
     ``dU = g_uᵀx``        the same                                 1 − p
     ====================  =======================================  ==========
 
-    ``f = ((1 − p) + (1 − d))/3`` and ``b = ((1 − d) + 3·(1 − p) + 2·(1 − s))/6``. φ′ is 0 wherever
-    φ is 0 on an interval, so φ′(z) ≠ 0 within φ(z) ≠ 0 but for single points, and the or above is
-    p. Nobody counts p: it is ``max(d, s)``. That is s where φ and φ′ share their zeros (ReLU,
-    JSReLU), and d where they do not, as u is hardly ever exactly 0.
+    ``f = ((1 − p) + (1 − d))/3`` and ``b = ((1 − d) + 3·(1 − p) + 2·(1 − s))/6``. The "or" above is
+    p: φ′ is 0 wherever φ is 0 on an interval, so φ′(z) ≠ 0 implies φ(z) ≠ 0 except at single
+    points. p is not counted. It is taken as ``max(d, s)``: that is s where φ and φ′ share their
+    zeros (ReLU, JSReLU), and d where they do not, because u is hardly ever exactly 0.
+
+    Args:
+        summary: what :meth:`Seen.summary` returns.
+        blocks: the blocks in it; others may be among them.
+
+    Returns:
+        ``{"forward": f, "backward": b}``, shares from 0 to 1.
 
     Raises:
         ValueError: ``summary`` is None, or holds a block that ``blocks`` lacks.
@@ -76,12 +81,21 @@ def skippable(
 def skippable_products(
     summary: dict[str, Any], blocks: Iterable[MLPBlock] | Mapping[str, MLPBlock]
 ) -> dict[str, float]:
-    """The share of each matrix product's multiplications that :func:`skippable` counts.
+    """The share of needless multiplications in each matrix product of :func:`skippable`.
 
-    Product → share from 0 to 1, by the names in the tables of :func:`skippable` and in their order,
-    over all blocks that have the product, which weigh by ``tokens·D·H``. Arguments and errors are
-    those of :func:`skippable`, whose shares are the means of these where all blocks are gated or
-    none is.
+    Blocks weigh by ``tokens·D·H``. If all blocks are gated, or none is, the shares of
+    :func:`skippable` are the means of these.
+
+    Args:
+        summary: what :meth:`Seen.summary` returns.
+        blocks: the blocks in it; others may be among them.
+
+    Returns:
+        By product, a share from 0 to 1, over all blocks that have the product. Names and order are
+        those of the tables of :func:`skippable`.
+
+    Raises:
+        ValueError: ``summary`` is None, or holds a block that ``blocks`` lacks.
 
     >>> import torch
     >>> from actsparse.blocks import find_mlp_blocks

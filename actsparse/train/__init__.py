@@ -1,7 +1,7 @@
-"""Training on Hugging Face's Trainer: a callback for anyone's Trainer.
+"""A callback that trains a sparsified model with Hugging Face's Trainer.
 
-``from actsparse.train import SparsityCallback``. Names are imported when first used: transformers
-takes seconds.
+``from actsparse.train import SparsityCallback``. Names are imported when they are first used,
+because transformers takes seconds to import.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Everything a run needs beyond Hugging Face's Trainer, as one callback for anyone's Trainer."""
+"""A callback for any Hugging Face Trainer: schedules, penalty, measures and checkpoints."""
 
 from __future__ import annotations
 
@@ -45,45 +45,63 @@ class Evaluation:
 
 
 class SparsityCallback(TrainerCallback):
-    """Attaches a handle to the Trainer's optimizer, adds its penalty to the loss, keeps a record.
+    """A callback with which Hugging Face's Trainer trains a model that ``sparsify`` has modified.
 
-    - ``handle``, from `sparsify`: its projections and schedules follow the real optimizer, also
-      when Trainer resumes from a checkpoint or loads the best one at the end. A second training
-      goes on where schedules stand. Checkpoints carry the recipe: `actsparse.load` reads them. Its
-      penalty joins the model's own ``loss`` in training, so that each optimizer step sees its mean
-      over the accumulated batches, whichever way Trainer averages the loss.
-    - ``seen``, from `observe`: with a ``record`` read and reset at each log (training) and
-      evaluation (inference), without one left to count on.
-    - ``record``: gets a ``train`` line at each log and an ``eval`` line at each evaluation.
-      ``quality`` and ``loss`` name the metrics it takes, without Trainer's prefix. Seconds are
-      since training began, evaluations included; a resumed run goes on from its checkpoint's.
-    - ``active`` measures the model by passes of its own, at the start, every ``active_every`` steps
-      and at the end, into ``measured`` lines.
-    - ``on_step`` is called with the number of optimizer steps done, after each; ``interrupted`` is
-      asked whether to end there, with a checkpoint.
-    - ``accelerate`` lets the MLP blocks of ``handle`` run sparse in training, exactly
-      (:func:`actsparse.accelerate`): True where that is faster, ``"sparse"`` at any
-      density. ``accelerated`` is its handle, to print, also after training. What ``seen`` reads
-      needs the whole hidden layer, so its blocks run dense while it watches: in evaluations that
-      Trainer schedules, and of the training steps in every ``logging_steps``-th and the last. The
-      measures of a ``train`` line are of these alone (a unit is sooner dead), and say how many
-      ``steps`` that were.
+    ``Trainer(model, args, callbacks=[SparsityCallback(handle)], ...)`` is enough.
 
-    Measures of gradients are of per-sample losses: where Trainer gives the model the step's number
-    of items, the sum over a sample's positions, else the mean; the ``train`` line says which as
-    ``loss_reduction``. A penalty is part of the loss.
+    *Recipe.* Schedules and projections follow the real optimizer, also when Trainer resumes from a
+    checkpoint or loads the best one at the end. A second training goes on where schedules are.
+    Checkpoints carry the recipe; `actsparse.load` reads them.
 
-    With several processes losses, penalties and measures are those of all; the record is written
-    by the one that has it.
+    *Penalty.* It joins the model's own ``loss`` in training, so each optimizer step has its mean
+    over the accumulated batches, whichever way Trainer averages the loss.
 
-    A loss that is NaN or infinite raises `TrainingFailed` before it reaches the weights, and so
-    does a model that ``active`` cannot measure. A penalty that finds no loss to join (label
-    smoothing and ``compute_loss_func`` take the labels away from the model) is a `ValueError`, not
-    lost. Where no block can run sparse, ``accelerate`` is a `ValueError` before the first step.
+    *Gradients.* Measures of gradients are of per-sample losses. A sample's loss is the sum over its
+    positions where Trainer gives the model the step's number of items, else the mean; the ``train``
+    line says which as ``loss_reduction``. A penalty is part of the loss.
 
-    ``Trainer(model, args, callbacks=[SparsityCallback(handle)], ...)`` is all a user has to write;
-    to accelerate a model as it is, ``SparsityCallback(sparsify(model, "vanilla", inputs=batch),
+    *Acceleration.* What ``seen`` reads needs the whole hidden layer, so blocks run dense while it
+    watches: in evaluations that Trainer schedules, and in every ``logging_steps``-th training step
+    and the last. The measures of a ``train`` line are of these steps alone, and say how many
+    ``steps`` that were; with fewer tokens more units count as dead. The attribute ``accelerated``
+    is the handle of :func:`actsparse.accelerate`, to print, also after training. To accelerate a
+    model as it is, use ``SparsityCallback(sparsify(model, "vanilla", inputs=batch),
     accelerate=True)``.
+
+    *Errors.* `TrainingFailed` is raised if a loss is NaN or infinite, before it reaches the
+    weights, or if ``active`` cannot measure the model. A `ValueError` is raised if a penalty finds
+    no loss to join (label smoothing and ``compute_loss_func`` take the labels away from the model),
+    or if no block can run sparse.
+
+    With several processes losses, penalties and measures are those of all. The process that has the
+    record writes it.
+
+    Args:
+        handle: what `sparsify` returned.
+        seen: what `observe` returned. With a ``record`` it is read and reset at each log (training)
+            and evaluation (inference); without one it counts on.
+        record: gets a ``train`` line at each log, an ``eval`` line at each evaluation and a
+            ``measured`` line for each call of ``active``. Seconds are since training began,
+            evaluations included; a resumed run goes on from its checkpoint's.
+        quality: the metric that ``eval`` lines take as quality, without Trainer's prefix.
+        loss: the metric that they take as loss.
+        active: measures the model by passes of its own, at the start, every ``active_every`` steps
+            and at the end.
+        active_every: in optimizer steps; None: at the start and the end only.
+        on_step: called after each optimizer step with the number of steps done.
+        interrupted: called after each optimizer step; if it returns True training ends there, with
+            a checkpoint.
+        accelerate: run the MLP blocks sparse in training, with the same results
+            (:func:`actsparse.accelerate`): True where that is faster, ``"sparse"`` at any density.
+
+    >>> from actsparse import sparsify
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> callback = SparsityCallback(sparsify(mlp, inputs=torch.randn(2, 8)))
+    >>> state = callback.state_dict()  # with Trainer(..., callbacks=[callback]) in between
+    >>> callback.load_state_dict(state)
+    >>> callback.training() is None  # nothing is observed
+    True
+    >>> callback.close()
     """
 
     def __init__(
@@ -276,9 +294,11 @@ class SparsityCallback(TrainerCallback):
             self.tail.pool("train")
 
     def training(self) -> dict[str, Any] | None:
-        """The measures over the last fifth of the steps, None where nothing is observed.
+        """The measures over the last fifth of the steps.
 
-        Accelerated, over those ``steps`` of them that were read.
+        Returns:
+            As :meth:`actsparse.observe.Seen.summary`; with acceleration also ``steps``, how many of
+            these steps were observed. None if nothing is observed.
         """
         summary = None if self.tail is None else self.tail.summary("train")
         if summary is None or not self.accelerate:
@@ -303,7 +323,9 @@ class SparsityCallback(TrainerCallback):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides Trainer's own files and the handle's step.
 
-        ``numbers`` are for JSON, ``tensors`` what was counted since the last line of the record.
+        Returns:
+            ``numbers`` for JSON, and ``tensors``: what was counted since the last line of the
+            record.
         """
         numbers = {
             "seconds": time.perf_counter() - self._began,
@@ -321,11 +343,20 @@ class SparsityCallback(TrainerCallback):
         return {"numbers": numbers, "tensors": tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on, when training begins from the checkpoint, where `state_dict` was taken."""
+        """Go on from where `state_dict` was called, once training begins from that checkpoint.
+
+        Args:
+            state: what it returned.
+        """
         self._resumed = state
 
     def take_up(self, model: nn.Module, step: int) -> None:
-        """Have what `load_state_dict` was given, of a training that ended after ``step``."""
+        """Take over at once what `load_state_dict` was given, of a training that has ended.
+
+        Args:
+            model: the model.
+            step: the number of optimizer steps of that training.
+        """
         assert self._resumed is not None
         self._start(step)
         self._go_on(model, self._resumed)
@@ -349,7 +380,7 @@ class SparsityCallback(TrainerCallback):
             self.seen.load_state_dict(counted["seen"])
 
     def close(self) -> None:
-        """Take back the hook on the loss, the acceleration and the second observation."""
+        """Remove the hook on the loss, the acceleration and the observation of the last steps."""
         if self._hooks:
             self._watch(True)
         for hook in self._hooks:

@@ -1,4 +1,4 @@
-"""The loss in what a model returns: finding it, joining it, and one for soft labels."""
+"""Find the loss in a model's output, add a penalty to it, and a loss for soft labels."""
 
 from __future__ import annotations
 
@@ -48,7 +48,17 @@ def divides_by_items(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> boo
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on: ``reason``, after ``step`` optimizer steps."""
+    """Training cannot go on, because the loss is not finite or the model cannot be measured.
+
+    Args:
+        step: the number of optimizer steps done.
+        reason: why.
+
+    >>> raise TrainingFailed(7, "the loss is nan")
+    Traceback (most recent call last):
+    ...
+    actsparse.train.loss.TrainingFailed: stopped after 7 steps: the loss is nan
+    """
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(f"stopped after {step} steps: {reason}")

@@ -67,7 +67,7 @@ def test_auto_keeps_small_blocks_dense() -> None:
     [
         (["mlp", "--pattern", "odd"], "--pattern 'odd'; known: even, zipf"),
         (["mlp", "--activation", "relo"], "--activation 'relo'; known: "),
-        (["mlp", "--tokens", "many"], "--tokens 'many': expected numbers with commas between"),
+        (["mlp", "--tokens", "many"], "--tokens 'many': expected numbers, separated by commas"),
         (["mlp", "--densities", "2"], "density 2.0: expected 0 to 1"),
         (["auto", "--tokens", "0"], "0 tokens: expected 1 or more"),
     ],

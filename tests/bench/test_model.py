@@ -165,7 +165,10 @@ def test_cli_prints_a_table_and_keeps_the_record(
         ([], "give a model (vit-b, gpt2 or t5-base), or --run"),
         (["gpt2", "--run", "x"], "give a model (vit-b, gpt2 or t5-base), or --run"),
         (["gpt2", "--densities", "5"], "density=5.0: expected a number between 0 and 1"),
-        (["gpt2", "--densities", "few"], "--densities 'few': expected numbers with commas between"),
+        (
+            ["gpt2", "--densities", "few"],
+            "--densities 'few': expected numbers, separated by commas",
+        ),
         (["--run", "nowhere"], "nowhere holds no record.jsonl"),
     ],
 )

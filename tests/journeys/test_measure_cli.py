@@ -342,4 +342,4 @@ def test_a_model_without_mlps_has_nothing_to_measure(tmp_path: Path) -> None:
     sparsify(model, LeaveOutMLP(), inputs={"pixel_values": torch.zeros(1, 1, 8, 8)})
     save(model, tmp_path / "left-out")
     done = called("measure", tmp_path / "left-out", "--task", "digits")
-    one_error(done, "leaves its MLPs out")
+    one_error(done, "leaves the MLPs out")

@@ -13,10 +13,10 @@ has learnt less is both less flat and less sparse. The accuracies say where that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
-
-import numpy as np
+from statistics import correlation
 
 from actsparse_lab.analysis.effects import (
     INFERENCE,
@@ -64,9 +64,7 @@ def _together(arms: Arms) -> Effects:
     flat, dense = ([within(arms, name, read) for name in names] for read in (FLATNESS, INFERENCE))
     seeds = set.intersection(*(set(found) for found in (*flat, *dense)))
     return {
-        seed: float(
-            np.corrcoef(*(np.log([each[seed] for each in of]) for of in (flat, dense)))[0, 1]
-        )
+        seed: correlation(*([math.log(each[seed]) for each in of] for of in (flat, dense)))
         for seed in seeds
     }
 
