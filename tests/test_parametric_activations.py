@@ -270,7 +270,7 @@ def test_a_name_of_another_form_is_unknown(name: str) -> None:
     [
         ("relu", {"threshold": -1}, r"relu\(threshold=-1\): .*threshold at least 0"),
         ("relu", {"shift": -1}, r"relu\(shift=-1\): .*shift and threshold at least 0"),
-        ("relu", {"cap": 2}, r"relu\(cap=2\): expected of shift, threshold"),
+        ("relu", {"cap": 2}, r"relu\(cap=2\): options are shift, threshold"),
         ("jsrelu", {"jump": 3, "cap": 2}, r"jump=3, cap=2\): .*cap above jump"),
         ("jsrelu", {"jump": math.nan}, "jump=nan.*finite"),
         ("squared_relu", {"threshold": math.inf}, "threshold=inf.*finite"),

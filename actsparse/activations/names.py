@@ -189,7 +189,7 @@ def with_numbers(base: str, **numbers: float) -> ActivationFunction:
     if base not in FAMILIES:
         raise ValueError(f"{given}: {', '.join(FAMILIES)} take numbers, {base!r} does not")
     family = FAMILIES[base]
-    raise ValueError(f"{given}: expected of {', '.join(family.defaults)}: {family.expects}")
+    raise ValueError(f"{given}: options are {', '.join(family.defaults)}: {family.expects}")
 
 
 def thresholded(name: str, threshold: float) -> ActivationFunction:

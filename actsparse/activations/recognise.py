@@ -79,7 +79,7 @@ def derivative_of(
     if known is not None:
         return known.derivative
     if function is None:
-        raise ValueError("the activation is computed inline and unknown: it has no derivative here")
+        raise ValueError("the activation is computed inline and has no known name: no derivative")
     return by_autograd(function)
 
 

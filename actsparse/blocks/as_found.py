@@ -38,10 +38,10 @@ class Standing:
         """What was exchanged since, in words, or None."""
         for parent, name, module in self._links:
             if parent._modules.get(name) is not module:
-                return f"{name} was exchanged since the block was found"
+                return f"{name} was replaced since the block was found"
         for module, forward in self._forwards.items():
             if forward_of(module) != forward:
-                return f"the forward of {type(module).__name__} was exchanged since"
+                return f"the forward of {type(module).__name__} was replaced since"
         return None
 
 

@@ -387,7 +387,7 @@ def on_meta(module: nn.Module) -> str | None:
         return None
     return (
         "its weights are on 'meta', without values: not loaded yet, or offloaded (cpu_offload, "
-        "device_map='auto'), so that they are there in its own forward alone"
+        "device_map='auto') and present only while its own forward runs"
     )
 
 

@@ -215,8 +215,8 @@ class Wiring:
         if now.expects_phi and (self.site.phi is not None or now.detours):
             raise RuntimeError(
                 f"block {self.block.name!r} ran without calling its activation "
-                f"{self.block.activation.name!r}, so that what was attached had no effect; was the "
-                f"activation exchanged since, or were the layers called one by one?"
+                f"{self.block.activation.name!r}, so what was attached had no effect; was the "
+                f"activation replaced since, or were the layers called one by one?"
             )
         now.expects_phi = False
         if now.detours:  # the executor knows more
@@ -254,8 +254,8 @@ class Wiring:
             if ("y" in stages) == ("y" in kept):
                 if stages and (why := unreadable()) is not None:
                     raise RuntimeError(
-                        f"block {self.block.name!r} is observed or has a penalty, and its stages "
-                        f"cannot be read {why}; close or remove that first"
+                        f"block {self.block.name!r} is observed or has a penalty, but its "
+                        f"activations cannot be read {why}; close or remove that first"
                     )
                 tap(self.site, {stage: kept[stage] for stage in stages})
 
@@ -272,8 +272,8 @@ class Wiring:
             return original(x)
         if now.changed is not x:
             raise RuntimeError(
-                f"block {self.block.name!r}: hooks give its layers another input than the block "
-                f"got, so that it cannot run sparse; accelerate it after they are attached"
+                f"block {self.block.name!r}: hooks change the input of its layers, so it cannot "
+                f"run sparse; call accelerate after attaching them"
             )
         width = self.block.up.width
         if torch.compiler.is_compiling():
@@ -295,9 +295,9 @@ class Wiring:
         real = d.stride(-1) > 0 and not self.block.gated
         if real if torch.compiler.is_compiling() else getattr(d, "of", None) is not now:
             raise RuntimeError(
-                f"block {self.block.name!r} runs sparse, without its hidden layer, but down's "
-                f"input does not come from that, as was so when the block was found: is that in "
-                f"training mode alone, or do two calls overlap? accelerate() cannot serve it"
+                f"block {self.block.name!r} runs sparse, without its hidden layer, but down "
+                f"gets another input than when the block was found: is that so in training mode "
+                f"only, or do two calls overlap? accelerate() does not support this block"
             )
         assert now.changed is not None
         kept, now.kept = now.kept, {}  # checkpointing may break off its second pass here

@@ -41,9 +41,9 @@ class Ghost(Tensor):
         if not ghosts or not (product or name in MOVES or name in _ASKS):
             block = f"block {ghosts[0].block!r}" if ghosts else "a block"
             raise RuntimeError(
-                f"{block} runs sparse, without its hidden layer, but now {name}() reads that, as "
-                f"was not so when the block was found: is that in training mode alone, or did "
-                f"remove() come in the middle of a call? accelerate() cannot serve this block"
+                f"{block} runs sparse, without its hidden layer, but {name}() reads it, which was "
+                f"not so when the block was found: is that so in training mode only, or was "
+                f"remove() called in the middle of a call? accelerate() does not support this block"
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))

@@ -28,7 +28,7 @@ def found_with(model: nn.Module, inputs: Any, caller: str, stacklevel: int = 3) 
     idle = [item for item in found.refused if not item.reached]
     if idle:
         warnings.warn(
-            f"{caller} takes {len(found)} MLP blocks and leaves out what looks like others: "
+            f"{caller} takes {len(found)} MLP blocks and leaves out modules that look like others: "
             f"{'; '.join(told(idle))}",
             stacklevel=stacklevel,
         )

@@ -134,7 +134,7 @@ class TokenMap:
         if self.past.torn:
             raise ValueError(
                 f"{self.stack} was called with caches of several lengths ({self.past.torn}), so "
-                f"that positions of its tokens are unknown; pass position_ids"
+                f"the positions of its tokens are unknown; pass position_ids"
             )
         if self.past.unread:
             warnings.warn(
@@ -160,9 +160,9 @@ class TokenMap:
             self._runs[of] = self._runs.get(of, 0) + 1
         if self._runs.get(of, 0) > 1:
             raise ValueError(
-                f"the block sees {length} of the {self.length} tokens that {self.stack} was "
-                f"called on, and comes back for more, so that their positions are unknown; let it "
-                f"see all at once (config.chunk_size_feed_forward = 0)"
+                f"the block is called on {length} of the {self.length} tokens of {self.stack} at a "
+                f"time, so their positions are unknown; call it on all at once "
+                f"(config.chunk_size_feed_forward = 0)"
             )
 
     def _check_past(self, mask: Tensor) -> None:
@@ -170,7 +170,7 @@ class TokenMap:
         if isinstance(past, int) and past > 0 and mask.shape[1] == self.length:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, but {past} tokens in the cache "
-                f"stand before the {self.length} that {self.stack} was called on; let it cover "
+                f"come before the {self.length} that {self.stack} was called on; give a mask of "
                 f"all of them, or pass position_ids"
             )
 
@@ -223,10 +223,10 @@ class TokenMap:
             if mask is None or not _hides_nothing(mask):
                 shape = "" if mask is None else f" of shape {tuple(mask.shape)}"
                 raise ValueError(
-                    f"{self.stack} was called with {name}{shape}, but a block of it {what}, so "
-                    f"that padding among its tokens cannot be told; say which it is, as by "
-                    f"observe(mask=...), where lambda b, t: None stands for no padding, or call "
-                    f"the model without padding and without this mask"
+                    f"{self.stack} was called with {name}{shape}, but a block of it {what}, so it "
+                    f"is unknown which tokens are padding; say it by observe(mask=...), where "
+                    f"lambda b, t: None means no padding, or call the model without padding and "
+                    f"without this mask"
                 )
 
     def alike(self, other: TokenMap) -> bool:
@@ -244,7 +244,7 @@ class TokenMap:
         if self.pads and self.length is not None and length > self.length:
             raise ValueError(
                 f"{self.stack} was called on {self.length} tokens and appends padding of its own, "
-                f"so that its blocks see {length}; call it on {length} (pad_to_multiple_of of a "
+                f"so its blocks get {length}; call it on {length} (pad_to_multiple_of of a "
                 f"tokenizer), with a mask"
             )
 

@@ -117,9 +117,9 @@ class _Calls:
             return found[0]
         if found or (len(self.ended) == _REMEMBERED and number < self.ended[0][0].start):
             raise RuntimeError(
-                f"gradient checkpointing runs layers of an earlier call again, and which of "
-                f"{len(found) or 'more than ' + str(_REMEMBERED)} it was cannot be told; call "
-                f"backward more often, and from the thread of the forward"
+                f"gradient checkpointing repeats an earlier call, but it is unknown which of "
+                f"{len(found) or 'more than ' + str(_REMEMBERED)}; call backward more often, and "
+                f"in the thread of the forward pass"
             )
         return None
 

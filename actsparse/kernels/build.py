@@ -135,9 +135,13 @@ def _trust(path: Path) -> None:
         return
     status = path.stat()
     if status.st_uid not in (os.getuid(), 0):
-        raise RuntimeError(f"{path} belongs to another user; name a folder by $ACTSPARSE_CACHE")
+        raise RuntimeError(
+            f"{path} belongs to another user; set $ACTSPARSE_CACHE to a folder of yours"
+        )
     if status.st_mode & 0o022:
-        raise RuntimeError(f"others can write {path}; see what lies there, then chmod go-w {path}")
+        raise RuntimeError(
+            f"others can write {path}; check the files there, then run chmod go-w {path}"
+        )
 
 
 def _succeed(code: int, said: str) -> None:

@@ -82,7 +82,7 @@ class Fit:
             return reason
         for part in block.between:
             if type(part.module) not in _DROPOUTS:
-                return f"{part.name} is a {type(part.module).__name__}, no nn.Dropout"
+                return f"{part.name} is a {type(part.module).__name__}, not nn.Dropout"
         site, activation = site_at(block), block.activation.module
         if activation is not None and (site is None or site.phi is None):
             for training in (False, True):
@@ -95,7 +95,7 @@ class Fit:
                     return f"{block.activation.name} was {block.activation.function}, {mode} {now}"
         function = function_of(block)
         if function is None and (site is None or site.phi is None):
-            return "its activation is none that is known by name"
+            return "its activation has no known name"
         if function is not None and not is_silent(function):
             return f"{function} is never exactly zero"
         return None
@@ -121,15 +121,15 @@ def _unfit_layer(layer: Layer) -> str | None:
     kind = type(layer.module)
     conv = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
     if kind not in _LINEAR and not conv:
-        return f"{layer.name} is a {kind.__name__} of {kind.__module__}, no plain linear layer"
+        return f"{layer.name} is a {kind.__name__} of {kind.__module__}, not a plain linear layer"
     if kind.forward.__globals__["__name__"] not in [each.__module__ for each in kind.mro()]:
-        return f"the forward of {kind.__name__} was exchanged, for all layers"
+        return f"the forward of {kind.__name__} was replaced, for all layers"
     for name in ("weight", "bias"):
         tensor = getattr(layer.module, name, None)
         if tensor is None:
             continue
         if type(tensor) not in _PLAIN:
-            return f"{layer.name}.{name} is a {type(tensor).__name__}, no plain tensor"
+            return f"{layer.name}.{name} is a {type(tensor).__name__}, not a plain tensor"
         if tensor.is_meta:
             return f"{layer.name}.{name} is on the meta device: offloaded, or never made"
         if tensor.layout is not torch.strided:

@@ -293,7 +293,7 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
     if torch.compiler.is_compiling():
         return None
     if type(x) not in (Tensor, nn.Parameter):
-        return f"its input is a {type(x).__name__}, no plain tensor"
+        return f"its input is a {type(x).__name__}, not a plain tensor"
     if torch._C._are_functorch_transforms_active():
         return "inside torch.func transforms (vmap, grad, jvp)"
     if torch.autograd.forward_ad._current_level >= 0:

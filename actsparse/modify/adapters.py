@@ -97,8 +97,8 @@ def lora_config(
 
     if handle_of(unwrap(model)) is not None:
         raise ValueError(
-            "the model is sparsified already, and layers that peft wraps now would leave their "
-            "adapters out of it; call handle.remove(), wrap, then sparsify"
+            "the model is sparsified already, and adapters that peft adds now would be left out; "
+            "call handle.remove(), wrap the model with peft, then sparsify"
         )
     modules = dict(unwrap(model).named_modules())
     layers = {name: module for name, module in modules.items() if name and is_linear(module)}
@@ -291,7 +291,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         )
     inputs, state = handle.blocks.inputs, handle.state_dict()
     if inputs is None:
-        raise ValueError("merge_adapter() needs blocks as find_mlp_blocks returned them")
+        raise ValueError("merge_adapter() needs the blocks that find_mlp_blocks returned")
     names = [block.up.name.removeprefix(_INNER) for block in handle.blocks]
     tables = [_table(block) for block in handle.blocks]
     handle.remove()
@@ -331,7 +331,7 @@ def _sparsified(model: nn.Module, caller: str) -> tuple[Any, Handle]:
         )
     handle = handle_of(root)
     if handle is None:
-        raise ValueError(f"{caller} is for a sparsified model; for a plain one use peft's own way")
+        raise ValueError(f"{caller} is for a sparsified model; for a plain one use peft's method")
     return root, handle
 
 

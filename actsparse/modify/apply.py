@@ -85,7 +85,7 @@ def sparsify(
             f"sparsify it before wrapping"
         )
     if steps is not None and optimizer is None:
-        raise ValueError(f"steps={steps!r} goes with optimizer=, or to handle.attach later")
+        raise ValueError(f"steps={steps!r} needs optimizer=; or give steps to handle.attach later")
     root = unwrap(model)
     for name, module in root.named_modules():
         existing = handle_of(module)
@@ -150,7 +150,7 @@ def _check_blocks(root: nn.Module, blocks: Blocks) -> None:
         if modules.get(block.up.name) is not block.up.module:
             raise ValueError(
                 f"block {block.name!r} is not of this {type(root).__name__}: it was found in "
-                f"another model or in a part of this one, or its layers were exchanged since (by "
+                f"another model or in a part of this one, or its layers were replaced since (by "
                 f"peft?); find the blocks of this very model, or give inputs="
             )
         for part in (block.norm, block.gate, block.up, block.down):
@@ -159,8 +159,8 @@ def _check_blocks(root: nn.Module, blocks: Blocks) -> None:
         site = site_at(block)
         if site is not None and site.modified and thresholds_of(root) is not None:
             raise ValueError(
-                f"block {block.name!r} has a threshold: thresholds_of(model).remove(), sparsify, "
-                f"then calibrate_thresholds anew"
+                f"block {block.name!r} has a threshold; call thresholds_of(model).remove(), then "
+                f"sparsify, then calibrate_thresholds again"
             )
         if site is not None and site.modified:
             raise ValueError(

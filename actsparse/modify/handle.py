@@ -149,7 +149,7 @@ class Handle:
         for block in self.blocks:
             if self.model.get_submodule(block.up.name) is not block.up.module:
                 raise ValueError(
-                    f"layer {block.up.name!r} was exchanged or wrapped after sparsify (by peft?), "
+                    f"layer {block.up.name!r} was replaced or wrapped after sparsify (by peft?), "
                     f"so its modifications miss a part of it; wrap first, then sparsify"
                 )
         for modification, _ in self._attached:
@@ -176,13 +176,13 @@ class Handle:
         found = optimizers_in(optimizer, {id(p) for p in self.model.parameters()})
         if not found and shards:
             raise ValueError(
-                "the optimizer holds no parameter of the model: fully_shard has exchanged them "
+                "the optimizer holds no parameter of the model: fully_shard has replaced them "
                 "since; make the optimizer after fully_shard, then attach it"
             )
         if not found:
             raise ValueError(
                 f"{type(optimizer).__name__} holds no parameter of the model that was sparsified; "
-                f"is it of a copy, or was the model made anew since?"
+                f"is it for a copy, or was the model made again since?"
             )
         return found
 
@@ -227,8 +227,8 @@ class Handle:
     def _say_unclaimed(self, whose: str, stacklevel: int) -> None:
         if not self._asked and any(attached.unclaimed for _, attached in self._attached):
             self._warn_once(
-                f"recipe {self.recipe.name!r} has a penalty that {whose} loss lacked: "
-                "loss = loss + handle.penalty(), before backward",
+                f"recipe {self.recipe.name!r} has a penalty that {whose} loss lacked; "
+                "add it before backward: loss = loss + handle.penalty()",
                 stacklevel,
             )
 
@@ -265,7 +265,7 @@ class Handle:
         ]
         if waiting:
             why = (
-                "handle.attach(optimizer, steps=...)"
+                "call handle.attach(optimizer, steps=...)"
                 if self._following is None
                 else "the optimizer that was attached makes no step; attach the one that does"
             )
@@ -296,7 +296,7 @@ class Handle:
             if moving:
                 self._warn_once(
                     f"schedules stand still ({', '.join(dict.fromkeys(moving))}): "
-                    f"handle.attach(optimizer, steps=...)",
+                    f"call handle.attach(optimizer, steps=...)",
                     stacklevel=3,
                 )
         sums: dict[int, list[Tensor]] = {}

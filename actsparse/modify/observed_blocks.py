@@ -33,7 +33,9 @@ def seen_blocks(
         ValueError: blocks that were not observed, or not of this model; a wrapped model; none.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ValueError(f"{caller} is for the model inside {type(model).__name__}, model.module")
+        raise ValueError(
+            f"{caller} takes the model inside {type(model).__name__}: give model.module"
+        )
     names = {block.up.module: name for name, block in seen.blocks.items()}
     chosen = list(seen.blocks.values() if blocks is None else blocks)
     if not chosen:

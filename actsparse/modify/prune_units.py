@@ -175,8 +175,8 @@ class _Cut:
         now = self.layer.module._parameters.get(self.name)
         if now is None or now.shape != self.size:
             raise ValueError(
-                f"{self.layer.name}.{self.name} is not the {list(self.size)} that was left of it: "
-                f"take back first what changed it since (a later pruning, peft)"
+                f"{self.layer.name}.{self.name} no longer has the shape {list(self.size)} that "
+                f"pruning gave it: first undo what changed it since (a later pruning, peft)"
             )
 
     @torch.no_grad()
@@ -303,7 +303,7 @@ def _unfit(
         for parameter in (p for p in layer.module._parameters.values() if p is not None):
             names = owners.get(id(parameter))
             if names is None:
-                return f"{layer.name} was exchanged since the block was found"
+                return f"{layer.name} was replaced since the block was found"
             if len(names) > 1:
                 return f"tied parameters: {' and '.join(names)}"
         for other in known:

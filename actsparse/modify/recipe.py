@@ -56,7 +56,7 @@ class Recipe:
         for modification in self.modifications:
             if isinstance(getattr(modification, "to", None), ActivationFunction):
                 raise ValueError(
-                    f"{modification} holds a function of your own, which no file can keep; "
+                    f"{modification} holds a function of your own, which cannot be saved; "
                     f"use an activation by name"
                 )
             items.append({"modification": type(modification).__name__, **asdict(modification)})

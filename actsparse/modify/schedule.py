@@ -43,7 +43,7 @@ class Ramp:
             return self.over
         if steps is None:
             raise ValueError(
-                f"{self!r} needs the number of steps: handle.attach(optimizer, steps=...)"
+                f"{self!r} needs the number of steps: call handle.attach(optimizer, steps=...)"
             )
         return self.over * steps
 

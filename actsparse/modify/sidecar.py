@@ -82,14 +82,14 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
         blocks, recipe, state = found.blocks, Recipe("vanilla"), {"step": 0, "steps": None}
     else:
         raise ValueError(
-            f"{caller} is for a sparsified model, or one with thresholds; for a plain one use its "
-            f"own way, or, to prune it, sparsify(model, 'vanilla', inputs=...) first"
+            f"{caller} is for a sparsified model, or one with thresholds; save a plain one by its "
+            f"own method; if it was pruned, call sparsify(model, 'vanilla', inputs=...) first"
         )
     modules = dict(root.named_modules(remove_duplicate=False))
     if any(modules.get(block.up.name) is not block.up.module for block in blocks):
         raise ValueError(f"{caller} is for the model whose blocks were found, not for another")
     if blocks.inputs is None:
-        raise ValueError(f"{caller} needs blocks as find_mlp_blocks returned them, no plain list")
+        raise ValueError(f"{caller} needs the blocks that find_mlp_blocks returned, no plain list")
     thresholds = {} if found is None else found.in_force()
     lost = thresholds.keys() - {block.up.module for block in blocks}
     if lost or (thresholds and not whole):
@@ -101,8 +101,8 @@ def describe_changes(root: nn.Module, caller: str, whole: bool = False) -> dict[
     narrow = [name for name, layer in pruned_layers(root).items() if layer not in covered]
     if narrow and whole:
         raise ValueError(
-            f"{caller} would lose the widths of {', '.join(narrow)}, pruned but none of the blocks "
-            f"that were sparsified: sparsify these too, or take the pruning back first"
+            f"{caller} would lose the widths of {', '.join(narrow)}, which were pruned but not "
+            f"sparsified: sparsify these blocks too, or undo the pruning first"
         )
     sidecar = {
         "format": _FORMAT,

@@ -95,7 +95,7 @@ def calibrate_thresholds(
     """
     if (share is None) == (budget is None) or (budget is None) != (evaluate is None):
         raise ValueError(
-            "give budget and evaluate=, or share= (how much of a token's Σ a² may go) alone"
+            "give either budget and evaluate=, or share= (how much of a token's Σ a² may go)"
         )
     for name, value, most in (("budget", budget, math.inf), ("share", share, 1.0)):
         if value is not None and not (0 <= value <= most and math.isfinite(value)):
@@ -218,8 +218,8 @@ class Thresholds:
         for name, part in self._seen.items():
             if part.score != "z":
                 raise ValueError(
-                    f"activations of block {name!r} were seen that are not 0 at z ≤ 0 (of another "
-                    f"φ than {self._places[name].function} now, or NaN): observe it again"
+                    f"block {name!r} was observed with activations that are not 0 at z ≤ 0 (by "
+                    f"another φ than {self._places[name].function} now, or NaN): observe it again"
                 )
 
     def set(self, thresholds: Mapping[str, float]) -> None:
@@ -326,7 +326,11 @@ class _Place:
         site = site_at(block)
         swap = None if site is None else site.phi
         if swap is not None and not (isinstance(swap, MixedActivation) and swap.done):
-            what = "still being mixed" if isinstance(swap, MixedActivation) else "of all units"
+            what = (
+                "still being mixed"
+                if isinstance(swap, MixedActivation)
+                else "a function of all units"
+            )
             raise ValueError(f"φ of block {name!r} is {what}: it takes no threshold")
         if swap is not None and known_as(swap.new.name) is not swap.new:
             raise ValueError(

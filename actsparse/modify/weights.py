@@ -130,7 +130,7 @@ def by_module_names(model: Any, state: dict[str, Tensor], source: str) -> dict[s
         except Exception as error:
             raise ValueError(
                 f"{source}: transformers stores {type(model).__name__} in other shapes than the "
-                f"model has it ({error}); keep it with actsparse.save"
+                f"model has it ({error}); save it with actsparse.save"
             ) from error
     back = {there: names[int(number)] for there, number in called.items()}
     return {back.get(name, name): tensor for name, tensor in state.items()}

@@ -158,8 +158,8 @@ class _Changes:
             ratios = torch.cat(parts).sort().values if parts else torch.empty(0)
             if not len(ratios):
                 raise ValueError(
-                    f"no token came to block {self.block.name!r}; give at least one pair of "
-                    f"batches, and a mask that leaves some"
+                    f"block {self.block.name!r} got no token; give at least one pair of batches, "
+                    f"and a mask that leaves some tokens"
                 )
             row = {"layer": name, "tokens": len(ratios)}
             rows.append(row | {"covered": float((ratios <= 1).double().mean())})

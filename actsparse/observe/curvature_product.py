@@ -148,8 +148,8 @@ class LossSurface:
             output = check_loss(output, where)
         if not (output if isinstance(output, Tensor) else output[0]).requires_grad:
             raise ValueError(
-                f"{where} returned what no chosen parameter has a part in: they are unused, or it "
-                f"was detached or computed under no_grad"
+                f"{where} returned a result that depends on no chosen parameter: they are unused, "
+                f"or it was detached or computed under no_grad"
             )
         if isinstance(output, Tensor):
             samples = _length(batch)

@@ -332,8 +332,8 @@ def _blocks(
         return list(found_with(model, first, "measure", stacklevel=4))
     except TypeError as error:
         raise ValueError(
-            f"a batch is not what {type(model).__name__} runs on ({error}); give measure inputs= "
-            f"or blocks= (from find_mlp_blocks)"
+            f"{type(model).__name__} does not run on a batch ({error}); give measure inputs= or "
+            f"blocks= (from find_mlp_blocks)"
         ) from error
 
 

@@ -309,8 +309,8 @@ class Seen:
         missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or unknown:
             raise ValueError(
-                f"the state is of other blocks or measures: of what is observed here it lacks "
-                f"{_some(missing)}, and beyond that it has {_some(unknown)}"
+                f"the state is of other blocks or measures: missing "
+                f"{_some(missing)}; not observed here {_some(unknown)}"
             )
         for key, tensor in own.items():
             given = state[key]

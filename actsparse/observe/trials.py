@@ -131,7 +131,7 @@ class CoveringTrial(Trial):
         """``attack``, made."""
         chosen = disturbance_of(self.attack)
         if not isinstance(chosen, Attack):
-            raise ValueError(f"attack={self.attack!r}: expected fgsm or pgd; noise has no twin")
+            raise ValueError(f"attack={self.attack!r}: expected fgsm or pgd, not noise")
         return chosen
 
     @override

@@ -23,8 +23,8 @@ def handle_in(model: nn.Module, handle: Handle) -> Handle:
     own = handle_of(unwrap(model))
     if own is None:
         raise ValueError(
-            "the callback's handle is of another model than is trained (does model_init make it "
-            "anew?): call sparsify inside model_init, whose handle is then taken"
+            "the callback's handle belongs to another model than the one that is trained (does "
+            "model_init make a new one?): call sparsify inside model_init, and its handle is used"
         )
     return own
 
@@ -40,8 +40,8 @@ def place_of(handle: Handle, state: TrainerState) -> tuple[int, int]:
     complete = known is not None and done >= known
     steps = known if known is not None and complete else done + state.max_steps
     warnings.warn(
-        f"the recipe's schedules stand at step {done} of an earlier training and go on from there, "
-        f"{'as they are complete' if complete else f'to {steps}'}; to begin them anew call "
+        f"the recipe's schedules are at step {done} of an earlier training and go on from there, "
+        f"{'as they are complete' if complete else f'to {steps}'}; to begin them again call "
         f"handle.load_state_dict({{'step': 0, 'steps': None}}) before",
         stacklevel=5,
     )

@@ -114,7 +114,7 @@ def test_a_second_part_of_the_calls_tokens_has_no_known_place(stack: Stack) -> N
     tokens = stack(ids(2, 6))
     assert tokens.positions(2, 2, of="pooled") == 0
     assert tokens.positions(2, 2, of="another block") == 0
-    with pytest.raises(ValueError, match="sees 2 of the 6 tokens that Stack was called on"):
+    with pytest.raises(ValueError, match="is called on 2 of the 6 tokens of Stack at a time"):
         tokens.positions(2, 2, of="pooled")
     for _ in range(2):  # a shared block sees all of them, several times
         assert tokens.positions(2, 6, of="pooled") == 0
@@ -194,7 +194,7 @@ def test_caches_that_disagree_are_refused_by_name(stack: Stack) -> None:
 
 def test_a_mask_that_leaves_out_the_cached_tokens_is_refused(stack: Stack) -> None:
     tokens = stack(ids(2, 4), MASK, cache=Cache(6))
-    with pytest.raises(ValueError, match="6 tokens in the cache stand before the 4"):
+    with pytest.raises(ValueError, match="6 tokens in the cache come before the 4"):
         tokens.positions(2, 4)
 
 

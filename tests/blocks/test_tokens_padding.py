@@ -159,7 +159,7 @@ def test_padding_that_a_model_appends_inside_is_refused_without_any_mask() -> No
     given = torch.full((2, 8), 3)
     with observe(model, inputs={"input_ids": given}) as seen, torch.no_grad():
         model(given)
-        with pytest.raises(ValueError, match=r"appends padding of its own.* see 8; call it on 8"):
+        with pytest.raises(ValueError, match=r"appends padding of its own.* get 8; call it on 8"):
             model(given[:, :6])
     assert seen.summary("inference")["blocks"][0]["tokens"] == 16
 

@@ -45,7 +45,7 @@ def test_it_trains_and_judges_and_passes_over_what_has_no_data(
     assert (task["task"], task["counts"], task["best"] in plans.VANILLAS) == (
         "digits", "undecided", True,
     )  # fmt: skip
-    assert {row["arm"] for row in task["rows"]} == {*ARMS.split(",")}
+    assert {row["name"] for row in task["rows"]} == {*ARMS.split(",")}
     assert task["command"] == "actsparse frontier digits --seeds 1 --steps 4"
     assert (out / "digits" / "plots" / "frontier.png").exists()
     assert (out / "digits" / "report.html").exists()

@@ -248,7 +248,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a fused layer that others read": (Parallel, "also feeds"),
     "gate and up on two tensors": (Apart, "same tensor"),
     "an activation that looks at all it gets": (lambda: Block(Clipped()), "also feeds"),
-    "an activation with a far cap": (lambda: Block(Capped()), "known by name"),
+    "an activation with a far cap": (lambda: Block(Capped()), "no known name"),
     "an activation of evaluation alone": (lambda: Block(Leaky()), "in training"),
     "alpha dropout": (lambda: Block(drop=nn.AlphaDropout(0.5)), "AlphaDropout"),
 }
@@ -299,7 +299,7 @@ def test_a_strangers_activation_is_known_by_its_values(swap: str | None) -> None
         ("autocast", lambda model: _autocast(model)),
         ("float64", lambda model: model.double()(X.double())),
         ("bfloat16", lambda model: model.bfloat16()(X.bfloat16())),
-        ("no plain tensor", lambda model: model(X.as_subclass(Doubled))),
+        ("not a plain tensor", lambda model: model(X.as_subclass(Doubled))),
     ],
 )
 def test_calls_that_kernels_do_not_take_are_run_by_the_layers(

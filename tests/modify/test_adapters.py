@@ -95,7 +95,7 @@ def test_a_target_or_a_head_that_does_not_exist_is_named_with_the_layers_that_do
 def test_a_sparsified_model_is_not_wrapped() -> None:
     model, inputs = built("gpt2")
     sparsify(model, "paper-finetune", inputs=inputs)
-    with pytest.raises(ValueError, match=r"handle\.remove\(\), wrap, then sparsify"):
+    with pytest.raises(ValueError, match=r"handle\.remove\(\), wrap the model with peft, then"):
         lora_config(model, inputs)
 
 

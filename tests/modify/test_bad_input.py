@@ -238,7 +238,7 @@ def test_blocks_whose_layers_were_exchanged_since_are_refused() -> None:
     model, inputs = built()
     blocks = find_mlp_blocks(model, inputs)
     model.transformer.h[0].mlp.c_fc = copy.deepcopy(model.transformer.h[0].mlp.c_fc)
-    refused(model, ValueError, "exchanged since",
+    refused(model, ValueError, "replaced since",
             lambda: sparsify(model, "paper-finetune", blocks=blocks))  # fmt: skip
 
 

@@ -219,7 +219,7 @@ def test_training_without_an_attached_optimizer_is_said_once() -> None:
     model = net()
     handle = sparsify(model, NormFloor(), inputs=stream())
     (said,) = unseen(model, handle, SGD(model.parameters(), lr=0.1), rounds=9)
-    assert "no optimizer step is seen, so NormFloor stood still: handle.attach(" in said
+    assert "no optimizer step is seen, so NormFloor stood still: call handle.attach(" in said
 
 
 def test_an_optimizer_made_anew_in_training_is_noticed() -> None:

@@ -263,7 +263,7 @@ def test_wrapping_a_layer_after_sparsify_is_noticed_at_attach() -> None:
     model, x = Net(), stream()
     handle = sparsify(model, "paper-finetune", inputs=x)
     model.first[0] = nn.Sequential(model.first[0])
-    with pytest.raises(ValueError, match=r"'first\.0' was exchanged or wrapped after sparsify"):
+    with pytest.raises(ValueError, match=r"'first\.0' was replaced or wrapped after sparsify"):
         handle.attach(torch.optim.SGD(model.parameters()), steps=1)
 
 

@@ -70,7 +70,7 @@ def test_a_penalty_that_no_loss_has_is_told_once() -> None:
     with torch.no_grad():
         model(x)  # a pass that trains nothing
     optimizer.step()
-    with pytest.warns(UserWarning, match=r"loss = loss \+ handle\.penalty\(\), before backward"):
+    with pytest.warns(UserWarning, match=r"before backward: loss = loss \+ handle\.penalty\(\)"):
         step(penalised=False)
     step(penalised=False)  # warnings are errors here
 

@@ -36,7 +36,7 @@ def scaled(layer: nn.Linear) -> None:
         (lambda m: nn.utils.parametrizations.weight_norm(m[1].up), r"1\.up has no plain weight"),
         (lambda m: setattr(m[1].down, "weight", m[0].down.weight),
          r"tied parameters: 0\.down\.weight and 1\.down\.weight"),
-        (lambda m: setattr(m[1], "down", nn.Linear(H, D)), r"1: 1\.down was exchanged since"),
+        (lambda m: setattr(m[1], "down", nn.Linear(H, D)), r"1: 1\.down was replaced since"),
         (lambda m: setattr(m[1].up, "out_features", 3), r"weight of shape \[10, 6\], but widths"),
     ],
     ids=["int8", "with-scales", "parametrised", "tied", "exchanged", "wrong-widths"],
@@ -126,7 +126,7 @@ def test_what_was_seen_must_fit() -> None:
         prune_dead_units(model, seen, blocks=[])
     with pytest.raises(ValueError, match="not part of this Sequential"):
         prune_dead_units(copy.deepcopy(model), seen)
-    with pytest.raises(ValueError, match=r"inside DataParallel, model\.module"):
+    with pytest.raises(ValueError, match=r"inside DataParallel: give model\.module"):
         prune_dead_units(nn.DataParallel(model), seen)
     prune_dead_units(model, seen)
     with pytest.raises(ValueError, match="has 5 hidden units, but 10 were seen: it was pruned"):

@@ -98,7 +98,7 @@ def test_a_fraction_without_the_number_of_steps_fails_at_attach(name: str, early
     model, x = block(), stream()
     state = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    message = r"number of steps: handle.attach\(optimizer, steps="
+    message = r"number of steps: call handle.attach\(optimizer, steps="
     if early:
         with pytest.raises(ValueError, match=message):
             sparsify(model, FRACTIONS[name], inputs=x, optimizer=optimizer)

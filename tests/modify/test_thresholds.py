@@ -107,7 +107,7 @@ def test_what_was_seen_of_another_function_gives_no_threshold() -> None:
     seen = magnitudes(model)
     sparsify(model, SwapActivation("relu"), inputs=X)
     with pytest.raises(
-        ValueError, match=r"not 0 at z ≤ 0 \(of another φ than relu now.*observe it"
+        ValueError, match=r"not 0 at z ≤ 0 \(by another φ than relu now.*observe it"
     ):
         calibrate_thresholds(model, seen, share=0.01)
     assert thresholds_of(model) is None
@@ -340,11 +340,11 @@ def test_an_evaluation_that_fails_leaves_the_model_as_it_was(answers: Any, error
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give budget and evaluate="),
-        ({"budget": 0.1}, "give budget and evaluate="),
-        ({"evaluate": fails}, "give budget and evaluate="),
-        ({"share": 0.1, "evaluate": fails}, "give budget and evaluate="),
-        ({"share": 0.1, "budget": 0.1, "evaluate": fails}, "give budget and evaluate="),
+        ({}, "give either budget and evaluate="),
+        ({"budget": 0.1}, "give either budget and evaluate="),
+        ({"evaluate": fails}, "give either budget and evaluate="),
+        ({"share": 0.1, "evaluate": fails}, "give either budget and evaluate="),
+        ({"share": 0.1, "budget": 0.1, "evaluate": fails}, "give either budget and evaluate="),
         ({"share": 1.5}, r"share=1\.5: expected a number from 0 to 1"),
         ({"share": math.nan}, "share=nan: expected"),
         ({"budget": -1.0, "evaluate": fails}, r"budget=-1\.0: expected a finite number ≥ 0"),
@@ -363,7 +363,7 @@ def test_arguments_that_make_no_sense_are_named(options: dict[str, Any], message
     [
         (None, r"φ of block '1' takes no threshold on z: gelu\(.*leave the block out of blocks="),
         (SwapActivation("jsrelu", mix=5), "φ of block '0' is still being mixed"),
-        (TopK(0.5), "φ of block '0' is of all units"),
+        (TopK(0.5), "φ of block '0' is a function of all units"),
     ],
     ids=["gelu", "mixed", "top-k"],
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from actsparse import ActivationPenalty, handle_of, sparsify
 
 D, H = 8, 12
-STILL = r"schedules stand still \(ActivationPenalty\): handle\.attach\(optimizer, steps=...\)"
+STILL = r"schedules stand still \(ActivationPenalty\): call handle\.attach\(optimizer, steps=...\)"
 
 
 def block() -> nn.Sequential:
@@ -49,7 +49,7 @@ def test_an_optimizer_that_is_attached_or_a_recipe_without_schedules_is_told_not
 
 def test_steps_go_with_the_optimizer() -> None:
     model, x = block(), stream()
-    with pytest.raises(ValueError, match=r"steps=10 goes with optimizer="):
+    with pytest.raises(ValueError, match=r"steps=10 needs optimizer="):
         sparsify(model, inputs=x, steps=10)
     with pytest.raises(ValueError, match="needs the number of steps"):
         sparsify(model, ActivationPenalty("l1", ramp=0.5), inputs=x, optimizer=sgd(model))
@@ -73,5 +73,5 @@ def test_a_forward_beside_the_one_that_was_penalised_is_no_alarm() -> None:
     model(x)  # for a metric, say
     optimizer.step()
     model(x).sum().backward()
-    with pytest.warns(UserWarning, match=r"handle\.penalty\(\), before backward"):
+    with pytest.warns(UserWarning, match=r"before backward: loss = loss \+ handle\.penalty\(\)"):
         optimizer.step()

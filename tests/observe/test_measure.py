@@ -334,7 +334,7 @@ def never(model: nn.Module, batch: Batch) -> Batch:
         ({"batches": iter([])}, r"batches must be a list.*list\(batches\) makes a list of it"),
         ({"batches": {"x": 1}}, "batches must be a list of at least one batch, got a dict"),
         ({"parameters": ["nope"]}, "no parameter of the model is called 'nope'"),
-        ({"inputs": None}, "a batch is not what Reader runs on .* give measure inputs= or blocks="),
+        ({"inputs": None}, "Reader does not run on a batch .* give measure inputs= or blocks="),
     ],
 )
 def test_what_is_wrong_is_said_before_any_work(changes: dict[str, Any], said: str) -> None:

@@ -237,7 +237,7 @@ def test_accuracy_needs_logits_and_a_gradient_does_not() -> None:
         ("robustness", {"bounds": [1, 0]}, r"bounds=\[1, 0\]: expected \[low, high\]"),
         ("covering", {"bounds": [0, "1"]}, r"bounds=\[0, '1'\]: expected \[low, high\]"),
         ("covering", {"bounds": [[0, 0], [1, 1, 1]]}, r"bounds=\[\[0, 0\].*: expected \[low, high"),
-        ("covering", {"attack": NOISE}, "covering: attack={.*}: expected fgsm or pgd; noise has"),
+        ("covering", {"attack": NOISE}, "covering: attack={.*}: expected fgsm or pgd, not noise"),
         ("covering", {"rho": 0}, "covering: rho=0: expected a finite number > 0"),
         ("pruning", {"thresholds": 0.1}, "thresholds=0.1: expected a list of a finite number"),
         ("pruning", {"thresholds": [-0.1]}, r"pruning: thresholds=\[-0.1\]: expected a list"),

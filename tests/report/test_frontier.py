@@ -93,14 +93,14 @@ def test_changes_are_paired_with_the_best_vanilla(tmp_path: Path) -> None:
     densities = [(0.2 + 0.01 * seed, 0.02 + 0.0005 * seed) for seed in range(5)]
     fewer = t_interval([(old - new) / old for old, new in densities])
     assert fewer is not None
-    assert sparse.fewer_inference is not None
-    assert sparse.fewer_inference.mean == pytest.approx(fewer.mean)
-    assert sparse.fewer_inference.half == pytest.approx(fewer.half)
+    assert sparse.inference_improvement is not None
+    assert sparse.inference_improvement.mean == pytest.approx(fewer.mean)
+    assert sparse.inference_improvement.half == pytest.approx(fewer.half)
     assert (best.change, best.within_noise, best.sparse, best.fewer) == (None, None, None, None)
-    assert sparse.dead is not None
-    assert sparse.dead.mean == pytest.approx(0.4)
-    assert sparse.living is not None
-    assert sparse.living.mean == pytest.approx(0.021 / 0.6)
+    assert sparse.dead_share is not None
+    assert sparse.dead_share.mean == pytest.approx(0.4)
+    assert sparse.living_density is not None
+    assert sparse.living_density.mean == pytest.approx(0.021 / 0.6)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_targets(tmp_path: Path) -> None:
     arms["dense-in-training"] = Made(base, 0.02, training=0.05)
     arms["about"] = Made(base, 0.028, jitter=0.001)
     found = judged(tmp_path, arms)
-    targets = {each.arm: (each.sparse, each.fewer) for each in found.rows}
+    targets = {each.name: (each.sparse, each.fewer) for each in found.rows}
     assert targets == {
         "vanilla": ("no", "no"),
         "vanilla-no-1d-decay": (None, None),
@@ -189,8 +189,8 @@ def test_targets(tmp_path: Path) -> None:
         "costly": ("no", "yes"),  # sparse enough, at too high a price
         "no-mlp": (None, None),
     }
-    assert list(targets) == [each.arm for each in found.rows]
-    means = [each.inference.mean for each in found.rows if each.inference]
+    assert list(targets) == [each.name for each in found.rows]
+    means = [each.inference_density.mean for each in found.rows if each.inference_density]
     assert means == sorted(means, reverse=True)
 
 
@@ -215,7 +215,7 @@ def test_lost_runs_and_a_folder_without_vanilla(tmp_path: Path) -> None:
     assert found is not None
     assert (found.best, found.chosen, found.counts) == (None, None, "undecided")
     broken = row(found, "broken")
-    assert (broken.seeds, broken.lost, broken.quality) == (0, 1, None)
+    assert (broken.seeds, broken.failed, broken.quality) == ((), 1, None)
     assert "there is nothing to compare with" in summary(found)
     assert "0, 1 lost" in markdown_frontier(tmp_path)
 

@@ -78,7 +78,7 @@ def test_what_trainer_saves_at_the_end_is_read_by_load_and_no_plain_model(tmp_pa
 
 
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.filterwarnings("ignore:the recipe's schedules stand at step")
+@pytest.mark.filterwarnings("ignore:the recipe's schedules are at step")
 def test_training_resumes_where_its_schedules_stood(again: bool, tmp_path: Path) -> None:
     whole = gpt2()
     handle = sparsify(whole, "paper-finetune", inputs=BATCH)
@@ -118,7 +118,7 @@ def test_a_second_training_goes_on_where_schedules_stand_and_says_so(tmp_path: P
     assert handle.state_dict() == {"step": 12, "steps": 6}
     assert not torch.equal(logits(model), before)
     handle.load_state_dict({"step": 3, "steps": 6})
-    with pytest.warns(UserWarning, match=r"stand at step 3 .* to 9; to begin them anew"):
+    with pytest.warns(UserWarning, match=r"are at step 3 .* to 9; to begin them again"):
         run.train()
     assert handle.state_dict() == {"step": 9, "steps": 9}
     handle.load_state_dict({"step": 0, "steps": None})

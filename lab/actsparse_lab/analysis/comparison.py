@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ class Arm:
     """One row. None where not measured or not applicable (an arm without MLPs, no reference).
 
     ``change`` and the improvements are paired: seed by seed against the reference, seeds both have.
-    ``verdict`` on quality is `stats.quality_verdict`.
+    ``verdict`` on quality is `stats.quality_verdict`, of a `Comparison` alone.
     """
 
     name: str
@@ -117,7 +117,9 @@ def compare(runs: list[Run]) -> Comparison:
     found = Arms(runs)
     loss = margin(quality_name or "", within(found, REFERENCE, QUALITY).values()) or 0.0
     judge = partial(quality_verdict, loss=loss, higher=higher)
-    arms = sorted((_arm(name, by_arm[name], found, judge) for name in by_arm), key=_reading_order)
+    rows = (arm_of(name, own, found, REFERENCE) for name, own in by_arm.items())
+    judged = (dataclasses.replace(arm, verdict=judge(arm.change)) for arm in rows)
+    arms = sorted(judged, key=_reading_order)
     table = Comparison(task, quality_name, higher, tuple(arms))
 
     control = table.arm(CONTROL)
@@ -166,19 +168,18 @@ def loss_drop(run: Run) -> float | None:
     return (start - losses[last]) / start
 
 
-def _arm(
-    name: str, runs: list[Run], arms: Arms, judge: Callable[[Estimate | None], str | None]
-) -> Arm:
+def arm_of(name: str, runs: Sequence[Run], arms: Arms, reference: str | None) -> Arm:
+    """The row of an arm, whose ``runs`` these are, against another of ``arms``."""
     done = list(arms[name].values())
 
     def over_seeds(read: Reader) -> Estimate | None:
         return t_interval(map(read, done))
 
     def against(read: Reader, combine: Callable[[float, float], float | None]) -> Estimate | None:
-        rival = name != REFERENCE
-        return t_interval(paired(arms, name, REFERENCE, read, combine).values()) if rival else None
+        if reference in (None, name):
+            return None
+        return t_interval(paired(arms, name, reference, read, combine).values())
 
-    change = against(QUALITY, difference)
     loss, bigram = over_seeds(LOSS), over_seeds(BIGRAM)
     return Arm(
         name=name,
@@ -188,8 +189,7 @@ def _arm(
         step=max((run.result["step"] for run in done if run.result), default=None),
         loss=loss,
         quality=over_seeds(QUALITY),
-        change=change,
-        verdict=judge(change),
+        change=against(QUALITY, difference),
         inference_density=over_seeds(INFERENCE),
         training_density=over_seeds(TRAINING),
         inference_improvement=against(INFERENCE, fewer),

@@ -16,22 +16,15 @@ Each arm is judged by itself. Of many arms that are exactly at a bar, one in for
 from __future__ import annotations
 
 import statistics
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actsparse_lab.analysis.comparison import CONTROL
+from actsparse_lab.analysis.comparison import CONTROL, Arm, arm_of
 from actsparse_lab.analysis.effects import (
-    INFERENCE,
-    LIVING,
     QUALITY,
-    TRAINING,
     Arms,
-    Reader,
-    dead_share,
     difference,
-    fewer,
     paired,
     within,
 )  # fmt: skip
@@ -51,31 +44,20 @@ FEWER = 0.6  # target (b): relative improvement of both over the best vanilla
 
 
 @dataclass(frozen=True)
-class Row:
-    """One arm; None where it has no such number (no MLPs, no best vanilla, or itself).
+class Row(Arm):
+    """An arm against the best vanilla; None where it has no such number (none there, or itself).
 
-    ``change`` and ``validation_change`` are of quality in its own unit. ``sparse`` is target (a),
-    ``fewer`` target (b).
+    ``validation_change`` is of quality in its own unit. ``sparse`` is target (a), ``fewer`` target
+    (b).
     """
 
-    arm: str
-    seeds: int  # finished
-    lost: int  # failed or not finished
-    quality: Estimate | None
-    validation: Estimate | None
-    change: Estimate | None
-    validation_change: Estimate | None
-    within_noise: Word | None
-    validation_within: Word | None
-    inference: Estimate | None
-    training: Estimate | None
-    living: Estimate | None
-    dead: Estimate | None
-    fewer_inference: Estimate | None
-    fewer_training: Estimate | None
-    sparse: Word | None
-    fewer: Word | None
-    speed: Speed | None
+    validation: Estimate | None = None
+    validation_change: Estimate | None = None
+    within_noise: Word | None = None
+    validation_within: Word | None = None
+    sparse: Word | None = None
+    fewer: Word | None = None
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +87,7 @@ class Board:
 
     def row(self, arm: str | None) -> Row | None:
         """The row of an arm, None where there is none."""
-        return next((row for row in self.rows if row.arm == arm), None)
+        return next((row for row in self.rows if row.name == arm), None)
 
 
 def frontiers_in(folder: str | Path) -> list[Path]:
@@ -133,14 +115,14 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
     )
     speeds = read_speeds(folder)
     judged = _Judge(arms, best, loss, early, higher, planned)
-    lost = Counter(run.arm for run in runs if not run.finished)
     names = dict.fromkeys(run.arm for run in runs)
-    rows = [judged.row(arm, lost[arm], speeds.get(arm)) for arm in names]
-    rows.sort(key=lambda row: (row.inference is None, -_mean(row.inference), row.arm))
+    measured = (arm_of(each, [r for r in runs if r.arm == each], arms, best) for each in names)
+    rows = [judged.row(arm, speeds.get(arm.name)) for arm in measured]
+    rows.sort(key=lambda row: (not row.inference_density, -_mean(row.inference_density), row.name))
     gain = judged.gain(paired(arms, WHOLE, HALF, QUALITY, difference))
     bar = None if loss is None else -KNEE * loss
     at_knee = beyond(gain and -gain, bar, planned)
-    without = next((row.within_noise for row in rows if row.arm == CONTROL), None)
+    without = next((row.within_noise for row in rows if row.name == CONTROL), None)
     opposite: dict[Word | None, Word] = {"yes": "no", "no": "yes"}
     needs_mlps = opposite.get(without, "undecided")
     return Board(
@@ -210,48 +192,28 @@ class _Judge:
     higher: bool
     planned: int
 
-    def row(self, arm: str, lost: int, speed: Speed | None) -> Row:
-        change, on_validation = (self.over_best(arm, r, difference) for r in (QUALITY, _validation))
-        bars = (None if m is None else -m for m in (self.margin, self.validation_margin))
-        rival = arm != self.best and self.best is not None
+    def row(self, arm: Arm, speed: Speed | None) -> Row:
+        rival = self.best not in (None, arm.name)
+        effects = paired(self.arms, arm.name, self.best or "", _validation, difference)
+        on_validation = t_interval(effects.values()) if rival else None
         noise, validation_noise = (
-            beyond(self.turn(found), bar, self.planned) if rival else None
-            for found, bar in zip((change, on_validation), bars, strict=True)
+            beyond(self.turn(found), loss and -loss, self.planned) if rival else None
+            for found, loss in ((arm.change, self.margin), (on_validation, self.validation_margin))
         )
-        inference, training = self.mean(arm, INFERENCE), self.mean(arm, TRAINING)
-        reduced = [self.over_best(arm, read, fewer) for read in (INFERENCE, TRAINING)]
-        words = [beyond(found and -found, -SPARSE, self.planned) for found in (inference, training)]
-        dense = inference is None or not rival
+        densities = (arm.inference_density, arm.training_density)
+        reduced = (arm.inference_improvement, arm.training_improvement)
+        words = [beyond(found and -found, -SPARSE, self.planned) for found in densities]
+        dense = arm.inference_density is None or not rival
         return Row(
-            arm=arm,
-            seeds=len(self.arms[arm]),
-            lost=lost,
-            quality=self.mean(arm, QUALITY),
-            validation=self.mean(arm, _validation),
-            change=change,
+            **vars(arm),
+            validation=t_interval(within(self.arms, arm.name, _validation).values()),
             validation_change=on_validation,
             within_noise=noise,
             validation_within=validation_noise,
-            inference=inference,
-            training=training,
-            living=self.mean(arm, LIVING),
-            dead=self.mean(arm, dead_share),
-            fewer_inference=reduced[0],
-            fewer_training=reduced[1],
             sparse=None if dense or noise is None else every(*words, noise),
             fewer=None if dense else every(*(beyond(f, FEWER, self.planned) for f in reduced)),
             speed=speed,
         )
-
-    def mean(self, arm: str, read: Reader) -> Estimate | None:
-        return t_interval(within(self.arms, arm, read).values())
-
-    def over_best(
-        self, arm: str, read: Reader, combine: Callable[[float, float], float | None]
-    ) -> Estimate | None:
-        if self.best is None or arm == self.best:
-            return None
-        return t_interval(paired(self.arms, arm, self.best, read, combine).values())
 
     def turn(self, change: Estimate | None) -> Estimate | None:
         """A change of quality such that more is better."""
@@ -270,10 +232,10 @@ def _chosen(arms: Arms, rows: Sequence[Row], best: str | None) -> str | None:
     """Sparsest on validation rows of the arms that are within noise there, if sparser than best."""
     densities = {}
     for row in rows:
-        ends = [end for run in arms[row.arm].values() if (end := final(run)) is not None]
+        ends = [end for run in arms[row.name].values() if (end := final(run)) is not None]
         seen = [end["measures"]["density"] for end in ends if end["measures"]]
-        if seen and (row.arm == best or row.validation_within == "yes"):
-            densities[row.arm] = sum(seen) / len(seen)
+        if seen and (row.name == best or row.validation_within == "yes"):
+            densities[row.name] = sum(seen) / len(seen)
     bar = densities.get(best or "", 0.0)
     densities = {
         arm: each for arm, each in densities.items() if arm not in (*VANILLAS, HALF) and each < bar

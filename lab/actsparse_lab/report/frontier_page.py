@@ -76,13 +76,13 @@ def reached_text(of: Board) -> str:
     best = of.row(of.best)
     if best is None:
         return "No vanilla run is finished, so there is nothing to compare with."
-    said = f"Best vanilla: {best.arm}, {quality(of.quality_name, best.quality)}, inference density "
-    said += f"{decimal(best.inference, 4)}."
+    said = f"Best vanilla: {best.name}, {quality(of.quality_name, best.quality)}, inference "
+    said += f"density {decimal(best.inference_density, 4)}."
     if (row := of.row(of.chosen)) is not None:
         said += (
-            f" Sparsest within noise on validation rows: {row.arm}, "
-            f"{percent(row.fewer_inference)} fewer active in inference and "
-            f"{percent(row.fewer_training)} in training, at a change of "
+            f" Sparsest within noise on validation rows: {row.name}, "
+            f"{percent(row.inference_improvement)} fewer active in inference and "
+            f"{percent(row.training_improvement)} in training, at a change of "
             f"{change(of.quality_name, row.change, 2)} on the test split (within noise: "
             f"{row.within_noise})."
         )
@@ -92,7 +92,7 @@ def reached_text(of: Board) -> str:
         ("(a)", f"at most {100 * SPARSE:g} % active, within noise", [r.sparse for r in of.rows]),
         ("(b)", f"at least {100 * FEWER:g} % fewer active", [r.fewer for r in of.rows]),
     ):
-        names = [row.arm for row, word in zip(of.rows, reached, strict=True) if word == "yes"]
+        names = [row.name for row, word in zip(of.rows, reached, strict=True) if word == "yes"]
         said += f" {name}, {bar}: {', '.join(names) or 'none'}."
     return said
 
@@ -105,11 +105,11 @@ def summary(of: Board) -> str:
 def headline(of: Board) -> str:
     """What validation chose, in a few words."""
     row = of.row(of.chosen)
-    if row is None or row.fewer_inference is None:
+    if row is None or row.inference_improvement is None:
         return f"{of.task}: no arm is known to be sparser within noise of the best vanilla"
     return (
-        f"{of.task}: {row.arm} has {percent(row.fewer_inference.mean, 0)} fewer active neurons "
-        f"than the best vanilla, within its noise on test rows: {row.within_noise}"
+        f"{of.task}: {row.name} has {percent(row.inference_improvement.mean, 0)} fewer active "
+        f"neurons than the best vanilla, within its noise on test rows: {row.within_noise}"
     )
 
 
@@ -128,28 +128,29 @@ def frontier_table(of: Board) -> Table:
         Column("(a)"), Column("(b)"),
         *(Column(head, brief=False) for head in ("MLPs × faster", "model × faster", "seeds")),
     )  # fmt: skip
-    ran = [f"{row.arm}: {row.speed.why}" for row in of.rows if row.speed]
+    ran = [f"{row.name}: {row.speed.why}" for row in of.rows if row.speed]
     note = f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
-    rows = tuple((row.arm, *_cells(name, row)) for row in of.rows)
+    rows = tuple((row.name, *_cells(name, row)) for row in of.rows)
     return Table(f"{FRONTIER_PLOT.name}-table", "The frontier", columns, rows, (note,))
 
 
 def _cells(name: str, row: Row) -> tuple[str, ...]:
+    lost = row.failed + row.unfinished
     return (
         quality(name, row.quality),
         change(name, row.change, 2, unit=""),
         row.within_noise or NONE,
-        decimal(row.inference, 4),
-        decimal(row.training, 4),
-        decimal(row.living, 4),
-        percent(row.dead),
-        percent(row.fewer_inference),
-        percent(row.fewer_training),
+        decimal(row.inference_density, 4),
+        decimal(row.training_density, 4),
+        decimal(row.living_density, 4),
+        percent(row.dead_share),
+        percent(row.inference_improvement),
+        percent(row.training_improvement),
         row.sparse or NONE,
         row.fewer or NONE,
         ratio(row.speed.mlps if row.speed else None),
         ratio(row.speed.model if row.speed else None),
-        f"{row.seeds}" + (f", {row.lost} lost" if row.lost else ""),
+        f"{len(row.seeds)}" + (f", {lost} lost" if lost else ""),
     )
 
 
@@ -173,7 +174,7 @@ def markdown_scoreboard(folder: str | Path) -> str:
             scored = f"{quality(name, row.quality)} ({name})"
             command = Cell(judged.command, markdown=code(judged.command))
             shown = (cells[head] for head in _SCORES)
-            rows.append((judged.task, judged.counts, row.arm, scored, *shown, command))
+            rows.append((judged.task, judged.counts, row.name, scored, *shown, command))
     return Table("scoreboard", "tasks", tuple(map(Column, heads)), tuple(rows)).markdown()
 
 

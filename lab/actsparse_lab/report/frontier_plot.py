@@ -14,28 +14,26 @@ def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | N
     The control without MLPs is a line; shaded is what lies within noise of the best vanilla's
     mean. ``table`` gives arms their colours.
     """
-    rows = [row for row in of.rows if row.quality is not None and row.arm != HALF]
-    dense = [row for row in rows if row.inference is not None]
+    rows = [row for row in of.rows if row.quality is not None and row.name != HALF]
+    densities = [row.inference_density.mean for row in rows if row.inference_density]
     best = of.row(of.best)
-    if not dense or best is None or best.quality is None or of.margin is None:
+    if not densities or best is None or best.quality is None or of.margin is None:
         return None
     height = plots.HEIGHT + 0.14 * len(rows)  # the legend's lines
     figure, (axes,) = plots.new_figure(dark, size=(plots.WIDTH, height))
     middle = best.quality.mean
     axes.axhspan(middle - of.margin, middle + of.margin, color=plots.INK[dark], alpha=0.12)
-    smallest = min(
-        (r.inference.mean for r in dense if r.inference and r.inference.mean > 0), default=1e-4
-    )
+    smallest = min(filter(None, densities), default=1e-4)
     values = [middle]
     for name, style in plots.styles(table, dark):
-        row = next((row for row in rows if row.arm == name), None)
+        row = next((row for row in rows if row.name == name), None)
         if row is None or row.quality is None:
             continue
         values.append(row.quality.mean)
-        if row.inference is None:
+        if row.inference_density is None:
             axes.axhline(row.quality.mean, color=style["color"], linestyle="--", label=name)
             continue
-        x, half = max(row.inference.mean, smallest / 2), row.inference.half or 0.0
+        x, half = max(row.inference_density.mean, smallest / 2), row.inference_density.half or 0.0
         axes.errorbar(
             x, row.quality.mean, xerr=[[min(half, 0.9 * x)], [half]], yerr=row.quality.half or 0.0,
             color=style["color"], marker=style["marker"], linestyle="", markersize=8,
