@@ -11,7 +11,7 @@ from torch import Tensor
 from actsparse.blocks.block import MLPBlock
 from actsparse.observe.curvature_product import LossSurface
 from actsparse.observe.gradient_measure import Weighing
-from actsparse.observe.loss import Reduction, draw_labels, sample_losses
+from actsparse.observe.loss import IGNORE, Reduction, check_logits, draw_labels, sample_losses
 from actsparse.observe.registry import Mask
 from actsparse.observe.session import Seen
 
@@ -27,20 +27,32 @@ def observed(
     labels: Labels,
     draws: int,
     seed: int,
+    correct: bool = False,
 ) -> tuple[dict[str, Any] | None, dict[str, MLPBlock]]:
-    """The passive measures, over ``draws`` sweeps, and the blocks as they are called there."""
+    """The passive measures, over ``draws`` sweeps, and the blocks as they are called there.
+
+    ``correct``: measures of gradients are over samples that the model classifies correctly.
+    """
     generator = generator_of(surface, seed)
     values: list[dict[str, float]] = []
     rows: list[int] = []
-    with surface.still(), Seen(blocks, options, mask, Weighing("sum"), always=True) as seen:
+    right = correct_samples(surface) if correct else []
+    weighing = Weighing("sum", samples=(lambda count: right[surface.batch]) if correct else None)
+    with surface.still(), Seen(blocks, options, mask, weighing, always=True) as seen:
         for _ in range(draws):
 
             def visit(output: Any, samples: int) -> None:
+                if correct:
+                    output = output[0], _without(output[1], ~right[surface.batch])
+                    rows.append(int(right[surface.batch].sum()))
+                else:
+                    rows.append(samples if isinstance(output, Tensor) else len(output[1]))
                 backward(_loss(output, samples, labels, surface.reduction, generator), seen)
-                rows.append(samples if isinstance(output, Tensor) else len(output[1]))
                 surface.tick()
 
             surface.sweep("gauss_newton" if labels == "model" else "hessian", visit)
+            if correct:
+                surface.samples = sum(map(int, map(torch.sum, right)))
             values.append(running_flatness(seen, len(values) + 1, rows, surface))
     summary = seen.summary("inference")
     if summary is None:
@@ -50,6 +62,33 @@ def observed(
     if labels == "model":
         found |= {f"{key}_error": standard_error([v[key] for v in values]) for key in values[0]}
     return found, seen.blocks
+
+
+def correct_samples(surface: LossSurface) -> list[Tensor]:
+    """Of each batch bool [B]: all predicted positions of a sample have their target as the largest
+    logit.
+
+    Raises:
+        ValueError: no sample of any batch is classified correctly, or a loss is a scalar.
+    """
+    right: list[Tensor] = []
+
+    def visit(output: Any, samples: int) -> None:
+        logits, targets = check_logits(output, "correct=True")
+        hit = (logits.argmax(-1) == targets) | (targets == IGNORE)
+        some = (targets != IGNORE).reshape(len(targets), -1).any(1)
+        right.append(hit.reshape(len(targets), -1).all(1) & some)
+
+    with surface.still():
+        surface.sweep("hessian", visit)
+    if not any(bool(each.any()) for each in right):
+        raise ValueError("correct=True: the model classifies no sample of these batches correctly")
+    return right
+
+
+def _without(targets: Tensor, left_out: Tensor) -> Tensor:
+    """The targets [B, ...], with nothing to predict in the samples ``left_out`` [B]."""
+    return targets.masked_fill(left_out.reshape(-1, *[1] * (targets.ndim - 1)), IGNORE)
 
 
 def _loss(

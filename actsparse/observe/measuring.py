@@ -112,6 +112,7 @@ def measure(
     measures: Names = ("density", "flatness", "gradient"),
     *,
     labels: Labels = "data",
+    correct: bool = False,
     reduction: Reduction = "mean",
     inputs: Any = None,
     blocks: Iterable[MLPBlock] | None = None,
@@ -151,6 +152,8 @@ def measure(
             estimates the trace ``token_copies`` if a sample's loss is a sum over positions, and
             that trace / N if it is a mean over N. Gauss–Newton traces always draw; the Hessian and
             trials always take the data's.
+        correct: measures of gradients count those samples alone that the model classifies
+            correctly (at every predicted position), as the papers' augmented flatness does.
         reduction: of a sample's loss over its positions, ``"mean"`` or ``"sum"``; of a scalar it is
             not known. The losses of robustness are means.
         inputs, blocks: as for :func:`observe`; without both the first batch serves as inputs.
@@ -193,6 +196,7 @@ def measure(
     found = _blocks(model, inputs, blocks, first)
     purposes = [name for name in options if name in _OF_LOGITS]
     purposes += ['labels="model"'] if labels == "model" else []
+    purposes += ["correct=True"] if correct else []
     if purposes:
         with undisturbed(model), torch.enable_grad():
             check_logits(loss_fn(model, first), purposes[0], "loss_fn on batch 0")
@@ -215,7 +219,7 @@ def measure(
     if passive:
         draws = probes if labels == "model" and any(map(_of_gradients, passive)) else 1
         surface = LossSurface(model, loss_fn, batches, chosen, reduction, draws, told("passes"))
-        summary, watched = observed(surface, found, passive, mask, labels, draws, seed)
+        summary, watched = observed(surface, found, passive, mask, labels, draws, seed, correct)
         if "spectrum" in passive:
             histograms = spectra_of(watched, **passive["spectrum"])
         how = how_of(surface)
@@ -237,6 +241,7 @@ def measure(
             surface.sweep("hessian", lambda output, samples: None)
         how = how_of(surface)
     how |= {"measures": list(options), "labels": labels, "seed": seed}
+    how |= {"correct": True} if correct else {}
     how |= {"batches": len(batches), "parameters": chosen}  # type: ignore[arg-type]
     return Measures(summary, curvature, histograms, how, trials)
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from actsparse import find_mlp_blocks
-from actsparse.observe import observe
+from actsparse.observe import measure, observe
 from actsparse.observe.loss import IGNORE, draw_labels, sample_losses
 from tests.observe.per_token import alike, by_copies, layers_of
 from tests.observe.test_curvature_product import exact
-from tests.observe.test_measure import Batch, look, pair, reader
+from tests.observe.test_measure import Batch, look, pair, reader, scalar
 
 
 def layers_summed(found: dict[str, Any]) -> float:
@@ -147,3 +148,33 @@ def test_the_error_of_drawn_flatness_is_that_of_the_mean_over_draws() -> None:
     once = look(model, batches, "flatness").measures
     same = ("samples", "tokens_per_sample", "input_norm", "density_from_flatness")
     assert all(found[key] == pytest.approx(once[key], rel=1e-12) for key in same)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_of_correct_samples_alone_is_as_if_the_others_were_not_there(gated: bool) -> None:
+    model, batches = reader(gated)
+    ids = torch.cat([ids for ids, _ in batches])
+    targets = model.eval()(ids).argmax(-1)  # right, but for one position, and none of the last
+    targets[1, 2] = (targets[1, 2] + 1) % 4
+    targets[3] = IGNORE
+
+    def of(batches: Any, **options: Any) -> Any:
+        names = ["flatness", "gradient"]
+        return measure(model, pair, batches, names, inputs=ids, reduction="sum", **options)
+
+    found = of([(ids[:2], targets[:2]), (ids[2:], targets[2:])], correct=True)
+    alone = of([(ids[:1], targets[:1]), (ids[2:3], targets[2:3])])
+    alike(found.measures, alone.measures)
+    assert (found.how["correct"], found.measures["samples"]) == (True, 2)
+    shuffled = DataLoader(TensorDataset(ids, targets), 3, shuffle=True)
+    alike(of(shuffled, correct=True).measures, alone.measures)
+
+
+def test_correct_samples_need_logits_and_one_that_is_right() -> None:
+    model, batches = reader()
+    ids = batches[0][0]
+    with pytest.raises(ValueError, match="correct=True needs logits"):
+        measure(model, scalar, batches, correct=True, inputs=ids)
+    wrong = [(ids, (model.eval()(ids).argmax(-1) + 1) % 4)]
+    with pytest.raises(ValueError, match="classifies no sample of these batches correctly"):
+        measure(model, pair, wrong, ["flatness"], correct=True, inputs=ids)
