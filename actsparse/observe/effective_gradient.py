@@ -32,9 +32,10 @@ class Gradient(GradientMeasure):
         "‖η_t‖": ("gradient_l2", "{:.3g}".format),
         "particip.": ("participation", "{:.2%}".format),
         "on active": ("concentration", "{:.2%}".format),
+        "η > 0": ("gradient_positive", "{:.2%}".format),
     }
     readings: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
-        "effective": ("z", ("small", "l1", "squares", "participation", "alive", "tokens")),
+        "effective": ("z", ("small", "l1", "positive", "squares", "participation", "alive", "tokens")),
         "phi": ("f", ("active", "all")),
     }
 
@@ -65,8 +66,9 @@ class Gradient(GradientMeasure):
         ``gradient_l2``: the root of the mean over tokens of ‖η_t‖²; ``participation``: the mean
         over tokens of ``(Σ_h η²)² / (H Σ_h η⁴)``, 1 where all units share alike and 1/H where one
         has all, over tokens with any gradient; ``concentration``: the share of ``Σ g_f²`` that
-        falls on units with φ′ ≠ 0; ``skipped``: how many passes were left out, as
-        not finite. None where no gradient has come.
+        falls on units with φ′ ≠ 0; ``gradient_positive``: the share of ``Σ |η|`` that is at η > 0;
+        ``hidden_gradient``: the mean over tokens of ‖g_f,t‖², the trace of its second moment;
+        ``skipped``: how many passes were left out, as not finite. None where no gradient has come.
         """
         sums = {name: part.gathered() for name, part in parts.items()}
         seen = {name: each for name, each in sums.items() if each is not None}
@@ -94,6 +96,8 @@ def _numbers(parts: list[dict[str, float]]) -> dict[str, Any]:
         "gradient_l2": math.sqrt(total("squares") / total("tokens")),
         "participation": total("participation") / total("alive") if total("alive") else None,
         "concentration": total("active") / total("all") if total("all") else None,
+        "gradient_positive": total("positive") / total("l1") if total("l1") else None,
+        "hidden_gradient": total("all") / total("tokens") if total("all") else None,
         "skipped": int(max(part["skipped"] for part in parts)),
     }
 
@@ -103,7 +107,10 @@ def _effective(epsilon: float, g_z: Tensor, weight: Tensor, samples: Tensor) -> 
     dtype = torch.promote_types(g_z.dtype, torch.float32)
     size = g_z.abs()
     small = size * weight.to(dtype).unsqueeze(-1) if epsilon else size
-    l1 = torch.linalg.vector_norm(size, ord=1, dim=-1, dtype=dtype).double()
+    l1, positive = (
+        torch.linalg.vector_norm(each, ord=1, dim=-1, dtype=dtype).double()
+        for each in (size, g_z.clamp(min=0))
+    )
     # of η over its largest entry, whose fourth powers neither overflow nor vanish
     peak = size.amax(-1).to(dtype)
     unit = size / torch.where(peak > 0, peak, 1).unsqueeze(-1)
@@ -112,6 +119,7 @@ def _effective(epsilon: float, g_z: Tensor, weight: Tensor, samples: Tensor) -> 
     return [
         ((small <= epsilon).sum(-1) * counted).sum(),
         torch.where(counted, l1 * weight, 0).sum(),
+        torch.where(counted, positive * weight, 0).sum(),
         torch.where(counted, two * (peak.double() * weight).square(), 0).sum(),
         torch.where(alive, two.square() / (four * g_z.shape[-1]), 0).sum(),
         alive.sum(),

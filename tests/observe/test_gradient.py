@@ -16,7 +16,10 @@ from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import observe
 from tests.observe.brute import D, H, Mlp
 
-FIELDS = ("gradient_sparsity", "gradient_l1", "gradient_l2", "participation", "concentration")
+FIELDS = (
+    "gradient_sparsity", "gradient_l1", "gradient_l2", "participation", "concentration",
+    "gradient_positive", "hidden_gradient",
+)  # fmt: skip
 B, T = 4, 3
 X = torch.randn(B, T, D, dtype=torch.float64)
 AIM = torch.randn(B, T, D, dtype=torch.float64)
@@ -47,7 +50,7 @@ def expected(
     z: Tensor, g_z: Tensor, g_f: Tensor, phi: str, keep: Tensor, epsilon: float = 0.0
 ) -> dict[str, float | None]:
     """The definitions, in loops over tokens; ``keep``: bool, one for each."""
-    small = l1 = squares = part = active = whole = 0.0
+    small = l1 = positive = squares = part = active = whole = 0.0
     tokens = alive = 0
     slope = ACTIVATIONS[phi].derivative(z)
     for t in keep.flatten().nonzero().flatten().tolist():
@@ -55,6 +58,7 @@ def expected(
         tokens += 1
         small += float((eta.abs() <= epsilon).sum())
         l1 += float(eta.abs().sum())
+        positive += float(eta[eta > 0].sum())
         squares += float(eta.square().sum())
         active += float(f[sloped].square().sum())
         whole += float(f.square().sum())
@@ -68,6 +72,8 @@ def expected(
         "gradient_l2": math.sqrt(squares / tokens),
         "participation": part / alive if alive else None,
         "concentration": active / whole if whole else None,
+        "gradient_positive": positive / l1 if l1 else None,
+        "hidden_gradient": whole / tokens if whole else None,
     }
 
 
@@ -174,7 +180,7 @@ def test_the_scale_of_the_loss_changes_nothing_even_where_squares_would_vanish(
         with observe(model, "gradient", inputs=x, loss_reduction="sum", loss_scale=scale) as seen:
             ((model(x) - AIM.float()).square().sum() * scale).backward()
         summary = fields(seen.summary("train"))
-        del summary["concentration"]  # a quotient of squares: float32's own range is its limit
+        del summary["concentration"], summary["hidden_gradient"]  # squares: float32's range
         found.append(summary)
     # rounding differs only in weights 1/scale, which are exact too
     assert found[0] == pytest.approx(found[1], rel=1e-12)
@@ -194,6 +200,8 @@ def test_without_a_gradient_there_is_nothing() -> None:
         "gradient_l2": 0.0,
         "participation": None,
         "concentration": None,
+        "gradient_positive": None,
+        "hidden_gradient": None,
     }
     assert "on active" in str(seen)
 

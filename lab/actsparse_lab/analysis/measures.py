@@ -23,6 +23,7 @@ KEYS = (
     *("coefficient", "density_from_flatness", "ratio"),
     *("input_norm", "activation_gradient", "effective_gradient", "down_input_norm"),
     *("gradient_sparsity", "gradient_l1", "gradient_l2", "participation", "concentration"),
+    *("gradient_positive", "hidden_gradient"),
     *("feature_anisotropy", "gradient_anisotropy", "noise_scale"),
 )
 SPECTRUM = ("block", "layer", "bins", "counts", "marchenko_pastur")
