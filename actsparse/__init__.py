@@ -1,7 +1,7 @@
-"""actsparse: Transformers whose MLP neurons stay mostly silent.
+"""actsparse: activation sparsity in the MLPs of Transformers, made, measured and used.
 
-``find_mlp_blocks`` says where the MLP blocks of a model are, ``sparsify`` modifies them in place,
-``observe`` measures how silent they are while the model runs, ``accelerate`` turns it into time.
+``find_mlp_blocks`` finds the MLP blocks of a model, ``sparsify`` modifies them so that fewer
+neurons are active, ``observe`` measures how many are, ``accelerate`` skips the work of the others.
 """
 
 from __future__ import annotations

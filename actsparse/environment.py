@@ -1,4 +1,4 @@
-"""What a result depends on besides its settings: versions, hardware, the commit."""
+"""The environment that a result depends on: versions, hardware, the commit."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there: through kills, lost power and a second process.
+"""Write files and folders whole or not at all, also if killed, or beside a second process.
 
-What is being made lies in a hidden folder beside its place, ``.<name>.<id>.tmp``, with a lock that
+What is being written is in a hidden folder beside its place, ``.<name>.<id>.tmp``, with a lock that
 its process holds. A lock ends with its process, so a folder whose lock is free was left by a dead
-one: the next that writes to the same place sweeps it.
+process. The next one that writes to the same place deletes it.
 """
 
 from __future__ import annotations

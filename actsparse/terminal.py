@@ -1,4 +1,4 @@
-"""The terminal: text is printed as it is, never as markup, never as a command to the terminal."""
+"""Print text to the terminal as it is, never as markup or as a control sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that strangers may have made: opened, read within limits, and never run."""
+"""Read files from untrusted sources, within limits, without running anything."""
 
 from __future__ import annotations
 

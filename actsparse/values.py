@@ -1,6 +1,6 @@
-"""Values that come from outside (files, options, callers), checked in one place.
+"""Check values that come from outside: files, options, callers.
 
-What a value must be is said by a type annotation: ``int``, ``float | None``, ``Literal["a", "b"]``,
+A type annotation says what a value must be: ``int``, ``float | None``, ``Literal["a", "b"]``,
 ``tuple[str, ...]``, ``dict[str, float]``, and narrower ones that are named here, such as `Share`.
 `check` looks at the plain values of a file, `check_fields` at a dataclass, `checked` makes a
 dataclass of plain values, `checked_arguments` looks at a function's arguments. Each raises

@@ -1,4 +1,4 @@
-"""Names of activation functions, with numbers of your own where a form takes some."""
+"""Names of activation functions, and functions with numbers of your own, such as thresholds."""
 
 from __future__ import annotations
 

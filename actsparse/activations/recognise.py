@@ -1,4 +1,4 @@
-"""Telling a stranger's activation function by its values, and how it treats its input."""
+"""Recognise an activation function by its values, and whether it overwrites its input."""
 
 from __future__ import annotations
 

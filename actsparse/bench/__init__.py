@@ -1,1 +1,1 @@
-"""Timings: interleaved, in one process, as ratios of medians with an interval."""
+"""Benchmarks: programs timed in turn in one process, as ratios of medians with an interval."""

@@ -1,4 +1,4 @@
-"""Models of known sizes whose MLP blocks have a wanted density on the benchmark's own input.
+"""Models of known sizes whose MLP blocks have a chosen density on the benchmark's own input.
 
 What sparse execution gains depends on the density, and no trained model is at hand at each. So
 the weights are random, and each hidden unit gets the threshold that leaves it active in the wanted

@@ -1,4 +1,4 @@
-"""The sparse MLP beside the dense one: forward, training step, and one token with cold caches."""
+"""Time the sparse MLP against the dense one: forward, training step, one token with cold caches."""
 
 from __future__ import annotations
 

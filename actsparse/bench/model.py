@@ -1,8 +1,8 @@
-"""Whole models: what sparse MLPs gain in a training step or in decoding, and what bounds it.
+"""Time whole models with sparse MLPs, in a training step or in decoding, and their upper bound.
 
-The bound is Amdahl's: where the MLPs take the share f of the dense time and one MLP alone runs r
-times as fast sparse, the whole runs at most ``1 / (1 − f + f / r)`` times as fast, and never
-more than ``1 / (1 − f)`` times, as without MLPs at all.
+The bound is Amdahl's law. If the MLPs take the share f of the dense time and one MLP alone runs r
+times as fast sparse, the whole model runs at most ``1 / (1 − f + f / r)`` times as fast. It never
+runs more than ``1 / (1 − f)`` times as fast, as it would without MLPs.
 """
 
 from __future__ import annotations

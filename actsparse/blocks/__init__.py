@@ -1,4 +1,4 @@
-"""Where a model's MLP blocks are, and the one place where a model is touched."""
+"""Find the MLP blocks of a model, and attach to them; only this package adds hooks to a model."""
 
 from __future__ import annotations
 

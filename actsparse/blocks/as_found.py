@@ -1,4 +1,4 @@
-"""How the modules of a block stood when it was found, and whether they still do."""
+"""Notice modules of a block that were replaced after the block was found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Walking the graph of a forward pass, and what kinds of operation there are."""
+"""Walk the graph of a forward pass, by kinds of operation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropping small gradients: a stage of the forward stays as it is, its gradient is changed."""
+"""Drop small gradients in the backward pass; the forward pass stays as it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model runs on: a tensor, a tuple of arguments, or a dict of keyword arguments."""
+"""Example inputs of a model: a tensor, a tuple of arguments, or a dict of keyword arguments."""
 
 from __future__ import annotations
 

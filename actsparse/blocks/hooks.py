@@ -1,4 +1,4 @@
-"""The wiring of a site: hooks on the block's modules, and what they do while the block runs.
+"""The hooks of a block: where a site is wired, and what its hooks do while the block runs.
 
 All hooks that a reader may ever need are put on at once and ask the site anew in each pass. So
 something that is attached later works in compiled code too, whose guards see what hooks read but

@@ -1,4 +1,4 @@
-"""What stands for a hidden layer that an executor does not compute."""
+"""A placeholder for the hidden layer of a block that runs sparse and does not compute it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Gradients of a block's stages, read where autograd passes them on.
+"""Read the gradients of a block's stages where autograd passes them on.
 
-A reading stands in the graph as the identity. In backward it hands the gradient on and gives sums
-of it to a tensor of its own, as that tensor's gradient: autograd adds them up there, once for
-each backward pass, also under gradient checkpointing, accumulation and ``torch.compile``.
+A reading is an identity in the graph. In the backward pass it passes the gradient on and gives sums
+of it to a leaf tensor as that tensor's gradient. There autograd adds them up, once for each
+backward pass, also under gradient checkpointing, accumulation and ``torch.compile``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a module's forward is exchanged on the instance: an activation's, or a layer's.
+"""Replace the forward of a module instance: of an activation or a layer.
 
-Exchanges are shared by the sites that meet at one module and are undone by ``remove``.
+A replacement is shared by all sites of one module, and is undone by ``remove``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which blocks of a model a caller means: those it names, those that are there, or the handle's."""
+"""The blocks that a caller means: those it gives, those found with inputs, or the handle's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one pass through a block keeps: in one thread, and gone when the pass ends."""
+"""What one pass through a block keeps, in its own thread, until the pass ends."""
 
 from __future__ import annotations
 

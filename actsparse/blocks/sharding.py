@@ -1,4 +1,4 @@
-"""Models whose parameters processes share out among themselves: FSDP2, ``fully_shard``.
+"""Models whose parameters are sharded over processes by FSDP2 (``fully_shard``).
 
 Between passes each parameter is a ``DTensor``, of which a process holds a part; within a module's
 pass it is a plain tensor, gathered. What reads a parameter between passes asks for all of it here.

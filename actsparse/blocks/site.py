@@ -1,4 +1,4 @@
-"""The one seam: a site attaches to a block and exposes its stages x → z → a → y.
+"""A site: the interface by which everything attaches to a block and reads its stages.
 
 Modifications set transforms of x, z, y and of φ; observers set taps. The site keeps these requests,
 its wiring (:mod:`actsparse.blocks.hooks`) serves them. Nothing is wrapped or renamed: when the last

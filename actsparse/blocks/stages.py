@@ -1,4 +1,4 @@
-"""The stages of a block, and what others may ask of them: the words that sites and users share."""
+"""The stages of a block, x, z, a, y and others: their names, and what may be asked of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the tokens of one call stand, and which are padding."""
+"""The positions of the tokens of one call, and which of them are padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token is which: positions and padding of the call that is running.
+"""Positions and padding of the tokens of the call that is running.
 
 An MLP sees rows of features and cannot know where they stand: with a key–value cache it sees one
 token at position t, left padding shifts positions, some models flatten [B, T, D] to [B·T, D]. The

@@ -1,7 +1,7 @@
-"""What the example inputs did not reach: layers of MLP blocks that ran no time in the pass.
+"""Layers of MLP blocks that the example inputs did not reach.
 
-Experts that no token was routed to, layers behind an early exit, the tower of a modality that was
-not given. Whether they form blocks is told by the sizes of their linear layers alone.
+These are experts that no token was routed to, layers behind an early exit, or the tower of a
+modality that was not given. Whether they form blocks is judged by the sizes of their linear layers.
 """
 
 from __future__ import annotations

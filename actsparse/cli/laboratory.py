@@ -1,4 +1,4 @@
-"""What actsparse-lab adds to the commands, where it is installed."""
+"""The verbs that actsparse-lab adds to the command, if it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The models a user can name, each with inputs it runs on."""
+"""The models that can be named on the command line, each with inputs it runs on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every benchmark does with its result: a record, JSON, the parts of a table."""
+"""Results of benchmarks: write the record, print JSON, format cells of tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse execution: the numbers of the dense MLP, without the work that its zeros save."""
+"""Sparse execution: the same results as the dense MLP, without the products that zeros save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``accelerate``: MLP blocks run sparse, wherever that is faster, with the same numbers."""
+"""``accelerate``: run MLP blocks sparse where that is faster, with the same results."""
 
 from __future__ import annotations
 

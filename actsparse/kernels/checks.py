@@ -1,4 +1,4 @@
-"""What operators ask of what they are handed, in the words of ``cpu/checks.h``.
+"""Checks of operators' arguments, with the same messages as ``cpu/checks.h``.
 
 The compiled kernels check for themselves. This is for operators that run on PyTorch's own ones, and
 on a GPU; there the values of pointer and index are not read, since the host would wait for them.

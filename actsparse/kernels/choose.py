@@ -1,4 +1,4 @@
-"""Which program runs a block fastest: timed on the block itself, once for blocks that are alike."""
+"""Choose the fastest program for a block by timing, once for blocks that are alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which blocks the kernels can stand in for without a change of any number, and why not the others.
+"""Decide which blocks can run sparse without changing a result, and say why others cannot.
 
 Layers in whose place the kernels run are skipped: so nothing may hang on them that only they do.
 """

@@ -1,4 +1,4 @@
-"""Activations that the kernels pack by themselves: those that are 0 exactly up to some floor.
+"""The activations that the kernels compute themselves: exactly 0 up to some threshold.
 
 For them ``z ≤ floor`` says which units to skip, so that nothing but z's comparison is needed to
 pack, and the lossless screen may prove it of units that are not computed at all.

@@ -1,4 +1,4 @@
-"""A Transformer's MLP that computes what its zeros leave to compute; the numbers stay the same.
+"""A Transformer's MLP without the products that zeros make needless; results stay the same.
 
 ``y = φ(x Uᵀ + b) Vᵀ + b′``; gated: ``y = (φ(x Gᵀ + b_g) ⊙ (x Uᵀ + b)) Vᵀ + b′``. Of the six
 products of a training step all but x Uᵀ have a sparse operand (arXiv 2605.25612), whose zeros are

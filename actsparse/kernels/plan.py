@@ -1,4 +1,4 @@
-"""How each call of a block runs: its own layers, sparse products, or those behind the screen."""
+"""Decide how each call of a block runs: its own layers, sparse products, or the screen first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms of packed rows as PyTorch operators: what penalties read of blocks that run sparse.
+"""Norms of packed rows as PyTorch operators, for penalties on blocks that run sparse.
 
 A penalty of ‖a‖₁ and ‖a‖₂ never asks for a's zeros: they add nothing, and its gradient there is 0,
 ``sgn(0) = 0``, as torch's dense norms have it. So the packed values give the same numbers.

@@ -1,4 +1,4 @@
-"""An MLP of few tokens in Triton, without gradients: what decoding runs, one token at a time.
+"""An MLP for few tokens in Triton, without gradients, for decoding one token at a time.
 
 At T ≤ 16 the weights' bytes are the time. Up (or gate) is read whole, or its int8 copy is and then
 the rows that this cannot prove inactive; of down the rows of active units are. A tile is ``TILE``

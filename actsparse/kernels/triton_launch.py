@@ -1,4 +1,4 @@
-"""What all Triton kernels share: which tensors they take, and how their sizes are tuned."""
+"""What all Triton kernels share: which tensors they accept, and how block sizes are tuned."""
 
 from __future__ import annotations
 

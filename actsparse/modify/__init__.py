@@ -1,4 +1,4 @@
-"""Changes to a model: one file, one change."""
+"""Modifications of a model, one file each, and saving and loading of modified models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sidecars beside weights that somebody else has written: the checkpoints of a Trainer."""
+"""Write ``actsparse.json`` beside weights that others have written: a Trainer's checkpoints."""
 
 from __future__ import annotations
 

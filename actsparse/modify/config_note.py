@@ -1,8 +1,8 @@
-"""What a model's own ``config.json`` says to any process: that this is not the plain model.
+"""A note in a model's own ``config.json`` that this is not the plain model.
 
-``transformers`` writes the config's ``quantization_config`` by asking it, when it saves. A note
-stands there in a model whose function was changed. ``from_pretrained`` refuses what it finds then,
-with the note's own words, and :func:`actsparse.load` reads the rest of it.
+When ``transformers`` saves a model, it writes the config's ``quantization_config``. The note is
+there in a model whose function was changed. ``from_pretrained`` then refuses the folder with the
+note's own words, and :func:`actsparse.load` reads the rest of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Configs that strangers wrote: what they may ask for, and how much a model of theirs may build.
+"""Limits on configs from untrusted sources: what they may ask for, how much they may build.
 
 The libraries that read a config do what it says: fetch a kernel from the Hub and run it, import a
-module by name, build a million layers. Here such wishes are refused by name, before a model is
-built, and building stops where it goes beyond what the file of weights can fill.
+module by name, build a million layers. Here such settings are refused by name, before a model is
+built. Building stops if the model becomes larger than the file of weights.
 """
 
 from __future__ import annotations

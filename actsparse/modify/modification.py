@@ -1,4 +1,4 @@
-"""What a modification is: a config that attaches itself to blocks, one by one."""
+"""The base classes of modifications: options, and what is attached to one block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changes after training take from ``observe``, which ``modify`` does not import."""
+"""The blocks of an observation, for changes after training; ``modify`` imports no ``observe``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders of plain models, read without a stranger's code."""
+"""Load plain models from Hugging Face folders without running code from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backward pruning: in training, small entries of the effective gradient go no further."""
+"""Backward pruning: in training, small entries of the effective gradient are set to zero."""
 
 from __future__ import annotations
 

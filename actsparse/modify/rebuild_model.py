@@ -1,4 +1,4 @@
-"""Build a plain model, and peft's adapters on it, as a sidecar says: class, config and dtypes."""
+"""Rebuild a plain model and peft's adapters as ``actsparse.json`` describes them."""
 
 from __future__ import annotations
 

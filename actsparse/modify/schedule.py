@@ -1,4 +1,4 @@
-"""How far a change has come: a ramp over the first steps of training."""
+"""Schedules: a ramp over the first steps of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``actsparse.json``, which says how a saved model was changed: written, read and checked."""
+"""``actsparse.json``, which describes how a saved model was changed: write, read, check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model's schedules stand: a buffer of the model, so that it goes where its weights go."""
+"""The step of a model's schedules, in a buffer that is saved and copied with its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Swap the activation: another φ in place of the model's own, at once or by mixing."""
+"""Swap the activation: replace φ by another one, at once or by mixing."""
 
 from __future__ import annotations
 

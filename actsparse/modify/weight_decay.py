@@ -1,4 +1,4 @@
-"""Weight decay by kind of parameter: which parameters decay, whatever rules a trainer has."""
+"""Weight decay by kind of parameter: choose which parameters decay."""
 
 from __future__ import annotations
 

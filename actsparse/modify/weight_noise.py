@@ -1,4 +1,4 @@
-"""Weight noise: in training, every token sees its own random draw of the weights."""
+"""Weight noise: in training every token has its own random draw of the weights."""
 
 from __future__ import annotations
 

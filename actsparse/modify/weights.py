@@ -1,4 +1,4 @@
-"""A model's weights in safetensors files: one of ours, or those that transformers writes."""
+"""Read and write a model's weights in safetensors files, actsparse's or transformers'."""
 
 from __future__ import annotations
 

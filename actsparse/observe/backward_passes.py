@@ -1,4 +1,4 @@
-"""The passes of ``measure`` that read in backward, and their sums over draws of labels."""
+"""The passes of ``measure`` that read gradients, summed over draws of labels."""
 
 from __future__ import annotations
 

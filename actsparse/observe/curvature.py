@@ -1,4 +1,4 @@
-"""Flatness: the trace and the largest eigenvalue of a loss's curvature.
+"""Curvature: the traces and the largest eigenvalue of a loss's second derivative.
 
 Flat means a small curvature of the loss, the mean over all samples of all batches: of its Hessian,
 or of its Gauss–Newton matrix G, which has no negative part (both in

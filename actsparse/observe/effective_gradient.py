@@ -1,4 +1,4 @@
-"""Effective gradients: what φ lets through of the gradient, and where it gathers.
+"""Effective gradients: the part of the gradient that passes φ, and its concentration.
 
 ``η = g_z = g_f ⊙ φ′(z)`` of the per-sample loss, at every token and hidden unit (Peng et al. 2023,
 arXiv 2309.03004; g_f is the gradient at φ's output, in gated blocks g_a ⊙ u).

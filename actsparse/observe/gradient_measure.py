@@ -1,4 +1,4 @@
-"""What measures of gradients share: whose gradient it is, and sums gathered in backward.
+"""What measures of gradients share: per-sample scaling, and sums collected in backward.
 
 A pass gives ``∂L/∂z`` of the batch's loss L, the measures are of per-sample losses ℓ_b. With
 ``L = Σ_b w_b ℓ_b`` the per-sample gradient of a token's row is the row divided by w_b: w_b = 1/B

@@ -1,4 +1,4 @@
-"""Gradient noise: how it and the hidden features are spread over directions, and its scale.
+"""Gradient noise: its spread over directions, that of hidden features, and its scale.
 
 Second moments, uncentred, of the inputs x_t and of the effective gradients η_t = g_z,t of the
 layer whose output enters φ, ``C = Σ_t v_t v_tᵀ``, with the anisotropy

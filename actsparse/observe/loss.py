@@ -1,4 +1,4 @@
-"""What an active measure needs of a loss: predicted positions, a sample's loss, drawn labels.
+"""The loss that measures need: predicted positions, a sample's loss, drawn labels.
 
 The loss function is the user's: ``loss_fn(model, batch)`` runs the model and returns either a
 scalar, the mean of its samples' losses, or the pair ``(logits, targets)``: logits [B, ..., C] and

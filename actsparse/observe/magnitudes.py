@@ -1,4 +1,4 @@
-"""Magnitudes: what small activations carry of each token's Σ a², and what a threshold would drop.
+"""Magnitudes: the share of small activations in each token's Σ a², and what thresholds drop.
 
 A threshold t drops each a whose *score* is at most t. The score is z (gated blocks: the gate's),
 the rule of :func:`actsparse.calibrate_thresholds`, where a is 0 at every z ≤ 0 that was seen, as

@@ -1,4 +1,4 @@
-"""Occupancy: where pre-activations gather under a shifted S-shape, at φ′ = 0 or at φ = 0.
+"""Occupancy: the share of pre-activations near φ′ = 0 and near φ = 0, under a shifted S-shape.
 
 Under ``φ(z) = s(z − dx) + dy``, ``s(z) = r(z−h)² − r(−z−h)²``, r = ReLU, the derivative is zero on
 ``[dx − h, dx + h]``. The activation is zero at the root of ``s(z − dx) = −dy``,

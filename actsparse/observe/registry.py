@@ -1,4 +1,4 @@
-"""What ``observe`` attaches to one block: measures of each kind, apart by phase."""
+"""The measures by name, and what ``observe`` attaches to one block."""
 
 from __future__ import annotations
 

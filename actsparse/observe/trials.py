@@ -1,4 +1,4 @@
-"""Trials: what comes of disturbing a model's inputs, features, weights or gradients on purpose.
+"""Trials: disturb inputs, features, weights or gradients on purpose, and measure the effect.
 
 Each is asked of :func:`actsparse.measure` by name, with options that are plain
 values, so that they can stand in a run's config and in its record. What was tried and what came

@@ -1,4 +1,4 @@
-"""What measures that count share: integers of one block, exact whatever the number of steps."""
+"""Counts for each hidden unit of a block: integers, exact for any number of steps."""
 
 from __future__ import annotations
 

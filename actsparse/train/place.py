@@ -1,4 +1,4 @@
-"""Which handle a training is of, and where its schedules begin."""
+"""Which handle a training belongs to, and at which step its schedules begin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many processes: who they are, agreeing, averaging, and whether parameters are sharded."""
+"""Several processes: agreement, averages, and whether parameters are sharded."""
 
 from __future__ import annotations
 

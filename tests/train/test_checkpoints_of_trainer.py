@@ -113,7 +113,7 @@ def test_a_second_training_goes_on_where_schedules_stand_and_says_so(tmp_path: P
     run = trainer(model, tmp_path, handle)
     run.train()
     before = logits(model)
-    with pytest.warns(UserWarning, match="stand at step 6 .* go on from there, as they are compl"):
+    with pytest.warns(UserWarning, match="are at step 6 .* go on from there, as they are compl"):
         run.train()
     assert handle.state_dict() == {"step": 12, "steps": 6}
     assert not torch.equal(logits(model), before)
