@@ -36,8 +36,8 @@ def measure(
         str,
         typer.Option(
             help="Names, separated by commas: density, flatness, gradient, noise, spectrum, "
-            "magnitudes, occupancy (S-shapes only), gauss_newton, token_copies, hessian, "
-            "top_eigenvalue, robustness, covering, pruning. Or JSON with "
+            "magnitudes, gauss_newton, token_copies, hessian, top_eigenvalue, robustness, "
+            "covering, pruning. Or JSON with "
             'options: \'{"gradient": {"epsilon": 1e-4}}\'.'
         ),
     ] = DEFAULT,

@@ -35,7 +35,10 @@ class Gradient(GradientMeasure):
         "η > 0": ("gradient_positive", "{:.2%}".format),
     }
     readings: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
-        "effective": ("z", ("small", "l1", "positive", "squares", "participation", "alive", "tokens")),
+        "effective": (
+            "z",
+            ("small", "l1", "positive", "squares", "participation", "alive", "tokens"),
+        ),
         "phi": ("f", ("active", "all")),
     }
 

@@ -20,7 +20,6 @@ from actsparse.observe.flatness import Flatness
 from actsparse.observe.gradient_measure import GradientMeasure, Weighing
 from actsparse.observe.gradient_noise import Noise
 from actsparse.observe.magnitudes import Magnitudes
-from actsparse.observe.occupancy import Occupancy
 from actsparse.observe.spectrum import WeightSpectrum
 
 Phase = Literal["train", "inference"]
@@ -61,13 +60,13 @@ class Measure(Protocol):
         """All blocks by name, with ``"blocks"``, a list of rows ``{"block": name, …}``."""
 
 
-MEASURES: dict[str, Any] = {  # name → class of Measure
+# Name → class of Measure. A package may add its own; observe, measure and records take it then.
+MEASURES: dict[str, Any] = {
     "density": Density,
     "flatness": Flatness,
     "gradient": Gradient,
     "magnitudes": Magnitudes,
     "noise": Noise,
-    "occupancy": Occupancy,
     "spectrum": WeightSpectrum,
 }
 

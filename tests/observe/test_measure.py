@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,13 +19,14 @@ from actsparse import handle_of, sparsify
 from actsparse.observe import CURVATURES, MEASURES, measure, observe
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.loss import IGNORE, sample_losses
+from actsparse.observe.unit_counts import Counts
 from tests.observe.brute import D, Mlp
 from tests.observe.per_token import alike
 from tests.observe.test_curvature_models import gpt2, of_hugging_face, vit
 
 Batch = tuple[Tensor, Tensor]
 C, T = 4, 3
-ANY_PHI = [name for name in MEASURES if name != "occupancy"]  # which is of S-shapes
+ANY_PHI = [name for name in MEASURES if name != "occupancy"]  # the laboratory's, of S-shapes
 EVERYTHING = (*ANY_PHI, *CURVATURES)
 
 
@@ -382,3 +383,37 @@ def test_it_prints_tables_and_is_plain_values() -> None:
     for word in ("first", "second", "flatness", "η sparsity", "gauss_newton", "2 probes"):
         assert word in printed
     assert json.loads(json.dumps(found.to_json(), allow_nan=False)) == found.to_json()
+
+
+class Largest(Counts):
+    """The largest a of each block: a measure of somebody's own."""
+
+    columns: ClassVar[dict[str, Any]] = {"largest": ("largest", "{:.3g}".format)}
+    counters: ClassVar[dict[str, bool]] = {"largest": False, "tokens": False}
+    largest: Tensor
+
+    @staticmethod
+    def stages(site: Any) -> tuple[str, ...]:
+        return ("a",)
+
+    def update(self, site: Any, stages: dict[str, Tensor], keep: Tensor | None) -> None:
+        self.tokens.add_(1)
+        self.largest.copy_(stages["a"].max().ceil())
+
+    @staticmethod
+    def shares(parts: list[Any]) -> dict[str, Any]:
+        return {"largest": max(int(part.largest) for part in parts)}
+
+
+def test_a_measure_of_ones_own_is_taken_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    from actsparse_lab.tasks import run_config
+
+    with pytest.raises(ValueError, match="unknown measure 'largest'"):
+        observe(reader()[0], "largest", inputs=reader()[1][0][0])
+    monkeypatch.setitem(MEASURES, "largest", Largest)
+    model, batches = reader()
+    found = measure(model, pair, batches, "largest", inputs=batches[0][0])
+    assert found.measures is not None
+    assert found.measures["largest"] >= 1
+    assert "largest" in str(found)
+    assert run_config("digits", "vanilla", 0, measures=("largest",)).measures[1] == "largest"

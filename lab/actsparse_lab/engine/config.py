@@ -23,6 +23,7 @@ from actsparse.values import (
     checked,
     shown,
 )
+from actsparse_lab.engine import occupancy as occupancy  # a measure of runs, too
 from actsparse_lab.records import Run
 
 

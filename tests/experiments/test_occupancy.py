@@ -15,7 +15,7 @@ from actsparse import SwapActivation, observe, sparsify
 from actsparse.activations import SShape, named, s_shape_of, shifted_s_shape
 from actsparse.blocks import MLPBlock, find_mlp_blocks
 from actsparse.observe import measure
-from actsparse.observe.occupancy import _CHUNK, intervals
+from actsparse_lab.engine.occupancy import _CHUNK, intervals
 from tests.observe.brute import D, H, Mlp, Recorder, same
 
 SHIFTS = [(dx, dy) for dx in (-1.6, 0.0, 1.6) for dy in (-1.6, 0.0, 1.6)]

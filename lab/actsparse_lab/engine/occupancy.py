@@ -25,6 +25,7 @@ from typing_extensions import override
 
 from actsparse.activations import SShape, s_shape_of
 from actsparse.blocks.site import Site
+from actsparse.observe import MEASURES
 from actsparse.observe.unit_counts import Counts
 
 _CHUNK = 512  # rows that stay in a CPU's cache with their temporaries: 2 to 3 times as fast
@@ -106,3 +107,6 @@ class Occupancy(Counts):
             "zero_derivative": sum(int(part.zero_derivative) for part in parts) / of,
             "zero_activation": sum(int(part.zero_activation) for part in parts) / of,
         }
+
+
+MEASURES["occupancy"] = Occupancy
