@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from actsparse.blocks.block import (
-    Activation,
-    Between,
-    Blocks,
-    Layer,
-    MLPBlock,
-    NoMLPFound,
-    Norm,
-    Refused,
-)
+from actsparse.blocks.block import Activation, Between, Blocks, Layer, MLPBlock, Norm
 from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.refused import NoMLPFound, Refused
 
 __all__ = [
     "Activation",

@@ -42,14 +42,12 @@ from actsparse.blocks.block import (
     Blocks,
     Layer,
     MLPBlock,
-    NoMLPFound,
-    Refused,
     base_layer,
     on_meta,
-    told,
     unwrap,
 )
 from actsparse.blocks.example_inputs import describe_inputs
+from actsparse.blocks.refused import NoMLPFound, Refused, told
 from actsparse.blocks.trace import Node, Trace, check_traceable, is_linear, trace, undisturbed
 from actsparse.blocks.unreached import unreached
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from actsparse.blocks.block import Blocks, MLPBlock, told, unwrap
+from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.refused import told
 
 HANDLE = "_actsparse_handle"  # a model's attribute
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from actsparse.blocks.block import MLPBlock, Refused, widths, without_numbers
+from actsparse.blocks.block import MLPBlock, widths
+from actsparse.blocks.refused import Refused, without_numbers
 from actsparse.blocks.trace import Trace, is_linear
 
 _IDLE = "its layers did not run on these inputs; give inputs that reach it"

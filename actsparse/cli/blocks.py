@@ -37,7 +37,7 @@ def blocks(
     from rich.text import Text
 
     from actsparse.blocks import find_mlp_blocks
-    from actsparse.blocks.block import told
+    from actsparse.blocks.refused import told
     from actsparse.cli.models import model_named
     from actsparse.terminal import Terminal
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from torch import nn
@@ -33,6 +34,20 @@ def annotate(model: nn.Module, folder: Path) -> None:
         write_sidecar(folder, describe(root, "a checkpoint"))
     elif handle is not None and (folder / ADAPTER).is_file():
         write_changes(root, handle, folder, describe_changes(root, "a checkpoint"))
+
+
+def annotate_checkpoints(model: nn.Module, output: Path, step: int) -> None:
+    """Annotate a Trainer's checkpoints of ``step`` below ``output``, or warn if that cannot be.
+
+    A hyperparameter search has a folder ``run-…`` for each trial.
+    """
+    name = f"checkpoint-{step}"
+    try:
+        for folder in (output / name, *output.glob(f"run-*/{name}")):
+            if folder.is_dir():
+                annotate(model, folder)
+    except ValueError as error:
+        warnings.warn(f"checkpoints do not carry the recipe: {error}", stacklevel=3)
 
 
 def stands_at(folder: Path) -> dict[str, int | None] | None:

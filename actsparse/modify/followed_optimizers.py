@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.sharding import sharded
 
 
 class Following:
@@ -113,6 +114,29 @@ class Changes:
         parts = [part for b in self._blocks for part in (b.up, b.down, b.norm) if part]
         trained = (p for part in parts for p in part.module.parameters() if p.requires_grad)
         return sum(0 if p.is_inference() else p._version for p in trained)
+
+
+def optimizers_of(model: nn.Module, optimizer: Optimizer) -> list[Optimizer]:
+    """``optimizer`` and those in it that train parameters of ``model``, the inner ones first.
+
+    Raises:
+        ValueError: none of them does.
+    """
+    shards = sharded(model.modules())
+    for module in shards:  # what an evaluation has left gathered is no optimizer's parameter
+        module.reshard()
+    found = optimizers_in(optimizer, {id(p) for p in model.parameters()})
+    if not found and shards:
+        raise ValueError(
+            "the optimizer holds no parameter of the model: fully_shard has replaced them "
+            "since; make the optimizer after fully_shard, then attach it"
+        )
+    if not found:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds no parameter of the model that was sparsified; "
+            f"is it for a copy, or was the model made again since?"
+        )
+    return found
 
 
 def optimizers_in(optimizer: Optimizer, parameters: set[int]) -> list[Optimizer]:

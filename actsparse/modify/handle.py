@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.block import Blocks, told
+from actsparse.blocks.block import Blocks
 from actsparse.blocks.resolve import HANDLE
 from actsparse.blocks.running import running_calls
-from actsparse.blocks.sharding import sharded
 from actsparse.modify.config_note import note_changes
-from actsparse.modify.followed_optimizers import Changes, Following, optimizers_in
+from actsparse.modify.followed_optimizers import Changes, Following, optimizers_of
 from actsparse.modify.modification import Attached, Modification, Progress
+from actsparse.modify.print_handle import text_of
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.step_buffer import Clock
 from actsparse.modify.zeroth_bias import CHILD
@@ -155,7 +154,7 @@ class Handle:
         for modification, _ in self._attached:
             for ramp in modification.ramps():  # fail now rather than after the first step
                 ramp.value(max(1, start), steps)
-        optimizers = self._optimizers(optimizer)
+        optimizers = optimizers_of(self.model, optimizer)
         self._clock.unfollowed()
         self._put(start, steps)
         if self._following is not None and self._following.leave():
@@ -168,23 +167,6 @@ class Handle:
             for parameter in table.parameters() if table is not None else ():
                 beside = block.up.module.parameters()
                 self._following.join(parameter, names[id(parameter)], beside)
-
-    def _optimizers(self, optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-        shards = sharded(self.model.modules())
-        for module in shards:  # what an evaluation has left gathered is no optimizer's parameter
-            module.reshard()
-        found = optimizers_in(optimizer, {id(p) for p in self.model.parameters()})
-        if not found and shards:
-            raise ValueError(
-                "the optimizer holds no parameter of the model: fully_shard has replaced them "
-                "since; make the optimizer after fully_shard, then attach it"
-            )
-        if not found:
-            raise ValueError(
-                f"{type(optimizer).__name__} holds no parameter of the model that was sparsified; "
-                f"is it for a copy, or was the model made again since?"
-            )
-        return found
 
     def _before_step(self) -> None:
         for change in self._in_order():
@@ -386,31 +368,7 @@ class Handle:
         return rows
 
     def __str__(self) -> str:
-        count, model = len(self.blocks), type(self.model).__name__
-        lines = [f"{self.recipe.name}: {count} MLP block{'s' * (count != 1)} of {model}"]
-        for key, label in (("change", ""), ("left_alone", "left alone: ")):
-            alike: dict[tuple[str, str], list[str]] = {}
-            for row in self.rows():
-                if key in row:
-                    text = _alike(row[key])
-                    alike.setdefault((row["modification"], text), []).append(
-                        row["block"] or "(root)"
-                    )
-            for (modification, text), blocks in alike.items():
-                where = blocks[0] if len(blocks) == 1 else f"{blocks[0]} … {blocks[-1]}"
-                lines.append(f"  {modification:<18} {where}: {label}{text}")
-        lines += [f"  refused {line}" for line in told(self.blocks.refused)]
-        return "\n".join(lines)
-
-
-def _alike(text: str) -> str:
-    """The text without the numbers of layers, so that it is the same in every layer.
-
-    >>> _alike("h.0.ln.weight, weight 0.5")
-    'h.*.ln.weight, weight 0.5'
-    """
-    decimal, layer = r"(?<![\w.])\d+\.\d+(?![\w.])", r"\.\d+\b"
-    return re.sub(f"({decimal})|{layer}", lambda found: found[1] or ".*", text)
+        return text_of(self.recipe.name, self.model, self.blocks, self.rows())
 
 
 def handle_of(model: nn.Module) -> Handle | None:

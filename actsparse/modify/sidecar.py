@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from actsparse import files
-from actsparse.blocks.block import Blocks, NoMLPFound, unwrap
+from actsparse.blocks.block import Blocks, unwrap
 from actsparse.blocks.example_inputs import dummy_inputs
 from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.refused import NoMLPFound
 from actsparse.modify.apply import is_peft_model
 from actsparse.modify.config_note import Note, noted
 from actsparse.modify.handle import handle_of

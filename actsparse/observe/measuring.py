@@ -18,11 +18,11 @@ from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_e
 from actsparse.observe.curvature_product import LossSurface
 from actsparse.observe.gradient_measure import GradientMeasure
 from actsparse.observe.loss import LossFn, Reduction, check_logits
-from actsparse.observe.registry import MEASURES, Mask
-from actsparse.observe.session import Names, options_of, table_of
+from actsparse.observe.registry import MEASURES, Mask, Names, options_of
 from actsparse.observe.spectrum import spectra
+from actsparse.observe.tables import table_of, table_of_rows
 from actsparse.observe.token_copies import token_copies
-from actsparse.observe.trials import TRIALS, On, Rows, table_of_rows, ticking
+from actsparse.observe.trials import TRIALS, On, Rows, ticking
 from actsparse.values import checked_arguments
 
 CURVATURES = ("gauss_newton", "token_copies", "hessian", "top_eigenvalue")

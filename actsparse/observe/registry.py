@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
@@ -25,6 +25,7 @@ from actsparse.observe.spectrum import WeightSpectrum
 Phase = Literal["train", "inference"]
 PHASES: tuple[Phase, ...] = ("train", "inference")
 Mask = Tensor | Callable[[int, int], Tensor | None]
+Names = str | Iterable[str] | Mapping[str, Mapping[str, Any]]  # measures, maybe with options
 
 
 class Measure(Protocol):
@@ -72,6 +73,23 @@ MEASURES: dict[str, Any] = {
 
 
 _counting = threading.Lock()
+
+
+def options_of(measures: Names, known: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """``measures`` as name → options.
+
+    Raises:
+        ValueError: a name that is not ``known``.
+    """
+    if isinstance(measures, str):
+        measures = (measures,)
+    given = measures if isinstance(measures, Mapping) else {name: {} for name in measures}
+    for name in given:
+        if name not in (names := sorted(known)):
+            raise ValueError(f"unknown measure {name!r}; known: {', '.join(names)}")
+        if not isinstance(given[name], Mapping):
+            raise ValueError(f"{name} has options {given[name]!r}; expected a mapping")
+    return {name: dict(options) for name, options in given.items()}
 
 
 class Watch:

@@ -13,12 +13,10 @@ from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.resolve import blocks_of
 from actsparse.observe.density import Density
 from actsparse.observe.gradient_measure import GradientMeasure, Reduction, Scale, Weighing
-from actsparse.observe.registry import MEASURES, PHASES, Mask, Phase, Watch
+from actsparse.observe.registry import MEASURES, PHASES, Mask, Names, Phase, Watch, options_of
+from actsparse.observe.tables import table_of
 
 SampleMask = Tensor | Callable[[int], Tensor | None]
-
-
-Names = str | Iterable[str] | Mapping[str, Mapping[str, Any]]
 
 
 def observe(
@@ -80,23 +78,6 @@ def observe(
     options = options_of(measures, MEASURES)
     found = blocks_of(model, inputs, blocks, "observe")
     return Seen(found, options, mask, Weighing(loss_reduction, loss_scale, sample_mask))
-
-
-def options_of(measures: Names, known: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """``measures`` as name → options.
-
-    Raises:
-        ValueError: a name that is not ``known``.
-    """
-    if isinstance(measures, str):
-        measures = (measures,)
-    given = measures if isinstance(measures, Mapping) else {name: {} for name in measures}
-    for name in given:
-        if name not in (names := sorted(known)):
-            raise ValueError(f"unknown measure {name!r}; known: {', '.join(names)}")
-        if not isinstance(given[name], Mapping):
-            raise ValueError(f"{name} has options {given[name]!r}; expected a mapping")
-    return {name: dict(options) for name, options in given.items()}
 
 
 class Seen:
@@ -390,30 +371,6 @@ class Seen:
         """One for each measure."""
         summaries = {phase: self.summary(phase) for phase in PHASES}
         return [table_of(MEASURES[name].columns, summaries) for name in self.measures]
-
-
-def table_of(
-    columns: dict[str, tuple[str, Callable[[Any], str]]],
-    summaries: Mapping[Any, dict[str, Any] | None],
-) -> Any:
-    """A rich table: a row for each block of each phase's summary, and one for all."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("phase", "block"):
-        table.add_column(title, no_wrap=True)
-    for title in columns:
-        table.add_column(title, justify="right", overflow="fold")
-    for phase, summary in summaries.items():
-        if summary is None:
-            table.add_row(phase, "no pass seen", *[""] * len(columns))
-            continue
-        for row in [*summary["blocks"], summary | {"block": "all"}]:
-            cells = [
-                "" if row.get(key) is None else write(row[key]) for key, write in columns.values()
-            ]
-            table.add_row(phase, row["block"], *cells, end_section=row["block"] == "all")
-    return table
 
 
 def _some(keys: list[str]) -> str:

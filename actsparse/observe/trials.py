@@ -282,25 +282,6 @@ def ticking(loss_fn: LossFn, total: int, progress: Callable[[int, int], None] | 
     return told
 
 
-def table_of_rows(title: str, rows: Rows, columns: Sequence[str]) -> Any:
-    """A rich table of a trial's rows."""
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        words = any(isinstance(row.get(column), str) for row in rows)
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def _listed(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 

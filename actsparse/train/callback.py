@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +15,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import Handle
-from actsparse.modify.checkpoint_sidecar import annotate, stands_at
+from actsparse.modify.checkpoint_sidecar import annotate_checkpoints, stands_at
 from actsparse.observe import Measures, Seen, observe
 from actsparse.observe.registry import Phase
 from actsparse.train.loss import JoinedLoss, TrainingFailed
 from actsparse.train.place import handle_in, place_of
 from actsparse.train.processes import everywhere, together, unsharded
+from actsparse.train.record import Evaluation, Record, metrics_named
 
 LAST = 0.8  # "training density" is measured from here to the end of the steps
-
-
-class Record(Protocol):
-    """Where lines of a training go: the laboratory's ``RecordWriter``, or anything alike."""
-
-    def write(self, kind: str, **fields: Any) -> None:
-        """Keep one line, of kind ``train``, ``eval`` or ``measured``."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What the last evaluation gave; ``measures`` is None where nothing is observed."""
-
-    step: int
-    loss: float
-    quality: float
-    measures: dict[str, Any] | None
 
 
 class SparsityCallback(TrainerCallback):
@@ -56,9 +38,9 @@ class SparsityCallback(TrainerCallback):
     *Penalty.* It joins the model's own ``loss`` in training, so each optimizer step has its mean
     over the accumulated batches, whichever way Trainer averages the loss.
 
-    *Gradients.* Measures of gradients are of per-sample losses. A sample's loss is the sum over its
-    positions where Trainer gives the model the step's number of items, else the mean; the ``train``
-    line says which as ``loss_reduction``. A penalty is part of the loss.
+    *Gradients.* Measures of gradients are of per-sample losses, penalty included. The ``train``
+    line says as ``loss_reduction`` whether these are sums or means over positions
+    (docs/measures.md).
 
     *Acceleration.* What ``seen`` reads needs the whole hidden layer, so blocks run dense while it
     watches: in evaluations that Trainer schedules, and in every ``logging_steps``-th training step
@@ -169,13 +151,8 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Learn how many batches the step will accumulate, and whether to watch it."""
-        joined, group = self.joined, args.gradient_accumulation_steps
-        joined.step, joined.group = state.global_step, group
-        loader: Any = kwargs.get("train_dataloader")
-        if group > 1 and hasattr(loader, "__len__"):
-            batches = len(loader)
-            done = state.global_step % max(1, math.ceil(batches / group)) * group
-            joined.group = min(group, batches - done)  # the last step of an epoch may have fewer
+        group, loader = args.gradient_accumulation_steps, kwargs.get("train_dataloader")
+        self.joined.begin(state.global_step, group, loader)
         late = state.global_step >= int(LAST * state.max_steps)
         if self.seen is not None and self.tail is None and late:
             self.tail = observe(kwargs["model"], blocks=self.handle.blocks)
@@ -311,14 +288,8 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the recipe, and where its schedules stand, beside the checkpoint's weights."""
-        name = f"checkpoint-{state.global_step}"
-        folders = [Path(args.output_dir, name), *Path(args.output_dir).glob(f"run-*/{name}")]
-        try:
-            for folder in folders if args.should_save else ():
-                if folder.is_dir():
-                    annotate(kwargs["model"], folder)
-        except ValueError as error:
-            warnings.warn(f"checkpoints do not carry the recipe: {error}", stacklevel=2)
+        if args.should_save:
+            annotate_checkpoints(kwargs["model"], Path(args.output_dir), state.global_step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs besides Trainer's own files and the handle's step.
@@ -400,18 +371,15 @@ class SparsityCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the evaluation, and write an ``eval`` line if it was of the validation split."""
-        metrics = metrics or {}
-        runtime = next((name for name in metrics if name.endswith("_runtime")), "eval_runtime")
-        prefix = runtime.removesuffix("_runtime")
-        names = [f"{prefix}_{self.loss}", f"{prefix}_{self.quality}"]
-        if not set(names) <= set(metrics):
+        prefix, names = metrics_named(metrics or {}, self.loss, self.quality)
+        if missing := set(names) - set(metrics or {}):
             if self.record is None:
                 return
             raise ValueError(
-                f"evaluation gives no metric {' or '.join(set(names) - set(metrics))}, which the "
-                f"record needs; it gives {', '.join(metrics)}"
+                f"evaluation gives no metric {' or '.join(missing)}, which the record needs; "
+                f"it gives {', '.join(metrics or {})}"
             )
-        loss, quality = (float(metrics[name]) for name in names)
+        loss, quality = (float((metrics or {})[name]) for name in names)
         if not (math.isfinite(loss) and math.isfinite(quality)):
             reason = f"at evaluation the loss is {loss}, the quality {quality}"
             raise TrainingFailed(state.global_step, reason)

@@ -82,6 +82,14 @@ class JoinedLoss:
         self.penalised = False
         self.reset()
 
+    def begin(self, step: int, group: int, loader: Any) -> None:
+        """Begin an optimizer step of ``group`` batches; an epoch's last may have fewer."""
+        self.step, self.group = step, group
+        if group > 1 and hasattr(loader, "__len__"):
+            batches = len(loader)
+            done = step % max(1, math.ceil(batches / group)) * group
+            self.group = min(group, batches - done)
+
     def reset(self) -> None:
         """Begin a line of the record."""
         self.sum = 0.0  # of the loss without penalty

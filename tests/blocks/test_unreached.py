@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actsparse import NoMLPFound, SwapActivation, find_mlp_blocks, observe, sparsify
-from actsparse.blocks.block import told
+from actsparse.blocks.refused import told
 from tests.zoo import CASES, LORA, Case
 
 D, H = 8, 24

@@ -206,6 +206,31 @@ def test_the_test_split_has_no_say_in_the_choice(tmp_path: Path) -> None:
     assert "(within noise: no)" in summary(found)
 
 
+@pytest.mark.parametrize(
+    ("density", "training", "lower", "word"),
+    [
+        (0.12, 0.12, 0.0, "yes"),
+        (0.12, 0.16, 0.0, "no"),
+        (0.2, 0.12, 0.0, "no"),
+        (0.12, 0.12, 0.1, "no"),
+    ],
+)
+def test_the_papers_claim_is_judged_against_their_own_vanilla(
+    density: float, training: float, lower: float, word: str, tmp_path: Path
+) -> None:
+    arms = ordinary()
+    assert judged(tmp_path / "without", arms).claim is None
+    arms["paper"] = Made(
+        [q - lower for q in arms["vanilla"].quality], density, training=training, jitter=0.001
+    )
+    found = judged(tmp_path / "with", arms)
+    assert found.claim is not None
+    # of 0.25, 0.12 is 52 % fewer, 0.16 is 36 % fewer, and 0.2 is 20 % fewer
+    assert found.claim.holds == word
+    said = {"yes": "The papers’ claim holds", "no": "The papers’ claim does not hold here"}[word]
+    assert said in summary(found)
+
+
 def test_lost_runs_and_a_folder_without_vanilla(tmp_path: Path) -> None:
     place = write_task(tmp_path, {"sparse": ordinary()["sparse"]})
     header = {"task": "digits", "arm": "broken", "seed": 0, "config": {}, **WHERE}

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actsparse_lab.analysis.comparison import CONTROL, Arm, arm_of
+from actsparse_lab.analysis.comparison import CONTROL, REFERENCE, SUBJECT, Arm, arm_of
 from actsparse_lab.analysis.effects import (
     QUALITY,
     Arms,
@@ -61,6 +61,27 @@ class Row(Arm):
 
 
 @dataclass(frozen=True)
+class PapersClaim:
+    """`SUBJECT` against the papers' own vanilla, `REFERENCE`, whose norms and biases decay, too.
+
+    The claim is of arXiv 2605.25612: at least 36 % fewer active units in inference and 50 % in
+    training. ``kept``: quality is within noise. ``holds`` where all three do.
+    """
+
+    inference: Estimate | None
+    training: Estimate | None
+    change: Estimate | None
+    fewer_inference: Word
+    fewer_training: Word
+    kept: Word
+
+    @property
+    def holds(self) -> Word:
+        """ "yes" where all three do."""
+        return every(self.fewer_inference, self.fewer_training, self.kept)
+
+
+@dataclass(frozen=True)
 class Board:
     """A frontier task. ``rows`` go from dense to sparse, the control without MLPs last.
 
@@ -84,6 +105,7 @@ class Board:
     counts: Word
     chosen: str | None
     rows: tuple[Row, ...]
+    claim: PapersClaim | None = None  # None without the papers' recipe or their vanilla
 
     def row(self, arm: str | None) -> Row | None:
         """The row of an arm, None where there is none."""
@@ -139,6 +161,7 @@ def board(folder: str | Path, runs: Sequence[Run] | None = None) -> Board | None
         counts=every(at_knee, needs_mlps),
         chosen=_chosen(arms, rows, best),
         rows=tuple(rows),
+        claim=_papers_claim(runs, arms, first["quality_name"], judged),
     )
 
 
@@ -222,6 +245,24 @@ class _Judge:
     def gain(self, effects: dict[int, float]) -> Estimate | None:
         """The same of effects by seed."""
         return self.turn(t_interval(effects.values()))
+
+
+def _papers_claim(
+    runs: Sequence[Run], arms: Arms, quality_name: str, judged: _Judge
+) -> PapersClaim | None:
+    if not (arms[SUBJECT] and arms[REFERENCE]):
+        return None
+    own = [run for run in runs if run.arm == SUBJECT]
+    found, planned = arm_of(SUBJECT, own, arms, REFERENCE), judged.planned
+    loss = margin(quality_name, within(arms, REFERENCE, QUALITY).values())
+    return PapersClaim(
+        inference=found.inference_improvement,
+        training=found.training_improvement,
+        change=found.change,
+        fewer_inference=beyond(found.inference_improvement, 0.36, planned),
+        fewer_training=beyond(found.training_improvement, 0.5, planned),
+        kept=beyond(judged.turn(found.change), loss and -loss, planned),
+    )
 
 
 def _mean(found: Estimate | None) -> float:

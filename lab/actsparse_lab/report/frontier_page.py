@@ -97,9 +97,23 @@ def reached_text(of: Board) -> str:
     return said
 
 
+def claim_text(of: Board) -> str:
+    """The papers' claim against the papers' own vanilla; nothing where it was not run."""
+    if (claim := of.claim) is None:
+        return ""
+    word = {"yes": "holds", "no": "does not hold here", "undecided": "is undecided"}[claim.holds]
+    return (
+        f" The papers’ claim {word}: against their vanilla, which decays norms and biases too, the "
+        f"papers’ recipe has {percent(claim.inference)} fewer active in inference (at least 36 %: "
+        f"{claim.fewer_inference}) and {percent(claim.training)} in training (at least 50 %: "
+        f"{claim.fewer_training}), at a change of {change(of.quality_name, claim.change, 2)} "
+        f"(within noise: {claim.kept})."
+    )
+
+
 def summary(of: Board) -> str:
     """One line: does the task count, and what came of it."""
-    return f"{counts_text(of)} {reached_text(of)}"
+    return f"{counts_text(of)} {reached_text(of)}{claim_text(of)}"
 
 
 def headline(of: Board) -> str:
@@ -275,7 +289,7 @@ def sections(folder: str | Path, runs: list[Run]) -> list[Section]:
             Section(
                 name=FRONTIER_PLOT.name,
                 title="The frontier",
-                text=reached_text(judged),
+                text=reached_text(judged) + claim_text(judged),
                 picture=FRONTIER_PLOT,
                 shown=(judged, compare(runs)),
                 table=frontier_table(judged),
