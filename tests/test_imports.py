@@ -50,7 +50,7 @@ IN_LABORATORY: dict[str, set[str]] = {
     "records": {"record_schema", "packed"},
     "engine": ENGINE,
     "tasks": ENGINE,
-    "campaigns": ENGINE | {"tasks"},
+    "campaigns": ENGINE | {"tasks", "analysis"},
     "bench": set(),
     "analysis": RECORDS,
     "papers": RECORDS | {"analysis"},

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 
+from actsparse_lab.analysis.comparison import HALF, VANILLAS, WHOLE
 from actsparse_lab.campaigns import frontier as plans
 from actsparse_lab.campaigns.frontier import (
     CONTROLS,
-    HALF,
     RACE,
     RECIPES,
     TASKS,
-    VANILLAS,
-    WHOLE,
     frontier,
     race,
 )

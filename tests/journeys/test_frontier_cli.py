@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
+from actsparse_lab.analysis.comparison import VANILLAS
 from actsparse_lab.campaigns import frontier as plans
 from actsparse_lab.packed import pack
 from actsparse_lab.records import read_runs
@@ -42,7 +43,7 @@ def test_it_trains_and_judges_and_passes_over_what_has_no_data(
     assert "cifar10: passed over, it needs --data cifar10=PATH" in told
     assert "web: passed over, it needs --data web=PATH" in told
     (task,) = json.loads(said).values()
-    assert (task["task"], task["counts"], task["best"] in plans.VANILLAS) == (
+    assert (task["task"], task["counts"], task["best"] in VANILLAS) == (
         "digits", "undecided", True,
     )  # fmt: skip
     assert {row["name"] for row in task["rows"]} == {*ARMS.split(",")}

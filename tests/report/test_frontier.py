@@ -17,13 +17,10 @@ from typer.testing import CliRunner
 
 from actsparse.cli.main import app
 from actsparse_lab.analysis.stats import beyond, t_interval
-from actsparse_lab.campaigns import frontier as plans
 from actsparse_lab.records import RecordError, RecordWriter, read_runs, run_path
 from actsparse_lab.report import boards, markdown_frontier, markdown_scoreboard, write_report
-from actsparse_lab.report import frontier as rules
-from actsparse_lab.report.frontier import Board, board
+from actsparse_lab.report.frontier import Board, Row, board
 from actsparse_lab.report.frontier_page import sections, summary
-from actsparse_lab.tasks import ARMS
 from tests.report.frontier_records import WHERE, Made, ordinary, write_task
 
 
@@ -33,7 +30,7 @@ def judged(out: Path, arms: dict[str, Made], **how: Any) -> Board:
     return found
 
 
-def row(of: Board, arm: str) -> rules.Row:
+def row(of: Board, arm: str) -> Row:
     found = of.row(arm)
     assert found is not None
     return found
@@ -41,12 +38,6 @@ def row(of: Board, arm: str) -> rules.Row:
 
 def called(*words: str | Path) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
-
-
-def test_names_are_those_of_the_runs() -> None:
-    assert rules.VANILLAS == plans.VANILLAS
-    assert (rules.HALF, rules.WHOLE) == (plans.HALF, plans.WHOLE)
-    assert {rules.CONTROL, *rules.VANILLAS} == {*plans.CONTROLS} <= {*ARMS}
 
 
 @given(

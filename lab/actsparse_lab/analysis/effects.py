@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any, Literal
 
 from actsparse_lab.records import Entry, Run
@@ -100,20 +101,35 @@ def paired(
     arms: Arms, arm: str, other: str, read: Reader, combine: Callable[[float, float], float | None]
 ) -> Effects:
     """``combine(own, other's)`` for each seed that both arms have a number of."""
-    found: Effects = {}
-    for seed, run in arms[arm].items():
-        if seed not in arms[other]:
-            continue
-        own, others = read(run), read(arms[other][seed])
-        effect = None if own is None or others is None else combine(own, others)
-        if effect is not None:
-            found[seed] = effect
-    return found
+    return combined(within(arms, arm, read), within(arms, other, read), combine)
+
+
+def combined(
+    own: Effects, other: Effects, combine: Callable[[float, float], float | None]
+) -> Effects:
+    """``combine(own, other's)`` for each seed that both have, where it is not None."""
+    found = {seed: combine(value, other[seed]) for seed, value in own.items() if seed in other}
+    return {seed: effect for seed, effect in found.items() if effect is not None}
+
+
+def mean_of(several: Sequence[Effects]) -> Effects:
+    """The mean for each seed that all of them have.
+
+    >>> mean_of([{0: 1.0, 1: 2.0}, {0: 2.0}])
+    {0: 1.5}
+    """
+    seeds = sorted(set.intersection(*map(set, several))) if several else []
+    return {seed: fmean(each[seed] for each in several) for seed in seeds}
 
 
 def within(arms: Arms, arm: str, read: Reader) -> Effects:
     """One number of each run of an arm."""
-    found = {seed: read(run) for seed, run in arms[arm].items()}
+    return by_seed(arms[arm], read)
+
+
+def by_seed(runs: Mapping[int, Run], read: Reader) -> Effects:
+    """The number of each run that has it."""
+    found = {seed: read(run) for seed, run in runs.items()}
     return {seed: value for seed, value in found.items() if value is not None}
 
 

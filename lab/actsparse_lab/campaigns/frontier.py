@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from actsparse_lab.analysis.comparison import CONTROL, HALF, VANILLAS, WHOLE
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.tasks import EXPERIMENTS, config_of
 from actsparse_lab.tasks.arms import ARMS, arm_named
@@ -55,8 +56,7 @@ def _merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **more, **inner}
 
 
-VANILLAS = ("vanilla", "vanilla-no-1d-decay")  # the better of them is what recipes are held to
-CONTROLS = (*VANILLAS, "no-mlp")
+CONTROLS = (*VANILLAS, CONTROL)
 PAPER = ("paper", "paper-no-1d-decay")
 RECIPES = (
     "best", *PAPER, "squared-relu", "l1-no-1d-decay", "hoyer-no-1d-decay",
@@ -65,7 +65,6 @@ RECIPES = (
 PARTS = (
     "best-1d-decay", "best-at-once", "best-hoyer", "best-capped", "best-jump", "jsrelu-no-1d-decay",
 )  # fmt: skip
-HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
 
 TASKS: dict[str, FrontierTask] = {
     # four patches: with sixteen, attention alone is as good

@@ -20,7 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actsparse_lab.analysis.comparison import CONTROL, REFERENCE, SUBJECT, Arm, arm_of
+from actsparse_lab.analysis.comparison import (
+    CONTROL,
+    HALF,
+    REFERENCE,
+    SUBJECT,
+    VANILLAS,
+    WHOLE,
+    Arm,
+    arm_of,
+)
 from actsparse_lab.analysis.effects import (
     QUALITY,
     Arms,
@@ -33,8 +42,6 @@ from actsparse_lab.analysis.stats import Estimate, Word, beyond, every, margin, 
 from actsparse_lab.records import Entry, Run, read_runs
 from actsparse_lab.report.speed import Speed, read_speeds
 
-VANILLAS = ("vanilla", "vanilla-no-1d-decay")
-HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"
 # A task is at the knee where the second half of the training, with a schedule of its own for either
 # length, brings less than so many of those margins: 1.5 points, or 5 % of the loss. Not 1: curves
 # of language models never get there. On the steep part of a curve it brings several times that.

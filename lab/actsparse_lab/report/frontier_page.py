@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from actsparse_lab.analysis.comparison import BEST, compare, plain
+from actsparse_lab.analysis.comparison import BEST, CONTROL, WHOLE, compare, plain
 from actsparse_lab.analysis.manifest import FRONTIER
 from actsparse_lab.analysis.numbers import NONE, change, decimal, percent, quality, ratio
 from actsparse_lab.analysis.plots import Picture
@@ -19,17 +19,7 @@ from actsparse_lab.analysis.prose import sections as words_of
 from actsparse_lab.analysis.stats import POINTS, SHARE
 from actsparse_lab.analysis.tables import Cell, Column, Table, code, markdown
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
-from actsparse_lab.report.frontier import (
-    CONTROL,
-    FEWER,
-    KNEE,
-    SPARSE,
-    WHOLE,
-    Board,
-    Row,
-    board,
-    frontiers_in,
-)  # fmt: skip
+from actsparse_lab.report.frontier import FEWER, KNEE, SPARSE, Board, Row, board, frontiers_in
 from actsparse_lab.report.frontier_plot import FRONTIER_PLOT
 from actsparse_lab.report.race import race_picture, race_table, race_text, races
 from actsparse_lab.report.slim import SLIM_RULE, TITLE, read_slim, slim_table, slim_text

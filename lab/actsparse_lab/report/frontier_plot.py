@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from actsparse_lab.analysis import plots
-from actsparse_lab.analysis.comparison import Comparison
+from actsparse_lab.analysis.comparison import HALF, Comparison
 from actsparse_lab.analysis.prose import pictures
-from actsparse_lab.report.frontier import HALF, Board
+from actsparse_lab.report.frontier import Board
 
 
 def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | None:

@@ -13,12 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from actsparse_lab.analysis import plots
-from actsparse_lab.analysis.findings import (
-    OURS,
-    Finding,
-    Findings,
-    findings,
-)  # fmt: skip
+from actsparse_lab.analysis.findings import OURS, Finding, Findings, findings
 from actsparse_lab.analysis.manifest import REPRODUCTION
 from actsparse_lab.analysis.numbers import amount, decimal
 from actsparse_lab.analysis.plots import DARK, INK, LIGHT, WIDTH

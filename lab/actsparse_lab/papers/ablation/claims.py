@@ -18,11 +18,10 @@ averages over the other two modifications, so they hide what two of them do only
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from itertools import product
 
-from actsparse_lab.analysis.effects import INFERENCE, Arms, Effects, log_ratio, paired
+from actsparse_lab.analysis.effects import INFERENCE, Arms, Effects, log_ratio, mean_of, paired
 from actsparse_lab.analysis.findings import Asked
 from actsparse_lab.papers.questions import SPARED, mlps_matter, quality_kept, sparser
 
@@ -52,8 +51,7 @@ def main_effect(part: str, end: str = "") -> Callable[[Arms], Effects]:
             rest = [other for other, one in zip(others, taken, strict=True) if one]
             own, without = combination([part, *rest]), combination(rest)
             ratios.append(paired(arms, own + end, without + end, INFERENCE, log_ratio))
-        seeds = set.intersection(*(set(each) for each in ratios))
-        return {seed: math.fsum(each[seed] for each in ratios) / len(ratios) for seed in seeds}
+        return mean_of(ratios)
 
     return effects
 

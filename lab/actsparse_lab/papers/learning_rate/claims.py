@@ -14,7 +14,6 @@ has learnt less is both less flat and less sparse. The accuracies say where that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from itertools import product
 from statistics import correlation
 
@@ -27,6 +26,7 @@ from actsparse_lab.analysis.effects import (
     at_end,
     difference,
     log_ratio,
+    mean_of,
     paired,
     within,
 )  # fmt: skip
@@ -47,17 +47,6 @@ def arm(rate: float, batch: int) -> str:
     return f"rate{RATES.index(rate) + 1}-batch{batch}"
 
 
-def _mean(pairs: list[tuple[str, str]], read: Reader) -> Callable[[Arms], Effects]:
-    """Of each seed the mean of ``ln(first / second)`` over pairs of arms; all must be there."""
-
-    def effects(arms: Arms) -> Effects:
-        each = [paired(arms, own, other, read, log_ratio) for own, other in pairs]
-        seeds = set.intersection(*(set(found) for found in each))
-        return {seed: sum(found[seed] for found in each) / len(each) for seed in seeds}
-
-    return effects
-
-
 def _together(arms: Arms) -> Effects:
     """Of each seed the correlation of ln flatness and ln density over the nine arms."""
     names = [arm(*pair) for pair in product(RATES, BATCHES)]
@@ -75,7 +64,12 @@ _DENSE, _FLAT = "inference density, on the test split", "augmented flatness at t
 
 
 def _falls(pairs: list[tuple[str, str]], read: Reader, what: str, by: str) -> Asked:
-    return Asked("falls", _mean(pairs, read), f"mean of ln of the ratio of {what}, {by}", "log")
+    return Asked(
+        "falls",
+        lambda arms: mean_of([paired(arms, *pair, read, log_ratio) for pair in pairs]),
+        f"mean of ln of the ratio of {what}, {by}",
+        "log",
+    )
 
 
 _RATE = "largest learning rate over smallest, over the batch sizes"

@@ -22,16 +22,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from actsparse_lab.analysis.comparison import CONTROL, REFERENCE
-from actsparse_lab.analysis.effects import QUALITY, Arms, Effects, log_ratio, number, within
+from actsparse_lab.analysis.effects import (
+    QUALITY,
+    Arms,
+    Effects,
+    combined,
+    difference,
+    log_ratio,
+    number,
+    within,
+)
 from actsparse_lab.analysis.findings import Asked
 from actsparse_lab.papers.questions import POINT, mlps_matter
 from actsparse_lab.records import Run
-
-if TYPE_CHECKING:
-    pass
 
 SHIFTS = {  # arm → δx, δy
     "s-1.6-1.6": (-1.6, -1.6),
@@ -108,8 +114,8 @@ def _spread(pairs: Sequence[Pair]) -> float | None:
 
 def _quality_against(other: str, ending: str = "") -> Callable[[Arms], Effects]:
     def effects(arms: Arms) -> Effects:
-        own, others = _over_shifts(QUALITY, fmean, ending)(arms), within(arms, other, QUALITY)
-        return {seed: own[seed] - others[seed] for seed in own if seed in others}
+        own = _over_shifts(QUALITY, fmean, ending)(arms)
+        return combined(own, within(arms, other, QUALITY), difference)
 
     return effects
 

@@ -19,14 +19,20 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from actsparse_lab.analysis.effects import Arms, Effects, Reader, final, number
+from actsparse_lab.analysis.effects import (
+    Arms,
+    Effects,
+    Reader,
+    by_seed,
+    combined,
+    difference,
+    final,
+    mean_of,
+    number,
+)
 from actsparse_lab.analysis.findings import Asked
 from actsparse_lab.records import Entry, Run
-
-if TYPE_CHECKING:
-    pass
 
 SEEN = ("feature", "gradient")
 MIDDLE = 0.1  # a weight decay of both forms
@@ -97,12 +103,7 @@ def concentration_peak(run: Run) -> float | None:
 
 def _mean(cells: Sequence[Runs], read: Reader) -> Effects:
     """The mean over cells, for the seeds that have a number in every one."""
-    found: Effects = {}
-    for seed in set.intersection(*map(set, cells)) if cells else ():
-        values = [value for cell in cells if (value := read(cell[seed])) is not None]
-        if len(values) == len(cells):
-            found[seed] = fmean(values)
-    return found
+    return mean_of([by_seed(cell, read) for cell in cells])
 
 
 def _at(decay: float, read: Reader) -> Callable[[Arms], Effects]:
@@ -119,7 +120,7 @@ def _by_decay(arms: Arms) -> Effects:
     if not both or most == 0:
         return {}
     own, without = (_mean(each, anisotropy) for each in zip(*both, strict=True))
-    return {seed: own[seed] - without[seed] for seed in own if seed in without}
+    return combined(own, without, difference)
 
 
 def _as_random(of: str) -> Asked:

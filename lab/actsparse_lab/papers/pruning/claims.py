@@ -13,8 +13,6 @@ the zeros; to prune them away would save the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import fmean
-from typing import TYPE_CHECKING
 
 from actsparse_lab.analysis.comparison import REFERENCE, SUBJECT
 from actsparse_lab.analysis.effects import (
@@ -24,6 +22,7 @@ from actsparse_lab.analysis.effects import (
     difference,
     final,
     log_ratio,
+    mean_of,
     number,
     paired,
     within,
@@ -31,9 +30,6 @@ from actsparse_lab.analysis.effects import (
 from actsparse_lab.analysis.findings import Asked
 from actsparse_lab.papers.questions import POINT, SPARED, mlps_matter
 from actsparse_lab.records import Entry, Run
-
-if TYPE_CHECKING:
-    pass
 
 BASES = (REFERENCE, SUBJECT)
 DROPPED = (0.3, 1.0, 3.0)  # multiples of rms(η) that arms drop up to
@@ -99,13 +95,7 @@ def quality_kept(threshold: float) -> Means:
 
 def _mean(read: Means, *bases: str) -> Callable[[Arms], Effects]:
     """The mean over ``bases`` within a seed; seeds that lack one of them are left out."""
-
-    def effects(arms: Arms) -> Effects:
-        each = [read(arms, base) for base in bases]
-        seeds = set.intersection(*map(set, each))
-        return {seed: fmean(own[seed] for own in each) for seed in seeds}
-
-    return effects
+    return lambda arms: mean_of([read(arms, base) for base in bases])
 
 
 def _saves_more(arm: str, other: str) -> Asked:

@@ -18,15 +18,11 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 from statistics import StatisticsError, correlation, fmean
-from typing import TYPE_CHECKING
 
-from actsparse_lab.analysis.effects import Arms, Effects, final, number, within
+from actsparse_lab.analysis.effects import Arms, Effects, final, mean_of, number, within
 from actsparse_lab.analysis.findings import Asked
 from actsparse_lab.papers.questions import POINT, SPARED
 from actsparse_lab.records import Entry, Run
-
-if TYPE_CHECKING:
-    pass
 
 CONTROL = f"vanilla{SPARED}"
 SPARING = f"paper{SPARED}"
@@ -166,8 +162,7 @@ def beyond_the_step(arms: Arms, arm: str) -> Effects:
 
 
 def _correlations(arms: Arms) -> Effects:
-    each = [beyond_the_step(arms, arm) for arm in TRAINED]
-    return {seed: fmean(own[seed] for own in each) for seed in set.intersection(*map(set, each))}
+    return mean_of([beyond_the_step(arms, arm) for arm in TRAINED])
 
 
 def covered(run: Run) -> float | None:
