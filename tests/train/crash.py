@@ -57,7 +57,7 @@ def in_child(job: Callable[[], object], stopped: Callable[[], object] = lambda: 
         if not os.WIFSTOPPED(status):
             return os.waitstatus_to_exitcode(status)
         stopped()
-        os.kill(child, signal.SIGCONT)
+        os.killpg(child, signal.SIGCONT)
 
 
 class Operations:
@@ -123,7 +123,7 @@ class Operations:
                 os.truncate(cut, os.path.getsize(cut) // 2)
             os.killpg(0, signal.SIGKILL)  # workers too
         elif self.act == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+            os.killpg(0, signal.SIGSTOP)  # whoever waits for this process, too
         else:
             signal.raise_signal(self.act)
 
