@@ -110,8 +110,9 @@ class Modification:
 
         >>> import torch
         >>> from actsparse import LeaveOutMLP, find_mlp_blocks
-        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32,
-        8)) >>> (block,) = find_mlp_blocks(mlp, torch.randn(2, 8))
+        >>> up, down = torch.nn.Linear(8, 32), torch.nn.Linear(32, 8)
+        >>> mlp = torch.nn.Sequential(up, torch.nn.ReLU(), down)
+        >>> (block,) = find_mlp_blocks(mlp, torch.ones(2, 8))
         >>> LeaveOutMLP().apply(block).note
         'output replaced by zero'
         """

@@ -38,8 +38,9 @@ class SparsityCallback(TrainerCallback):
     *Penalty.* It joins the model's own ``loss`` in training, so each optimizer step has its mean
     over the accumulated batches, whichever way Trainer averages the loss.
 
-    *Gradients.* Measures of gradients are of per-sample losses, with the penalty: sums or means
-    over positions, as ``loss_reduction`` of the ``train`` line says (docs/measures.md).
+    *Gradients.* Measures of gradients are of per-sample losses, penalty included. The ``train``
+    line says as ``loss_reduction`` whether these are sums or means over positions
+    (docs/measures.md).
 
     *Acceleration.* What ``seen`` reads needs the whole hidden layer, so blocks run dense while it
     watches: in evaluations that Trainer schedules, and in every ``logging_steps``-th training step
