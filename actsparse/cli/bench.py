@@ -11,6 +11,11 @@ import typer
 from actsparse.cli.laboratory import laboratory
 from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
 
+Densities = Annotated[str, typer.Option(help="Densities from 0 to 1, separated by commas.")]
+Threads = Annotated[int | None, typer.Option(help="Number of threads; default: all cores.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the record to this file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
 bench = typer.Typer(
     help="Time actsparse on this machine.",
     no_args_is_help=True,
@@ -30,9 +35,7 @@ def mlp(
     tokens: Annotated[
         str, typer.Option(help="Numbers of tokens T, separated by commas.")
     ] = "1,16,197,1576",
-    densities: Annotated[
-        str, typer.Option(help="Densities from 0 to 1, separated by commas.")
-    ] = ".01,.03,.05,.1,.2",
+    densities: Densities = ".01,.03,.05,.1,.2",
     rounds: Annotated[
         int, typer.Option(min=3, help="Number of timed rounds; 8 times as many for few tokens.")
     ] = 11,
@@ -49,11 +52,9 @@ def mlp(
     compiled: Annotated[
         bool, typer.Option(help="Time the dense MLP under torch.compile too.")
     ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Number of threads; default: all cores.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    threads: Threads = None,
+    out: Out = None,
+    json: Json = False,
 ) -> None:
     """Time one MLP: dense time ÷ sparse time, by density and number of tokens.
 
@@ -114,18 +115,14 @@ def model(
         Path | None,
         typer.Option(help="Time a trained model instead: the folder of a run, with its weights."),
     ] = None,
-    densities: Annotated[
-        str, typer.Option(help="Densities from 0 to 1, separated by commas.")
-    ] = ".01,.05",
+    densities: Densities = ".01,.05",
     rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds of each program.")] = 5,
     memory: Annotated[
         bool, typer.Option(help="Measure peak memory too, in extra processes.")
     ] = True,
-    threads: Annotated[
-        int | None, typer.Option(help="Number of threads; default: all cores.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    threads: Threads = None,
+    out: Out = None,
+    json: Json = False,
 ) -> None:
     """Time a whole model: dense time ÷ sparse time, and what it could be at most.
 

@@ -21,7 +21,7 @@ def test_a_pruned_block_outside_the_handle_is_not_saved(tmp_path: Path) -> None:
     found = find_mlp_blocks(model, X)
     some = type(found)(list(found)[:1], found.refused, found.inputs)
     sparsify(model, "vanilla", blocks=some)
-    with pytest.raises(ValueError, match=r"would lose the widths of 1\.up, pruned"):
+    with pytest.raises(ValueError, match=r"would lose the widths of 1\.up, which were pruned"):
         save(model, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
     pruning.remove()
@@ -50,7 +50,7 @@ def test_thresholds_are_kept_without_a_recipe_and_sparsify_says_how_to_add_one(
     with observe(model, "magnitudes", inputs=X) as seen, torch.no_grad():
         model(X)
     calibrate_thresholds(model, seen, share=0.05)
-    advice = r"thresholds_of\(model\)\.remove\(\),.* sparsify.* calibrate_thresholds anew"
+    advice = r"thresholds_of\(model\)\.remove\(\),.* sparsify.* calibrate_thresholds again"
     assert torch.equal(load(save(model, tmp_path / "m"), mlps("relu"))(X), model(X))
     with pytest.raises(ValueError, match=advice):
         sparsify(model, "vanilla", inputs=X)
