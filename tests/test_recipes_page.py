@@ -14,7 +14,7 @@ from actsparse.cli.main import app
 from actsparse_lab.cli.options import chosen
 from actsparse_lab.records import read_runs
 from actsparse_lab.report import compare, markdown_table
-from actsparse_lab.tasks import EXPERIMENTS, arm_named, run_config
+from actsparse_lab.tasks import TASK_SETTINGS, arm_named, run_config
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
@@ -81,6 +81,6 @@ def test_the_commands_parse_and_name_what_exists(command: str) -> None:
 
 def test_every_recipe_and_arm_of_finetuning_is_on_the_page() -> None:
     words = set(re.findall(r"`([^`\n]+)`", TEXT))
-    assert set(EXPERIMENTS) - words == set()
+    assert set(TASK_SETTINGS) - words == set()
     for arm in re.findall(r"`([a-z0-9-]+-finetune)`", TEXT):
         assert arm_named(arm)

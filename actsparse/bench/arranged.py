@@ -97,9 +97,9 @@ def arranged(name: str, density: float, **sizes: int) -> Subject:
 
     Biases of up are set to minus a quantile of z. T5 has none: there each token's channels have a
     mean of 0.25 in the residual stream, which no layer changes, and each row of up reads as much
-    of this mean as its bias would be. The norms divide it by what they divide the rest by, so the
-    quantile is of z over the mean. Its output layer is the embedding with the vocabulary shuffled:
-    with random weights it would else repeat one token.
+    of this mean as its bias would be. A norm divides the mean and the other channels by the same
+    number, so the quantile is of z over the mean. Its output layer is the embedding with the
+    vocabulary shuffled: with random weights it would else repeat one token.
 
     Raises:
         ValueError: no such model, or a density outside (0, 1).

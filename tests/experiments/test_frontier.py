@@ -16,7 +16,7 @@ from actsparse_lab.campaigns.frontier import (
     frontier,
     race,
 )
-from actsparse_lab.tasks import ARMS, EXPERIMENTS
+from actsparse_lab.tasks import ARMS, TASK_SETTINGS
 
 
 def given(task: str) -> dict[str, str]:
@@ -27,7 +27,7 @@ def test_there_are_recipes_to_compare() -> None:
     assert len({*VANILLAS, *RECIPES}) >= 8
     assert {*CONTROLS, *RECIPES, WHOLE, RACE.fast, *RACE.dense} <= {*ARMS}
     assert HALF not in ARMS
-    assert all(TASKS[task].task in EXPERIMENTS for task in TASKS)
+    assert all(TASKS[task].task in TASK_SETTINGS for task in TASKS)
     assert all(each.seeds >= 5 for each in (*TASKS.values(), RACE))
 
 
@@ -59,7 +59,7 @@ def test_settings_of_a_task_win_over_the_experiments_own(monkeypatch: pytest.Mon
     monkeypatch.setitem(
         TASKS, "images", plans.FrontierTask("cifar10", settings, quick=True, reads_data=True)
     )
-    own = EXPERIMENTS["cifar10"](True)
+    own = TASK_SETTINGS["cifar10"](True)
     (run,) = frontier("images", arms=["vanilla"], seeds=1, data="place")
     assert (run.steps, run.lr, run.model["hidden_size"]) == (200, 0.01, 96)
     assert run.model == own["model"] | {"hidden_size": 96}
@@ -68,7 +68,7 @@ def test_settings_of_a_task_win_over_the_experiments_own(monkeypatch: pytest.Mon
 
 def test_fewer_steps_keep_lines_at_the_same_shares() -> None:
     (run,) = frontier("digits", arms=["paper"], seeds=1, steps=150)
-    whole = EXPERIMENTS["digits"](False)
+    whole = TASK_SETTINGS["digits"](False)
     assert run.steps == 150
     assert run.eval_every == TASKS["digits"].settings["eval_every"] * 150 // whole["steps"]
     assert run.log_every == whole["log_every"] * 150 // whole["steps"]

@@ -53,9 +53,9 @@ def settings(folder: Path) -> Make:
     """``--set NAME=VALUE``."""
     from actsparse_lab.cli.options import chosen
     from actsparse_lab.engine.config import RunConfig
-    from actsparse_lab.tasks import EXPERIMENTS, run_config
+    from actsparse_lab.tasks import TASK_SETTINGS, run_config
 
-    tasks = [each for each in EXPERIMENTS if not each.endswith("_finetune")]
+    tasks = [each for each in TASK_SETTINGS if not each.endswith("_finetune")]
     names = [
         *RunConfig.__dataclass_fields__,
         "model.hidden_size",

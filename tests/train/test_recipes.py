@@ -29,7 +29,7 @@ from actsparse_lab.engine.run import run
 from actsparse_lab.engine.start import model_of
 from actsparse_lab.engine.tasks import task_of
 from actsparse_lab.records import Run, read_run, run_path
-from actsparse_lab.tasks import EXPERIMENTS, run_config
+from actsparse_lab.tasks import TASK_SETTINGS, run_config
 from tests.train.test_crashes import write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -241,7 +241,7 @@ def test_finetuned_vits_train_adapters_biases_and_norms_and_the_head_by_an_adapt
     assert all(name.endswith("base_layer.weight") or "embeddings" in name for name in own)
 
 
-@pytest.mark.parametrize("task", EXPERIMENTS)
+@pytest.mark.parametrize("task", TASK_SETTINGS)
 def test_every_setting_can_be_overridden_and_is_saved(task: str) -> None:
     for quick in (False, True):
         config = run_config(task, "vanilla", 3, quick=quick, start="a/{seed}", lr=0.5)

@@ -13,13 +13,13 @@ from typing import Any
 
 from actsparse_lab.analysis.comparison import CONTROL, HALF, VANILLAS, WHOLE
 from actsparse_lab.engine.config import RunConfig
-from actsparse_lab.tasks import EXPERIMENTS, config_of
+from actsparse_lab.tasks import TASK_SETTINGS, config_of
 from actsparse_lab.tasks.arms import ARMS, arm_named
 
 
 @dataclass(frozen=True)
 class FrontierTask:
-    """A task of `EXPERIMENTS` in its ``quick`` form or not, and settings of a run to change.
+    """A task of `TASK_SETTINGS` in its ``quick`` form or not, and settings of a run to change.
 
     ``model`` and ``data`` in ``settings`` change some of the task's own, the rest stay.
     ``reads_data``: of the user's, who says where they lie. ``arms``: those of the task, if not all.
@@ -201,7 +201,7 @@ def _run(
     steps: int | None,
     data: str | None,
 ) -> RunConfig:
-    own = EXPERIMENTS[of.task](of.quick)
+    own = TASK_SETTINGS[of.task](of.quick)
     whole = settings.get("steps", own["steps"])
     settings = {**settings, "steps": whole if steps is None else steps}
     if steps is not None:  # lines and validations at the same shares of the steps

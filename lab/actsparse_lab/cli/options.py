@@ -80,15 +80,15 @@ def chosen(
             that the task does not have.
     """
     from actsparse_lab.engine.config import RunConfig
-    from actsparse_lab.tasks import EXPERIMENTS
+    from actsparse_lab.tasks import TASK_SETTINGS
 
-    if task not in EXPERIMENTS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(EXPERIMENTS)}")
+    if task not in TASK_SETTINGS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASK_SETTINGS)}")
     if "help" in (given or ()):
         known = {each.name for each in fields(RunConfig)} - {*_OWN_OPTION, "recipe"}
         typer.echo("\n".join(sorted({*known, "threads"})))
         raise typer.Exit
-    own = EXPERIMENTS[task](quick)
+    own = TASK_SETTINGS[task](quick)
     found: dict[str, Any] = {"quick": quick, "settings": whose}
     found |= {} if steps is None else {"steps": steps}
     if data is not None:

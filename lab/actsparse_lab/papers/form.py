@@ -18,7 +18,7 @@ from actsparse.modify import LeaveOutMLP, Modification, Recipe
 from actsparse_lab.engine.folder import Config
 from actsparse_lab.papers.experiments import part_of
 from actsparse_lab.papers.questions import SPARED
-from actsparse_lab.tasks import EXPERIMENTS, config_of
+from actsparse_lab.tasks import TASK_SETTINGS, config_of
 from actsparse_lab.tasks.arms import ARMS, ONE_DIMENSIONAL, Arm
 
 Arms = dict[str, Arm]
@@ -61,7 +61,7 @@ class Form:
         """
         often = ("log_every", "eval_every", "active_every")
         if self.full:
-            own = {**EXPERIMENTS[f"vit_cifar10{task}"](False), **full}
+            own = {**TASK_SETTINGS[f"vit_cifar10{task}"](False), **full}
             settings |= {
                 key: settings[key] * own["steps"] // steps for key in often if key in settings
             }

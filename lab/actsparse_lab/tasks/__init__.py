@@ -12,10 +12,10 @@ from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.tasks import digits, finetune, lm, t5, text, vit
 from actsparse_lab.tasks.arms import ARMS, Arm, arm_named, by_program, default_arms, ramped
 
-__all__ = ["ARMS", "EXPERIMENTS", "Arm", "arm_named", "default_arms", "run_config"]
+__all__ = ["ARMS", "TASK_SETTINGS", "Arm", "arm_named", "default_arms", "run_config"]
 
 Whose = Literal["paper", "program"]
-EXPERIMENTS: dict[str, Callable[[bool], dict[str, Any]]] = {
+TASK_SETTINGS: dict[str, Callable[[bool], dict[str, Any]]] = {
     each.__name__: each
     for each in (
         digits.digits, text.text, lm.lm, finetune.digits_finetune, finetune.lm_finetune,
@@ -37,11 +37,9 @@ def run_config(
     """The config of one run: the task's settings, the arm's recipe, then ``overrides``.
 
     ``model``, ``data`` and ``lora`` change some of the task's settings of these, the rest stay;
-    ``model`` is for models made anew.
-    ``{seed}`` in ``start`` stands for the seed. ``measures`` may name measures of all kinds: those
-    read in each pass, density always among them, and those ``active``: curvature and trials, which
-    come to what ``active`` itself names, or maps to options. ``quick`` takes the task's
-    form of a few minutes on two cores. ``settings``: those that the papers state, or where their
+    ``model`` is for models made anew. ``{seed}`` in ``start`` stands for the seed. ``measures`` may
+    name any measure: curvature and trials are moved to the setting ``active``, and density is
+    always added. ``quick`` takes the task's form of a few minutes on two cores. ``settings``: those that the papers state, or where their
     authors' ``"program"`` differs, its own (docs/recipes.md, "The papers' settings").
 
     Raises `ValueError` for an unknown task, arm or setting, naming the known ones, and for a
@@ -65,11 +63,11 @@ def config_of(
     **overrides: Any,
 ) -> RunConfig:
     """As `run_config`, of an arm that is not among `ARMS`, under a name of its own."""
-    if task not in EXPERIMENTS:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(EXPERIMENTS)}")
+    if task not in TASK_SETTINGS:
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASK_SETTINGS)}")
     if settings not in get_args(Whose):
         raise ValueError(f"settings={shown(settings)}: expected paper or program")
-    own = EXPERIMENTS[task](quick)
+    own = TASK_SETTINGS[task](quick)
     spared = tuple(dict.fromkeys((*own.get("no_decay", ()), *chosen.no_decay)))
     recipe = ramped(chosen.recipe.to_json(), own.pop("ramp", None))
     at_once = own.pop("program_swaps_at_once", False)
