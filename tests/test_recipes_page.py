@@ -42,7 +42,7 @@ def test_the_readme_says_what_finetuning_gave() -> None:
     one, two, three = numbers[0]
     assert f"ends at {one} by mixing ReLU in, {two} with the papers' recipe, {three} with" in said
     one, two, three = numbers[1]
-    assert f"norm scales and biases at {one}, {two} and {three}:" in said
+    assert f"biases, these three end at {one}, {two} and {three}:" in said
 
 
 def test_peak_memory_is_the_records() -> None:
@@ -72,9 +72,8 @@ def test_the_commands_parse_and_name_what_exists(command: str) -> None:
     _, verb, *arguments = shlex.split(command)
     with group.make_context("actsparse", [verb, *arguments]) as context:
         options = group.get_command(context, verb).make_context(verb, arguments).params
-    names = ("quick", "data", "start", "steps", "given")
-    own = {name: options[name] for name in names}
-    overrides, _ = chosen(options["task"], file=options["config"], **own)
+    own = {name: options[name] for name in ("quick", "data", "steps", "given")}
+    overrides, _ = chosen(options["task"], file=options["config"], whose=options["settings"], **own)
     assert run_config(options["task"], options.get("arm") or "vanilla", 0, **overrides).task
     assert len(COMMANDS) >= 5
 

@@ -39,8 +39,9 @@ def run_config(
     ``model``, ``data`` and ``lora`` change some of the task's settings of these, the rest stay;
     ``model`` is for models made anew. ``{seed}`` in ``start`` stands for the seed. ``measures`` may
     name any measure: curvature and trials are moved to the setting ``active``, and density is
-    always added. ``quick`` takes the task's form of a few minutes on two cores. ``settings``: those that the papers state, or where their
-    authors' ``"program"`` differs, its own (docs/recipes.md, "The papers' settings").
+    always added. ``quick`` takes the task's form of a few minutes on two cores. ``settings``: those
+    that the papers state, or where their authors' ``"program"`` differs, its own (docs/recipes.md,
+    "The papers' settings").
 
     Raises `ValueError` for an unknown task, arm or setting, naming the known ones, and for a
     finetuning task without a ``start``.
