@@ -79,7 +79,7 @@ class Modification:
     order run first. ``changes_function``: in evaluation the block computes something else with this
     modification, whatever its parameters are.
 
-    >>> from actsparse.modify import NormFloor
+    >>> from actsparse.modify import Modification, NormFloor
     >>> isinstance(NormFloor(), Modification), NormFloor().ramps()
     (True, [])
     """
