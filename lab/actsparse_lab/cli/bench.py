@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from actsparse.cli.bench import bench, numbers
+from actsparse.cli.bench import Densities, Json, Out, Threads, bench, numbers
 from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
 from actsparse_lab.cli.gpu import gpu
 from actsparse_lab.cli.slim import slim
@@ -15,12 +15,14 @@ from actsparse_lab.cli.slim import slim
 
 @bench.command()
 def step(
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 21,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(min=3, help="Number of timed rounds of each program.")
+    ] = 21,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 2,
     compiled: Annotated[bool, typer.Option(help="Time torch.compile too (slow to start).")] = True,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    threads: Threads = None,
+    out: Out = None,
+    json: Json = False,
 ) -> None:
     """What the paper recipe and observation cost in a training step of a ViT-S.
 
@@ -52,13 +54,17 @@ def step(
 
 @bench.command()
 def measures(
-    rounds: Annotated[int, typer.Option(min=3, help="Timed rounds of each program.")] = 15,
-    batch: Annotated[int, typer.Option(min=1, help="Images in a batch.")] = 8,
-    probes: Annotated[int, typer.Option(min=2, help="Of the Gauss–Newton trace.")] = 10,
-    activation: Annotated[str, typer.Option(help="relu, gelu, ….")] = "relu",
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    rounds: Annotated[
+        int, typer.Option(min=3, help="Number of timed rounds of each program.")
+    ] = 15,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images in a batch.")] = 8,
+    probes: Annotated[
+        int, typer.Option(min=2, help="Number of random probes of the Gauss–Newton trace.")
+    ] = 10,
+    activation: Annotated[str, typer.Option(help="Activation: relu, gelu, ….")] = "relu",
+    threads: Threads = None,
+    out: Out = None,
+    json: Json = False,
 ) -> None:
     """What the measures cost in a training step of a ViT-S, and a Gauss–Newton trace of it.
 
@@ -92,16 +98,16 @@ def measures(
 
 @bench.command()
 def auto(
-    d: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 768,
-    h: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 3072,
-    tokens: Annotated[str, typer.Option(help="With commas between.")] = "1,16,197,1576",
-    densities: Annotated[
-        str, typer.Option(help="With commas between.")
-    ] = "0,.01,.03,.1,.2,.25,.3,.4,.5,.75,1",
-    rounds: Annotated[int, typer.Option(min=3, help="Timed pairs.")] = 101,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    d: Annotated[int, typer.Option(min=1, help="Width D of the model.")] = 768,
+    h: Annotated[int, typer.Option(min=1, help="Number H of hidden units.")] = 3072,
+    tokens: Annotated[
+        str, typer.Option(help="Numbers of tokens T, separated by commas.")
+    ] = "1,16,197,1576",
+    densities: Densities = "0,.01,.03,.1,.2,.25,.3,.4,.5,.75,1",
+    rounds: Annotated[int, typer.Option(min=3, help="Number of timed pairs.")] = 101,
+    threads: Threads = None,
+    out: Out = None,
+    json: Json = False,
 ) -> None:
     """Whether `accelerate` is ever slower than the layers, at any density.
 
@@ -137,10 +143,12 @@ def run(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of runs, each with record.jsonl and weights/.")
     ],
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each program.")] = 21,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of timed rounds of each program.")
+    ] = 21,
     threads: Annotated[int, typer.Option(help="Threads.", min=1)] = 1,
-    out: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Out = None,
+    json: Json = False,
 ) -> None:
     """Dense time ÷ accelerated time of trained checkpoints in inference, on a batch of test data.
 

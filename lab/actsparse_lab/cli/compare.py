@@ -24,18 +24,20 @@ def compare(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Arms, with commas between; all of them: `--arms help`.",
+            help="Arms, separated by commas; `--arms help` lists all of them.",
             show_default="four or five",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Paired seeds for each arm, from 0.", min=1)] = 3,
+    seeds: Annotated[
+        int, typer.Option(help="Number of paired seeds of each arm, from 0.", min=1)
+    ] = 3,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for records, weights and the page.", show_default="runs/TASK"),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Runs at a time.", min=1, show_default="cores"),
+        typer.Option(help="Number of runs at a time.", min=1, show_default="cores"),
     ] = None,
     quick: Quick = False,
     data: Data = None,

@@ -26,19 +26,21 @@ def frontier(
     ] = None,
     arms: Annotated[
         str | None,
-        typer.Option(help="Some of the arms, with commas between.", show_default="all"),
+        typer.Option(help="Arms to train, separated by commas.", show_default="all"),
     ] = None,
     seeds: Annotated[
         int | None,
         typer.Option(
-            help="Paired seeds of each arm, from 0; fewer than 5 decide nothing.",
+            help="Number of paired seeds of each arm, from 0; fewer than 5 decide nothing.",
             min=1,
             show_default="the task's",
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Of every run, to try the machinery.", min=1, show_default="its own"),
+        typer.Option(
+            help="Number of steps of every run, for a quick trial.", min=1, show_default="its own"
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -52,7 +54,8 @@ def frontier(
         Path, typer.Option(help="Folder of all tasks: records, weights and pages.")
     ] = Path("benchmarks/frontier"),
     workers: Annotated[
-        int | None, typer.Option(help="Runs at a time.", min=1, show_default="cores; 1 in a race")
+        int | None,
+        typer.Option(help="Number of runs at a time.", min=1, show_default="cores; 1 in a race"),
     ] = None,
     threads: Threads = 1,
     json: Annotated[

@@ -10,15 +10,16 @@ import typer
 
 
 def gpu(
-    d: Annotated[int, typer.Option(min=1, help="Width of the model.")] = 4096,
-    h: Annotated[int, typer.Option(min=1, help="Hidden units.")] = 16384,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    tokens: Annotated[int, typer.Option(min=1, help="Of a training step.")] = 8192,
+    d: Annotated[int, typer.Option(min=1, help="Width D of the model.")] = 4096,
+    h: Annotated[int, typer.Option(min=1, help="Number H of hidden units.")] = 16384,
+    dtype: Annotated[str, typer.Option(help="Dtype: bfloat16, float16 or float32.")] = "bfloat16",
+    tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of a training step.")] = 8192,
     minutes: Annotated[
-        float, typer.Option(min=0, help="What does not fit any more is passed over.")
+        float,
+        typer.Option(min=0, help="Time limit in minutes; what does not fit any more is left out."),
     ] = 8.0,
     sections: Annotated[
-        str, typer.Option(help="With commas between.")
+        str, typer.Option(help="Parts to time, separated by commas.")
     ] = "decode,training,tuning,models",
     compiled: Annotated[bool, typer.Option(help="Time torch.compile too (slow to start).")] = True,
     out: Annotated[

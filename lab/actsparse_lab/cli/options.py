@@ -22,7 +22,7 @@ Task = Annotated[
     ),
 ]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="The task's form of a few minutes on two cores.")
+    bool, typer.Option("--quick", help="Train the task's small form, a few minutes on two cores.")
 ]
 Data = Annotated[
     str | None,
@@ -38,7 +38,9 @@ Whose = Annotated[
         help="Where the papers and their authors' program differ: paper or program.",
     ),
 ]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the task's")]
+Steps = Annotated[
+    int | None, typer.Option(help="Number of optimizer steps.", show_default="the task's")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -54,7 +56,9 @@ Config = Annotated[
     Path | None,
     typer.Option(help="The same settings from a TOML or JSON file; --set wins over it."),
 ]
-Threads = Annotated[int, typer.Option(help="CPU threads of a run.", min=1, show_default="1")]
+Threads = Annotated[
+    int, typer.Option(help="Number of CPU threads of a run.", min=1, show_default="1")
+]
 _GROUPS = ("model", "data", "lora")
 _OWN_OPTION = {"task", "arm", "seed", "quick", "settings"}
 

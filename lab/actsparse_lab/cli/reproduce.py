@@ -21,7 +21,7 @@ def reproduce(
         str | None,
         typer.Argument(
             help="ratio, ablation, manipulate, pruning, noise, robustness, weight-noise, finetune, "
-            "or all; nothing for a list that says what each asks.",
+            "learning-rate, decay, or all. Without a name: a list of what each asks.",
             show_default=False,
         ),
     ] = None,
@@ -29,7 +29,8 @@ def reproduce(
         bool,
         typer.Option(
             "--full",
-            help="A ViT-S on images of 32 px, hours on a GPU; for noise MNIST, hours on a CPU.",
+            help="The large form: a ViT-S on images of 32 px, hours on a GPU; for noise MNIST and "
+            "for decay digits, hours on a CPU.",
         ),
     ] = False,
     data: Annotated[
@@ -42,11 +43,15 @@ def reproduce(
     ] = None,
     seeds: Annotated[
         int,
-        typer.Option(help="Paired seeds of each arm, from 0; fewer than 5 decide nothing.", min=1),
+        typer.Option(
+            help="Number of paired seeds of each arm, from 0; fewer than 5 decide nothing.", min=1
+        ),
     ] = 5,
     steps: Annotated[
         int | None,
-        typer.Option(help="Of every run, to try the machinery.", min=1, show_default="its own"),
+        typer.Option(
+            help="Number of steps of every run, for a quick trial.", min=1, show_default="its own"
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -56,7 +61,8 @@ def reproduce(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Runs at a time.", min=1, show_default="cores; 2 on a GPU")
+        int | None,
+        typer.Option(help="Number of runs at a time.", min=1, show_default="cores; 2 on a GPU"),
     ] = None,
     threads: Threads = 1,
     json: Annotated[

@@ -27,7 +27,9 @@ def train(
             help="See `actsparse compare --arms help`.", show_default="best, or paper-finetune"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the start and the order of the data.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial weights and of the order of the data.", min=0)
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the record and weights.", show_default="runs/TASK"),
