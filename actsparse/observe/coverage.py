@@ -17,18 +17,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.resolve import blocks_of
+from actsparse.blocks.running import sites_asleep
 from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.gradient_measure import Weighing
 from actsparse.observe.registry import Mask, Watch
 
+Filter = Literal["rows", "columns"]
 _QUANTILES = (50, 90, 99)  # percent
 
 
@@ -38,6 +40,8 @@ def covering(
     pairs: Iterable[tuple[Any, Any]],
     *,
     rho: float = 0.1,
+    filtered: Filter | None = None,
+    share: float = 0.95,
     inputs: Any = None,
     blocks: Iterable[MLPBlock] | None = None,
     mask: Mask | None = None,
@@ -53,6 +57,11 @@ def covering(
         pairs: batches, each with its adversarial twin (:func:`actsparse.observe.perturb`) of the
             same shapes.
         rho: ρ of the weight noise, above 0.
+        filtered: count only that part of the change which the clean input X [T, D] of a sample has
+            room for: ``"rows"`` projects the change of the output on X's leading left singular
+            vectors (over tokens), ``"columns"`` the change δ of the input on the right ones (over
+            features). None: all of it.
+        share: of ``Σ s²`` that the leading singular values s of X hold, as few as will do.
         inputs, blocks, mask: as for :func:`actsparse.observe`; padding is left out.
 
     Returns:
@@ -63,7 +72,8 @@ def covering(
         what is not finite.
 
     Raises:
-        ValueError: ρ is not positive and finite; there is no pair, or no MLP block; the two batches
+        ValueError: ρ is not positive and finite; another filter, or a share that is not above 0 and
+            at most 1; there is no pair, or no MLP block; the two batches
             of a pair run through a block in different shapes.
 
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -74,7 +84,9 @@ def covering(
     """
     if not 0 < rho < math.inf:
         raise ValueError(f"rho={rho!r}: expected a finite number > 0, the size of the weight noise")
-    changes = [_Changes(block, rho, mask) for block in blocks_of(model, inputs, blocks, "covering")]
+    check_filter(filtered, share)
+    found = blocks_of(model, inputs, blocks, "covering")
+    changes = [_Changes(block, rho, mask, filtered, share) for block in found]
     with (
         undisturbed(model),
         torch.inference_mode(False),
@@ -103,11 +115,21 @@ def covering(
     return rows
 
 
+def check_filter(filtered: Any, share: Any) -> None:
+    """`ValueError` for another filter, or a share that is not above 0 and at most 1."""
+    if filtered not in (None, *get_args(Filter)):
+        raise ValueError(f"filtered={filtered!r}: expected 'rows', 'columns' or None")
+    if not (isinstance(share, int | float) and 0 < share <= 1):
+        raise ValueError(f"share={share!r}: expected a number above 0, at most 1")
+
+
 class _Changes:
     """What an attack changes at one block."""
 
-    def __init__(self, block: MLPBlock, rho: float, mask: Mask | None) -> None:
-        self.block, self.rho = block, rho
+    def __init__(
+        self, block: MLPBlock, rho: float, mask: Mask | None, filtered: Filter | None, share: float
+    ) -> None:
+        self.block, self.rho, self.filtered, self.share = block, rho, filtered, share
         self.keep = Watch(block, {}, mask, Weighing(), always=True).keep
         self.clean: list[dict[str, Tensor]] = []  # a pass's calls, until their twins come
         self.attacked = False
@@ -128,20 +150,50 @@ class _Changes:
         before = self.clean.pop(0)
         keep = self.keep(site, stages["x"])
         for name, (layer, entry, leaving) in self.layers.items():
-            ratio = self.ratio(layer, before[entry], before[leaving], stages[leaving])
+            x, was, now = before[entry], before[leaving], stages[leaving]
+            change = now.to(_wide(was)) - was.to(_wide(was))
+            if self.filtered is not None:
+                change = self.part(site, layer, x, stages[entry] - x, was, change, keep)
+            ratio = self.ratio(layer, x, change)
             if keep is not None:
                 rows = site.tokens.restore(keep.unsqueeze(-1), like=ratio)
                 ratio = ratio[rows.reshape(ratio.shape)]
             self.ratios[name].append(ratio.flatten())
 
-    def ratio(self, layer: Layer, x: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    def part(
+        self,
+        site: Site,
+        layer: Layer,
+        x: Tensor,
+        delta: Tensor,
+        was: Tensor,
+        change: Tensor,
+        keep: Tensor | None,
+    ) -> Tensor:
+        """What the filter leaves of a layer's change [..., H]; ``delta`` is that of its input."""
+        rows = site.tokens.arrange(x).to(_wide(x))
+        if keep is not None:
+            rows = rows * keep.unsqueeze(-1)
+        left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+        energy = sizes.square()
+        before = energy.cumsum(-1) - energy  # that of the singular values in front of each
+        leading = (before < self.share * energy.sum(-1, keepdim=True)).to(rows).unsqueeze(-2)
+        if self.filtered == "rows":
+            own = site.tokens.arrange(change)
+            return site.tokens.restore((left * leading) @ (left.mT @ own), like=change)
+        own = site.tokens.arrange(delta).to(_wide(x))
+        own = (own @ right.mT * leading) @ right
+        moved = x + site.tokens.restore(own, like=x).to(x.dtype)
+        with sites_asleep():
+            return layer.module(moved).to(change) - was.to(change)
+
+    def ratio(self, layer: Layer, x: Tensor, change: Tensor) -> Tensor:
         """r_t [..., 1], float64."""
         weight = layer.weight.detach()
         rms = _norm(weight.flatten()) / weight.numel() ** 0.5
-        wide = torch.promote_types(before.dtype, torch.float32)
-        change = _norm(after.to(wide) - before.to(wide))
+        moved = _norm(change)
         noise = self.rho * rms * _norm(x) * len(weight) ** 0.5
-        return torch.where(change == 0, 0.0, change / noise)
+        return torch.where(moved == 0, 0.0, moved / noise)
 
     def compare(self, alike: bool) -> None:
         """Refuse twins that are not ``alike``."""
@@ -167,6 +219,10 @@ class _Changes:
                 value = float(ratios[-(-percent * len(ratios) // 100) - 1])
                 rows[-1][f"r{percent}"] = value if math.isfinite(value) else None
         return rows
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _norm(x: Tensor) -> Tensor:

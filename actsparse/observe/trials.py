@@ -20,7 +20,7 @@ from typing_extensions import override
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.attack import Attack, Bounds, perturb
-from actsparse.observe.coverage import covering
+from actsparse.observe.coverage import Filter, check_filter, covering
 from actsparse.observe.disturbances import RelativeNoise, robustness
 from actsparse.observe.gradient_pruning import pruning
 from actsparse.observe.loss import LossFn, Reduction
@@ -118,12 +118,15 @@ class CoveringTrial(Trial):
     )  # fmt: skip
 
     rho: float = 0.1
+    filtered: Filter | None = None
+    share: float = 0.95
     attack: Any = field(default_factory=lambda: {"disturbance": "fgsm", "size": 0.1})
     bounds: Any = None
 
     def __post_init__(self) -> None:
         if not (_number(self.rho) and self.rho > 0):
             raise ValueError(f"rho={self.rho!r}: expected a finite number > 0")
+        check_filter(self.filtered, self.share)
         self.chosen()
         bounds_of(self.bounds)
 
@@ -152,8 +155,13 @@ class CoveringTrial(Trial):
         with undisturbed(on.model):  # a loader draws its order
             # all of them first: covering has its taps on the model while it reads the pairs
             pairs = [(batch, twin(batch)) for batch in on.batches]
-        found = covering(on.model, on.loss_fn, pairs, rho=self.rho, blocks=on.blocks, mask=on.mask)
-        return [{**attack.row(), "rho": self.rho, **row} for row in found]
+        found = covering(
+            on.model, on.loss_fn, pairs, rho=self.rho, filtered=self.filtered, share=self.share,
+            blocks=on.blocks, mask=on.mask,
+        )  # fmt: skip
+        how: dict[str, Any] = {"rho": self.rho}
+        how |= {"filtered": self.filtered, "share": self.share} if self.filtered else {}
+        return [{**attack.row(), **how, **row} for row in found]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from actsparse import ZerothBias, find_mlp_blocks, sparsify
 from actsparse.observe.attack import Attack, perturb
 from actsparse.observe.coverage import covering
+from actsparse.observe.measuring import checked_options
 from tests.observe.brute import D, H
 from tests.observe.test_curvature_models import gpt2
 from tests.observe.test_robustness import Batch, T, net, predict
@@ -129,3 +130,46 @@ def test_rho_must_be_positive_and_finite() -> None:
     for rho in (0.0, float("inf")):
         with pytest.raises(ValueError, match=f"rho={rho}"):
             covering(nn.Linear(3, 2), predict, [], rho=rho)
+
+
+@pytest.mark.parametrize("filtered", ["rows", "columns"])
+@pytest.mark.parametrize("share", [0.5, 0.95, 1.0])
+def test_a_filter_leaves_what_the_leading_singular_vectors_of_the_clean_input_span(
+    filtered: Any, share: float
+) -> None:
+    mlp = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D)).double()
+    clean = torch.randn(3, 4, D, dtype=torch.float64) * torch.logspace(0, -3, D)
+    attacked = clean + 0.01 * torch.randn_like(clean)
+    rows = covering(
+        mlp, lambda model, x: model(x), [(clean, attacked)], inputs=clean,
+        filtered=filtered, share=share,
+    )  # fmt: skip
+    weight, ratios = mlp[0].weight.detach(), []
+    for x, moved in zip(clean, attacked, strict=True):  # a sample [T, D] after the other
+        left, sizes, right = torch.linalg.svd(x)
+        count = next(
+            k
+            for k in range(1, 5)
+            if sizes[:k].square().sum() >= share * sizes.square().sum() - 1e-15
+        )
+        delta = moved - x
+        if filtered == "rows":
+            change = left[:, :count] @ left[:, :count].T @ delta @ weight.T
+        else:
+            change = delta @ right[:count].T @ right[:count] @ weight.T
+        noise = 0.1 * weight.square().mean().sqrt() * x.norm(dim=-1) * H**0.5
+        ratios += (change.norm(dim=-1) / noise).tolist()
+    assert [rows[0]["r50"], rows[0]["r99"]] == pytest.approx(
+        [sorted(ratios)[5], max(ratios)], rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("options", [{"filtered": "cols"}, {"share": 0.0}, {"share": 1.5}])
+def test_a_wrong_filter_is_named(options: dict[str, Any]) -> None:
+    x = torch.randn(2, D)
+    mlp = nn.Sequential(nn.Linear(D, H), nn.ReLU(), nn.Linear(H, D))
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name}="):
+        covering(mlp, lambda model, x: model(x), [(x, x)], inputs=x, **options)
+    with pytest.raises(ValueError, match=f"{name}="):
+        checked_options({"covering": options})
