@@ -35,9 +35,9 @@ def measure(
     measures: Annotated[
         str,
         typer.Option(
-            help="Names, separated by commas: density, flatness, gradient, noise, spectrum, "
-            "magnitudes, gauss_newton, token_copies, hessian, top_eigenvalue, robustness, "
-            "covering, pruning. Or JSON with "
+            help="Names, separated by commas: density, flatness, gradient, gradient_sizes, noise, "
+            "spectrum, magnitudes, gauss_newton, token_copies, hessian, top_eigenvalue, "
+            "robustness, covering, pruning. Or JSON with "
             'options: \'{"gradient": {"epsilon": 1e-4}}\'.'
         ),
     ] = DEFAULT,

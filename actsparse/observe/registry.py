@@ -19,6 +19,7 @@ from actsparse.observe.effective_gradient import Gradient
 from actsparse.observe.flatness import Flatness
 from actsparse.observe.gradient_measure import GradientMeasure, Weighing
 from actsparse.observe.gradient_noise import Noise
+from actsparse.observe.gradient_sizes import GradientSizes
 from actsparse.observe.magnitudes import Magnitudes
 from actsparse.observe.spectrum import WeightSpectrum
 
@@ -66,6 +67,7 @@ MEASURES: dict[str, Any] = {
     "density": Density,
     "flatness": Flatness,
     "gradient": Gradient,
+    "gradient_sizes": GradientSizes,
     "magnitudes": Magnitudes,
     "noise": Noise,
     "spectrum": WeightSpectrum,

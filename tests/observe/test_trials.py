@@ -220,7 +220,7 @@ def test_accuracy_needs_logits_and_a_gradient_does_not() -> None:
     ("name", "options", "said"),
     [
         ("robustness", {"size": 0.1}, "robustness has no option 'size'; known: against, bounds"),
-        ("covering", {"seed": 1}, "covering has no option 'seed'; known: rho, filtered, share, attack, bounds"),
+        ("covering", {"seed": 1}, "covering has no option 'seed'; known: rho, filtered, share"),
         ("pruning", {"threshold": 1}, "pruning has no option 'threshold'; known: thresholds"),
         ("robustness", {"against": []}, r"robustness: against=\[\]: expected a list of disturb"),
         ("robustness", {"against": FGSM}, "against={.*}: expected a list"),
