@@ -135,7 +135,7 @@ class Operations:
             return
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
-        inside = os.path.realpath(os.path.dirname(os.fspath(path))) + "/"
+        inside = os.path.realpath(os.path.dirname(os.fsdecode(path))) + "/"
         relative = event in TAKES_AWAY and not os.path.isabs(path)  # below an open folder
         if relative or inside.startswith(self.root + "/"):
             self.step(event)
