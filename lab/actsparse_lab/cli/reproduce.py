@@ -118,13 +118,14 @@ def _campaign(name: str, form: Form) -> Campaign:
     from actsparse_lab.cli.campaign import Campaign
     from actsparse_lab.papers.form import runs_of
 
+    again = (*(["--full"] if form.full else []), *(["--data", "DATA"] if form.data else []))
     return Campaign(
         name,
         Path(form.out),
         runs_of(name, form),
         REPRODUCTION,
         about={"name": name, "full": form.full},
-        again=("reproduce", name, *(("--full", "--data", "DATA") if form.full else ())),
+        again=("reproduce", name, *again),
         steps=form.steps,
     )
 
