@@ -34,12 +34,12 @@ def test_every_experiment_is_on_it_with_its_plots() -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_each_quick_form_took_six_minutes_at_most_and_has_five_seeds(name: str) -> None:
+def test_each_quick_form_took_eight_minutes_at_most_and_has_five_seeds(name: str) -> None:
     found = findings_in(PLACES[name])
     assert found is not None
     assert found.manifest["command"] == f"actsparse reproduce {name}"
     assert not found.manifest["full"]
-    assert found.manifest["time"]["seconds"] <= 360
+    assert found.manifest["time"]["seconds"] <= 480
     runs = read_runs(PLACES[name])
     assert {run.seed for run in runs} == set(range(5))
     assert all(run.finished for run in runs)

@@ -33,7 +33,7 @@ def arm(name: str, total: int) -> str:
 
 def parts_at(total: int) -> tuple[str, ...]:
     """The parts of the recipe that are trained alone at a sum."""
-    return PARTS if total > QUICK[0] else ()
+    return () if total in QUICK else PARTS
 
 
 def _asked(total: int) -> dict[str, Asked]:
