@@ -254,7 +254,7 @@ def test_the_command_writes_a_row_for_each_run_that_can_be(
     done = call("bench", "slim", *folders, bare.parent, "--rounds", "1", "--out", out, "--json")
     assert done.exit_code == 0, done.output
     told = "".join(done.stderr.split())  # lines are broken where the terminal ends
-    assert "leavesitsMLPsout(no-mlp)" in told
+    assert "recipe'no-mlp'leavestheMLPsout" in told
     assert "hasnoresult,therunisnotfinished" in told
     assert "hasnoweights/" in told
     record = json.loads(done.stdout)
