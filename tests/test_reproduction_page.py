@@ -16,7 +16,8 @@ from actsparse_lab.report import findings_in, reproductions_in
 ROOT = Path(__file__).parents[1]
 PLACES = reproductions_in(ROOT / "benchmarks" / "reproduce")
 TO_COME = {"decay"}  # experiments without records yet
-BESIDE_OTHER_WORK = {"manipulate", "learning-rate"}  # on busy cores; their time says nothing
+# manipulate ran beside other work, so its time says nothing; learning-rate took 623 s alone: missed
+TOOK_LONGER = {"manipulate", "learning-rate"}
 PAGE = (ROOT / "docs" / "reproduction.md").read_text(encoding="utf-8")
 
 
@@ -41,7 +42,7 @@ def test_each_quick_form_took_eight_minutes_at_most_and_has_five_seeds(name: str
     assert found is not None
     assert found.manifest["command"] == f"actsparse reproduce {name}"
     assert not found.manifest["full"]
-    assert found.manifest["time"]["seconds"] <= 480 or name in BESIDE_OTHER_WORK
+    assert found.manifest["time"]["seconds"] <= 480 or name in TOOK_LONGER
     runs = read_runs(PLACES[name])
     assert {run.seed for run in runs} == set(range(5))
     assert all(run.finished for run in runs)

@@ -11,6 +11,9 @@ import typer
 from actsparse.cli.laboratory import laboratory
 from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
 
+Width = Annotated[int, typer.Option(min=1, help="Width D of the model.")]
+Hidden = Annotated[int, typer.Option(min=1, help="Number H of hidden units.")]
+Tokens = Annotated[str, typer.Option(help="Numbers of tokens T, separated by commas.")]
 Densities = Annotated[str, typer.Option(help="Densities from 0 to 1, separated by commas.")]
 Threads = Annotated[int | None, typer.Option(help="Number of threads; default: all cores.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the record to this file.")]
@@ -30,11 +33,9 @@ def _bench() -> None:
 
 @bench.command()
 def mlp(
-    d: Annotated[int, typer.Option(min=1, help="Width D of the model.")] = 768,
-    h: Annotated[int, typer.Option(min=1, help="Number H of hidden units.")] = 3072,
-    tokens: Annotated[
-        str, typer.Option(help="Numbers of tokens T, separated by commas.")
-    ] = "1,16,197,1576",
+    d: Width = 768,
+    h: Hidden = 3072,
+    tokens: Tokens = "1,16,197,1576",
     densities: Densities = ".01,.03,.05,.1,.2",
     rounds: Annotated[
         int, typer.Option(min=3, help="Number of timed rounds; 8 times as many for few tokens.")

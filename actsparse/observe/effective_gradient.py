@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.site import Site
-from actsparse.observe.gradient_measure import GradientMeasure, row_squares
+from actsparse.observe.gradient_measure import GradientMeasure, row_squares, sloped
 
 
 class Gradient(GradientMeasure):
@@ -137,7 +137,7 @@ def _concentration(
     samples: Tensor,
     stage: Tensor,
 ) -> list[Tensor]:
-    sloped = stage != 0 if derivative is None else derivative(stage) != 0
+    on = sloped(derivative, stage)
     scale = weight.double().square()
-    squares = [row_squares(rows).double() for rows in (torch.where(sloped, g_f, 0), g_f)]
+    squares = [row_squares(rows).double() for rows in (torch.where(on, g_f, 0), g_f)]
     return [torch.where(weight != 0, each * scale, 0).sum() for each in squares]

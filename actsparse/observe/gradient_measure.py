@@ -201,6 +201,11 @@ class Total:
         return torch.cat([torch.where(fine, sums, torch.zeros_like(sums)), skipped])
 
 
+def sloped(derivative: Callable[[Tensor], Tensor] | None, stage: Tensor) -> Tensor:
+    """Where φ′ ≠ 0: by ``derivative`` of z, or without one where ReLU's output is not 0."""
+    return (stage if derivative is None else derivative(stage)) != 0
+
+
 def row_squares(rows: Tensor) -> Tensor:
     """``‖row‖²`` over the last axis, in float32 at least: [...].
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from actsparse.blocks.site import Site
-from actsparse.observe.gradient_measure import GradientMeasure
+from actsparse.observe.gradient_measure import GradientMeasure, sloped
 
 _LOW, _HIGH, _PER_DECADE = -12, 4, 4
 _BINS = (_HIGH - _LOW) * _PER_DECADE + 2  # and what lies below, zeros too, and above
@@ -95,7 +95,7 @@ def _counts(
     size = (g_f.double() * weight.double().unsqueeze(-1)).abs()
     place = ((size.log10() - _LOW) * _PER_DECADE).floor().clamp(-1, _BINS - 2).long() + 1
     counted = (weight != 0).unsqueeze(-1).expand_as(size)
-    active = counted & ((stage if derivative is None else derivative(stage)) != 0)
+    active = counted & sloped(derivative, stage)
     sums = []
     for chosen in (counted, active):
         counts = torch.zeros(_BINS, dtype=torch.float64, device=g_f.device)

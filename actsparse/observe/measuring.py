@@ -294,15 +294,16 @@ def checked_options(measures: Names, probes: int = 10) -> dict[str, dict[str, An
     >>> checked_options(["density", "hessian"])
     {'density': {}, 'hessian': {}}
     """
-    options = options_of(measures, _known())
+    measured = _known()
+    options = options_of(measures, measured)
     for name, given in options.items():
-        known = [key for key in inspect.signature(_known()[name]).parameters if key not in _OWN]
+        known = [key for key in inspect.signature(measured[name]).parameters if key not in _OWN]
         for key in given:
             if key not in known:
                 raise ValueError(
                     f"{name} has no option {key!r}; known: {', '.join(known) or 'none'}"
                 )
-        checked_arguments(_known()[name], given, name)
+        checked_arguments(measured[name], given, name)
         if name in TRIALS:
             try:
                 TRIALS[name](**given)

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from actsparse.cli.bench import Densities, Json, Out, Threads, bench, numbers
+from actsparse.cli.bench import (
+    Densities,
+    Hidden,
+    Json,
+    Out,
+    Threads,
+    Tokens,
+    Width,
+    bench,
+    numbers,
+)
 from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
 from actsparse_lab.cli.gpu import gpu
 from actsparse_lab.cli.slim import slim
@@ -98,11 +108,9 @@ def measures(
 
 @bench.command()
 def auto(
-    d: Annotated[int, typer.Option(min=1, help="Width D of the model.")] = 768,
-    h: Annotated[int, typer.Option(min=1, help="Number H of hidden units.")] = 3072,
-    tokens: Annotated[
-        str, typer.Option(help="Numbers of tokens T, separated by commas.")
-    ] = "1,16,197,1576",
+    d: Width = 768,
+    h: Hidden = 3072,
+    tokens: Tokens = "1,16,197,1576",
     densities: Densities = "0,.01,.03,.1,.2,.25,.3,.4,.5,.75,1",
     rounds: Annotated[int, typer.Option(min=3, help="Number of timed pairs.")] = 101,
     threads: Threads = None,

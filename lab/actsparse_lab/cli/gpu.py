@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from actsparse.cli.bench import Hidden, Width
+
 
 def gpu(
-    d: Annotated[int, typer.Option(min=1, help="Width D of the model.")] = 4096,
-    h: Annotated[int, typer.Option(min=1, help="Number H of hidden units.")] = 16384,
+    d: Width = 4096,
+    h: Hidden = 16384,
     dtype: Annotated[str, typer.Option(help="Dtype: bfloat16, float16 or float32.")] = "bfloat16",
     tokens: Annotated[int, typer.Option(min=1, help="Number of tokens of a training step.")] = 8192,
     minutes: Annotated[
