@@ -12,6 +12,9 @@ from torch import Tensor
 from actsparse.kernels import checks
 
 
+CPU = (torch.float32, torch.bfloat16)  # what the compiled kernels are made for
+
+
 def loaded() -> bool:
     """Whether the compiled kernels are there; the first call builds and loads them."""
     return _load()
@@ -30,16 +33,19 @@ def _load() -> bool:
     # inference is one operator without autograd, so that decoding does not pay for Python
     for name in ("forward", "forward_screened"):
         checks.fake(f"actsparse_cpu::{name}")(
-            lambda x, *others: x.new_empty(*x.shape[:-1], others[-4].shape[1])
+            lambda x, *others: x.new_empty(*x.shape[:-1], others[-3])
         )
     return True
 
 
 def native(*tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels take these tensors."""
-    return loaded() and all(
-        t is None or (t.dtype is torch.float32 and t.is_cpu and t.layout is torch.strided)
-        for t in tensors
+    """Whether the compiled kernels take these tensors: of one dtype, on the CPU."""
+    if not loaded():
+        return False
+    given = [t for t in tensors if t is not None]
+    return all(
+        t.dtype is given[0].dtype and t.dtype in CPU and t.is_cpu and t.layout is torch.strided
+        for t in given
     )
 
 

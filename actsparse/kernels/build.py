@@ -25,18 +25,19 @@ import torch
 from actsparse import files
 
 SOURCES = Path(__file__).parent / "cpu"
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-w", "-fno-math-errno", "-fno-strict-aliasing"]
 _FLAGS += ["-fvisibility=hidden"]
 _SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 _SANITIZED += ["-fno-omit-frame-pointer", "-O1", "-g"]
+_AVX2 = ["-mavx2", "-mfma"]
+_AVX512 = [*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni"))]
+_AVX512 += ["-mprefer-vector-width=512"]
 _TARGETS = {
     "baseline": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": [
-        *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2"],
-        *["-mfma", "-mprefer-vector-width=512"],
-    ],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512bf16": [*_AVX512, "-mavx512bf16"],
     "bind": ["-DTORCH_TARGET_VERSION=0x020B000000000000"],  # torch 2.11's stable ABI
 }
 
@@ -157,7 +158,7 @@ _loading = threading.Lock()
 def load() -> bool:
     """Whether the compiled kernels are there; builds and loads them on the first call.
 
-    $ACTSPARSE_CPU names the instruction set (baseline, avx2, avx512; the best one by default), or
+    $ACTSPARSE_CPU names the instruction set (one of :data:`LEVELS`; the best one by default), or
     ``reference`` for PyTorch's own operators.
     """
     wanted = os.environ.get("ACTSPARSE_CPU", "")
@@ -181,5 +182,5 @@ def load() -> bool:
 
 
 def level() -> str:
-    """The instruction set in use: avx512, avx2, baseline, or ``reference``."""
+    """The instruction set in use: one of :data:`LEVELS`, or ``reference``."""
     return LEVELS[torch.ops.actsparse_cpu.level(-1)] if load() else "reference"

@@ -154,7 +154,7 @@ def programs_of(
 
     first = up if gate is None else gate
     copied = not (training or down.is_inference() or first.is_inference())
-    prepared = prepare(down, first) if copied else None
+    prepared = prepare(down, up, gate) if copied else None
 
     def sparse(screen: bool) -> list[Tensor]:
         read: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ skipped; ``screen=True`` skips most of x Uᵀ too, without changing a result (:f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,60 +20,82 @@ from actsparse.kernels.forms import FEW, Form, form_of
 from actsparse.kernels.row_norms import row_norms
 
 
-@dataclass(frozen=True)
 class Prepared:
     """Copies of weights for :func:`sparse_mlp` that need not be made at each call.
 
-    :func:`prepare` makes them.
-
-    Args:
-        rows: downᵀ [H, D], contiguous.
-        first: the matrix that is screened [H, D], contiguous: gate in gated blocks, else up; None
-            where nothing is screened.
-        codes: what :func:`ops.quantise` (on a GPU :func:`triton_decode.quantise`) returns for
-            ``first``; empty where nothing is screened.
-
-    >>> prepare(torch.ones(2, 3)).rows.shape
-    torch.Size([3, 2])
-    """
-
-    rows: Tensor
-    first: Tensor | None = None
-    codes: tuple[Tensor, ...] = ()
-
-
-@torch.no_grad()
-def prepare(down: Tensor, up: Tensor | None = None, *, screen: bool = True) -> Prepared:
-    """Copy weights into the layout that :func:`sparse_mlp` reads fastest.
-
-    The copies have the values of the weights now: prepare again when a weight has changed.
+    :func:`prepare` makes one; what a call needs is copied when the first such call comes.
 
     Args:
         down: the weight of down [D, H].
-        up: the weight of up, or of gate in gated blocks [H, D].
-        screen: also quantise ``up`` to int8 for the screen. Without it ``up`` is laid out by rows,
-            which takes no copy if it is so already.
+        first: the matrix that says which units are active [H, D]: gate in gated blocks, else up.
+        second: up in gated blocks.
+
+    >>> prepare(torch.ones(2, 3)).bytes()
+    0
+    """
+
+    def __init__(self, down: Tensor, first: Tensor | None, second: Tensor | None) -> None:
+        self._weights = {"down": down.t(), "first": first, "second": second}
+        self._made: dict[str, Any] = {}
+
+    def rows(self) -> Tensor:
+        """downᵀ [H, D] by rows, or in panels for the compiled kernels."""
+        return self._copy("down", panels=backends.native(self._weights["down"]))
+
+    def matrix(self, name: str, tokens: int) -> Tensor | None:
+        """``first`` or ``second`` as calls of so many tokens read it."""
+        weight = self._weights[name]
+        if weight is None or weight.is_cuda or (tokens <= FEW and weight.is_contiguous()):
+            return weight if weight is None else self._copy(name, panels=False)
+        return self._copy(name, panels=backends.native(weight))
+
+    def codes(self) -> tuple[Tensor, ...]:
+        """What the screen needs of ``first``; empty where nothing can be screened."""
+        first = self._weights["first"]
+        if "codes" not in self._made and first is not None:
+            if backends.on_gpu(first):
+                from actsparse.kernels import triton_decode
+
+                self._made["codes"] = triton_decode.quantise(self._copy("first", panels=False))
+            elif backends.screens(first):
+                self._made["codes"] = tuple(ops.quantise(_laid(first)))
+        return self._made.get("codes", ())
+
+    def bytes(self) -> int:
+        """The memory of all copies."""
+        own = {t.data_ptr() for t in self._weights.values() if t is not None}
+        copies = [*self._made.values()]
+        flat = [t for each in copies for t in (each if isinstance(each, tuple) else (each,))]
+        return sum(t.nbytes for t in flat if t.data_ptr() not in own)
+
+    def _copy(self, name: str, panels: bool) -> Tensor:
+        key = f"{name} in panels" if panels else name
+        if key not in self._made:
+            weight = _laid(self._weights[name])
+            self._made[key] = ops.panels(weight) if panels else weight.contiguous()
+        return self._made[key]
+
+
+def prepare(down: Tensor, up: Tensor | None = None, gate: Tensor | None = None) -> Prepared:
+    """Copy weights into the layout that :func:`sparse_mlp` reads fastest.
+
+    The copies have the values that the weights have when they are made: prepare again when a
+    weight has changed.
+
+    Args:
+        down: the weight of down [D, H].
+        up: the weight of up [H, D].
+        gate: the weight of gate in gated blocks [H, D].
 
     Returns:
         The copies, for ``sparse_mlp(..., prepared=...)``.
 
-    >>> prepare(torch.ones(2, 3)).rows.shape
-    torch.Size([3, 2])
+    >>> prepare(torch.ones(2, 3), torch.ones(3, 2)).codes() != ()
+    True
     """
-    rows = _by_rows(down.t())
-    if up is None:
-        return Prepared(rows)
-    gpu = backends.on_gpu(up)
-    if screen and not gpu and not backends.screens(up):
-        return Prepared(rows)
-    first = _by_rows(up)
-    if not screen:
-        return Prepared(rows, first)
-    if gpu:
-        from actsparse.kernels import triton_decode
-
-        return Prepared(rows, first, triton_decode.quantise(first))
-    return Prepared(rows, first, tuple(ops.quantise(first)))
+    first, second = (up, None) if gate is None else (gate, up)
+    weights = (None if t is None else t.detach() for t in (down, first, second))
+    return Prepared(*weights)
 
 
 def sparse_mlp(
@@ -96,8 +118,9 @@ def sparse_mlp(
 
     ``y = φ(x Uᵀ + b) Vᵀ + b′``; gated: ``y = (φ(x Gᵀ + b_g) ⊙ (x Uᵀ + b)) Vᵀ + b′``.
 
-    Float32 on the CPU runs the C++ kernels; float32, bfloat16 and float16 on a GPU run the Triton
-    kernels; anything else runs PyTorch's own operators. Autocast does not apply. A product with an
+    Float32 and bfloat16 on the CPU run the C++ kernels, with sums in float32; float32, bfloat16 and
+    float16 on a GPU run the Triton kernels; anything else runs PyTorch's own operators. Autocast
+    does not apply. A product with an
     exact zero activation is skipped even if its partner is NaN or infinite. A NaN pre-activation
     counts as active. Gradients exist for x and every weight, but only of first order: second
     derivatives need the dense block.
@@ -149,30 +172,27 @@ def sparse_mlp(
             )  # fmt: skip
     name = activation if isinstance(activation, str) else activation.name
     form = form_of(name)
-    bare = gate is None and between is None and on_active is None and on_norms is None
-    native = x.dtype is torch.float32 and x.is_cpu and backends.loaded()
     weights = (up, bias, down, down_bias, gate, gate_bias)
-    if bare and form is not None and form.act is not None and native and not _learns(x, *weights):
-        try:
-            return _infer(x, up, bias, down, down_bias, form, screen, prepared)
-        except RuntimeError:  # the kernels check, without names: decoding has no time for Python
-            _check(x, *weights)
-            raise
-    _check(x, *weights)
-    first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
     plain = between is None and on_active is None and on_norms is None
-    few = x.shape[:-1].numel() <= FEW and form is not None and not _learns(x, *weights)
-    if plain and few and backends.on_gpu(x, *weights):
-        up_of_gated = (None, None) if gate is None else (up, bias)
-        return _decode(x, first, first_bias, down, down_bias, name, up_of_gated, screen, prepared)
-    rows = None if prepared is None else prepared.rows
+    first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
+    second = (None, None) if gate is None else (up, bias)
+    if plain and form is not None and not _learns(x, *weights):
+        if form.act is not None and backends.native(x, up):
+            copies = prepare(down, up, gate) if prepared is None else prepared
+            try:
+                return _infer(x, first, first_bias, second, down, down_bias, form, screen, copies)
+            except RuntimeError:  # the kernels check, without names: decoding has no time for Python
+                _check(x, *weights)
+                raise
+        if x.shape[:-1].numel() <= FEW and backends.on_gpu(x, *weights):
+            _check(x, *weights)
+            copies = prepare(down, up, gate) if prepared is None else prepared
+            return _decode(x, first_bias, down_bias, name, second[1], screen, copies)
+    _check(x, *weights)
     first, down = _laid(first), _laid(down)
     codes: tuple[Tensor, ...] = ()
     if screen and form is not None and backends.screens(first):
-        if prepared is not None and prepared.codes:
-            codes = prepared.codes
-        else:
-            codes = tuple(ops.quantise(first.detach()))
+        codes = tuple(ops.quantise(first.detach())) if prepared is None else prepared.codes()
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     if form is not None:
         entries = ops.pack(tokens, first, _flat(first_bias), list(codes), name)
@@ -192,59 +212,55 @@ def sparse_mlp(
         on_norms({"l1": one, "l2": two})
     if between is not None:
         value = between(value)
+    rows = None if prepared is None else prepared.rows()
     y = ops.project(pointer, index, value, down, rows, _flat(down_bias), tokens.shape[0])
     return y.view(*x.shape[:-1], down.shape[0])
 
 
 def _infer(
     x: Tensor,
-    up: Tensor,
-    bias: Tensor | None,
+    first: Tensor,
+    first_bias: Tensor | None,
+    second: tuple[Tensor | None, Tensor | None],
     down: Tensor,
     down_bias: Tensor | None,
     form: Form,
     screen: bool,
-    prepared: Prepared | None,
+    copies: Prepared,
 ) -> Tensor:
-    """One operator, no gradients."""
-    if screen and (prepared is None or not prepared.codes):
-        screen = backends.screens(up)
-    if prepared is None or (screen and not prepared.codes):
-        prepared = prepare(down, up if screen else None)
-    kernels = torch.ops.actsparse_cpu
-    if not screen:
-        return kernels.forward(x @ up.t(), _flat(bias), prepared.rows, _flat(down_bias), *form[:2])
-    return kernels.forward_screened(
-        x.contiguous(), prepared.first, _flat(bias), *prepared.codes, prepared.rows,
-        _flat(down_bias), *form[:2],
+    """One operator, no gradients; ``second``: up and its bias of gated blocks."""
+    x, tokens = x.contiguous(), x.shape[:-1].numel()
+    kernels = backends.compiled()
+    rest = (
+        copies.matrix("second", tokens), _flat(second[1]), copies.rows(), _flat(down_bias),
+        down.shape[0], *form[:2],
     )  # fmt: skip
+    if not screen or not (codes := copies.codes()):
+        return kernels.forward(F.linear(x, first, first_bias), x, *rest)
+    up = copies.matrix("first", tokens)
+    return kernels.forward_screened(x, up, _flat(first_bias), *codes, *rest)
 
 
 def _decode(
     x: Tensor,
-    first: Tensor,
     first_bias: Tensor | None,
-    down: Tensor,
     down_bias: Tensor | None,
     activation: str,
-    up: tuple[Tensor | None, Tensor | None],
+    second_bias: Tensor | None,
     screen: bool,
-    prepared: Prepared | None,
+    copies: Prepared,
 ) -> Tensor:
-    """Few tokens on a GPU, no gradients; ``up`` and its bias of gated blocks."""
+    """Few tokens on a GPU, no gradients; ``second_bias``: up's in gated blocks."""
     from actsparse.kernels.triton_decode import decode
 
-    if prepared is None or (screen and not prepared.codes):
-        prepared = prepare(down, first, screen=screen)
-    first = first if prepared.first is None else prepared.first
-    codes = list(prepared.codes) if screen else []
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-    second = None if up[0] is None else up[0].contiguous()
+    rows, few = copies.rows(), len(tokens)
     y = decode(
-        tokens, first.contiguous(), _flat(first_bias), prepared.rows, _flat(down_bias), activation,
-        second, _flat(up[1]), codes,
+        tokens, copies.matrix("first", few), _flat(first_bias), rows, _flat(down_bias),
+        activation, copies.matrix("second", few), _flat(second_bias),
+        list(copies.codes()) if screen else [],
     )  # fmt: skip
-    return y.view(*x.shape[:-1], down.shape[0])
+    return y.view(*x.shape[:-1], rows.shape[1])
 
 
 def _learns(*tensors: Tensor | None) -> bool:
@@ -261,12 +277,6 @@ def _laid(weight: Tensor) -> Tensor:
     """weight with its rows or its columns contiguous: itself, or a copy."""
     fits = weight.is_contiguous() or weight.t().is_contiguous()
     return weight if fits else weight.contiguous()
-
-
-def _by_rows(weight: Tensor) -> Tensor:
-    """weight's values with contiguous rows: itself, or a copy."""
-    weight = weight.detach()
-    return ops.turned(weight.t()) if weight.t().is_contiguous() else weight.contiguous()
 
 
 def _check(

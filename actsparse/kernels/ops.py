@@ -1,7 +1,7 @@
 """The products of a sparse MLP as PyTorch operators: compiled kernels, fakes and autograd.
 
 Packed entries are three tensors (pointer, index, value) as :mod:`actsparse.kernels.pack` defines
-them. Each operator runs the C++ kernels on float32 CPU tensors where those are built, the Triton
+them. Each operator runs the C++ kernels on float32 and bfloat16 CPU tensors where those are built, the Triton
 kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning: products with
 exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or by
 columns. What is kept for backward is the entries.
@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
@@ -52,7 +53,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
         if codes:
             entries = backends.compiled().screen(x, up, bias, *codes, *how)
         else:
-            entries = backends.compiled().pack(x, up, bias, *how)
+            entries = backends.compiled().pack(F.linear(x, up, bias), *how)
         if form.act is not None:
             return entries
         pointer, index, active, _ = entries
@@ -63,7 +64,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
         fused = x.dtype is not torch.float32
         pointer, index, active = triton_pack.pack(x, up, bias, form.floor, fused)
     else:
-        z = torch.nn.functional.linear(x, up, bias)
+        z = F.linear(x, up, bias)
         wide = z if z.dtype is torch.float64 else z.float()  # or the floor is rounded like z
         keep = ~(wide <= form.floor)
         (pointer, index), active = packing.pack(keep), z[keep]
@@ -208,10 +209,11 @@ def project(
 ) -> Tensor:
     """``y = a downᵀ + bias`` [N, D] for packed a [N, H] and down [D, H].
 
-    ``rows``: a contiguous copy [H, D] of downᵀ if there is one; without it forward and backward
-    each make their own, so that nothing of down's size is kept in between.
+    ``rows``: a copy of downᵀ if there is one, in :func:`panels` for the compiled kernels; without
+    it forward and backward each make their own, so that nothing of down's size is kept in between.
     """
-    return _multiply(pointer, index, value, checks.rows_of(down, rows, value), bias, n, False)
+    by_row = checks.rows_of(down, rows, value)
+    return _multiply(pointer, index, value, by_row, bias, n, down.shape[0], False)
 
 
 @checks.fake(project)
@@ -266,7 +268,7 @@ def multiply(
 
     ``turned``: lay the result out by columns, as a gradient of a weight that is laid out so.
     """
-    return _multiply(pointer, index, value, rows, bias, n, turned)
+    return _multiply(pointer, index, value, rows, bias, n, rows.shape[-1], turned)
 
 
 def _multiply(
@@ -276,10 +278,11 @@ def _multiply(
     rows: Tensor,
     bias: Tensor | None,
     n: int,
+    d: int,
     turned: bool,
 ) -> Tensor:
     if backends.native(value, rows, bias):
-        out = backends.compiled().multiply(pointer, index, value, rows, bias, n, turned)
+        out = backends.compiled().multiply(pointer, index, value, rows, bias, n, d, turned)
         return out.t() if turned else out
     checks.product(pointer, index, value, rows, bias, n)
     if backends.on_gpu(value, rows, bias):
@@ -342,18 +345,27 @@ def _(pointer: Tensor, value: Tensor, n: int) -> Tensor:
     return value.new_empty(n)
 
 
-@custom_op("actsparse::turned", mutates_args=())
-def turned(matrix: Tensor) -> Tensor:
-    """A contiguous copy of the transpose."""
-    if backends.native(matrix):
-        return backends.compiled().turned(checks.given("matrix", matrix).contiguous())
-    checks.sizes_of("matrix", matrix)
-    return matrix.t().clone(memory_format=torch.contiguous_format)
+@custom_op("actsparse::panels", mutates_args=())
+def panels(matrix: Tensor) -> Tensor:
+    """A copy of a matrix [N, D] as the compiled kernels gather from it: [⌈D / P⌉, N, P].
+
+    P columns are 256 bytes; the last panel is filled with zeros.
+    """
+    if not backends.native(matrix):
+        raise RuntimeError(_needs("matrix", matrix))
+    return backends.compiled().panels(matrix)
 
 
-@checks.fake(turned)
+@checks.fake(panels)
 def _(matrix: Tensor) -> Tensor:
-    return matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    wide = 256 // matrix.element_size()
+    return matrix.new_empty(-(-matrix.shape[1] // wide), matrix.shape[0], wide)
+
+
+def _needs(name: str, t: Tensor) -> str:
+    found = f"{t.dtype} on {t.device}, kernels are {'there' if backends.loaded() else 'missing'}"
+    wanted = "float32 or bfloat16 on the CPU, with compiled kernels"
+    return f"{name} must be {wanted}; it is {found}"
 
 
 def fingerprint(weight: Tensor) -> int:
@@ -376,10 +388,7 @@ def quantise(up: Tensor) -> list[Tensor]:
     Where :func:`screens` says so alone; elsewhere nothing is screened.
     """
     if not backends.native(up):
-        found = (
-            f"{up.dtype} on {up.device}, kernels are {'there' if backends.loaded() else 'missing'}"
-        )
-        raise RuntimeError(f"up must be float32 on the CPU, with compiled kernels; it is {found}")
+        raise RuntimeError(_needs("up", up))
     return list(backends.compiled().quantise(up))
 
 
@@ -389,5 +398,5 @@ def _(up: Tensor) -> list[Tensor]:
     return [
         up.new_empty(units, channels, dtype=torch.int8),
         up.new_empty(units, dtype=torch.int32),
-        up.new_empty(3, units),
+        up.new_empty(3, units, dtype=torch.float32),
     ]

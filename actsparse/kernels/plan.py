@@ -107,7 +107,7 @@ class CallPlan:
                 entries = x.shape[:-1].numel() * block.d_hidden
                 count = lambda active: met.count(active, entries)  # noqa: E731
             if not met.training:
-                prepared = self.of.prepared(screen)
+                prepared = self.of.prepared()
         dropouts = [part.module for part in block.between if part.module is not None]
         active = [module for module in dropouts if module.training]
         assert site.function is not None
@@ -253,19 +253,20 @@ class SparseRun:
         finally:
             _timing.release()
 
-    def prepared(self, screen: bool) -> Prepared | None:
+    def prepared(self) -> Prepared | None:
         """Copies of the weights for calls without gradients, made anew when a weight changes.
 
         None where changes leave no trace.
         """
-        first, down = self.block.pre_activation.weight, self.block.down.weight
-        if first.is_inference() or down.is_inference():
+        block = self.block
+        weights = [block.down.weight, block.up.weight]
+        weights += [] if block.gate is None else [block.gate.weight]
+        if any(weight.is_inference() for weight in weights):
             return None
-        now = (*_version(first), *_version(down), screen)
+        now = tuple(number for weight in weights for number in _version(weight))
         ready = self._ready
         if ready is None or now != ready[0]:
-            wanted = first if screen or first.is_cuda else None
-            ready = self._ready = now, prepare(down, wanted, screen=screen)
+            ready = self._ready = now, prepare(*weights)
         return ready[1]
 
     def __str__(self) -> str:

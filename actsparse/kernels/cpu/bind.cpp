@@ -8,85 +8,120 @@ using Parts = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Parts parts(const Packed& p) { return {p.pointer, p.index, p.value, p.slope}; }
 
-// N and H of x [N, D] and up [H, D], float32 of any layout.
-Shape shape_of(const Tensor& x, const Tensor& up) {
-  const auto [units, d] = sizes_of("up", up);
-  const auto [tokens, channels] = sizes_of("x", x);
-  if (!holds<float>(up)) refuse("up", Type<float>::name, shown(up.sizes()), up);
-  if (channels != d || !holds<float>(x))
-    refuse("x", Type<float>::name, shown(std::initializer_list<int64_t>{tokens, d}), x);
-  return {tokens, units};
-}
-
-// φ is 0 exactly where x up + bias <= floor; act says what it is above.
-Parts pack(const Tensor& x, const Tensor& up, const Maybe& bias, int64_t act, double floor) {
+// φ is 0 exactly where z <= floor; act says what it is above. z is contiguous [N, H].
+Parts pack(const Tensor& z, int64_t act, double floor) {
   const Phi phi(act, floor);
-  const Shape s = shape_of(x, up);
-  const Tensor z = torch::stable::matmul(x, torch::stable::transpose(up, 0, 1));
-  return parts(pack_dense(z, bias, s, phi));
+  const auto [tokens, units] = sizes_of("z", z);
+  return by_dtype("z", z, [&, tokens = tokens, units = units](auto e) {
+    using E = decltype(e);
+    require<E>("z", z, {tokens, units});
+    return parts(pack_dense<E>(z, {tokens, units}, phi));
+  });
 }
 
+// up [H, D] by rows or by columns, or in panels.
 Parts screen(const Tensor& x, const Tensor& up, const Maybe& bias, const Tensor& codes,
              const Tensor& shift, const Tensor& bounds, int64_t act, double floor) {
-  const Shape s = shape_of(x, up);
-  return parts(pack_screened(x, up, bias, {codes, shift, bounds}, s, Phi(act, floor)));
+  const Phi phi(act, floor);
+  const auto [tokens, d] = sizes_of("x", x);
+  const Shape s{tokens, rows_of(up)};
+  return by_dtype("x", x, [&, tokens = tokens, d = d](auto e) {
+    using E = decltype(e);
+    require<E>("x", x, {tokens, d});
+    return parts(pack_screened<E>(x, d, up, bias, {codes, shift, bounds}, s, phi));
+  });
 }
 
 std::tuple<Tensor, Tensor> candidates(const Tensor& x, const Tensor& up, const Maybe& bias,
                                       const Tensor& codes, const Tensor& shift,
                                       const Tensor& bounds, double floor) {
-  const Shape s = shape_of(x, up);
-  return candidates_of(x, up.size(1), bias, {codes, shift, bounds}, s, Phi(kReLU, floor).floor);
+  const auto [tokens, d] = sizes_of("x", x);
+  const Shape s{tokens, rows_of(up)};
+  return by_dtype("x", x, [&, tokens = tokens, d = d](auto e) {
+    using E = decltype(e);
+    require<E>("x", x, {tokens, d});
+    require<E>("bias", bias, s.units);
+    const auto plus = floats<E>(bias, s.units, s.units);
+    return candidates_of<E>(x, d, get(plus), {codes, shift, bounds}, s, Phi(kReLU, floor).floor);
+  });
 }
 
-// y like x, which is contiguous [..., D]: no gradients, nothing kept.
-Tensor output(const Tensor& x, int64_t d) {
+// The other matrix of a gated block and its bias; none of a plain one.
+struct Second {
+  const Maybe &up, &bias;
+};
+
+// y like x, which is contiguous [..., D]: no gradients, nothing kept. rows are down's, [H, D].
+template <class E>
+Tensor output(const Tensor& x, Packed p, Shape s, int64_t inner, const Second& second,
+              const Tensor& tokens, const Tensor& rows, const Maybe& down_bias, int64_t d) {
+  const Entries a{data<int64_t>(p.pointer), data<int32_t>(p.index), s.blocks()};
+  require<E>("down_bias", down_bias, count("d", d));
+  E* value = data<E>(p.value);
+  if (second.up) {
+    require<E>("second_bias", second.bias, s.units);
+    const auto plus = floats<E>(second.bias, s.units, s.units);
+    const int64_t n = p.index.numel();
+    const auto other = scratch<E>(n);
+    sample_into(a, data<E>(tokens), s.tokens, "second", *second.up, s.units, inner, get(plus),
+                other.get());
+    for (int64_t k = 0; k < n; k++) put(wide(value[k]) * wide(other[k]), value + k);
+  }
+  const Panels<E> panels("rows", rows, s.units, d);
+  const auto plus = floats<E>(down_bias, d, panels.count * kPanel<E>);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = d;
-  return torch::stable::empty(sizes, x.scalar_type());
-}
-
-Tensor multiply_packed(const Packed& p, const Tensor& rows, const Maybe& bias, Shape s, Tensor y) {
-  const Entries a{data<int64_t>(p.pointer), data<int32_t>(p.index), s.blocks()};
-  multiply_into(a, data<float>(p.value), data<float>(rows), s.tokens, rows.size(1),
-                data<float>(bias), data<float>(y));
+  Tensor y = torch::stable::empty(sizes, x.scalar_type());
+  Entries nonzero = a;
+  const E* values = value;
+  const Nonzero<E> kept(nonzero, values, s.tokens);
+  multiply_into(nonzero, values, panels, s.tokens, get(plus), data<E>(y), false);
   return y;
 }
 
-Tensor forward(const Tensor& z, const Maybe& bias, const Tensor& rows, const Maybe& down_bias,
-               int64_t act, double floor) {
+Tensor forward(const Tensor& z, const Tensor& x, const Maybe& second, const Maybe& second_bias,
+               const Tensor& rows, const Maybe& down_bias, int64_t d, int64_t act, double floor) {
   const Phi phi(act, floor);
-  const auto [units, d] = sizes_of("rows", rows);
-  const Shape s{tokens_of("z", z, units), units};
-  require("rows", rows, {units, d});
-  require("down_bias", down_bias, d);
-  return multiply_packed(pack_dense(z, bias, s, phi), rows, down_bias, s, output(z, d));
+  return by_dtype("z", z, [&](auto e) {
+    using E = decltype(e);
+    const int64_t units = rows_of(rows), inner = x.dim() ? x.size(-1) : 0;
+    const Shape s{tokens_of<E>("z", z, units), units};
+    if (tokens_of<E>("x", x, inner) != s.tokens) refuse("x", Type<E>::name, "tokens like z's", x);
+    return output<E>(z, pack_dense<E>(z, s, phi), s, inner, {second, second_bias}, x, rows,
+                     down_bias, d);
+  });
 }
 
 Tensor forward_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const Tensor& codes,
-                        const Tensor& shift, const Tensor& bounds, const Tensor& rows,
-                        const Maybe& down_bias, int64_t act, double floor) {
+                        const Tensor& shift, const Tensor& bounds, const Maybe& second,
+                        const Maybe& second_bias, const Tensor& rows, const Maybe& down_bias,
+                        int64_t d, int64_t act, double floor) {
   const Phi phi(act, floor);
-  const Sizes sizes = sizes_of("up", up);
-  const Shape s{tokens_of("x", x, sizes.columns), sizes.rows};
-  const int64_t d = sizes_of("rows", rows).columns;
-  require("rows", rows, {s.units, d});
-  require("down_bias", down_bias, d);
-  const Packed p = pack_screened(x, up, bias, {codes, shift, bounds}, s, phi);
-  return multiply_packed(p, rows, down_bias, s, output(x, d));
+  return by_dtype("x", x, [&](auto e) {
+    using E = decltype(e);
+    const int64_t inner = x.dim() ? x.size(-1) : 0;
+    const Shape s{tokens_of<E>("x", x, inner), rows_of(up)};
+    return output<E>(x, pack_screened<E>(x, inner, up, bias, {codes, shift, bounds}, s, phi), s,
+                     inner, {second, second_bias}, x, rows, down_bias, d);
+  });
 }
 
 // The bits of 64 entries spread over a weight, mixed: tells most changes of a weight from no change.
 int64_t fingerprint(const Tensor& t) {
   const auto [rows, columns] = sizes_of("weight", t);
-  if (!holds<float>(t)) refuse("weight", Type<float>::name, shown(t.sizes()), t);
-  const int64_t n = rows * columns, step = ceil_div(n, 64) | 1;
-  const int64_t down = t.strides()[0], right = t.strides()[1];
-  const uint32_t* bits = static_cast<const uint32_t*>(t.data_ptr());
-  uint64_t mixed = 0;
-  for (int64_t i = 0; i < n; i += step)
-    mixed = (mixed ^ bits[i / columns * down + i % columns * right]) * 0x9E3779B97F4A7C15u;
-  return static_cast<int64_t>(mixed);
+  return by_dtype("weight", t, [&, rows = rows, columns = columns](auto e) {
+    using E = decltype(e);
+    if (!holds<E>(t)) refuse("weight", Type<E>::name, shown(t.sizes()), t);
+    const int64_t n = rows * columns, step = ceil_div(n, 64) | 1;
+    const int64_t down = t.strides()[0], right = t.strides()[1];
+    uint64_t mixed = 0;
+    for (int64_t i = 0; i < n; i += step) {
+      uint32_t bits = 0;
+      memcpy(&bits, data<E>(t) + i / columns * down + i % columns * right, sizeof(E));
+      mixed = (mixed ^ bits) * 0x9E3779B97F4A7C15u;
+    }
+    return static_cast<int64_t>(mixed);
+  });
 }
 
 }  // namespace
@@ -94,10 +129,9 @@ int64_t fingerprint(const Tensor& t) {
 STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
   m.def("level(int wanted) -> int");
   m.def("fingerprint(Tensor weight) -> int");
-  m.def("pack(Tensor x, Tensor up, Tensor? bias, int act, float floor) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("pack(Tensor z, int act, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n, "
-        "bool turned) -> Tensor");
+        "int d, bool turned) -> Tensor");
   m.def("sample(Tensor pointer, Tensor index, Tensor x, Tensor up, Tensor? bias) -> Tensor");
   m.def("by_unit(Tensor pointer, Tensor index, Tensor value, int n, int units) "
         "-> (Tensor, Tensor, Tensor)");
@@ -105,16 +139,17 @@ STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
   m.def("row_norms(Tensor pointer, Tensor value, int n) -> (Tensor, Tensor)");
   m.def("row_norms_backward(Tensor pointer, Tensor value, Tensor two, Tensor grad_one, "
         "Tensor grad_two) -> Tensor");
-  m.def("turned(Tensor matrix) -> Tensor");
+  m.def("panels(Tensor matrix) -> Tensor");
   m.def("quantise(Tensor up) -> (Tensor, Tensor, Tensor)");
   m.def("screen(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds, "
         "int act, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("candidates(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds, "
         "float floor) -> (Tensor, Tensor)");
-  m.def("forward(Tensor z, Tensor? bias, Tensor rows, Tensor? down_bias, int act, float floor) "
-        "-> Tensor");
+  m.def("forward(Tensor z, Tensor x, Tensor? second, Tensor? second_bias, Tensor rows, "
+        "Tensor? down_bias, int d, int act, float floor) -> Tensor");
   m.def("forward_screened(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, "
-        "Tensor bounds, Tensor rows, Tensor? down_bias, int act, float floor) -> Tensor");
+        "Tensor bounds, Tensor? second, Tensor? second_bias, Tensor rows, Tensor? down_bias, "
+        "int d, int act, float floor) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CompositeExplicitAutograd, m) {
@@ -130,7 +165,7 @@ STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CPU, m) {
   m.impl("row_sums", TORCH_BOX(&row_sums));
   m.impl("row_norms", TORCH_BOX(&row_norms));
   m.impl("row_norms_backward", TORCH_BOX(&row_norms_backward));
-  m.impl("turned", TORCH_BOX(&turned));
+  m.impl("panels", TORCH_BOX(&panels));
   m.impl("quantise", TORCH_BOX(&quantise));
   m.impl("screen", TORCH_BOX(&screen));
   m.impl("candidates", TORCH_BOX(&candidates));

@@ -26,6 +26,11 @@ struct Type<float> {
   static int32_t code() { return aoti_torch_dtype_float32(); }
 };
 template <>
+struct Type<bf16> {
+  static constexpr const char* name = "bfloat16";
+  static int32_t code() { return aoti_torch_dtype_bfloat16(); }
+};
+template <>
 struct Type<int64_t> {
   static constexpr const char* name = "int64";
   static int32_t code() { return aoti_torch_dtype_int64(); }
@@ -83,7 +88,7 @@ bool holds(const Tensor& t) {
 }
 
 // Contiguous T's of these sizes; −1 stands for any.
-template <class T = float>
+template <class T>
 void require(const char* name, const Tensor& t, std::initializer_list<int64_t> wanted) {
   const auto sizes = t.sizes();
   bool fits = holds<T>(t) && sizes.size() == wanted.size() && t.is_contiguous();
@@ -92,8 +97,9 @@ void require(const char* name, const Tensor& t, std::initializer_list<int64_t> w
   if (!fits) refuse(name, Type<T>::name, shown(wanted), t);
 }
 
+template <class T>
 void require(const char* name, const Maybe& t, int64_t size) {
-  if (t) require(name, *t, {size});
+  if (t) require<T>(name, *t, {size});
 }
 
 // A number of rows or columns. Indices have 32 bits, and products of two such numbers fit 64.
@@ -110,18 +116,29 @@ struct Sizes {
 // The sizes of a matrix; its entries are not looked at.
 Sizes sizes_of(const char* name, const Tensor& t) {
   const auto sizes = t.sizes();
-  if (sizes.size() != 2) refuse(name, Type<float>::name, "[any, any]", t);
+  if (sizes.size() != 2) refuse(name, "floating", "[any, any]", t);
   return {count(name, sizes[0]), count(name, sizes[1])};
 }
 
-// The tokens of t, contiguous float32 [..., columns].
+// The tokens of t, contiguous [..., columns].
+template <class E>
 int64_t tokens_of(const char* name, const Tensor& t, int64_t columns) {
   const auto sizes = t.sizes();
-  if (!holds<float>(t) || sizes.empty() || sizes.back() != columns || !t.is_contiguous())
-    refuse(name, Type<float>::name, "[..., " + std::to_string(columns) + "]", t);
+  if (!holds<E>(t) || sizes.empty() || sizes.back() != columns || !t.is_contiguous())
+    refuse(name, Type<E>::name, "[..., " + std::to_string(columns) + "]", t);
   int64_t tokens = 1;
   for (size_t i = 0; i + 1 < sizes.size(); i++) tokens = count(name, tokens * count(name, sizes[i]));
   return tokens;
+}
+
+// f(E()) with the dtype of t's entries.
+template <class F>
+auto by_dtype(const char* name, const Tensor& t, F f) {
+  int32_t type = -1;
+  if (t.defined()) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &type));
+  if (type == Type<bf16>::code()) return f(bf16());
+  if (type != Type<float>::code()) refuse(name, "float32 or bfloat16", shown(t.sizes()), t);
+  return f(float());
 }
 
 // φ and the floor up to which it is 0.

@@ -11,40 +11,55 @@ void check_channels(int64_t d) {
            "it has " + std::to_string(d));
 }
 
+// What products of bf16 pairs may lose of a row's norm: they flush denormals to zero.
+template <class E>
+float flushed(int64_t d) {
+  return sizeof(E) == 2 ? (float)(std::sqrt((double)d) * 0x1p-125) : 0.f;
+}
+
 // int8 copy of up [units, D]: codes, their shift, and scale, error, norm as rows of `bounds`.
 std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
   const auto [units, d] = sizes_of("up", up);
   check_channels(d);
-  const Rows rows("up", up, units, d);
-  const int64_t padded = ceil_div(units, kWord) * kWord, channels = ceil_div(d, kPanel) * kPanel;
-  Tensor codes = empty<int8_t>(padded, channels), shift = empty<int32_t>(padded);
-  Tensor bounds = empty<float>(3, padded);
+  const int64_t padded = ceil_div(units, kWord) * kWord, channels = ceil_div(d, kFour) * kFour;
+  Tensor codes = empty<int8_t>({padded, channels}), shift = empty<int32_t>({padded});
+  Tensor bounds = empty<float>({3, padded});
   int8_t* out = data<int8_t>(codes);
   // as many roundings as any order of float32 summation makes, and our own in the bound
   const double u = (2 * d + 64) * 0x1p-24, gamma = u / (1 - u);
-  split(padded, [&](int64_t a, int64_t b) {
-    const auto row = scratch<uint8_t>(channels);
-    for (int64_t h = a; h < b; h++) {
-      float stats[3] = {};
-      if (h < units)
-        kernels()->quantise(rows.data + h * d, d, 1, 0, row.get(), channels, stats);
-      else
-        std::fill_n(row.get(), channels, uint8_t(0));
-      int32_t sum = 0;
-      int8_t* to = out + h / kGroup * channels * kGroup + h % kGroup * kPanel;
-      for (int64_t c = 0; c < channels; c += kPanel)
-        for (int64_t i = 0; i < kPanel; i++) {
-          const int8_t code = static_cast<int8_t>(row[c + i]);
-          to[c * kGroup + i] = code;
-          sum += code;
-        }
-      const double norm = (double)stats[1] + stats[2];  // ‖û‖ at most
-      data<int32_t>(shift)[h] = -128 * sum;
-      data<float>(bounds)[h] = stats[0];
-      data<float>(bounds)[padded + h] = (float)((stats[2] + gamma * norm) * (1 + 1e-6));
-      data<float>(bounds)[2 * padded + h] = (float)(norm * (1 + gamma) * (1 + 1e-6));
-    }
-  }, kGroup);
+  by_dtype("up", up, [&, units = units, d = d](auto e) {
+    using E = decltype(e);
+    const bool turned = by_columns<E>("up", up, units, d);
+    split(padded, [&](int64_t a, int64_t b) {
+      const auto rows = scratch<uint8_t>(kGroup * channels);
+      const auto sixteen = scratch<E>(kGroup * d);
+      const auto values = scratch<float>(d);
+      for (int64_t h = a; h < b; h++) {
+        const int64_t g = h % kGroup;
+        uint8_t* row = &rows[g * channels];
+        float stats[3] = {};
+        if (turned && g == 0 && h < units)
+          by<E>().transpose(data<E>(up) + h, units, d, std::min(kGroup, units - h), sixteen.get(), d);
+        if (h < units) {
+          by<E>().widen(turned ? &sixteen[g * d] : data<E>(up) + h * d, d, values.get());
+          kernels()->quantise(values.get(), d, 1, 0, row, channels, stats);
+        } else
+          std::fill_n(row, channels, uint8_t(0));
+        const double norm = (double)stats[1] + stats[2];  // ‖û‖ at most
+        stats[2] += flushed<E>(d);
+        int32_t sum = 0;
+        for (int64_t c = 0; c < channels; c++) sum += static_cast<int8_t>(row[c]);
+        data<int32_t>(shift)[h] = -128 * sum;
+        data<float>(bounds)[h] = stats[0];
+        data<float>(bounds)[padded + h] = (float)((stats[2] + gamma * norm) * (1 + 1e-6));
+        data<float>(bounds)[2 * padded + h] = (float)(norm * (1 + gamma) * (1 + 1e-6));
+        if (g == kGroup - 1)  // four codes to a word: turn the sixteen rows of words
+          by<float>().transpose(reinterpret_cast<const float*>(rows.get()), channels / kFour, kGroup,
+                                channels / kFour,
+                                reinterpret_cast<float*>(out + (h - g) * channels), kGroup);
+      }
+    }, kGroup);
+  });
   return {codes, shift, bounds};
 }
 
@@ -53,11 +68,13 @@ struct Screen {
 };
 
 // Mask of the units that may lie above floor ≥ 0: the bound proves the others below.
-Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int64_t d,
-                                const Screen& u, float floor) {
+template <class E>
+Scratch<uint64_t> screened_mask(const E* x, const float* bias, Shape s, int64_t d, const Screen& u,
+                                float floor) {
   const int64_t padded = u.codes.size(0), channels = u.codes.size(1), groups = padded / kGroup;
   const float* bound = data<float>(u.bounds);
   const double gamma = (2 * d + 64) * 0x1p-24, lost = (d + 16) * 2.4e-38;
+  if (sizeof(E) == 2) floor *= 1 - 0x1p-8f;  // what rounding to bf16 may lift above it
   const auto shifted = scratch<float>(padded);
   for (int64_t h = 0; h < padded; h++) {
     const double b = bias && h < s.units ? bias[h] : 0.;
@@ -69,9 +86,13 @@ Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int6
   int planes = few(s.tokens) ? 2 : 1;  // with few tokens a second plane costs next to nothing
   for (;; planes = 2) {
     split(s.tokens, [&](int64_t a, int64_t b) {
+      const auto values = scratch<float>(d);
       for (int64_t t = a; t < b; t++) {
         float row[3];
-        kernels()->quantise(x + t * d, d, planes, 128, &codes[t * planes * channels], channels, row);
+        by<E>().widen(x + t * d, d, values.get());
+        kernels()->quantise(values.get(), d, planes, 128, &codes[t * planes * channels], channels,
+                            row);
+        row[2] += flushed<E>(d);
         for (int i = 0; i < 3; i++) stats[i * s.tokens + t] = row[i];
       }
     }, kSmall);
@@ -102,57 +123,60 @@ Scratch<uint64_t> screened_mask(const float* x, const float* bias, Shape s, int6
 }
 
 // Pointer and index of the units of up [s.units, D] that may be active for x [s.tokens, D].
-std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, int64_t d, const Maybe& bias,
+template <class E>
+std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, int64_t d, const float* bias,
                                          const Screen& screen, Shape s, float floor) {
   const int64_t padded = ceil_div(s.units, kWord) * kWord;
   check_channels(d);
-  if (!x.is_contiguous()) refuse("x", Type<float>::name, shown(x.sizes()), x);
-  require("bias", bias, s.units);
-  require<int8_t>("codes", screen.codes, {padded, ceil_div(d, kPanel) * kPanel});
+  require<int8_t>("codes", screen.codes, {padded, ceil_div(d, kFour) * kFour});
   require<int32_t>("shift", screen.shift, {padded});
-  require("bounds", screen.bounds, {3, padded});
-  const auto mask = screened_mask(data<float>(x), data<float>(bias), s, d, screen, floor);
-  Tensor pointer = empty<int64_t>(s.segments() + 1), index;
+  require<float>("bounds", screen.bounds, {3, padded});
+  const auto mask = screened_mask(data<E>(x), bias, s, d, screen, floor);
+  Tensor pointer = empty<int64_t>({s.segments() + 1}), index;
   bits_of(mask.get(), s, data<int64_t>(pointer), index);
   return {pointer, index};
 }
 
-Packed pack_screened(const Tensor& x, const Tensor& up, const Maybe& bias, const Screen& screen,
-                     Shape s, Phi phi) {
-  const int64_t d = up.size(1);
-  const float floor = phi.floor;
-  const Rows rows("up", up, s.units, d);
-  const auto [start, candidates] = candidates_of(x, d, bias, screen, s, floor);
-  const float* b = data<float>(bias);
-  const int64_t* candidate = data<int64_t>(start);
-  const int32_t* unit = data<int32_t>(candidates);
-  const int64_t n = candidate[s.segments()];
-  const auto z = scratch<float>(n);
-  sample_into({candidate, unit, s.blocks()}, data<float>(x), rows.data, s.tokens, d,
-              z.get());
-  Packed p{empty<int64_t>(s.segments() + 1), Tensor(), Tensor(), Tensor()};
+// x is contiguous [..., d], of s.tokens tokens.
+template <class E>
+Packed pack_screened(const Tensor& x, int64_t d, const Tensor& up, const Maybe& bias,
+                     const Screen& screen, Shape s, Phi phi) {
+  require<E>("bias", bias, s.units);
+  const auto plus = floats<E>(bias, s.units, s.units);
+  const auto [start, candidates] = candidates_of<E>(x, d, get(plus), screen, s, phi.floor);
+  const Entries a{data<int64_t>(start), data<int32_t>(candidates), s.blocks()};
+  const Sums<E> sums(a, data<E>(x), s.tokens, "up", up, s.units, d, 0.5);
+  // each token's entries where its candidates were, with room for what `keep` writes too much
+  const auto at = [&](int64_t t) { return a.pointer[t * a.blocks] + 16 * t; };
+  const int64_t room = a.pointer[s.segments()] + 16 * s.tokens;
+  const auto units = scratch<int32_t>(room);
+  const auto values = scratch<E>(room);
+  Packed p{empty<int64_t>({s.segments() + 1}), Tensor(), Tensor(), Tensor()};
   int64_t* pointer = data<int64_t>(p.pointer);
-  split(s.segments(), [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; i++) {
-      int64_t active = 0;
-      for (int64_t k = candidate[i]; k < candidate[i + 1]; k++) {
-        if (b) z[k] += b[unit[k]];
-        active += !(z[k] <= floor);
-      }
-      pointer[i + 1] = active;
+  split(s.tokens, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++)
+    {
+      int64_t o = at(t), *kept = pointer + t * a.blocks + 1;
+      std::fill_n(kept, a.blocks, 0);
+      sums.each(t, [&](int64_t k, int64_t n, const float* z) {
+        const int64_t found = by<E>().keep(z, a.index + k, n, get(plus), phi.floor, &units[o],
+                                           &values[o]);
+        for (int64_t i = o; i < o + found; i++) kept[units[i] / kBlock]++;
+        o += found;
+      });
     }
-  }, 8 * kSmall);
+  }, kSmall);
   running_total(pointer, s.segments());
   const int64_t active = pointer[s.segments()];
-  p.index = empty<int32_t>(active), p.value = empty<float>(active);
-  int32_t* index = data<int32_t>(p.index);
-  float* value = data<float>(p.value);
-  split(s.segments(), [&](int64_t from, int64_t to) {
-    int64_t o = pointer[from];
-    for (int64_t k = candidate[from]; k < candidate[to]; k++)
-      if (!(z[k] <= floor)) index[o] = unit[k], value[o++] = z[k];
-  }, 8 * kSmall);
-  p.slope = activate(p.value, active, phi.act);
+  p.index = empty<int32_t>({active}), p.value = empty<E>({active});
+  split(s.tokens, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; t++) {
+      const int64_t k = pointer[t * a.blocks], n = pointer[(t + 1) * a.blocks] - k;
+      std::copy_n(&units[at(t)], n, data<int32_t>(p.index) + k);
+      std::copy_n(&values[at(t)], n, data<E>(p.value) + k);
+    }
+  }, kSmall);
+  p.slope = activate(data<E>(p.value), active, phi.act);
   return p;
 }
 
