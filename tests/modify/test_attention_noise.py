@@ -107,6 +107,8 @@ def test_in_eval_mode_there_is_none_and_copies_and_files_keep_it(tmp_path: Any) 
         assert handle_of(noisy).recipe.modifications == (WeightNoise(RHO, ("attention",)),)
         first, second = (call(noisy.train(), inputs).logits for _ in range(2))
         assert not torch.equal(first, second)
+        handle_of(noisy).remove()
+        assert not any(layer._forward_hooks for layer in attention_of(noisy).values())
 
 
 def test_a_noise_for_each_group_of_layers_needs_two_in_the_recipe() -> None:
