@@ -80,7 +80,8 @@ def test_every_number_of_a_summary_is_on_the_page(page: dict[str, Any]) -> None:
         *found.curvature,
     }
     keys |= {key for name in CURVATURES for key in found.curvature[name]}
-    keys = {re.sub(r"^(gate|down)_(?=concentration|stable|ks|outl|random)", "up_", k) for k in keys}
+    layer = r"^(gate|down)_(?=concentration|stable|trace|ks|outl|random)"
+    keys = {re.sub(layer, "up_", key) for key in keys}
     keys = {
         "flatness_error" if key.endswith("_error") and "flatness" in key else key for key in keys
     }

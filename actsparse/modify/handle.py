@@ -145,10 +145,12 @@ class Handle:
         self.look()
         steps = self.steps if steps is None else steps
         start = self.step if start is None else start
-        for block in self.blocks:
-            if self.model.get_submodule(block.up.name) is not block.up.module:
+        layers = [block.up for block in self.blocks]
+        layers += [layer for _, attached in self._attached for layer in attached.elsewhere]
+        for layer in layers:
+            if self.model.get_submodule(layer.name) is not layer.module:
                 raise ValueError(
-                    f"layer {block.up.name!r} was replaced or wrapped after sparsify (by peft?), "
+                    f"layer {layer.name!r} was replaced or wrapped after sparsify (by peft?), "
                     f"so its modifications miss a part of it; wrap first, then sparsify"
                 )
         for modification, _ in self._attached:

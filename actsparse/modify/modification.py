@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.site import Site
 from actsparse.modify.schedule import Ramp
 from actsparse.values import check_fields
@@ -34,7 +35,12 @@ class Progress:
 
 
 class Attached:
-    """One modification at one block, until :meth:`remove`."""
+    """One modification at one block, until :meth:`remove`.
+
+    ``elsewhere`` are the layers outside of the block that it changes.
+    """
+
+    elsewhere: Sequence[Layer] = ()
 
     def __init__(self, site: Site, note: str) -> None:
         self.site = site

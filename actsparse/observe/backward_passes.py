@@ -27,22 +27,28 @@ def observed(
     labels: Labels,
     draws: int,
     seed: int,
-    correct: bool = False,
+    right: list[Tensor] | None = None,
 ) -> tuple[dict[str, Any] | None, dict[str, MLPBlock]]:
     """The passive measures, over ``draws`` sweeps, and the blocks as they are called there.
 
-    ``correct``: measures of gradients are over samples that the model classifies correctly.
+    ``right``: of each batch the samples that measures of gradients are of, as from
+    `correct_samples`; None: all.
+
+    Raises:
+        ValueError: ``right`` holds no sample.
     """
+    if right is not None and not any(bool(each.any()) for each in right):
+        raise ValueError("correct=True: the model classifies no sample of these batches correctly")
     generator = generator_of(surface, seed)
     values: list[dict[str, float]] = []
     rows: list[int] = []
-    right = correct_samples(surface) if correct else []
-    weighing = Weighing("sum", samples=(lambda count: right[surface.batch]) if correct else None)
+    chosen = None if right is None else lambda count: right[surface.batch]
+    weighing = Weighing("sum", samples=chosen)
     with surface.still(), Seen(blocks, options, mask, weighing, always=True) as seen:
         for _ in range(draws):
 
             def visit(output: Any, samples: int) -> None:
-                if correct:
+                if right is not None:
                     output = output[0], _without(output[1], ~right[surface.batch])
                     rows.append(int(right[surface.batch].sum()))
                 else:
@@ -51,7 +57,7 @@ def observed(
                 surface.tick()
 
             surface.sweep("gauss_newton" if labels == "model" else "hessian", visit)
-            if correct:
+            if right is not None:
                 surface.samples = sum(map(int, map(torch.sum, right)))
             values.append(running_flatness(seen, len(values) + 1, rows, surface))
     summary = seen.summary("inference")
@@ -69,7 +75,7 @@ def correct_samples(surface: LossSurface) -> list[Tensor]:
     logit.
 
     Raises:
-        ValueError: no sample of any batch is classified correctly, or a loss is a scalar.
+        ValueError: a loss is a scalar.
     """
     right: list[Tensor] = []
 
@@ -81,8 +87,6 @@ def correct_samples(surface: LossSurface) -> list[Tensor]:
 
     with surface.still():
         surface.sweep("hessian", visit)
-    if not any(bool(each.any()) for each in right):
-        raise ValueError("correct=True: the model classifies no sample of these batches correctly")
     return right
 
 

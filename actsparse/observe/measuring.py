@@ -13,7 +13,7 @@ from torch import nn
 from actsparse.blocks.block import MLPBlock, base_layer, on_meta
 from actsparse.blocks.resolve import blocks_of, found_with, handle_on
 from actsparse.blocks.trace import undisturbed
-from actsparse.observe.backward_passes import Labels, how_of, observed
+from actsparse.observe.backward_passes import Labels, correct_samples, how_of, observed
 from actsparse.observe.curvature import gauss_newton_trace, hessian_trace, top_eigenvalue
 from actsparse.observe.curvature_product import LossSurface
 from actsparse.observe.gradient_measure import GradientMeasure
@@ -219,7 +219,8 @@ def measure(
     if passive:
         draws = probes if labels == "model" and any(map(_of_gradients, passive)) else 1
         surface = LossSurface(model, loss_fn, batches, chosen, reduction, draws, told("passes"))
-        summary, watched = observed(surface, found, passive, mask, labels, draws, seed, correct)
+        right = correct_samples(surface) if correct else None
+        summary, watched = observed(surface, found, passive, mask, labels, draws, seed, right)
         if "spectrum" in passive:
             histograms = spectra_of(watched, **passive["spectrum"])
         how = how_of(surface)

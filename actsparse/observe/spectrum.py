@@ -170,6 +170,11 @@ class Spectrum:
     stable_rank: float
     marchenko_pastur: MarchenkoPastur
 
+    @property
+    def trace(self) -> float:
+        """``tr W Wᵀ = ‖W‖_F²``, the sum of the squares of all entries."""
+        return float(self.eigenvalues.sum())
+
     def to_json(self, *, eigenvalues: bool = False) -> dict[str, Any]:
         """For a record: plain numbers; all the eigenvalues only if asked for.
 
@@ -186,6 +191,7 @@ class Spectrum:
             "shape": list(self.shape),
             "concentration": self.concentration,
             "stable_rank": self.stable_rank,
+            "trace": self.trace,
             "largest": float(values[0]),
             "smallest": float(values[-1]),
             "marchenko_pastur": {
@@ -321,6 +327,7 @@ class WeightSpectrum:
             row |= {
                 f"{layer}_concentration": found.concentration,
                 f"{layer}_stable_rank": found.stable_rank,
+                f"{layer}_trace": found.trace,
                 f"{layer}_ks": law.ks,
                 f"{layer}_outliers": law.outliers,
                 f"{layer}_random": law.accepted,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -67,9 +67,10 @@ class SparsityCallback(TrainerCallback):
             evaluations included; a resumed run goes on from its checkpoint's.
         quality: the metric that ``eval`` lines take as quality, without Trainer's prefix.
         loss: the metric that they take as loss.
-        active: measures the model by passes of its own, at the start, every ``active_every`` steps
-            and at the end.
-        active_every: in optimizer steps; None: at the start and the end only.
+        active: measures the model by passes of its own, at the start, every ``active_every`` steps,
+            after the steps ``active_at`` and at the end.
+        active_every: in optimizer steps; None: at no multiple.
+        active_at: further optimizer steps.
         on_step: called after each optimizer step with the number of steps done.
         interrupted: called after each optimizer step; if it returns True training ends there, with
             a checkpoint.
@@ -96,6 +97,7 @@ class SparsityCallback(TrainerCallback):
         loss: str = "loss",
         active: Callable[[nn.Module], Measures] | None = None,
         active_every: int | None = None,
+        active_at: Collection[int] = (),
         on_step: Callable[[int], None] | None = None,
         interrupted: Callable[[], bool] | None = None,
         accelerate: bool | Literal["auto", "sparse"] = False,
@@ -103,7 +105,7 @@ class SparsityCallback(TrainerCallback):
         self.handle, self.seen, self.record = handle, seen, record
         self.quality, self.loss = quality, loss
         self.on_step, self.interrupted = on_step, interrupted
-        self.active, self.active_every = active, active_every
+        self.active, self.active_every, self.active_at = active, active_every, active_at
         self.accelerate = accelerate
         self.accelerated: Accelerated | None = None
         self.evaluation: Evaluation | None = None
@@ -183,7 +185,8 @@ class SparsityCallback(TrainerCallback):
         every, done = self.active_every, state.global_step
         if done == state.max_steps:
             control.should_log = True  # or the steps since the last log would have no line
-        if (every is not None and done % every == 0) or done == state.max_steps:
+        due = done == state.max_steps or done in self.active_at
+        if due or (every is not None and done % every == 0):
             self._measure(kwargs["model"], state)
         if self.interrupted is not None and not everywhere(not self.interrupted(), args.device):
             control.should_save = control.should_training_stop = True

@@ -97,6 +97,8 @@ def test_measures_of_both_kinds_go_where_they_belong() -> None:
         run_config("digits", "vanilla", 0, active=("flatnes",))
     with pytest.raises(ValueError, match="active_every=0: expected a whole number, 1 or more"):
         run_config("digits", "vanilla", 0, active_every=0)
+    with pytest.raises(ValueError, match=r"active_at=\(0,\): expected"):
+        run_config("digits", "vanilla", 0, active_at=(0,))
 
 
 def test_what_cannot_be_is_said_before_any_run(tmp_path: Path) -> None:

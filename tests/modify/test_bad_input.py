@@ -304,9 +304,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "ramp zero": (lambda: ActivationPenalty(ramp=0), ValueError, "ramp=0"),
     "rho zero": (lambda: WeightNoise(0), ValueError, "rho=0"),
     "rho negative": (lambda: WeightNoise(-1), ValueError, "rho=-1"),
-    "layers": (lambda: WeightNoise(layers=("gate",)), ValueError, "'up', 'down' or both"),
-    "layers none": (lambda: WeightNoise(layers=()), ValueError, "'up', 'down' or both"),
-    "layers a string": (lambda: WeightNoise(layers="up"), ValueError, "'up', 'down' or both"),
+    "layers": (lambda: WeightNoise(layers=("gate",)), ValueError, "'up', 'down', 'att"),
+    "layers none": (lambda: WeightNoise(layers=()), ValueError, "'up', 'down', 'att"),
+    "layers a string": (lambda: WeightNoise(layers="up"), ValueError, "'up', 'down', 'att"),
 }  # fmt: skip
 
 

@@ -221,6 +221,7 @@ def test_a_copy_of_the_model_is_noisy_on_its_own() -> None:
         (lambda: WeightNoise(layers=()), "layers="),
         (lambda: WeightNoise(layers=("gate",)), "gate"),
         (lambda: WeightNoise(layers="up"), "layers='up'"),
+        (lambda: WeightNoise(layers=("residual",)), "expected 'up', 'down', 'attention' or"),
     ],
 )
 def test_bad_options_are_named(build: Callable[[], Any], message: str) -> None:

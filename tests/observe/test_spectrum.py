@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from scipy import integrate, linalg, optimize, special, stats
 from torch import Tensor, nn
 
+from actsparse.observe import measure
 from actsparse.observe import spectrum as module
 from actsparse.observe.spectrum import MarchenkoPastur, Spectrum, spectrum
 
@@ -67,8 +68,30 @@ def test_agrees_with_all_eigenvalues_of_w_wt(m: int, n: int, zero: float, seed: 
     smallest = brute[brute > max(zero * brute.mean(), off)].min()
     assert made.concentration == pytest.approx(brute[0] / smallest, rel=4 * off / smallest)
     assert made.stable_rank == pytest.approx(brute.sum() / brute[0], rel=10 * m * m * EPS)
+    by_entry = math.fsum(entry**2 for entry in weight.flatten().tolist())
+    assert made.trace == pytest.approx(by_entry, rel=10 * m * n * EPS)
     assert made.stable_rank * (1 + m * EPS) >= 1
     assert made.stable_rank <= min(m, n) * (1 + m * EPS)
+
+
+def test_rows_of_blocks_have_the_papers_two_traces() -> None:
+    """tr K Kᵀ of up's weight K, and tr M = mean ‖g‖² of the gradient at φ's output."""
+    up, down = nn.Linear(6, 10).double(), nn.Linear(10, 6).double()
+    x, y = torch.randn(7, 6).double(), torch.randint(0, 6, (7,))
+    model = nn.Sequential(up, nn.ReLU(), down)
+    found = measure(
+        model, lambda m, b: (m(b[0]), b[1]), [(x, y)], ["gradient", "spectrum"], inputs=x
+    ).to_json()
+    (row,) = found["measures"]["blocks"]
+    assert row["up_trace"] == pytest.approx((up.weight @ up.weight.T).trace().item(), rel=1e-12)
+    below = (down.weight.T @ down.weight).trace().item()
+    assert row["down_trace"] == pytest.approx(below, rel=1e-12)
+    assert found["spectra"][0]["trace"] == row["up_trace"]
+    a = up(x).relu().detach().requires_grad_()
+    (g,) = torch.autograd.grad(nn.functional.cross_entropy(down(a), y, reduction="sum"), a)
+    second_moment = sum(torch.outer(each, each) for each in g) / len(g)
+    trace = found["measures"]["hidden_gradient"]
+    assert trace == pytest.approx(second_moment.trace().item(), rel=1e-12)
 
 
 def test_the_threshold_is_a_share_of_the_mean_over_all_rows() -> None:

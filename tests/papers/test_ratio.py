@@ -28,6 +28,7 @@ AddRun = Callable[..., Run]
 QUESTIONS = EXPERIMENT.questions
 ARMS = ("vanilla", "paper", "vanilla-no-1d-decay")
 STEPS = (300, 900, 1500)
+EPOCH = 19
 LOSSES = (2.0, claims.UNFITTED, 0.01)  # the first half is not fitted yet
 # ln of last over first, of vanilla's seed 0; each further seed's lies a hundredth lower
 CHANGES = {
@@ -80,7 +81,13 @@ def planted(add_run: AddRun, measured: Callable[..., Any]) -> Callable[..., list
                 ends = [
                     {"step": s, "measures": m} for s, m in zip((0, 1500), found[::2], strict=True)
                 ]
-                header = one.header | {"arm": arm, "seed": seed}
+                correct = dict(zip((0, EPOCH, 1500), found, strict=True))
+                ends.insert(1, {"step": EPOCH, "measures": None})
+                for line in ends:
+                    row = correct[line["step"]] | {"correct": 0.5}
+                    line["trials"] = {"flatness_correct": [row]}
+                config = one.header["config"] | {"active_at": [1, 2, EPOCH]}
+                header = one.header | {"arm": arm, "seed": seed, "config": config}
                 result = (one.result or {}) | {"quality": accuracy(arm, seed)}
                 runs.append(
                     dataclasses.replace(
@@ -102,8 +109,8 @@ def words(runs: list[Run]) -> list[str]:
 
 # -- effects and verdicts ---------------------------------------------------------------------
 
-RATIO, DENSITY, PAPER, SPARED, NUMERATOR, DRAWN, NORM, NORMS_APART = range(8)
-GRADIENT, UNFITTED, UNFITTED_SPARED, MATTER = range(8, 12)
+RATIO, DENSITY, PAPER, SPARED, NUMERATOR, DRAWN, CORRECT, CORRECT_RATIO, IN_EPOCH = range(9)
+NORM, NORMS_APART, GRADIENT, UNFITTED, UNFITTED_SPARED, MATTER = range(9, 15)
 OF = {  # the questions on a change from first to last line: arm, key
     RATIO: ("vanilla", "ratio"),
     DENSITY: ("vanilla", "density"),
@@ -111,6 +118,8 @@ OF = {  # the questions on a change from first to last line: arm, key
     SPARED: ("vanilla-no-1d-decay", "ratio"),
     NUMERATOR: ("vanilla", "flatness"),
     DRAWN: ("vanilla", "flatness"),  # of the measured lines
+    CORRECT: ("vanilla", "flatness"),  # of correctly classified samples, as the next
+    CORRECT_RATIO: ("vanilla", "ratio"),
     NORM: ("vanilla", "input_norm"),
     GRADIENT: ("vanilla", "effective_gradient"),
 }
@@ -122,6 +131,7 @@ def test_effects_are_what_was_planted(planted: Callable[..., list[Run]]) -> None
     by_hand = {at: [moved(arm, s, key) for s in range(5)] for at, (arm, key) in OF.items()}
     for at, arm in HALVES.items():
         by_hand[at] = [moved(arm, s, "effective_gradient") / 2 for s in range(5)]
+    by_hand[IN_EPOCH] = [moved("vanilla", s, "ratio") / 2 for s in range(5)]
     by_hand[NORMS_APART] = [
         math.log(60 * (1 + 0.1 * s) / 40) + (0.75 - 0.5) * (CHANGES["input_norm"] - 0.01 * s)
         for s in range(5)
@@ -141,6 +151,7 @@ def test_records_as_they_are_written(theory_runs: Path) -> None:
     assert effects(runs, DENSITY) == pytest.approx({0: fall, 1: fall}, abs=TOLERANCE, rel=0)
     assert effects(runs, NUMERATOR) == pytest.approx(dict.fromkeys((0, 1), -5 * math.log(10)))
     assert effects(runs, DRAWN) == {}  # measured lines without measures
+    assert all(effects(runs, at) == {} for at in (CORRECT, CORRECT_RATIO, IN_EPOCH))  # and trials
     assert effects(runs, NORM) == {0: 0.0, 1: 0.0}
     gradient = -5 * math.log(10) - fall
     assert effects(runs, GRADIENT) == pytest.approx({0: gradient, 1: gradient})
@@ -151,9 +162,9 @@ def test_records_as_they_are_written(theory_runs: Path) -> None:
 def test_planted_claims_hold_and_their_reversal_does_not(
     planted: Callable[..., list[Run]],
 ) -> None:
-    assert words(planted()) == ["holds"] * 12
+    assert words(planted()) == ["holds"] * 15
     back = words(planted(backwards=True))
-    assert [back[at] for at in (*OF, *HALVES)] == ["does not hold here"] * 10
+    assert [back[at] for at in (*OF, *HALVES, IN_EPOCH)] == ["does not hold here"] * 13
     other = {"paper": "vanilla-no-1d-decay", "vanilla": "no-mlp"}
     other |= {to: arm for arm, to in other.items()}
     swapped = [dataclasses.replace(r, header=r.header | {"arm": other[r.arm]}) for r in planted()]
@@ -203,6 +214,19 @@ def test_a_seed_whose_first_or_last_window_lacks_the_number_drops_out(
         assert sorted(effects(runs, at)) == [0, 1, 3, 4]
         assert words(runs)[at] == "undecided"
     assert sorted(effects(runs, DENSITY)) == [0, 1, 2, 3, 4]
+
+
+def test_a_start_where_nothing_is_classified_correctly_is_no_start(
+    planted: Callable[..., list[Run]],
+) -> None:
+    runs = planted()
+    for run in runs:
+        (row,) = run.measured[0]["trials"]["flatness_correct"]
+        if run.seed == 3:
+            row |= {"correct": 0.0, "flatness": None, "ratio": None}
+    for at in (CORRECT, CORRECT_RATIO, IN_EPOCH):
+        assert sorted(effects(runs, at)) == [0, 1, 2, 4]
+        assert words(runs)[at] == "undecided"
 
 
 def test_too_few_seeds_or_windows_are_undecided(planted: Callable[..., list[Run]]) -> None:
@@ -270,6 +294,22 @@ def test_parts_begin_at_one_and_end_at_the_geometric_mean_of_their_changes(
             # the mean of seeds 0, 1, 2 is that of seed 1
             expected = np.exp(np.array([0, 0.5, 1]) * moved(axes.get_title(loc="left"), 1, key))
             np.testing.assert_allclose(heights, expected, rtol=TOLERANCE)
+
+
+def test_correct_samples_are_drawn_from_the_first_step_on(
+    planted: Callable[..., list[Run]], draw: Callable[..., Figure]
+) -> None:
+    flatness, ratio, correct = draw(plot.over_correct, planted(seeds=3)).axes
+    for axes, key in ((flatness, "flatness"), (ratio, "ratio")):
+        thick = [line for line in axes.lines if len(line.get_xdata()) == 3 and not line.get_alpha()]
+        assert len(thick) == len(ARMS)
+        for arm, line in zip(plot.SHOWN, thick, strict=True):
+            steps, heights = np.asarray(line.get_xydata()).T
+            assert tuple(steps) == (0, EPOCH, 1500)
+            expected = 0.5 * np.exp(np.array([0, 0.5, 1]) * moved(arm, 1, key))
+            np.testing.assert_allclose(heights, expected, rtol=TOLERANCE)
+        assert [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2] == [EPOCH]
+    assert {y for line in correct.lines for y in line.get_ydata()} == {0, 0.5, 1}  # 0, 1: the epoch
 
 
 def test_a_series_whose_first_window_is_missing_is_not_drawn(

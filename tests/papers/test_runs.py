@@ -130,6 +130,16 @@ def test_the_grid_has_all_pairs_on_as_many_samples() -> None:
         assert len({each.steps * each.batch_size for each in configs}) == 1
 
 
+def test_the_first_epoch_of_the_ratio_is_measured_densely() -> None:
+    from actsparse_lab.data.digits import load_digits_splits
+
+    quick, full = (runs_of("ratio", form)[""][0] for form in (Form(seeds=1), FULL))
+    rows = load_digits_splits().info["sizes"]["train"]
+    assert quick.active_at == (1, 2, 4, 8, 16, -(-rows // quick.batch_size))
+    assert full.active_at == (1, 2, 4, 8, 16, 32, 64, 20_000 // full.batch_size)
+    assert "flatness_correct" in quick.active
+
+
 def test_the_sum_of_rate_times_decay_is_what_the_arm_is_called_by() -> None:
     from torch.optim import SGD
 

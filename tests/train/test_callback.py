@@ -344,9 +344,9 @@ def test_active_measures_come_at_the_start_every_so_often_and_at_the_end(tmp_pat
 
     done = observed(
         model, rows(model, 8), tmp_path, 2, max_steps=5,
-        callback={"active": active, "active_every": 2},
+        callback={"active": active, "active_every": 2, "active_at": (1, 2, 9)},
     )  # fmt: skip
-    assert [line["step"] for line in done.measured] == [0, 2, 4, 5]
+    assert [line["step"] for line in done.measured] == [0, 1, 2, 4, 5]
     assert all(line["curvature"]["token_copies"]["value"] > 0 for line in done.measured)
     assert all(line["how"]["labels"] == "model" for line in done.measured)
 

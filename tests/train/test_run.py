@@ -305,7 +305,7 @@ def test_a_run_from_before_measures_is_still_finished(tmp_path: Path) -> None:
     path = run(config(), tmp_path).path
     header, *rest = path.read_text().splitlines()
     old = json.loads(header)
-    for key in ("measures", "active", "active_every", "active_on"):
+    for key in ("measures", "active", "active_every", "active_at", "active_on"):
         del old["config"][key]
     path.write_text("\n".join([json.dumps(old), *rest]) + "\n")
     before = path.read_bytes()

@@ -23,7 +23,8 @@ from actsparse.values import (
     checked,
     shown,
 )
-from actsparse_lab.engine import occupancy as occupancy  # a measure of runs, too
+from actsparse_lab.engine import flatness_correct as flatness_correct  # measures of runs, too
+from actsparse_lab.engine import occupancy as occupancy
 from actsparse_lab.records import Run
 
 
@@ -54,9 +55,10 @@ class RunConfig:
     ``workers`` are processes that load data, ``report_to`` Trainer's trackers.
 
     ``measures`` are read in each pass (`observe`); those of ``active`` (`measure`) at the start,
-    every ``active_every`` steps (None: never between) and at the end, on ``active_on`` rows of the
-    validation split. ``active`` is names, or name → options, as plain values; attacks in it stay
-    within the data's own range of inputs unless they have ``bounds`` of their own (null: none).
+    every ``active_every`` steps (None: never between), after the steps ``active_at`` and at the
+    end, on ``active_on`` rows of the validation split. ``active`` is names, or name → options, as
+    plain values; attacks in it stay within the data's own range of inputs unless they have
+    ``bounds`` of their own (null: none).
 
     ``accelerate`` lets MLP blocks run sparse in training (`SparsityCallback`): True where that is
     faster, ``"sparse"`` at any density. Passive measures of training are then of the steps that
@@ -108,6 +110,7 @@ class RunConfig:
         Rule("names, or name → options as JSON has them", lambda active: True),
     ] = ()
     active_every: Positive | None = None
+    active_at: tuple[Positive, ...] = ()
     active_on: Positive = 128
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)

@@ -198,6 +198,7 @@ class _Job:
             quality="quality",
             active=self._active() if config.active and not without else None,
             active_every=config.active_every,
+            active_at=config.active_at,
             on_step=self.on_step,
             interrupted=self.interrupted,
             accelerate=False if without else config.accelerate,

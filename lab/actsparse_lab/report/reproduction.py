@@ -198,7 +198,7 @@ def markdown_reproduction(folder: str | Path, link: str = "") -> str:
     summary = Table("experiments", "verdicts", columns, rows, (note,)).markdown()
     lines = [_INTRODUCTION, "", summary.rstrip("\n")]
     for name, (found, runs) in every.items():
-        lines += ["", *_section(name, found, runs, f"{link}{places[name].name}")]
+        lines += ["", *_section(name, found, runs, places[name], link)]
     return "\n".join(lines) + "\n"
 
 
@@ -208,11 +208,13 @@ Made from records by `actsparse report benchmarks/reproduce --markdown`; do not 
 arXiv 2309.03004, v2 is arXiv 2605.25612 (Peng et al.)."""
 
 
-def _section(name: str, found: Findings, runs: list[Run], place: str) -> list[str]:
-    experiment = found.experiment
+def _section(name: str, found: Findings, runs: list[Run], folder: Path, link: str) -> list[str]:
+    experiment, place = found.experiment, f"{link}{folder.name}"
     mark = "" if experiment.title.endswith("?") else "."
     lines = [f"## {name}", "", f"**{experiment.title}{mark}** {experiment.about}", ""]
     for picture in (*experiment.pictures, EFFECTS):
+        if not (folder / "plots" / f"{picture.name}.png").is_file():
+            continue  # these records do not hold what it shows
         lines += [f"![{picture.title}]({place}/plots/{picture.name}.png)", ""]
     lines += [markdown_findings(found)]
     if experiment.limits:

@@ -74,6 +74,12 @@ ARMS = {
     "weight-noise": Arm(Recipe("weight-noise", (WeightNoise(),))),
     # of a trained model; vanilla is plain finetuning
     "paper-finetune": Arm(_FINETUNE),
+    "paper-finetune-noise": Arm(
+        Recipe(
+            "paper-finetune-noise",
+            (*_FINETUNE.modifications, WeightNoise(0.05, ("up", "down", "attention"))),
+        )
+    ),
     "relu-finetune": Arm(Recipe("relu-finetune", (SwapActivation("relu", mix=_THIRD),))),
     "hoyer-finetune": Arm(
         Recipe("hoyer-finetune", (SwapActivation("relu", mix=_THIRD), *_HOYER_STRONG.modifications))

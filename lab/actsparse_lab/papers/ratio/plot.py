@@ -23,7 +23,7 @@ from actsparse_lab.analysis.plots import (
     stacked,
 )
 from actsparse_lab.analysis.theory_plots import training
-from actsparse_lab.papers.ratio.claims import CONTROL
+from actsparse_lab.papers.ratio.claims import CONTROL, first_epoch, of_correct
 from actsparse_lab.records import Run
 
 SHOWN = ("vanilla", "paper", CONTROL)
@@ -75,10 +75,9 @@ def parts_over_steps(arms: Arms, dark: bool = False) -> bytes | None:
 def changes(arms: Arms, dark: bool = False) -> bytes | None:
     """By which factor each changed from first to last window: a mark an arm, dots for seeds."""
     figure, (axes,) = new_figure(dark, size=(WIDTH, 5.4))
-    colours = palette(dark)
     marks = {}
     for place, arm in enumerate(SHOWN):
-        color = SERIES_INK[dark] if arm == "vanilla" else colours[place - 1]
+        color = _of_arm(arm, dark)
         for row, key in enumerate(NAMES):
             each = list(within(arms, arm, over_run("train", "measures", key)).values())
             if not each:
@@ -102,6 +101,47 @@ def changes(arms: Arms, dark: bool = False) -> bytes | None:
     return render(figure, marks)
 
 
+def over_correct(arms: Arms, dark: bool = False) -> bytes | None:
+    """AF and the ratio over correctly classified samples, and how many these are, over steps.
+
+    Steps are on a log scale from 1 on. Thick lines are geometric means over seeds, thin ones seeds.
+    """
+    panels = {
+        "flatness": "flatness AF of samples classified correctly",
+        "ratio": "AF ÷ (norm × gradient²), the ratio",
+        "correct": "share classified correctly",
+    }
+    series = {
+        key: {arm: [of_correct(run, key) for run in arms[arm].values()] for arm in SHOWN}
+        for key in panels
+    }
+    if not any(map(any, series["flatness"].values())):
+        return None
+    figure, every = stacked(dark, list(panels.values()), 1.9, 0.9)
+    ends = {first_epoch(run) for arm in SHOWN for run in arms[arm].values()} - {0}
+    last = max(step for own in series["flatness"].values() for seed in own for step in seed)
+    ticks = [0, *(10**power for power in range(len(str(last))))]
+    lines = {}
+    for axes, own in zip(every, series.values(), strict=True):
+        for arm, seeds in own.items():
+            color = _of_arm(arm, dark)
+            line, _ = draw_seeds(axes, list(filter(None, seeds)), color, geometric_mean)
+            if line is not None:
+                lines[arm] = line
+        for end in ends:
+            axes.axvline(end, color=INK[dark], linewidth=0.8, linestyle=":")
+        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xlim(0, last)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        log_axis(axes, "y", few=True)
+    every[-1].set_xlabel("step  (dotted: the end of the first epoch)")
+    return render(figure, lines)
+
+
+def _of_arm(arm: str, dark: bool) -> str:
+    return SERIES_INK[dark] if arm == "vanilla" else palette(dark)[SHOWN.index(arm) - 1]
+
+
 def _relative(runs: dict[int, Run]) -> dict[str, list[dict[int, float]]]:
     """Of each part a series a seed, over its value in the run's first window."""
     lines: dict[str, list[dict[int, float]]] = {}
@@ -120,4 +160,6 @@ def _color(key: str, dark: bool) -> str:
     return INK[dark] if number is None else palette(dark)[number]
 
 
-PLOTS = {"ratio-parts": parts_over_steps, "ratio-changes": changes}
+PLOTS = {
+    "ratio-parts": parts_over_steps, "ratio-changes": changes, "ratio-correct": over_correct
+}  # fmt: skip
