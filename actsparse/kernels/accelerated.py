@@ -21,22 +21,25 @@ def accelerate(
     inputs: Any = None,
     blocks: Iterable[MLPBlock] | None = None,
     mode: Mode = "auto",
+    max_extra_memory: float = 1.35,
 ) -> Accelerated:
     """Run the MLP blocks of a model sparse where that is faster, with the same results.
 
     The model is changed in place; parameters and state dicts stay as they are. It works in
     inference and in training.
 
-    *Which program runs.* A block runs by whichever is fastest on this machine: its own layers,
-    sparse products, or sparse products behind the int8 screen (:func:`sparse_mlp`). All three are
-    timed on the block's own weights and tokens at the second call of a kind (training or not, about
-    so many tokens). Blocks of equal size, with densities within 25 %, share one timing. They are
-    timed again when the density has moved by more than that.
+    *Which program runs.* A block runs by whichever is fastest on this machine: ``dense``, its own
+    layers; ``onednn`` and ``packed``, all products by oneDNN, of the weights and (in inference) of
+    packed copies of them; ``sparse`` products; or those behind the int8 screen, ``screened``
+    (:func:`sparse_mlp`). They are timed on the block's own weights and tokens at the second call of
+    a kind (training or not, about so many tokens). Blocks of equal size, with densities within 25 %,
+    share one timing. They are timed again when the density has moved by more than that.
 
     *When the layers run.* The block's own layers run, and print says why, while something needs all
     of the hidden layer (``observe``, a hook of yours); where a layer was exchanged or wrapped;
-    under autocast, ``torch.func`` and ``torch.jit.trace``; and for dtypes other than float32 on
-    the CPU, and float32, bfloat16 and float16 on a GPU.
+    under ``torch.func`` and ``torch.jit.trace``, and on a GPU under autocast; and for dtypes other
+    than float32 and bfloat16 on the CPU, and float32, bfloat16 and float16 on a GPU. Under autocast
+    on the CPU the products are bfloat16, as the layers' are.
 
     *What differs.* Results differ from the layers' by the rounding of the dtype. A product with an
     activation that is exactly zero is skipped even where its weight is NaN or infinite. Dropout
@@ -61,6 +64,9 @@ def accelerate(
         blocks: the blocks to run, instead. A model that ``sparsify`` has modified needs neither.
         mode: ``"auto"`` times the programs. ``"sparse"`` and ``"screened"`` run that program at any
             density and size.
+        max_extra_memory: what copies of a block's weights may take in inference, as a multiple of
+            those weights. ``"auto"`` does not try programs whose copies would take more; 0 leaves
+            those that need none.
 
     Returns:
         A handle. Print it for the program, density and measured speed-up of each block;
@@ -85,9 +91,12 @@ def accelerate(
     if not fit:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise ValueError(f"no block can be run sparse: {said}")
+    if not max_extra_memory >= 0:
+        raise ValueError(f"max_extra_memory is {max_extra_memory}; it must be 0 or more")
     weights = sum(p.numel() for p in model.parameters()) - fit[0].up.weight.numel() * 2
     trials = Trials(4 * max(weights, 0))
-    return Accelerated(fit, {n: r for n, r in reasons.items() if r is not None}, mode, trials)
+    left = {name: reason for name, reason in reasons.items() if reason is not None}
+    return Accelerated(fit, left, mode, trials, max_extra_memory)
 
 
 class Accelerated:
@@ -115,11 +124,16 @@ class Accelerated:
     """
 
     def __init__(
-        self, blocks: list[MLPBlock], left: dict[str, str], mode: Mode, trials: Trials
+        self,
+        blocks: list[MLPBlock],
+        left: dict[str, str],
+        mode: Mode,
+        trials: Trials,
+        room: float = 1.35,
     ) -> None:
         self.left = left
         self.runs = {
-            block.name or block.up.name: SparseRun(block, mode, trials) for block in blocks
+            block.name or block.up.name: SparseRun(block, mode, trials, room) for block in blocks
         }
         for run in self.runs.values():
             site_of(run.block).execute(run)
@@ -145,7 +159,7 @@ class Accelerated:
         """
         how = {name: f"dense: {why}" for name, why in self.left.items()}
         for row in self.table():
-            why = row["reason"] or "sparse was not clearly faster"
+            why = row["reason"] or "no other program was clearly faster"
             how[row["block"]] = f"dense: {why}" if row["program"] == "dense" else row["program"]
         return how
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
@@ -12,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import named
-from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.stages import NORMS, token_norm
-from actsparse.kernels.forms import FEW, form_of
-from actsparse.kernels.mlp import prepare, sparse_mlp
+from actsparse.kernels.programs import Weights, run
 
 NEAR = 1.25  # densities within this factor of each other share a trial
-MARGIN = 1.05  # a program takes over from dense where it is faster by this much, leaves below 1
+MARGIN = 1.03  # a program takes over from dense where it is faster by this much, leaves below 1
 CEILING = 0.5  # sparse products cost about 3.75 × density of dense ones: nothing to time above
 CACHE = 2**26  # bytes of other weights after which a block's own lie in no cache
 TIMED = 2048  # tokens at most in a trial; all larger calls are taken for alike
@@ -126,25 +125,27 @@ def _seconds(program: Callable[[], object], between: Tensor | None, device: torc
 
 
 def programs_of(
-    block: MLPBlock, function: str, x: Tensor, training: bool, norms: bool = False
+    names: Iterable[str],
+    weights: Weights,
+    function: str,
+    x: Tensor,
+    training: bool,
+    norms: bool = False,
 ) -> Mapping[str, Callable[[], object]]:
-    """The block's computation as each program does it, on its weights and these tokens.
+    """A block's computation by its own layers and by each program, on these tokens.
 
     ``norms``: those of a are read too, and learnt from in training.
     """
     x = x.detach().reshape(-1, x.shape[-1])[:TIMED].requires_grad_(training and x.requires_grad)
-    layers = [layer for layer in (block.up, block.down, block.gate) if layer is not None]
-    leaves = [
-        None if t is None else t.detach().requires_grad_(training and t.requires_grad)
-        for layer in layers
-        for t in (layer.weight, layer.bias)
-    ]
-    up, bias, down, down_bias, gate, gate_bias = [*leaves, None, None][:6]
-    assert up is not None
-    assert down is not None
+    leaves = Weights(
+        *(t if t is None else t.detach().requires_grad_(training and t.requires_grad) for t in weights)
+    )
+    copied = not (training or any(t is not None and t.is_inference() for t in leaves))
+    prepared = leaves.prepare() if copied else None
     act = named(function)
 
     def dense() -> list[Tensor]:
+        up, bias, down, down_bias, gate, gate_bias = leaves
         if gate is None:
             a = act.value(F.linear(x, up, bias))
         else:
@@ -152,26 +153,13 @@ def programs_of(
         y = F.linear(a, down, down_bias)
         return [y, *(token_norm(a, order) for order in NORMS.values() if norms)]
 
-    first = up if gate is None else gate
-    copied = not (training or down.is_inference() or first.is_inference())
-    prepared = prepare(down, up, gate) if copied else None
-
-    def sparse(screen: bool) -> list[Tensor]:
+    def other(name: str) -> list[Tensor]:
         read: dict[str, Tensor] = {}
-        y = sparse_mlp(
-            x, up, bias, down, down_bias, activation=function, gate=gate,
-            gate_bias=gate_bias, screen=screen, prepared=prepared,
-            on_norms=read.update if norms else None,
-        )  # fmt: skip
+        told = read.update if norms else None
+        y = run(name, x, leaves, function, prepared=prepared, on_norms=told)
         return [y, *read.values()]
 
-    programs: dict[str, Callable[[], list[Tensor]]] = {
-        "dense": dense,
-        "sparse": lambda: sparse(False),
-    }
-    # a GPU screens when it decodes
-    if form_of(function) is not None and (x.is_cpu or (not training and len(x) <= FEW)):
-        programs["screened"] = lambda: sparse(True)
+    programs = {"dense": dense, **{name: partial(other, name) for name in names}}
     if not training:
         return programs
     learning = [t for t in (x, *leaves) if t is not None and t.requires_grad]

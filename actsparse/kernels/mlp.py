@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
-from actsparse.kernels import backends, ops
+from actsparse.kernels import backends, dense, ops
 from actsparse.kernels.forms import FEW, Form, form_of
 from actsparse.kernels.row_norms import row_norms
 
@@ -35,7 +35,7 @@ class Prepared:
     """
 
     def __init__(self, down: Tensor, first: Tensor | None, second: Tensor | None) -> None:
-        self._weights = {"down": down.t(), "first": first, "second": second}
+        self._weights = {"down": down, "first": first, "second": second}
         self._made: dict[str, Any] = {}
 
     def rows(self) -> Tensor:
@@ -45,34 +45,43 @@ class Prepared:
     def matrix(self, name: str, tokens: int) -> Tensor | None:
         """``first`` or ``second`` as calls of so many tokens read it."""
         weight = self._weights[name]
-        if weight is None or weight.is_cuda or (tokens <= FEW and weight.is_contiguous()):
-            return weight if weight is None else self._copy(name, panels=False)
-        return self._copy(name, panels=backends.native(weight))
+        if weight is None:
+            return None
+        few = tokens <= FEW and weight.is_contiguous()
+        return self._copy(name, panels=not few and backends.native(weight))
+
+    def packed(self, name: str, tokens: int) -> Tensor:
+        """``first``, ``second`` or ``down`` in oneDNN's layout, for dense products."""
+        return self._keep(f"{name}, packed", lambda: dense.packed(self._weights[name], tokens))
 
     def codes(self) -> tuple[Tensor, ...]:
         """What the screen needs of ``first``; empty where nothing can be screened."""
         first = self._weights["first"]
-        if "codes" not in self._made and first is not None:
-            if backends.on_gpu(first):
-                from actsparse.kernels import triton_decode
+        if first is not None and backends.on_gpu(first):
+            from actsparse.kernels import triton_decode
 
-                self._made["codes"] = triton_decode.quantise(self._copy("first", panels=False))
-            elif backends.screens(first):
-                self._made["codes"] = tuple(ops.quantise(_laid(first)))
-        return self._made.get("codes", ())
+            return self._keep("codes", lambda: triton_decode.quantise(self._copy("first", False)))
+        if first is None or not backends.screens(first):
+            return ()
+        return self._keep("codes", lambda: tuple(ops.quantise(_laid(first))))
 
     def bytes(self) -> int:
         """The memory of all copies."""
-        own = {t.data_ptr() for t in self._weights.values() if t is not None}
-        copies = [*self._made.values()]
-        flat = [t for each in copies for t in (each if isinstance(each, tuple) else (each,))]
-        return sum(t.nbytes for t in flat if t.data_ptr() not in own)
+        own = [t.data_ptr() for t in self._weights.values() if t is not None]
+        flat = [t for made in self._made.values() for t in (made if type(made) is tuple else (made,))]
+        return sum(
+            t.numel() * t.element_size() for t in flat if t.is_mkldnn or t.data_ptr() not in own
+        )
 
     def _copy(self, name: str, panels: bool) -> Tensor:
-        key = f"{name} in panels" if panels else name
+        weight = self._weights[name].t() if name == "down" else self._weights[name]
+        if panels:
+            return self._keep(f"{name}, panels", lambda: ops.panels(_laid(weight)))
+        return self._keep(name, weight.contiguous)
+
+    def _keep(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self._made:
-            weight = _laid(self._weights[name])
-            self._made[key] = ops.panels(weight) if panels else weight.contiguous()
+            self._made[key] = make()
         return self._made[key]
 
 
@@ -236,7 +245,7 @@ def _infer(
         down.shape[0], *form[:2],
     )  # fmt: skip
     if not screen or not (codes := copies.codes()):
-        return kernels.forward(F.linear(x, first, first_bias), x, *rest)
+        return kernels.forward(dense.linear(x, first, first_bias), x, *rest)
     up = copies.matrix("first", tokens)
     return kernels.forward_screened(x, up, _flat(first_bias), *codes, *rest)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from actsparse.activations import named
-from actsparse.kernels import backends, checks, reference
+from actsparse.kernels import backends, checks, dense, reference
 from actsparse.kernels import pack as packing
 from actsparse.kernels.forms import form_of
 
@@ -53,7 +53,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
         if codes:
             entries = backends.compiled().screen(x, up, bias, *codes, *how)
         else:
-            entries = backends.compiled().pack(F.linear(x, up, bias), *how)
+            entries = backends.compiled().pack(dense.linear(x, up, bias), *how)
         if form.act is not None:
             return entries
         pointer, index, active, _ = entries

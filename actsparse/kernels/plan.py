@@ -18,7 +18,8 @@ from actsparse.kernels import backends, build, ops
 from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
-from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
+from actsparse.kernels.mlp import Prepared
+from actsparse.kernels.programs import DENSE, Weights, copies, known, run
 
 Mode = Literal["auto", "sparse", "screened"]
 EVERY = 64  # calls between two looks at the density where looking costs something
@@ -34,6 +35,7 @@ class Met:
     """What a block knows of one kind of call, and runs then."""
 
     training: bool
+    dtype: torch.dtype
     tokens: int = 0
     program: str = "dense"
     density: float | None = None  # of the last calls
@@ -86,6 +88,7 @@ class CallPlan:
 
     of: SparseRun
     program: str
+    dtype: torch.dtype  # that its products have
     met: Met | None = None  # None: in compiled code, which counts nothing
     looks: bool = True  # whether the host may wait for a number
 
@@ -97,7 +100,6 @@ class CallPlan:
     def __call__(self, site: Site, x: Tensor, on_norms: OnNorms | None) -> Tensor:
         """y of the block, by the sparse kernels."""
         block, met = self.of.block, self.met
-        screen = self.program == "screened"
         count: Callable[[int], None] | None = None
         prepared = None
         if met is not None:
@@ -107,20 +109,18 @@ class CallPlan:
                 entries = x.shape[:-1].numel() * block.d_hidden
                 count = lambda active: met.count(active, entries)  # noqa: E731
             if not met.training:
-                prepared = self.of.prepared()
+                prepared = self.of.prepared(self.dtype)
+        weights = Weights.of(block)
+        if torch.is_autocast_enabled(x.device.type):  # as it does for the layers
+            x, weights = x.to(self.dtype), weights.to(self.dtype)
         dropouts = [part.module for part in block.between if part.module is not None]
         active = [module for module in dropouts if module.training]
         assert site.function is not None
-        return sparse_mlp(
+        return run(
+            self.program,
             x,
-            block.up.weight,
-            block.up.bias,
-            block.down.weight,
-            block.down.bias,
-            activation=site.function,
-            gate=None if block.gate is None else block.gate.weight,
-            gate_bias=None if block.gate is None else block.gate.bias,
-            screen=screen,
+            weights,
+            site.function,
             between=nn.Sequential(*active) if active else None,
             prepared=prepared,
             on_active=count,
@@ -147,14 +147,14 @@ class CallPlan:
 class SparseRun:
     """The executor of one block: it makes a plan for each call."""
 
-    def __init__(self, block: MLPBlock, mode: Mode, trials: Trials) -> None:
-        self.block, self.mode, self.trials = block, mode, trials
+    def __init__(self, block: MLPBlock, mode: Mode, trials: Trials, room: float) -> None:
+        self.block, self.mode, self.trials, self.room = block, mode, trials, room
         self.fit = Fit(block)
         self._met: dict[Hashable, Met] = {}
         self.proven = False  # whether a call in training mode ran by the kernels, not compiled
         self._last = "dense"  # the program of the last call, which compiled code keeps to
         self._promised: dict[Hashable, str] = {}
-        self._ready: tuple[tuple[Any, ...], Prepared] | None = None
+        self._ready: dict[torch.dtype, tuple[tuple[Any, ...], Prepared]] = {}
 
     def met(self) -> list[Met]:
         """The kinds of calls there were."""
@@ -163,6 +163,7 @@ class SparseRun:
     def plan(self, site: Site, x: Tensor) -> CallPlan:
         """How this call is to run."""
         tokens, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
+        dtype = _dtype_of(x)
         if compiling:
             keeps = self._fixed_reason() or self._unproven()
         elif foreign_mode():
@@ -172,26 +173,26 @@ class SparseRun:
         keeps = keeps or _unfit_call(site, x, self.block.up)
         if compiling:  # compiled code keeps to what it met
             fixed = self._last if self.mode == "auto" else self.mode
-            return CallPlan(self, "dense" if keeps else fixed)
+            return CallPlan(self, "dense" if keeps else fixed, dtype)
         keeps = keeps or self._too_small(x, tokens)
         learns, size = self._learns(x), min(tokens, TIMED).bit_length()
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing and (learns is not None or tokens > FEW):
             keeps = keeps or "a CUDA graph cannot wait for the number of entries"
         kind = (
-            learns, size, torch.get_num_threads(), site.wants_norms, x.device.type, x.dtype, keeps,
+            learns, size, torch.get_num_threads(), site.wants_norms, x.device.type, dtype, keeps,
         )  # fmt: skip
-        met = self._met.setdefault(kind, Met(learns is not None, reason=keeps))
+        met = self._met.setdefault(kind, Met(learns is not None, dtype, reason=keeps))
         met.tokens = tokens
         if keeps:
-            return CallPlan(self, "dense", met, looks=not capturing)
+            return CallPlan(self, "dense", dtype, met, looks=not capturing)
         if site.recomputing and kind in self._promised:
             program = self._promised[kind]  # what was saved in the forward must fit
         else:
             if not capturing or self.mode != "auto":  # a graph keeps to what was met before
                 self._decide(met, kind, site, x)
             program = self._promised[kind] = self._last = met.program
-        return CallPlan(self, program, met, looks=not capturing)
+        return CallPlan(self, program, dtype, met, looks=not capturing)
 
     def _fixed_reason(self) -> str | None:
         return self.fit.reason()
@@ -239,34 +240,59 @@ class SparseRun:
             return  # another thread is at it: until then as before
         try:
             assert function is not None
-            trial = None
-            if density <= CEILING:
-                shapes = (block.up.weight.shape, block.down.weight.shape, block.gated)
-                alike = (kind, shapes, function)
-                trial = self.trials.near(alike, density)
-                if trial is None:
-                    cold = met.tokens <= 16 and not met.training
-                    programs = programs_of(block, function, x, met.training, site.wants_norms)
-                    trial = self.trials.run(alike, density, programs, cold, x.device)
-            met.program = "dense" if trial is None else trial.best(met.program)
+            shapes = (block.up.weight.shape, block.down.weight.shape, block.gated)
+            alike = (kind, shapes, function, density > CEILING)
+            trial = self.trials.near(alike, density)
+            if trial is None:
+                trial = self._try(met, alike, site, x)
+            met.program = trial.best(met.program)
             met.trial, met.decided_at = trial, density
+            if not met.training:  # copies that only another program needed
+                self._ready.clear()
         finally:
             _timing.release()
 
-    def prepared(self) -> Prepared | None:
+    def _try(self, met: Met, alike: Hashable, site: Site, x: Tensor) -> Trial:
+        """Time the programs whose copies there is room for."""
+        assert met.density is not None
+        assert site.function is not None
+        x, weights = x.to(met.dtype), Weights.of(self.block)
+        if weights.up.dtype is not met.dtype:
+            weights = weights.to(met.dtype)
+        room = self.room * Weights.of(self.block).nbytes
+        names = [
+            name
+            for name in known(x, site.function, met.training)
+            if (met.density <= CEILING or name in DENSE)
+            and (met.training or sum(self._needed(met, name).values()) <= room)
+        ]
+        cold = met.tokens <= FEW and not met.training
+        programs = programs_of(names, weights, site.function, x, met.training, site.wants_norms)
+        return self.trials.run(alike, met.density, programs, cold, x.device)
+
+    def _needed(self, other: Met | None = None, program: str = "dense") -> dict[str, int]:
+        """Bytes of each copy that calls without gradients keep, if ``other`` ran by ``program``."""
+        needed: dict[str, int] = {}
+        for met in self.met():
+            if not met.training:
+                runs = program if met is other else met.program
+                for name, size in copies(runs, Weights.of(self.block), met.tokens).items():
+                    needed[f"{met.dtype} {name}"] = size
+        return needed
+
+    def prepared(self, dtype: torch.dtype) -> Prepared | None:
         """Copies of the weights for calls without gradients, made anew when a weight changes.
 
         None where changes leave no trace.
         """
-        block = self.block
-        weights = [block.down.weight, block.up.weight]
-        weights += [] if block.gate is None else [block.gate.weight]
-        if any(weight.is_inference() for weight in weights):
+        weights = Weights.of(self.block)
+        matrices = [weights.down, weights.up, *([] if weights.gate is None else [weights.gate])]
+        if any(weight.is_inference() for weight in matrices):
             return None
-        now = tuple(number for weight in weights for number in _version(weight))
-        ready = self._ready
+        now = tuple(number for weight in matrices for number in _version(weight))
+        ready = self._ready.get(dtype)
         if ready is None or now != ready[0]:
-            ready = self._ready = now, prepare(*weights)
+            ready = self._ready[dtype] = now, weights.to(dtype).prepare()
         return ready[1]
 
     def __str__(self) -> str:
@@ -284,13 +310,14 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
         return "what is attached reads or changes the hidden layer"
     if site.function is None:
         return "its φ is being mixed, or has no name"
-    weight = up.weight
-    if not (backends.on_gpu(x, weight) or (x.is_cpu and x.dtype is torch.float32)):
-        return f"{str(x.dtype).removeprefix('torch.')} on {x.device.type} has no kernels here"
-    if x.dtype is not weight.dtype or x.device != weight.device:
-        return f"its input is {x.dtype} on {x.device}, up {weight.dtype} on {weight.device}"
-    if torch.is_autocast_enabled(x.device.type):
+    weight, dtype = up.weight, _dtype_of(x)
+    cast = torch.is_autocast_enabled(x.device.type)
+    if cast and not (x.is_cpu and x.dtype in backends.CPU and weight.dtype in backends.CPU):
         return "under autocast"
+    if not (backends.on_gpu(x, weight) or (x.is_cpu and dtype in backends.CPU)):
+        return f"{str(dtype).removeprefix('torch.')} on {x.device.type} has no kernels here"
+    if not cast and (dtype is not weight.dtype or x.device != weight.device):
+        return f"its input is {x.dtype} on {x.device}, up {weight.dtype} on {weight.device}"
     if torch.compiler.is_compiling():
         return None
     if type(x) not in (Tensor, nn.Parameter):
@@ -300,6 +327,12 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "under forward-mode differentiation"
     return "while torch.jit traces" if torch.jit.is_tracing() else None
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """The dtype of the block's products."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _version(weight: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,136 @@
+"""The dense programs beside the block's own layers: oneDNN's products, also of packed weights.
+
+PyTorch multiplies float32 on the CPU by MKL, which on AMD's processors reaches half of oneDNN's speed
+(docs/kernels.md). PyTorch has oneDNN's products as operators of its own, which are private: where
+they are missing, there is only PyTorch's ``linear``. Results are the layers' to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actsparse.activations import ActivationFunction, named
+
+CLEAR = 1.1  # oneDNN's product takes the place of PyTorch's where it is faster by this much
+
+
+@functools.cache
+def has_onednn() -> bool:
+    """Whether this PyTorch has oneDNN's products."""
+    wanted = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(torch.ops.mkldnn, name) for name in wanted
+    )
+
+
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weightᵀ + bias`` by oneDNN; x [N, D], weight [H, D] or what :func:`packed` made of it."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def packed(weight: Tensor, tokens: int) -> Tensor:
+    """A copy of weight [H, D] in oneDNN's layout for about so many tokens."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), max(tokens, 1))
+
+
+class Linear(torch.autograd.Function):
+    """oneDNN's product with gradients, which are oneDNN's products too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x weightᵀ + bias``."""
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of x, weight and bias that are wanted."""
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = onednn(grad, weight.t().contiguous(), None) if ctx.needs_input_grad[0] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = onednn(grad.t().contiguous(), x.t().contiguous(), None)
+        return dx, dw, grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN's float32 product beats PyTorch's on this machine: timed once, some 10 ms."""
+    if not has_onednn():
+        return False
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, weight = torch.ones(128, 512), torch.ones(1024, 512)
+        best = {}
+        for name, product in (("torch", F.linear), ("onednn", onednn)):
+            product(x, weight, None)
+            seconds = []
+            for _ in range(5):
+                start = time.perf_counter()
+                product(x, weight, None)
+                seconds.append(time.perf_counter() - start)
+            best[name] = min(seconds)
+    return best["torch"] > CLEAR * best["onednn"]
+
+
+# a compiler takes the answer for granted
+onednn_is_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weightᵀ + bias`` by whichever of the two is faster here, without gradients."""
+    if x.dtype is torch.float32 and x.is_cpu and onednn_is_faster():
+        return onednn(x.contiguous(), weight.contiguous(), bias)
+    return F.linear(x, weight, bias)
+
+
+def dense_mlp(
+    x: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    *,
+    activation: str | ActivationFunction,
+    gate: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    between: Callable[[Tensor], Tensor] | None = None,
+    weights: Callable[[str, int], Tensor] | None = None,
+    on_hidden: Callable[[Tensor], None] = lambda hidden: None,
+) -> Tensor:
+    """An MLP by oneDNN's products; arguments as for :func:`actsparse.kernels.sparse_mlp`.
+
+    Args:
+        x: the tokens [..., D].
+        weights: gives the packed copy of ``first`` (gate in gated blocks, else up), ``second`` (up in
+            gated blocks) and ``down`` for so many tokens; None multiplies the weights themselves.
+        on_hidden: is called with the hidden layer [N, H] before ``between``.
+
+    Returns:
+        y [..., D].
+    """
+    function = named(activation) if isinstance(activation, str) else activation
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    n = len(tokens)
+
+    def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if weights is not None:
+            return onednn(x, weights(name, n), bias)
+        return Linear.apply(x, weight.contiguous(), bias)
+
+    if gate is None:
+        hidden = function.value(product("first", tokens, up, bias))
+    else:
+        hidden = function.value(product("first", tokens, gate, gate_bias))
+        hidden = hidden * product("second", tokens, up, bias)
+    on_hidden(hidden)
+    hidden = hidden if between is None else between(hidden)
+    return product("down", hidden, down, down_bias).view(*x.shape[:-1], down.shape[0])

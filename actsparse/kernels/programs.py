@@ -1,0 +1,122 @@
+"""The programs by which a block can run, each from the same weights: one place that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.stages import NORMS, OnNorms, token_norm
+from actsparse.kernels import backends, dense
+from actsparse.kernels.forms import FEW, form_of
+from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
+
+DENSE = ("dense", "onednn", "packed")  # the block's own layers, and other programs for all products
+
+
+class Weights(NamedTuple):
+    """The weights of a block, as :func:`sparse_mlp` takes them."""
+
+    up: Tensor
+    bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, block: MLPBlock) -> Self:
+        """Those that the block's layers have now."""
+        gate = block.gate
+        return cls(
+            block.up.weight, block.up.bias, block.down.weight, block.down.bias,
+            None if gate is None else gate.weight, None if gate is None else gate.bias,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """The memory of the matrices."""
+        return sum(t.nbytes for t in (self.up, self.down, self.gate) if t is not None)
+
+    def to(self, dtype: torch.dtype) -> Self:
+        """The same in ``dtype``, with gradients."""
+        return type(self)(*(None if t is None else t.to(dtype) for t in self))
+
+    def prepare(self) -> Prepared:
+        """Copies for calls without gradients."""
+        return prepare(self.down, self.up, self.gate)
+
+
+def run(
+    program: str,
+    x: Tensor,
+    weights: Weights,
+    function: str,
+    *,
+    between: Callable[[Tensor], Tensor] | None = None,
+    prepared: Prepared | None = None,
+    on_active: Callable[[int], None] | None = None,
+    on_norms: OnNorms | None = None,
+) -> Tensor:
+    """y of a block by ``program``, any but its own layers; arguments as for :func:`sparse_mlp`."""
+    if torch.is_autocast_enabled(x.device.type):  # the operands are cast already
+        with torch.autocast(x.device.type, enabled=False):
+            return run(
+                program, x, weights, function, between=between, prepared=prepared,
+                on_active=on_active, on_norms=on_norms,
+            )  # fmt: skip
+    if program not in DENSE:
+        return sparse_mlp(
+            x, *weights[:4], activation=function, gate=weights.gate, gate_bias=weights.gate_bias,
+            screen=program == "screened", between=between, prepared=prepared, on_active=on_active,
+            on_norms=on_norms,
+        )  # fmt: skip
+
+    def look(hidden: Tensor) -> None:
+        if on_active is not None:
+            on_active(int(torch.count_nonzero(hidden)))
+        if on_norms is not None:
+            norms = {name: token_norm(hidden, order) for name, order in NORMS.items()}
+            on_norms({name: n.view(*x.shape[:-1], 1) for name, n in norms.items()})
+
+    copies = weights.prepare() if prepared is None and program == "packed" else prepared
+    return dense.dense_mlp(
+        x, *weights[:4], activation=function, gate=weights.gate, gate_bias=weights.gate_bias,
+        between=between, on_hidden=look,
+        weights=copies.packed if program == "packed" and copies is not None else None,
+    )  # fmt: skip
+
+
+def known(x: Tensor, function: str, training: bool) -> list[str]:
+    """The programs that there are for such a call, beside the block's own layers."""
+    names = []
+    if x.is_cpu and dense.has_onednn():
+        names += ["onednn"] if x.dtype is torch.float32 else []
+        names += [] if training else ["packed"]
+    names.append("sparse")
+    few = x.shape[:-1].numel() <= FEW
+    # a GPU screens when it decodes
+    if form_of(function) is not None and (x.is_cpu or (not training and few)):
+        names.append("screened")
+    return names
+
+
+def copies(program: str, weights: Weights, tokens: int) -> dict[str, int]:
+    """Bytes of each copy of weights that ``program`` keeps for calls of so many tokens."""
+    first, second = (weights.up, None) if weights.gate is None else (weights.gate, weights.up)
+    sizes = {"first": first.nbytes, "second": 0 if second is None else second.nbytes}
+    sizes["down"] = weights.down.nbytes
+    if program == "packed":
+        return {f"{name}, packed": size for name, size in sizes.items()}
+    if program not in ("sparse", "screened"):
+        return {}
+    held = {"down, panels": sizes["down"]}
+    if tokens > FEW or not backends.native(weights.up):
+        held["second, panels"] = sizes["second"]
+        held["first, panels"] = sizes["first"] if program == "screened" else 0
+    if program == "screened":
+        held["codes"] = first.numel()
+    return held
