@@ -14,9 +14,11 @@ from torch import Tensor
 
 from actsparse.activations import named
 from actsparse.bench.timing import interleaved, ratio
-from actsparse.kernels import build, prepare, sparse_mlp
+from actsparse.kernels import build, prepare
+from actsparse.kernels.programs import DENSE, Weights, known, run
 
 Pattern = Literal["even", "zipf"]
+Dtype = Literal["float32", "bfloat16"]
 DENSITIES = (0.01, 0.03, 0.05, 0.10, 0.20)
 TOKENS = (1, 16, 197, 1576)
 CACHE = 128 * 2**20  # bytes of weights that no cache still holds when their turn comes again
@@ -31,7 +33,14 @@ class Layer:
     """
 
     def __init__(
-        self, tokens: int, d: int, h: int, density: float, seed: int, pattern: Pattern = "even"
+        self,
+        tokens: int,
+        d: int,
+        h: int,
+        density: float,
+        seed: int,
+        pattern: Pattern = "even",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(max(tokens, 512), d, generator=generator)
@@ -47,6 +56,8 @@ class Layer:
         self.down_bias = torch.randn(d, generator=generator)
         self.x = x[:tokens].clone()
         self.grad_y = torch.randn(tokens, d, generator=generator)
+        for name in ("up", "bias", "down", "down_bias", "x", "grad_y"):
+            setattr(self, name, getattr(self, name).to(dtype))
         active = F.linear(self.x, self.up, self.bias) > 0
         self.density = float(active.float().mean())
         self.prepared = prepare(self.down, self.up)
@@ -60,12 +71,16 @@ class Layer:
         """y as PyTorch computes it."""
         return F.linear(phi(F.linear(self.x, self.up, self.bias)), self.down, self.down_bias)
 
-    def sparse(self, activation: str, screen: bool, training: bool) -> Tensor:
-        """y as ours; in training nothing is prepared, since weights change every step."""
+    def run(self, program: str, activation: str, training: bool) -> Tensor:
+        """y by a program; in training nothing is prepared, since weights change every step."""
+        if program == "layers":
+            return self.dense(named(activation).value)
         prepared = None if training else self.prepared
-        return sparse_mlp(
-            self.x, *self.weights, activation=activation, screen=screen, prepared=prepared
-        )
+        return run(program, self.x, Weights(*self.weights), activation, prepared=prepared)
+
+    def programs(self, training: bool, dense: bool = False) -> list[str]:
+        """The names of the programs that there are; ``dense``: of those alone."""
+        return ["layers", *(n for n in known(self.x, "relu", training) if not dense or n in DENSE)]
 
 
 def check(densities: Sequence[float], tokens: Sequence[int]) -> None:
@@ -139,18 +154,20 @@ def bench_mlp(
     training: bool = True,
     pattern: Pattern = "even",
     compiled: bool = False,
+    dtype: Dtype = "float32",
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Time dense, sparse and screened MLPs in turn, on as many threads as torch has.
+    """Time an MLP's dense programs, sparse and screened in turn, on as many threads as torch has.
 
     A call takes the next of as many layers as do not fit in :data:`CACHE`, which for few tokens
     means that weights come from memory, as in a decoder; where T ≥ 197 it is one layer.
-    ``compiled`` times ``torch.compile`` of the dense MLP too.
+    ``compiled`` times ``torch.compile`` of the dense MLP too. Beside float32 stands dense bfloat16.
 
     Returns:
         ``rows``: for each T and density the measured ``density``, and for ``forward`` and (T ≥
-        197) ``training`` the seconds of each program and dense ÷ each
-        (:class:`actsparse.bench.timing.Ratio`), the root mean square ``error`` of each y against
+        197) ``training`` the ``seconds`` of each program; ``dense``, the fastest dense one of this
+        dtype, with its ``gflops`` a second; ``ratios`` of it ÷ each
+        (:class:`actsparse.bench.timing.Ratio`); the root mean square ``error`` of each y against
         float64, and the ``memory`` each keeps for backward beside x and weights, bytes;
         ``break_even`` densities by T; ``sizes``; ``threads``; ``kernels``, the instruction set.
 
@@ -166,26 +183,35 @@ def bench_mlp(
     for t in tokens:
         for density in densities:
             count = 1 if t >= 197 else min(-(-CACHE // (8 * d * h)), 16)
-            count += count % 3 == 0  # else three programs in turn would each keep to its own
-            progress(f"T = {t}, density {density:g}")
-            layers = [Layer(t, d, h, density, seed, pattern) for seed in range(count)]
+            progress(f"T = {t}, density {density:g}, {dtype}")
+            made = getattr(torch, dtype)
+            layers = [Layer(t, d, h, density, seed, pattern, made) for seed in range(count)]
+            halves = [
+                Layer(t, d, h, density, seed, pattern, torch.bfloat16) for seed in range(count)
+            ]
             row: dict[str, Any] = {"tokens": t}
             row["density"] = sum(layer.density for layer in layers) / count
             repeats = rounds if t >= 197 else 8 * rounds
-            row["forward"] = _compare(_forward(layers, activation, compiled), repeats)
+            work = 4 * t * d * h / 1e9
+            programs = _forward(layers, halves, activation, compiled)
+            row["forward"] = _compare(programs, repeats, work)
             row["error"] = _errors(layers[0], activation)
             if training and t >= 197:
                 row["memory"] = _memory(layers[0], activation)
-                row["training"] = _compare(_step(layers[0], activation, compiled), rounds)
+                programs = _step(layers[0], halves[0], activation, compiled)
+                row["training"] = _compare(programs, rounds, 3 * work)
             rows.append(row)
     return {
         "benchmark": "mlp",
-        "sizes": {"d": d, "h": h, "activation": activation, "pattern": pattern, "rounds": rounds},
+        "sizes": {
+            "d": d, "h": h, "activation": activation, "pattern": pattern, "dtype": dtype,
+            "rounds": rounds,
+        },
         "threads": torch.get_num_threads(),
         "kernels": build.level(),
         "rows": rows,
         "break_even": {kind: break_even(rows, kind) for kind in ("forward", "training")},
-    }
+    }  # fmt: skip
 
 
 def _compiled(phi: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -196,26 +222,27 @@ def _compiled(phi: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 def _forward(
-    layers: list[Layer], activation: str, compiled: bool
+    layers: list[Layer], halves: list[Layer], activation: str, compiled: bool
 ) -> dict[str, Callable[[], object]]:
-    phi, turn = named(activation).value, [0]
+    def program(run: Callable[[Layer], Tensor], layers: list[Layer]) -> Callable[[], object]:
+        turns = itertools.cycle(layers)  # of each program, so that each meets cold weights
 
-    def program(run: Callable[[Layer], Tensor]) -> Callable[[], object]:
         def call() -> Tensor:
-            turn[0] += 1
             with torch.inference_mode():
-                return run(layers[turn[0] % len(layers)])
+                return run(next(turns))
 
         return call
 
-    programs = {
-        "dense": program(lambda layer: layer.dense(phi)),
-        "sparse": program(lambda layer: layer.sparse(activation, False, False)),
-        "screened": program(lambda layer: layer.sparse(activation, True, False)),
-    }
+    def named_program(name: str, layers: list[Layer] = layers) -> Callable[[], object]:
+        return program(lambda layer: layer.run(name, activation, False), layers)
+
+    programs = {name: named_program(name) for name in layers[0].programs(False)}
     if compiled:
-        fused = _compiled(phi)
-        programs["compiled"] = program(lambda layer: fused(layer.x, *layer.weights))
+        fused = _compiled(named(activation).value)
+        programs["compiled"] = program(lambda layer: fused(layer.x, *layer.weights), layers)
+    if layers[0].x.dtype is torch.float32:
+        for name in halves[0].programs(False, dense=True):
+            programs[f"{name}, bfloat16"] = named_program(name, halves)
     return programs
 
 
@@ -227,23 +254,18 @@ def _errors(layer: Layer, activation: str) -> dict[str, float]:
         exact = F.linear(phi(F.linear(x, weights[0], weights[1])), weights[2], weights[3])
         found = {
             "dense": layer.dense(phi),
-            "sparse": layer.sparse(activation, False, False),
-            "screened": layer.sparse(activation, True, False),
+            "sparse": layer.run("sparse", activation, False),
+            "screened": layer.run("screened", activation, False),
         }
         return {name: float((y - exact).square().mean().sqrt()) for name, y in found.items()}
 
 
 def _memory(layer: Layer, activation: str) -> dict[str, int]:
     """Bytes that autograd keeps of a forward pass, other than x and the weights, by program."""
-    phi = named(activation).value
     given = [tensor.requires_grad_() for tensor in (layer.x, *layer.weights)]
     own = {tensor.untyped_storage().data_ptr() for tensor in given}
     held = {}
-    for name, run in [
-        ("dense", lambda: layer.dense(phi)),
-        ("sparse", lambda: layer.sparse(activation, False, True)),
-        ("screened", lambda: layer.sparse(activation, True, True)),
-    ]:
+    for name, program in (("dense", "layers"), ("sparse", "sparse"), ("screened", "screened")):
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
@@ -253,17 +275,18 @@ def _memory(layer: Layer, activation: str) -> dict[str, int]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = run()
+            y = layer.run(program, activation, True)
         held[name] = sum(kept.values())
         del y
     return held
 
 
-def _step(layer: Layer, activation: str, compiled: bool) -> dict[str, Callable[[], object]]:
-    phi = named(activation).value
-    leaves = [tensor.requires_grad_() for tensor in (layer.x, *layer.weights)]
+def _step(
+    layer: Layer, half: Layer, activation: str, compiled: bool
+) -> dict[str, Callable[[], object]]:
+    def program(layer: Layer, run: Callable[[], Tensor]) -> Callable[[], object]:
+        leaves = [tensor.requires_grad_() for tensor in (layer.x, *layer.weights)]
 
-    def program(run: Callable[[], Tensor]) -> Callable[[], object]:
         def call() -> None:
             for leaf in leaves:
                 leaf.grad = None
@@ -271,20 +294,32 @@ def _step(layer: Layer, activation: str, compiled: bool) -> dict[str, Callable[[
 
         return call
 
-    programs = {
-        "dense": program(lambda: layer.dense(phi)),
-        "sparse": program(lambda: layer.sparse(activation, False, True)),
-        "screened": program(lambda: layer.sparse(activation, True, True)),
-    }
+    def named_program(layer: Layer, name: str) -> Callable[[], object]:
+        return program(layer, lambda: layer.run(name, activation, True))
+
+    programs = {name: named_program(layer, name) for name in layer.programs(True)}
     if compiled:
-        fused = _compiled(phi)
-        programs["compiled"] = program(lambda: fused(layer.x, *layer.weights))
+        fused = _compiled(named(activation).value)
+        programs["compiled"] = program(layer, lambda: fused(layer.x, *layer.weights))
+    if layer.x.dtype is torch.float32:
+        programs["layers, bfloat16"] = named_program(half, "layers")
     return programs
 
 
-def _compare(programs: dict[str, Callable[[], object]], rounds: int) -> dict[str, Any]:
+def _compare(programs: dict[str, Callable[[], object]], rounds: int, work: float) -> dict[str, Any]:
+    """Times of programs that do ``work`` · 10⁹ operations if dense, over the best dense one."""
     times = interleaved(programs, rounds)
+    seconds = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    dense = [name for name in times if name in ("layers", "onednn", "packed", "compiled")]
+    halves = [name for name in times if name.endswith("bfloat16")]
+    best = min(dense, key=seconds.__getitem__)
+    times["dense"] = times[best]
+    if halves:
+        times["bfloat16"] = times[min(halves, key=seconds.__getitem__)]
+    others = [*dense, "sparse", "screened", *(["bfloat16"] if halves else [])]
     return {
-        "seconds": {name: sorted(values)[len(values) // 2] for name, values in times.items()},
-        "ratios": [asdict(ratio(times, "dense", name)) for name in programs if name != "dense"],
+        "dense": best,
+        "gflops": round(work / seconds[best], 1),
+        "seconds": seconds,
+        "ratios": [asdict(ratio(times, "dense", name)) for name in others if name != best],
     }

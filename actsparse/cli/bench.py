@@ -53,13 +53,21 @@ def mlp(
     compiled: Annotated[
         bool, typer.Option(help="Time the dense MLP under torch.compile too.")
     ] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Time one MLP: dense time ÷ sparse time, by density and number of tokens.
+    """Time one MLP: the best dense time ÷ sparse time, by density and number of tokens.
 
-    Example: actsparse bench mlp --tokens 1,1576 --out benchmarks/mlp.json
+    The best dense of the dtype is the fastest of PyTorch's layers, oneDNN, and oneDNN with packed
+    weights; with --compiled also of torch.compile.
+
+    Examples:
+
+      actsparse bench mlp --tokens 1,1576 --out benchmarks/mlp.json
+
+      actsparse bench mlp --dtype bfloat16 --threads 1
     """
     import torch
     from rich.table import Table
@@ -71,6 +79,8 @@ def mlp(
         raise ValueError(f"--pattern {pattern!r}; known: even, zipf")
     if activation not in ACTIVATIONS:
         raise ValueError(f"--activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype {dtype!r}; known: float32, bfloat16")
     if threads is not None:
         torch.set_num_threads(threads)
     result = bench_mlp(
@@ -83,15 +93,22 @@ def mlp(
         training,
         pattern,  # type: ignore[arg-type]
         compiled,
+        dtype,  # type: ignore[arg-type]
         tell,
     )
     if keep_record(result, out, json):
         return
     names = ["tokens", "density", "forward", "training", "kept for backward", "error"]
-    table = Table(*names, title=f"dense ÷ sparse, screened; d = {d}, H = {h}, {activation}")
+    title = f"best dense ÷ each program; d = {d}, H = {h}, {activation}, {dtype}"
+    table = Table(*names, title=title)
     for row in result["rows"]:
         times = [
-            "\n".join(f"{each['to']} {ratio_text(each)}" for each in row[kind]["ratios"])
+            "\n".join(
+                [
+                    f"dense: {row[kind]['dense']}, {row[kind]['gflops']:.0f} GFLOP/s",
+                    *(f"{each['to']} {ratio_text(each)}" for each in row[kind]["ratios"]),
+                ]
+            )
             if kind in row
             else ""
             for kind in ("forward", "training")

@@ -32,8 +32,8 @@ def accelerate(
     layers; ``onednn`` and ``packed``, all products by oneDNN, of the weights and (in inference) of
     packed copies of them; ``sparse`` products; or those behind the int8 screen, ``screened``
     (:func:`sparse_mlp`). They are timed on the block's own weights and tokens at the second call of
-    a kind (training or not, about so many tokens). Blocks of equal size, with densities within 25 %,
-    share one timing. They are timed again when the density has moved by more than that.
+    a kind (training or not, about so many tokens). Blocks of equal size, with densities within
+    25 %, share one timing. They are timed again when the density has moved by more than that.
 
     *When the layers run.* The block's own layers run, and print says why, while something needs all
     of the hidden layer (``observe``, a hook of yours); where a layer was exchanged or wrapped;

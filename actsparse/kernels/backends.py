@@ -11,7 +11,6 @@ from torch import Tensor
 
 from actsparse.kernels import checks
 
-
 CPU = (torch.float32, torch.bfloat16)  # what the compiled kernels are made for
 
 
@@ -42,11 +41,17 @@ def native(*tensors: Tensor | None) -> bool:
     """Whether the compiled kernels take these tensors: of one dtype, on the CPU."""
     if not loaded():
         return False
-    given = [t for t in tensors if t is not None]
-    return all(
-        t.dtype is given[0].dtype and t.dtype in CPU and t.is_cpu and t.layout is torch.strided
-        for t in given
-    )
+    dtype = None
+    for t in tensors:
+        if t is None:
+            continue
+        if dtype is None:
+            dtype = t.dtype
+            if dtype not in CPU:
+                return False
+        if t.dtype is not dtype or not t.is_cpu or t.layout is not torch.strided:
+            return False
+    return True
 
 
 def on_gpu(*tensors: Tensor | None) -> bool:

@@ -137,8 +137,8 @@ def programs_of(
     ``norms``: those of a are read too, and learnt from in training.
     """
     x = x.detach().reshape(-1, x.shape[-1])[:TIMED].requires_grad_(training and x.requires_grad)
-    leaves = Weights(
-        *(t if t is None else t.detach().requires_grad_(training and t.requires_grad) for t in weights)
+    leaves = Weights._make(
+        t if t is None else t.detach().requires_grad_(training and t.requires_grad) for t in weights
     )
     copied = not (training or any(t is not None and t.is_inference() for t in leaves))
     prepared = leaves.prepare() if copied else None
@@ -159,7 +159,8 @@ def programs_of(
         y = run(name, x, leaves, function, prepared=prepared, on_norms=told)
         return [y, *read.values()]
 
-    programs = {"dense": dense, **{name: partial(other, name) for name in names}}
+    programs: dict[str, Callable[[], list[Tensor]]] = {"dense": dense}
+    programs |= {name: partial(other, name) for name in names}
     if not training:
         return programs
     learning = [t for t in (x, *leaves) if t is not None and t.requires_grad]

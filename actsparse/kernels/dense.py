@@ -1,8 +1,8 @@
 """The dense programs beside the block's own layers: oneDNN's products, also of packed weights.
 
-PyTorch multiplies float32 on the CPU by MKL, which on AMD's processors reaches half of oneDNN's speed
-(docs/kernels.md). PyTorch has oneDNN's products as operators of its own, which are private: where
-they are missing, there is only PyTorch's ``linear``. Results are the layers' to rounding.
+PyTorch multiplies float32 on the CPU by MKL, which on AMD's processors reaches half of oneDNN's
+speed (docs/kernels.md). PyTorch has oneDNN's products as operators of its own, which are private:
+where they are missing, there is only PyTorch's ``linear``. Results are the layers' to rounding.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def dense_mlp(
 
     Args:
         x: the tokens [..., D].
-        weights: gives the packed copy of ``first`` (gate in gated blocks, else up), ``second`` (up in
-            gated blocks) and ``down`` for so many tokens; None multiplies the weights themselves.
+        weights: gives the packed copy of ``first`` (gate in gated blocks, else up), ``second`` (up
+            in gated blocks) and ``down`` for so many tokens; None multiplies by the weights.
         on_hidden: is called with the hidden layer [N, H] before ``between``.
 
     Returns:

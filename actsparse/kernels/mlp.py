@@ -35,8 +35,10 @@ class Prepared:
     """
 
     def __init__(self, down: Tensor, first: Tensor | None, second: Tensor | None) -> None:
-        self._weights = {"down": down, "first": first, "second": second}
+        given = {"down": down, "first": first, "second": second}
+        self._weights = {name: t.detach() for name, t in given.items() if t is not None}
         self._made: dict[str, Any] = {}
+        self._found: dict[tuple[bool, bool], tuple[Any, ...]] = {}
 
     def rows(self) -> Tensor:
         """downᵀ [H, D] by rows, or in panels for the compiled kernels."""
@@ -44,9 +46,9 @@ class Prepared:
 
     def matrix(self, name: str, tokens: int) -> Tensor | None:
         """``first`` or ``second`` as calls of so many tokens read it."""
-        weight = self._weights[name]
-        if weight is None:
+        if name not in self._weights:
             return None
+        weight = self._weights[name]
         few = tokens <= FEW and weight.is_contiguous()
         return self._copy(name, panels=not few and backends.native(weight))
 
@@ -56,7 +58,7 @@ class Prepared:
 
     def codes(self) -> tuple[Tensor, ...]:
         """What the screen needs of ``first``; empty where nothing can be screened."""
-        first = self._weights["first"]
+        first = self._weights.get("first")
         if first is not None and backends.on_gpu(first):
             from actsparse.kernels import triton_decode
 
@@ -65,10 +67,23 @@ class Prepared:
             return ()
         return self._keep("codes", lambda: tuple(ops.quantise(_laid(first))))
 
+    def for_inference(self, few: bool, screen: bool) -> tuple[Any, ...]:
+        """``first``, its codes, ``second`` and downᵀ, as the compiled kernels read them."""
+        found = self._found.get((few, screen))
+        if found is None:
+            codes = self.codes() if screen else ()
+            tokens = FEW if few else FEW + 1
+            first = self.matrix("first", tokens) if codes else None
+            found = first, codes, self.matrix("second", tokens), self.rows()
+            self._found[few, screen] = found
+        return found
+
     def bytes(self) -> int:
         """The memory of all copies."""
-        own = [t.data_ptr() for t in self._weights.values() if t is not None]
-        flat = [t for made in self._made.values() for t in (made if type(made) is tuple else (made,))]
+        own = [t.data_ptr() for t in self._weights.values()]
+        flat = [
+            t for made in self._made.values() for t in (made if type(made) is tuple else (made,))
+        ]
         return sum(
             t.numel() * t.element_size() for t in flat if t.is_mkldnn or t.data_ptr() not in own
         )
@@ -102,9 +117,7 @@ def prepare(down: Tensor, up: Tensor | None = None, gate: Tensor | None = None) 
     >>> prepare(torch.ones(2, 3), torch.ones(3, 2)).codes() != ()
     True
     """
-    first, second = (up, None) if gate is None else (gate, up)
-    weights = (None if t is None else t.detach() for t in (down, first, second))
-    return Prepared(*weights)
+    return Prepared(down, up, None) if gate is None else Prepared(down, gate, up)
 
 
 def sparse_mlp(
@@ -190,7 +203,7 @@ def sparse_mlp(
             copies = prepare(down, up, gate) if prepared is None else prepared
             try:
                 return _infer(x, first, first_bias, second, down, down_bias, form, screen, copies)
-            except RuntimeError:  # the kernels check, without names: decoding has no time for Python
+            except RuntimeError:  # the kernels check, without names: decoding has no time for more
                 _check(x, *weights)
                 raise
         if x.shape[:-1].numel() <= FEW and backends.on_gpu(x, *weights):
@@ -238,15 +251,12 @@ def _infer(
     copies: Prepared,
 ) -> Tensor:
     """One operator, no gradients; ``second``: up and its bias of gated blocks."""
-    x, tokens = x.contiguous(), x.shape[:-1].numel()
+    x = x.contiguous()
+    up, codes, other, rows = copies.for_inference(x.shape[:-1].numel() <= FEW, screen)
+    rest = (other, _flat(second[1]), rows, _flat(down_bias), down.shape[0], *form[:2])
     kernels = backends.compiled()
-    rest = (
-        copies.matrix("second", tokens), _flat(second[1]), copies.rows(), _flat(down_bias),
-        down.shape[0], *form[:2],
-    )  # fmt: skip
-    if not screen or not (codes := copies.codes()):
+    if not codes:
         return kernels.forward(dense.linear(x, first, first_bias), x, *rest)
-    up = copies.matrix("first", tokens)
     return kernels.forward_screened(x, up, _flat(first_bias), *codes, *rest)
 
 

@@ -1,10 +1,10 @@
 """The products of a sparse MLP as PyTorch operators: compiled kernels, fakes and autograd.
 
 Packed entries are three tensors (pointer, index, value) as :mod:`actsparse.kernels.pack` defines
-them. Each operator runs the C++ kernels on float32 and bfloat16 CPU tensors where those are built, the Triton
-kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning: products with
-exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or by
-columns. What is kept for backward is the entries.
+them. Each operator runs the C++ kernels on float32 and bfloat16 CPU tensors where those are built,
+the Triton kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning:
+products with exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous
+by rows or by columns. What is kept for backward is the entries.
 
 What does not fit raises RuntimeError, whichever of them would run: the compiled kernels check for
 themselves, and :mod:`actsparse.kernels.checks` does it before the others.

@@ -108,9 +108,9 @@ class CallPlan:
             if (met.training or before % EVERY == 0) and self.looks:
                 entries = x.shape[:-1].numel() * block.d_hidden
                 count = lambda active: met.count(active, entries)  # noqa: E731
-            if not met.training:
-                prepared = self.of.prepared(self.dtype)
         weights = Weights.of(block)
+        if met is not None and not met.training:
+            prepared = self.of.prepared(self.dtype, weights)
         if torch.is_autocast_enabled(x.device.type):  # as it does for the layers
             x, weights = x.to(self.dtype), weights.to(self.dtype)
         dropouts = [part.module for part in block.between if part.module is not None]
@@ -280,12 +280,11 @@ class SparseRun:
                     needed[f"{met.dtype} {name}"] = size
         return needed
 
-    def prepared(self, dtype: torch.dtype) -> Prepared | None:
+    def prepared(self, dtype: torch.dtype, weights: Weights) -> Prepared | None:
         """Copies of the weights for calls without gradients, made anew when a weight changes.
 
         None where changes leave no trace.
         """
-        weights = Weights.of(self.block)
         matrices = [weights.down, weights.up, *([] if weights.gate is None else [weights.gate])]
         if any(weight.is_inference() for weight in matrices):
             return None

@@ -43,7 +43,7 @@ class Weights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Self:
         """The same in ``dtype``, with gradients."""
-        return type(self)(*(None if t is None else t.to(dtype) for t in self))
+        return type(self)._make(None if t is None else t.to(dtype) for t in self)
 
     def prepare(self) -> Prepared:
         """Copies for calls without gradients."""

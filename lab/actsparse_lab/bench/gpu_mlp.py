@@ -239,7 +239,7 @@ def decode(place: Place, blocks: Sequence[Block], density: float, speed: float) 
     units = _mean(float(each.any(0).double().mean()) for each in active)
     left = None
     if place.gpu:  # on a CPU the screen is another
-        left = _mean(candidates(b, b.prepared.codes) for b in blocks if b.prepared is not None)
+        left = _mean(candidates(b, b.prepared.codes()) for b in blocks if b.prepared is not None)
     h, d = blocks[0].up.shape
     needs = moved(d, h, blocks[0].up.element_size(), units, left)
     floor = {name: needs[name] / speed for name in seconds}

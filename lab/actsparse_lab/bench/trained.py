@@ -20,6 +20,7 @@ from actsparse.blocks.site import function_of
 from actsparse.kernels import accelerate
 from actsparse.kernels.choose import programs_of
 from actsparse.kernels.forms import is_silent
+from actsparse.kernels.programs import Weights, known
 
 Infer = Callable[[nn.Module], object]
 WARM = 3  # calls in which each block looks at its density, is timed, and settles
@@ -108,7 +109,8 @@ def _alone(block: MLPBlock, x: Tensor, rounds: int) -> dict[str, list[float]]:
     function = function_of(block)
     if function is None or not is_silent(function):
         return {}
-    programs = programs_of(block, function, x, training=False)
+    weights = Weights.of(block)
+    programs = programs_of(known(x, function, False), weights, function, x, training=False)
     with torch.inference_mode():
         return interleaved(programs, rounds)
 
