@@ -165,8 +165,8 @@ def bench_mlp(
 
     Returns:
         ``rows``: for each T and density the measured ``density``, and for ``forward`` and (T ≥
-        197) ``training`` the ``seconds`` of each program; ``dense``, the fastest dense one of this
-        dtype, with its ``gflops`` a second; ``ratios`` of it ÷ each
+        197) ``training`` the ``seconds`` of each program; ``best_dense``, the fastest dense one of
+        this dtype, with its ``gflops`` a second; ``ratios`` of it ÷ each
         (:class:`actsparse.bench.timing.Ratio`); the root mean square ``error`` of each y against
         float64, and the ``memory`` each keeps for backward beside x and weights, bytes;
         ``break_even`` densities by T; ``sizes``; ``threads``; ``kernels``, the instruction set.
@@ -313,12 +313,12 @@ def _compare(programs: dict[str, Callable[[], object]], rounds: int, work: float
     dense = [name for name in times if name in ("layers", "onednn", "packed", "compiled")]
     halves = [name for name in times if name.endswith("bfloat16")]
     best = min(dense, key=seconds.__getitem__)
-    times["dense"] = times[best]
+    times["dense"], seconds["dense"] = times[best], seconds[best]
     if halves:
         times["bfloat16"] = times[min(halves, key=seconds.__getitem__)]
     others = [*dense, "sparse", "screened", *(["bfloat16"] if halves else [])]
     return {
-        "dense": best,
+        "best_dense": best,
         "gflops": round(work / seconds[best], 1),
         "seconds": seconds,
         "ratios": [asdict(ratio(times, "dense", name)) for name in others if name != best],

@@ -105,7 +105,7 @@ def mlp(
         times = [
             "\n".join(
                 [
-                    f"dense: {row[kind]['dense']}, {row[kind]['gflops']:.0f} GFLOP/s",
+                    f"dense: {row[kind]['best_dense']}, {row[kind]['gflops']:.0f} GFLOP/s",
                     *(f"{each['to']} {ratio_text(each)}" for each in row[kind]["ratios"]),
                 ]
             )

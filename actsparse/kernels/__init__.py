@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actsparse.kernels.accelerated import Accelerated, accelerate
-from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
+from actsparse.kernels.mlp import sparse_mlp
+from actsparse.kernels.prepared import prepare
 
-__all__ = ["Accelerated", "Prepared", "accelerate", "prepare", "sparse_mlp"]
+__all__ = ["Accelerated", "accelerate", "prepare", "sparse_mlp"]

@@ -62,7 +62,8 @@ def accelerate(
         model: any model, modified by ``sparsify`` or not, before or after.
         inputs: for finding the blocks, as :func:`actsparse.find_mlp_blocks` takes them.
         blocks: the blocks to run, instead. A model that ``sparsify`` has modified needs neither.
-        mode: ``"auto"`` times the programs. ``"sparse"`` and ``"screened"`` run that program at any
+        mode: ``"auto"`` times the programs. ``"dense"`` times those that multiply all of it: the
+            best that could be run instead, to compare with. ``"sparse"`` and ``"screened"`` run that program at any
             density and size.
         max_extra_memory: what copies of a block's weights may take in inference, as a multiple of
             those weights. ``"auto"`` does not try programs whose copies would take more; 0 leaves
@@ -109,6 +110,7 @@ class Accelerated:
         left: the other blocks by name, with the reason for each.
         mode: as for :func:`accelerate`.
         trials: the timings that the blocks share.
+        room: as ``max_extra_memory`` of :func:`accelerate`.
 
     >>> import torch
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))

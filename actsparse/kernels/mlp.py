@@ -8,7 +8,6 @@ skipped; ``screen=True`` skips most of x Uᵀ too, without changing a result (:f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,107 +16,8 @@ from torch import Tensor
 from actsparse.activations import ActivationFunction, named
 from actsparse.kernels import backends, dense, ops
 from actsparse.kernels.forms import FEW, Form, form_of
+from actsparse.kernels.prepared import Prepared, laid, prepare
 from actsparse.kernels.row_norms import row_norms
-
-
-class Prepared:
-    """Copies of weights for :func:`sparse_mlp` that need not be made at each call.
-
-    :func:`prepare` makes one; what a call needs is copied when the first such call comes.
-
-    Args:
-        down: the weight of down [D, H].
-        first: the matrix that says which units are active [H, D]: gate in gated blocks, else up.
-        second: up in gated blocks.
-
-    >>> prepare(torch.ones(2, 3)).bytes()
-    0
-    """
-
-    def __init__(self, down: Tensor, first: Tensor | None, second: Tensor | None) -> None:
-        given = {"down": down, "first": first, "second": second}
-        self._weights = {name: t.detach() for name, t in given.items() if t is not None}
-        self._made: dict[str, Any] = {}
-        self._found: dict[tuple[bool, bool], tuple[Any, ...]] = {}
-
-    def rows(self) -> Tensor:
-        """downᵀ [H, D] by rows, or in panels for the compiled kernels."""
-        return self._copy("down", panels=backends.native(self._weights["down"]))
-
-    def matrix(self, name: str, tokens: int) -> Tensor | None:
-        """``first`` or ``second`` as calls of so many tokens read it."""
-        if name not in self._weights:
-            return None
-        weight = self._weights[name]
-        few = tokens <= FEW and weight.is_contiguous()
-        return self._copy(name, panels=not few and backends.native(weight))
-
-    def packed(self, name: str, tokens: int) -> Tensor:
-        """``first``, ``second`` or ``down`` in oneDNN's layout, for dense products."""
-        return self._keep(f"{name}, packed", lambda: dense.packed(self._weights[name], tokens))
-
-    def codes(self) -> tuple[Tensor, ...]:
-        """What the screen needs of ``first``; empty where nothing can be screened."""
-        first = self._weights.get("first")
-        if first is not None and backends.on_gpu(first):
-            from actsparse.kernels import triton_decode
-
-            return self._keep("codes", lambda: triton_decode.quantise(self._copy("first", False)))
-        if first is None or not backends.screens(first):
-            return ()
-        return self._keep("codes", lambda: tuple(ops.quantise(_laid(first))))
-
-    def for_inference(self, few: bool, screen: bool) -> tuple[Any, ...]:
-        """``first``, its codes, ``second`` and downᵀ, as the compiled kernels read them."""
-        found = self._found.get((few, screen))
-        if found is None:
-            codes = self.codes() if screen else ()
-            tokens = FEW if few else FEW + 1
-            first = self.matrix("first", tokens) if codes else None
-            found = first, codes, self.matrix("second", tokens), self.rows()
-            self._found[few, screen] = found
-        return found
-
-    def bytes(self) -> int:
-        """The memory of all copies."""
-        own = [t.data_ptr() for t in self._weights.values()]
-        flat = [
-            t for made in self._made.values() for t in (made if type(made) is tuple else (made,))
-        ]
-        return sum(
-            t.numel() * t.element_size() for t in flat if t.is_mkldnn or t.data_ptr() not in own
-        )
-
-    def _copy(self, name: str, panels: bool) -> Tensor:
-        weight = self._weights[name].t() if name == "down" else self._weights[name]
-        if panels:
-            return self._keep(f"{name}, panels", lambda: ops.panels(_laid(weight)))
-        return self._keep(name, weight.contiguous)
-
-    def _keep(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-
-def prepare(down: Tensor, up: Tensor | None = None, gate: Tensor | None = None) -> Prepared:
-    """Copy weights into the layout that :func:`sparse_mlp` reads fastest.
-
-    The copies have the values that the weights have when they are made: prepare again when a
-    weight has changed.
-
-    Args:
-        down: the weight of down [D, H].
-        up: the weight of up [H, D].
-        gate: the weight of gate in gated blocks [H, D].
-
-    Returns:
-        The copies, for ``sparse_mlp(..., prepared=...)``.
-
-    >>> prepare(torch.ones(2, 3), torch.ones(3, 2)).codes() != ()
-    True
-    """
-    return Prepared(down, up, None) if gate is None else Prepared(down, gate, up)
 
 
 def sparse_mlp(
@@ -211,7 +111,7 @@ def sparse_mlp(
             copies = prepare(down, up, gate) if prepared is None else prepared
             return _decode(x, first_bias, down_bias, name, second[1], screen, copies)
     _check(x, *weights)
-    first, down = _laid(first), _laid(down)
+    first, down = laid(first), laid(down)
     codes: tuple[Tensor, ...] = ()
     if screen and form is not None and backends.screens(first):
         codes = tuple(ops.quantise(first.detach())) if prepared is None else prepared.codes()
@@ -228,7 +128,7 @@ def sparse_mlp(
     if on_active is not None:
         on_active(index.shape[0])
     if gate is not None:
-        value = value * ops.sample(pointer, index, tokens, _laid(up), bias)
+        value = value * ops.sample(pointer, index, tokens, laid(up), bias)
     if on_norms is not None:
         one, two = (n.view(*x.shape[:-1], 1) for n in row_norms(pointer, value, tokens.shape[0]))
         on_norms({"l1": one, "l2": two})
@@ -290,12 +190,6 @@ def _learns(*tensors: Tensor | None) -> bool:
 
 def _flat(bias: Tensor | None) -> Tensor | None:
     return bias if bias is None else bias.contiguous()
-
-
-def _laid(weight: Tensor) -> Tensor:
-    """weight with its rows or its columns contiguous: itself, or a copy."""
-    fits = weight.is_contiguous() or weight.t().is_contiguous()
-    return weight if fits else weight.contiguous()
 
 
 def _check(

@@ -368,19 +368,6 @@ def _needs(name: str, t: Tensor) -> str:
     return f"{name} must be {wanted}; it is {found}"
 
 
-def fingerprint(weight: Tensor) -> int:
-    """A number that changes when entries of weight [H, D] do: most often, from 64 of them.
-
-    On a GPU reading them would stop the host at every token: 0.
-    """
-    if weight.is_cuda:
-        return 0
-    if backends.native(weight):
-        return backends.compiled().fingerprint(weight)
-    checks.sizes_of("weight", weight)
-    return hash(tuple(weight.detach().reshape(-1)[:: weight.numel() // 64 + 1].tolist()))
-
-
 @custom_op("actsparse::quantise", mutates_args=())
 def quantise(up: Tensor) -> list[Tensor]:
     """What the lossless screen needs of up [H, D]: int8 codes, their shifts, and error norms.

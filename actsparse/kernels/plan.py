@@ -14,14 +14,15 @@ from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.replace_forward import foreign_mode
 from actsparse.blocks.site import Site
 from actsparse.blocks.stages import OnNorms
-from actsparse.kernels import backends, build, ops
+from actsparse.kernels import backends, build
 from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
-from actsparse.kernels.mlp import Prepared
+from actsparse.kernels.prepared import Prepared, fingerprint
 from actsparse.kernels.programs import DENSE, Weights, copies, known, run
 
-Mode = Literal["auto", "sparse", "screened"]
+Mode = Literal["auto", "dense", "sparse", "screened"]
+TIMED_MODES = ("auto", "dense")  # the others are the name of the program
 EVERY = 64  # calls between two looks at the density where looking costs something
 LEAST = 2**18  # entries of a weight; smaller blocks gain less than a call of few tokens costs
 MANY = 2**24  # entries · tokens of a call that is worth a trial whatever the block's size
@@ -172,7 +173,7 @@ class SparseRun:
             keeps = self.fit.reason()
         keeps = keeps or _unfit_call(site, x, self.block.up)
         if compiling:  # compiled code keeps to what it met
-            fixed = self._last if self.mode == "auto" else self.mode
+            fixed = self._last if self.mode in TIMED_MODES else self.mode
             return CallPlan(self, "dense" if keeps else fixed, dtype)
         keeps = keeps or self._too_small(x, tokens)
         learns, size = self._learns(x), min(tokens, TIMED).bit_length()
@@ -189,7 +190,9 @@ class SparseRun:
         if site.recomputing and kind in self._promised:
             program = self._promised[kind]  # what was saved in the forward must fit
         else:
-            if not capturing or self.mode != "auto":  # a graph keeps to what was met before
+            if (
+                not capturing or self.mode not in TIMED_MODES
+            ):  # a graph keeps to what was met before
                 self._decide(met, kind, site, x)
             program = self._promised[kind] = self._last = met.program
         return CallPlan(self, program, dtype, met, looks=not capturing)
@@ -212,7 +215,7 @@ class SparseRun:
 
     def _too_small(self, x: Tensor, tokens: int) -> str | None:
         """Why ``auto`` tries nothing on this call, or None."""
-        if self.mode != "auto":
+        if self.mode not in TIMED_MODES:
             return None
         entries = self.block.up.weight.numel()
         if not (backends.on_gpu(x) or build.level() != "reference"):
@@ -232,7 +235,7 @@ class SparseRun:
         return learns if any(learns) else None
 
     def _decide(self, met: Met, kind: Hashable, site: Site, x: Tensor) -> None:
-        if self.mode != "auto":
+        if self.mode not in TIMED_MODES:
             met.program = self.mode
             return
         density, function, block = met.density, site.function, self.block
@@ -263,7 +266,7 @@ class SparseRun:
         names = [
             name
             for name in known(x, site.function, met.training)
-            if (met.density <= CEILING or name in DENSE)
+            if ((met.density <= CEILING and self.mode == "auto") or name in DENSE)
             and (met.training or sum(self._needed(met, name).values()) <= room)
         ]
         cold = met.tokens <= FEW and not met.training
@@ -336,4 +339,4 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 def _version(weight: Tensor) -> tuple[int, ...]:
     """What tells that a weight has changed; ``weight.data`` can change without a new version."""
-    return weight._version, weight.data_ptr(), ops.fingerprint(weight)
+    return weight._version, weight.data_ptr(), fingerprint(weight)

@@ -12,7 +12,8 @@ from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.stages import NORMS, OnNorms, token_norm
 from actsparse.kernels import backends, dense
 from actsparse.kernels.forms import FEW, form_of
-from actsparse.kernels.mlp import Prepared, prepare, sparse_mlp
+from actsparse.kernels.mlp import sparse_mlp
+from actsparse.kernels.prepared import Prepared, prepare
 
 DENSE = ("dense", "onednn", "packed")  # the block's own layers, and other programs for all products
 

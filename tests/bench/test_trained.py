@@ -37,7 +37,7 @@ def test_a_small_block_is_left_dense_and_says_why() -> None:
     with torch.no_grad():
         z = mlp[1](mlp[0](x))  # type: ignore[index]
     assert found["density"] == block["density"] == pytest.approx(float((z > 0).float().mean()))
-    assert {each["to"] for each in block["ratios"]} == {"sparse", "screened"}  # all the same
+    assert {each["to"] for each in block["ratios"]} >= {"sparse", "screened"}  # all the same
     assert all(before[key].equal(value) for key, value in mlp.state_dict().items())
     assert "_actsparse_site" not in mlp[1].__dict__  # type: ignore[index]
 
@@ -57,7 +57,7 @@ def test_a_chosen_program_is_what_the_mlps_are_timed_by(monkeypatch: pytest.Monk
     monkeypatch.setattr(Trial, "best", lambda self, now: "dense")
     found = timed(model(16, 64, -2.0), torch.randn(8, 16))
     assert found["mlps"]["value"] == 1.0
-    assert found["why"] == "1 of 1 blocks dense: sparse was not clearly faster"
+    assert found["why"] == "1 of 1 blocks dense: no other program was clearly faster"
 
 
 def test_where_no_block_can_run_sparse_the_reason_is_told() -> None:

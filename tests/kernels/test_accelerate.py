@@ -188,7 +188,8 @@ class Timed:
         ) -> Trial:
             real(trials, kind, density, programs, cold, device)  # the programs can run
             self.at.append(density)
-            seconds = {"dense": 1.0, "sparse": 0.4 + 2.5 * density, "screened": 0.1 + 7 * density}
+            known = {"dense": 1.0, "sparse": 0.4 + 2.5 * density, "screened": 0.1 + 7 * density}
+            seconds = {name: known.get(name, 1.1) for name in programs}
             trials.known[kind][-1] = trial = Trial(density, seconds)
             return trial
 
@@ -212,9 +213,9 @@ def test_auto_follows_the_density_with_hysteresis(timed: Timed) -> None:
     (run,) = handle.runs.values()
     with torch.no_grad():
         for share, program in [
-            (0.6, "dense"),  # above the ceiling: nothing is timed
+            (0.6, "dense"),  # above the ceiling: only dense programs are timed
             (0.3, "dense"),
-            (0.23, "dense"),  # a gain of 3 % is none
+            (0.235, "dense"),  # a gain of 1 % is none
             (0.15, "sparse"),
             (0.21, "sparse"),
             (0.23, "sparse"),  # kept while it does not lose
@@ -230,7 +231,6 @@ def test_auto_follows_the_density_with_hysteresis(timed: Timed) -> None:
             model(x)
             (met,) = run.met()
             assert met.program == program, share
-    assert max(timed.at) < 0.5
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from actsparse.bench.arranged import thresholds
 from actsparse.bench.timing import interleaved, ratio
-from actsparse.kernels import Prepared, accelerate, prepare, sparse_mlp
+from actsparse.kernels import accelerate, prepare, sparse_mlp
+from actsparse.kernels.prepared import Prepared
 
 Program = Callable[[], object]
 Timer = Callable[[Mapping[str, Program], int], dict[str, list[float]]]

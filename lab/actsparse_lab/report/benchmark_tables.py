@@ -12,6 +12,7 @@ from actsparse_lab.analysis.tables import Cell, Column, Table
 from actsparse_lab.report.benchmarks import KINDS, OURS, PROGRAMS, Benchmarks, Ratio, Row, Whole
 
 BRIEF = 8  # columns that fit a terminal
+NAMES = {"bfloat16": "dense bfloat16"}
 GAIN = {"forward": "forward", "training": "forward + backward"}
 
 
@@ -75,6 +76,7 @@ def _layer_table(measured: Benchmarks) -> Table:
         for program in PROGRAMS
         if any(program in row.ratios.get(kind, {}) for row in every)
     ]
+    named = [kind for kind in KINDS if any(kind in row.best_dense for row in every)]
     kept = [program for program in OURS if any(program in row.memory for row in every)]
     rows = tuple(
         (
@@ -82,13 +84,15 @@ def _layer_table(measured: Benchmarks) -> Table:
             str(row.tokens),
             decimal(row.density),
             *(_ratio(row.ratios.get(kind, {}).get(program)) for kind, program in timed),
+            *(row.best_dense.get(kind, NONE) for kind in named),
             *(decimal(row.memory.get(program), 2) for program in kept),
         )
         for layer in measured.layers
         for row in layer.rows
     )
     heads = [*(["record"] if several else []), "T", "density"]
-    heads += [f"{GAIN[kind]}: {program}" for kind, program in timed]
+    heads += [f"{GAIN[kind]}: {NAMES.get(program, program)}" for kind, program in timed]
+    heads += [f"{GAIN[kind]}: best dense" for kind in named]
     heads += [f"memory kept: {program}" for program in kept]
     return Table("mlp-table", "One MLP, dense ÷ own time", _columns(*heads), rows)
 

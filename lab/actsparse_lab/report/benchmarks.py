@@ -20,7 +20,7 @@ from actsparse_lab.record_schema import SCHEMA, Entry, RecordError
 KINDS = ("forward", "training")
 PHASES = ("inference", "training")  # what was timed of a trained model, which ran as it is
 OURS = ("sparse", "screened")
-PROGRAMS = (*OURS, "compiled")
+PROGRAMS = (*OURS, "compiled", "bfloat16")  # the last is dense
 FAST, CUT = "accelerated", "without MLPs"
 MEMORY = Annotated[
     dict[str, Above0],
@@ -34,7 +34,12 @@ BREAK_EVEN = Annotated[
     ),
 ]
 RATIO = {"of": Literal["dense"], "to": Name, "value": Above0, "low": Above0, "high": Above0}
-TIMED = {"seconds": {"dense": Above0}, "ratios": [RATIO]}
+TIMED = {
+    "seconds": {"dense": Above0},
+    "ratios": [RATIO],
+    "best_dense?": (Name, None),
+    "gflops?": (Above0, None),
+}
 WHERE = {key: SCHEMA["run"][key] for key in ("versions", "hardware", "git")}
 WHOLE = {
     "density": Share,
@@ -80,13 +85,14 @@ class Ratio:
 class Row:
     """One MLP at T tokens and a density.
 
-    ``dense`` is in seconds and ``ratios`` of dense to each program, both by kind: forward,
-    training. ``memory`` is what each program keeps for backward, dense = 1; empty if unknown.
+    ``dense`` is in seconds, ``best_dense`` says which program that was and its GFLOP/s, and
+    ``ratios`` are of dense to each program, all by kind: forward, training. ``memory`` is what each program keeps for backward, dense = 1; empty if unknown.
     """
 
     tokens: int
     density: float
     dense: dict[str, float]
+    best_dense: dict[str, str]
     ratios: dict[str, dict[str, Ratio]]
     memory: dict[str, float]
 
@@ -236,6 +242,11 @@ def _layer(entry: Entry, label: str) -> Layer:
                 tokens=row["tokens"],
                 density=row["density"],
                 dense={kind: each["seconds"]["dense"] for kind, each in timed.items()},
+                best_dense={
+                    kind: f"{each['best_dense']}, {each['gflops']:.0f} GFLOP/s"
+                    for kind, each in timed.items()
+                    if each.get("best_dense") and each.get("gflops")
+                },
                 ratios={kind: _ratios(each) for kind, each in timed.items()},
                 memory={
                     program: kept / memory["dense"]
@@ -307,6 +318,7 @@ def _settings(entry: Entry) -> dict[str, str]:
     if entry["benchmark"] == "mlp":  # older records were all of even densities
         found |= {"d": f"D = {sizes.pop('d', None)}", "h": f"H = {sizes.pop('h', None)}"}
         found |= {"activation": str(sizes.pop("activation", "relu"))}
+        found |= {"dtype": str(sizes.pop("dtype", "float32"))}
         found |= {"pattern": f"{sizes.pop('pattern', 'even')} densities"}
     found |= {key: f"{key} = {value}" for key, value in sizes.items()}
     found |= {
