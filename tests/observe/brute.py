@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import MLPBlock
+from tests import mlp
 
 D, H = 6, 10
 
@@ -24,25 +25,17 @@ class Phi(nn.Module):
         return ACTIVATIONS[self.name].value(z)
 
 
-class Mlp(nn.Module):
-    """x + down(φ(up(norm(x)))), or its gated sister, on a wide range of z."""
+class Mlp(mlp.Mlp):
+    """A block on a wide range of z."""
 
     def __init__(self, phi: str = "relu", gated: bool = False, h: int = H) -> None:
-        super().__init__()
-        self.norm, self.act = nn.LayerNorm(D), Phi(phi)
-        self.up, self.down = nn.Linear(D, h), nn.Linear(h, D)
-        self.gate = nn.Linear(D, h) if gated else None
+        super().__init__(Phi(phi), D, h, norm=nn.LayerNorm(D), gated=gated)
         with torch.no_grad():
             self.pre.weight.mul_(4)
 
     @property
     def pre(self) -> nn.Linear:
         return self.up if self.gate is None else self.gate
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        a = self.act(self.up(h)) if self.gate is None else self.act(self.gate(h)) * self.up(h)
-        return x + self.down(a)
 
 
 class Recorder:
