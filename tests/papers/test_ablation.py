@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from actsparse_lab.analysis.effects import Arms
-from actsparse_lab.analysis.stats import fewest_seeds
+from actsparse_lab.analysis.verdicts import fewest_seeds
 from actsparse_lab.papers import rows_plot
 from actsparse_lab.papers.ablation.claims import PARTS, combination, main_effect
 from actsparse_lab.papers.ablation.plot import COMBINATIONS, VARIANTS

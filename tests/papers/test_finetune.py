@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from actsparse_lab.analysis.stats import fewest_seeds
+from actsparse_lab.analysis.verdicts import fewest_seeds
 from actsparse_lab.papers import rows_plot
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.finetune.claims import FROM_SPARED, HOYER, PLAIN, RECIPE

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from actsparse_lab.analysis.effects import Arms
-from actsparse_lab.analysis.stats import verdict
+from actsparse_lab.analysis.verdicts import verdict
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.robustness import claims
 from actsparse_lab.papers.robustness.claims import (

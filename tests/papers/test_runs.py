@@ -11,10 +11,10 @@ import torch
 from actsparse.modify import Recipe
 from actsparse_lab.analysis.effects import Arms
 from actsparse_lab.engine.config import RunConfig
-from actsparse_lab.engine.gradient_noise import GradientNoiseConfig
+from actsparse_lab.engine.run_gradient_noise import GradientNoiseConfig
 from actsparse_lab.papers.experiments import EXPERIMENTS
-from actsparse_lab.papers.form import Form, runs_of
 from actsparse_lab.papers.questions import SPARED
+from actsparse_lab.papers.runs import Form, runs_of
 from actsparse_lab.records import Run
 from tests.papers.made_up import words
 

@@ -1,4 +1,4 @@
-"""docs/recipes.md says what the records and the program say, and its example runs."""
+"""docs/training.md says what the records and the program say, and its example runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from actsparse_lab.report import compare, markdown_table
 from actsparse_lab.tasks import TASK_SETTINGS, arm_named, run_config
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = dict(re.findall(r"<!-- records: (\S+) -->\n(.*?)<!-- end of records -->", TEXT, re.DOTALL))
 COMMANDS = re.findall(r"^    (?:torchrun .* -m )?(actsparse (?:train|compare) .*)$", TEXT, re.M)
@@ -61,7 +61,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(code, "recipes.md", "exec"), names)
+    exec(compile(code, "training.md", "exec"), names)
     assert type(names["plain"]).__name__ == "ViTForImageClassification"
     assert "zeroth_bias" in " ".join(name for name, _ in names["again"].named_parameters())
 
@@ -78,7 +78,7 @@ def test_the_commands_parse_and_name_what_exists(command: str) -> None:
     assert len(COMMANDS) >= 5
 
 
-def test_every_recipe_and_arm_of_finetuning_is_on_the_page() -> None:
+def test_every_task_and_arm_of_finetuning_is_on_the_page() -> None:
     words = set(re.findall(r"`([^`\n]+)`", TEXT))
     assert set(TASK_SETTINGS) - words == set()
     for arm in re.findall(r"`([a-z0-9-]+-finetune)`", TEXT):

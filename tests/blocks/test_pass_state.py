@@ -20,7 +20,7 @@ from actsparse import (
     observe,
     sparsify,
 )
-from actsparse.blocks.running import sites_asleep
+from actsparse.blocks.pass_state import sites_asleep
 from tests.mlp import Mlp
 
 
