@@ -100,12 +100,18 @@ def test_the_example_of_sparse_execution_runs() -> None:
     assert names["model"][0].weight.grad is not None
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_parse_and_name_known_measures(command: str) -> None:
+def parsed(command: str) -> tuple[str, dict[str, Any]]:
+    """The verb of a command line, and its options as they are read."""
     group: Any = typer.main.get_command(app)
     _, verb, *arguments = shlex.split(command)
     with group.make_context("actsparse", [verb, *arguments]) as context:
         options = group.get_command(context, verb).make_context(verb, arguments).params
+    return verb, options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_parse_and_name_known_measures(command: str) -> None:
+    verb, options = parsed(command)
     if verb == "measure":
         asked = names(options["measures"])
     else:

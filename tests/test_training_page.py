@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from actsparse.cli.main import app
 from actsparse_lab.cli.options import chosen
 from actsparse_lab.records import read_runs
 from actsparse_lab.report import compare, markdown_table
 from actsparse_lab.tasks import TASK_SETTINGS, arm_named, run_config
+from tests.test_docs import parsed
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
@@ -68,10 +66,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_parse_and_name_what_exists(command: str) -> None:
-    group: Any = typer.main.get_command(app)
-    _, verb, *arguments = shlex.split(command)
-    with group.make_context("actsparse", [verb, *arguments]) as context:
-        options = group.get_command(context, verb).make_context(verb, arguments).params
+    _, options = parsed(command)
     own = {name: options[name] for name in ("quick", "data", "steps", "given")}
     overrides, _ = chosen(options["task"], file=options["config"], whose=options["settings"], **own)
     assert run_config(options["task"], options.get("arm") or "vanilla", 0, **overrides).task

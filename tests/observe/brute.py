@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tests.mlp
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import MLPBlock
-from tests import mlp
 
 D, H = 6, 10
 
@@ -25,7 +25,7 @@ class Phi(nn.Module):
         return ACTIVATIONS[self.name].value(z)
 
 
-class Mlp(mlp.Mlp):
+class Mlp(tests.mlp.Mlp):
     """A block on a wide range of z."""
 
     def __init__(self, phi: str = "relu", gated: bool = False, h: int = H) -> None:
@@ -36,6 +36,11 @@ class Mlp(mlp.Mlp):
     @property
     def pre(self) -> nn.Linear:
         return self.up if self.gate is None else self.gate
+
+
+def mlp(phi: str = "relu", gated: bool = False) -> Mlp:
+    """In float64."""
+    return Mlp(phi, gated).double()
 
 
 class Recorder:
