@@ -16,6 +16,7 @@ from torch import nn
 from actsparse.cli.main import app
 from actsparse.observe import CURVATURES, MEASURES, measure
 from actsparse_lab.cli.options import chosen, names
+from tests.mlp import Mlp
 from tests.observe.brute import Phi
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,7 @@ def test_a_language_models_mean_is_read_as_sums_over_positions(page: dict[str, A
 
 def test_every_number_of_a_summary_is_on_the_page(page: dict[str, Any]) -> None:
     batches = [{"x": torch.randn(6, 4, 8), "y": torch.randint(8, (6, 4))}]
-    model = Gated()
+    model = Mlp(Phi("s_shape"), 8, 16, gated=True)  # a formula that every measure can read
     found = measure(
         model, lambda m, b: (m(b["x"]), b["y"]), batches, [*MEASURES, *CURVATURES],
         labels="model", inputs=batches[0]["x"], probes=2,
@@ -88,16 +89,6 @@ def test_every_number_of_a_summary_is_on_the_page(page: dict[str, Any]) -> None:
     assert keys - WORDS - PLAIN == set()
 
 
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
-        self.act = Phi("s_shape")  # which every measure can read
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(self.act(self.gate(x)) * self.up(x))
-
-
 def test_every_measure_has_its_name_on_the_page() -> None:
     assert {*MEASURES, *CURVATURES} - WORDS == set()
 
@@ -110,12 +101,18 @@ def test_the_example_of_sparse_execution_runs() -> None:
     assert names["model"][0].weight.grad is not None
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_parse_and_name_known_measures(command: str) -> None:
+def parsed(command: str) -> tuple[str, dict[str, Any]]:
+    """The verb of a command line, and its options as they are read."""
     group: Any = typer.main.get_command(app)
     _, verb, *arguments = shlex.split(command)
     with group.make_context("actsparse", [verb, *arguments]) as context:
         options = group.get_command(context, verb).make_context(verb, arguments).params
+    return verb, options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_parse_and_name_known_measures(command: str) -> None:
+    verb, options = parsed(command)
     if verb == "measure":
         asked = names(options["measures"])
     else:

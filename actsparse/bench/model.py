@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from actsparse import find_mlp_blocks, handle_of, observe
-from actsparse.bench.arranged import Subject, arranged, check
 from actsparse.bench.mlp import bench_mlp
+from actsparse.bench.models_at_density import Subject, arranged, check
 from actsparse.bench.timing import high_water, interleaved, ratio
 from actsparse.kernels import accelerate, build
 from actsparse.kernels.accelerated import Accelerated, Mode
@@ -45,7 +45,8 @@ def bench_model(
 
     ``vit-b`` and ``gpt2`` do a training step (zero_grad, forward, backward, AdamW), ``t5-base``
     decodes greedily after a prompt. Weights are random, arranged for the densities
-    (:func:`actsparse.bench.arranged.arranged`, which also takes ``sizes``; T ≥ 197 in training).
+    (:func:`actsparse.bench.models_at_density.arranged`, which also takes ``sizes``; T ≥ 197 in
+    training).
     Without MLPs a block hands on what its norm gives, and AdamW works on all weights as before.
     ``mlp_ratio`` is of one MLP alone, :func:`bench_mlp`'s better sparse program; in decoding of
     prompt and tokens together, each by its number of calls.

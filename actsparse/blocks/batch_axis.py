@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks, MLPBlock
 from actsparse.blocks.example_inputs import run_forward
-from actsparse.blocks.running import sites_asleep
+from actsparse.blocks.pass_state import sites_asleep
 
 
 def lay_out(model: nn.Module, inputs: Any, blocks: Blocks) -> Blocks:

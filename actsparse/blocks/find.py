@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from actsparse.activations import identify, works_in_place
-from actsparse.blocks.as_found import Standing
 from actsparse.blocks.autograd_graph import (
     ADDS,
     DROPS,
@@ -48,6 +47,7 @@ from actsparse.blocks.block import (
 )
 from actsparse.blocks.example_inputs import describe_inputs
 from actsparse.blocks.refused import NoMLPFound, Refused, told
+from actsparse.blocks.replaced_modules import Standing
 from actsparse.blocks.trace import Node, Trace, check_traceable, is_linear, trace, undisturbed
 from actsparse.blocks.unreached import unreached
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.pass_state import Passes, asleep, unreadable
 from actsparse.blocks.placeholder import Ghost
 from actsparse.blocks.read_gradients import read_gradient
 from actsparse.blocks.replace_forward import Detour, Interception, NoNestedTensors, Replacement
-from actsparse.blocks.running import Passes, asleep, unreadable
 from actsparse.blocks.stages import NORMS, token_norm
 from actsparse.blocks.tokens import Tokens, tokens_of
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from actsparse.blocks.autograd_graph import MOVES, MULTIPLIES
-from actsparse.blocks.running import Running
+from actsparse.blocks.pass_state import Running
 
 _ASKS = {"dim", "ndimension", "size", "stride", "numel", "nelement", "is_floating_point"}
 

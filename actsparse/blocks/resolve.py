@@ -58,14 +58,23 @@ def blocks_of(
                 "find_mlp_blocks), as sparsify has not modified this model"
             )
         blocks = handle.blocks
+    return own_blocks(model, blocks)
+
+
+def own_blocks(model: nn.Module, blocks: Iterable[MLPBlock]) -> list[MLPBlock]:
+    """The blocks given, one at least, all of them the model's.
+
+    Raises:
+        ValueError: none, or one that is not.
+    """
     chosen = list(blocks)
     if not chosen:
-        raise ValueError("blocks is empty; give at least one block of find_mlp_blocks")
+        raise ValueError("blocks is empty; give at least one")
     modules = set(model.modules())
     for block in chosen:
         if block.up.module not in modules:
             raise ValueError(
-                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; find "
-                f"its blocks again with find_mlp_blocks (copies have blocks of their own)"
+                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; find or "
+                f"observe the blocks of this very model (copies have blocks of their own)"
             )
     return chosen

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.cache_length import past_of
-from actsparse.blocks.running import on_stack
+from actsparse.blocks.pass_state import on_stack
 from actsparse.blocks.token_map import TokenMap
 
 _IDS = ("input_ids", "inputs_embeds")  # [B, T] and [B, T, D]

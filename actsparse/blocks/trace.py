@@ -21,7 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from actsparse.blocks.block import Norm
 from actsparse.blocks.example_inputs import copied, run_forward, tensors_in
 from actsparse.blocks.norm import inspect_norm
-from actsparse.blocks.running import sites_asleep
+from actsparse.blocks.pass_state import sites_asleep
 
 Window = tuple[int, int, int]  # start, step, size along the last axis
 

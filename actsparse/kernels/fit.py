@@ -14,9 +14,9 @@ from torch.nn.modules import module as every
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from actsparse.activations import identify
-from actsparse.blocks.as_found import Standing, forward_of
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.hooks import is_own
+from actsparse.blocks.replaced_modules import Standing, forward_of
 from actsparse.blocks.site import function_of, no_executor, site_at
 from actsparse.kernels.forms import is_silent
 

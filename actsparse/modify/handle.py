@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Blocks
+from actsparse.blocks.pass_state import running_calls
 from actsparse.blocks.resolve import HANDLE
-from actsparse.blocks.running import running_calls
 from actsparse.modify.config_note import note_changes
 from actsparse.modify.followed_optimizers import Changes, Following, optimizers_of
 from actsparse.modify.modification import Attached, Modification, Progress

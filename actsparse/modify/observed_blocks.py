@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 
 from torch import nn
 
-from actsparse.blocks.block import MLPBlock, unwrap
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.resolve import own_blocks
 
 
 class Seen(Protocol):
@@ -37,18 +38,10 @@ def seen_blocks(
             f"{caller} takes the model inside {type(model).__name__}: give model.module"
         )
     names = {block.up.module: name for name, block in seen.blocks.items()}
-    chosen = list(seen.blocks.values() if blocks is None else blocks)
-    if not chosen:
-        raise ValueError("blocks is empty; give at least one of seen.blocks")
-    modules = set(model.modules())
+    chosen = own_blocks(model, seen.blocks.values() if blocks is None else blocks)
     for block in chosen:
         if block.up.module not in names:
             raise ValueError(
                 f"block {block.name!r} was not observed; seen has {', '.join(names.values())}"
-            )
-        if block.up.module not in modules:
-            raise ValueError(
-                f"block {block.name!r} is not part of this {type(unwrap(model)).__name__}; "
-                f"observe this very model (copies have blocks of their own)"
             )
     return {names[block.up.module]: block for block in chosen}

@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.running import OfThread
+from actsparse.blocks.pass_state import OfThread
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.modification import Attached, Modification, Progress
 from actsparse.modify.schedule import Over, Ramp, ramp_note

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.pass_state import sites_asleep
 from actsparse.blocks.resolve import blocks_of
-from actsparse.blocks.running import sites_asleep
 from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.trace import undisturbed
 from actsparse.observe.gradient_measure import Weighing

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.running import sites_asleep
+from actsparse.blocks.pass_state import sites_asleep
 from actsparse.blocks.trace import undisturbed
 from actsparse.modify import Handle
 from actsparse.observe import Seen

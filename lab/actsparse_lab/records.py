@@ -35,6 +35,10 @@ from actsparse_lab.record_schema import MEASURES as MEASURES  # what a summary o
 from actsparse_lab.record_schema import SCHEMA, VERSION, Entry, RecordError
 
 
+class NoRecord(RecordError):
+    """There is no such file, in the folder or in its pack."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A record, read. ``torn``: its last line was half-written and is left out."""
@@ -211,7 +215,7 @@ def read_run(path: str | Path) -> Run:
     """Read one record.
 
     Raises `RecordError`, naming path and line, for a file that cannot be read, is no record, was
-    written by another schema, or holds a broken line anywhere but at its end.
+    written by another schema, or holds a broken line anywhere but at its end; `NoRecord` for none.
     """
     path = Path(path)
     _, (header, *body), torn = _read(path)
@@ -296,7 +300,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return read_file(path)
     except FileNotFoundError as error:
-        raise RecordError(f"cannot read {path}: {error.strerror or error}") from error
+        raise NoRecord(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def _parse(line: bytes, path: Path, number: int) -> Entry:

@@ -14,10 +14,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import actsparse.bench.model
-from actsparse.bench.arranged import arranged
 from actsparse.bench.model import CUT, _step, amdahl, bench_model, cut_out
+from actsparse.bench.models_at_density import arranged
 from actsparse.cli.main import app
-from tests.bench.test_arranged import TINY
+from tests.bench.test_models_at_density import TINY
 
 KEYS = {
     "density", "blocks", "after", "error", "seconds", "ratios", "ran", "mlps", "mlp_ratio",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from actsparse.blocks.token_map import TokenMap
 from actsparse.blocks.tokens import tokens_of
-from tests.zoo import BY_ID
 
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 
@@ -49,18 +47,3 @@ class Cache:
 
 def ids(batch: int, length: int) -> Tensor:
     return torch.zeros(batch, length, dtype=torch.long)
-
-
-@functools.cache
-def built(name: str) -> tuple[nn.Module, Any]:
-    return BY_ID[name].build()
-
-
-def fill(model: nn.Module) -> list[nn.Parameter]:
-    """Give every zeroth bias table the same random values each time."""
-    generator = torch.Generator().manual_seed(1)
-    tables = [p for name, p in model.named_parameters() if name.endswith("zeroth_bias")]
-    with torch.no_grad():
-        for table in tables:
-            table.copy_(0.5 * torch.randn(table.shape, generator=generator))
-    return tables

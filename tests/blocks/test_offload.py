@@ -21,25 +21,15 @@ from actsparse import (
     prune_dead_units,
     sparsify,
 )
+from tests.mlp import Mlp
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
-
-
-class Mlp(nn.Module):
-    def __init__(self, act: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.up, self.act, self.down = (
-            nn.LayerNorm(8), nn.Linear(8, 32), act, nn.Linear(32, 8)
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.act(self.up(self.norm(x))))
 
 
 def plain(act: type[nn.Module] = nn.ReLU) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(Mlp(act()), Mlp(act())).eval()
+        return nn.Sequential(*(Mlp(act(), 8, 32, norm=nn.LayerNorm(8)) for _ in range(2))).eval()
 
 
 def offloaded(model: nn.Module, folder: Path | None = None) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -12,21 +11,11 @@ from torch import Tensor, nn
 
 from actsparse import ActivationPenalty, SwapActivation, WeightNoise, ZerothBias, sparsify
 from actsparse.activations import ACTIVATIONS
-from actsparse.blocks import Blocks, find_mlp_blocks
+from actsparse.blocks import find_mlp_blocks
 from actsparse.blocks.site import Site, site_of
 from actsparse.modify.swap_activation import MixedActivation
-from tests.zoo import BY_ID, call
-
-
-@functools.cache
-def _found(name: str) -> tuple[nn.Module, Any, Blocks]:
-    model, inputs = BY_ID[name].build()
-    model.eval()
-    return model, inputs, find_mlp_blocks(model, inputs)
-
-
-def ready(name: str) -> tuple[nn.Module, Any, Blocks]:
-    return copy.deepcopy(_found(name))
+from tests.zoo import call
+from tests.zoo.ready import ready
 
 
 class Tap:

@@ -24,8 +24,9 @@ from actsparse import (
 )
 from actsparse.blocks.token_map import TokenMap
 from actsparse.blocks.tokens import tokens_of
-from tests.blocks.stack import MASK, Stack, attached, built, fill, ids
+from tests.blocks.stack import MASK, Stack, attached, ids
 from tests.zoo import call
+from tests.zoo.ready import built, fill
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def checkpointed(model: nn.Module, reentrant: bool = False) -> None:
 
 
 def test_a_model_that_feeds_its_mlp_in_chunks_is_told_that_positions_are_unknown() -> None:
-    model, inputs = copy.deepcopy(built("bert-chunked"))
+    model, inputs = built("bert-chunked")
     sparsify(model, ZerothBias(finetune=True), inputs=inputs)
     with pytest.raises(ValueError, match=r"called on 2 of the 6 tokens.*chunk_size_feed_forward"):
         call(model, inputs)
@@ -224,7 +225,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 def test_hf_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     gradients = []
     for on in (False, True):
-        model, inputs = copy.deepcopy(built(name))
+        model, inputs = built(name)
         model.config.use_cache = False
         handle = sparsify(model, [*RECIPE, ActivationPenalty("l1", 1.0)], inputs=inputs)
         fill(model)
@@ -248,7 +249,7 @@ def test_two_padded_calls_before_one_backward_are_recomputed_at_their_own_positi
 ) -> None:
     gradients = []
     for on in (False, True):
-        model, inputs = copy.deepcopy(built("gpt2"))
+        model, inputs = built("gpt2")
         model.config.use_cache = False
         sparsify(model, ZerothBias(finetune=True), inputs=inputs)
         tables = fill(model)

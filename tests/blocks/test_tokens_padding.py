@@ -19,7 +19,8 @@ from actsparse import (
 from actsparse.blocks.batch_axis import attention_beside
 from actsparse.blocks.token_map import TokenMap
 from actsparse.blocks.tokens import tokens_of
-from tests.blocks.stack import MASK, Cache, Stack, attached, fill, ids
+from tests.blocks.stack import MASK, Cache, Stack, attached, ids
+from tests.zoo.ready import fill
 
 
 @pytest.fixture

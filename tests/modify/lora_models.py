@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import torch
@@ -11,19 +9,15 @@ from torch import Tensor, nn
 
 from actsparse import Handle, handle_of, sparsify
 from actsparse.modify.adapters import lora_config
-from tests.zoo import BY_ID, call
+from tests.zoo.ready import built as build
+from tests.zoo.ready import outputs, same
 
 MODELS = ["vit-classifier", "t5-relu", "t5-gated-gelu", "llama", "gpt2"]
 ATTENTION = dict(zip(MODELS, ["q_proj", "q", "q", "v_proj", "c_attn"], strict=True))
 
 
-@functools.cache
-def _built(name: str) -> tuple[nn.Module, Any]:
-    return BY_ID[name].build()
-
-
 def built(name: str) -> tuple[nn.Module, Any]:
-    model, inputs = copy.deepcopy(_built(name))
+    model, inputs = build(name)
     return model.eval(), inputs
 
 
@@ -62,16 +56,8 @@ def three_steps(model: nn.Module, handle: Handle) -> Handle:
     return handle
 
 
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    output = call(model, inputs)
-    values = [output] if isinstance(output, Tensor) else output.values()
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-
-
 def assert_same(model: nn.Module, twin: nn.Module, inputs: Any) -> None:
-    for first, second in zip(outputs(model, inputs), outputs(twin, inputs), strict=True):
-        assert torch.equal(first, second)
+    assert same(outputs(model, inputs), outputs(twin, inputs))
     assert trainable(model) == trainable(twin)
     first, second = handle_of(model), handle_of(twin)
     assert first.recipe == second.recipe

@@ -31,32 +31,8 @@ from actsparse import (
     sparsify,
 )
 from actsparse.activations import ActivationFunction
-from tests.zoo import BY_ID, NOTHING
-
-
-@functools.cache
-def _built(name: str) -> tuple[nn.Module, Any]:
-    return BY_ID[name].build()
-
-
-def built(name: str = "gpt2") -> tuple[nn.Module, Any]:
-    return copy.deepcopy(_built(name))
-
-
-def footprint(model: nn.Module) -> Any:
-    return (
-        [
-            (
-                name,
-                sorted(vars(module)),
-                {k: len(v) for k, v in vars(module).items() if k.endswith("_hooks")},
-                sorted(module._modules),
-                module.training,
-            )
-            for name, module in model.named_modules()
-        ],
-        [(name, p.requires_grad, p.grad is None) for name, p in model.named_parameters()],
-    )
+from tests.zoo import NOTHING
+from tests.zoo.ready import built, footprint
 
 
 def refused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
@@ -18,13 +17,13 @@ from actsparse import (
     SwapActivation,
     WeightNoise,
     ZerothBias,
-    find_mlp_blocks,
     handle_of,
     sparsify,
 )
 from actsparse.blocks.site import site_of
 from actsparse.modify.zeroth_bias import CHILD
-from tests.zoo import BY_ID, call
+from tests.zoo import call
+from tests.zoo.ready import fill, footprint, outputs, ready, same
 
 FROM_SCRATCH = [ZerothBias(), NormFloor()]  # the paper recipe less JSReLU
 FINETUNE = [ZerothBias(finetune=True), SwapActivation("jsrelu"), WeightNoise(), ActivationPenalty()]
@@ -48,18 +47,6 @@ SHARED_NORM = [
 ]  # fmt: skip
 
 
-@functools.cache
-def _found(name: str) -> tuple[nn.Module, Any, Blocks]:
-    model, inputs = BY_ID[name].build()
-    model.eval()
-    return model, inputs, find_mlp_blocks(model, inputs)
-
-
-def ready(name: str) -> tuple[nn.Module, Any, Blocks]:
-    """A model of the zoo in eval mode, what it runs on, and its blocks: a copy for each test."""
-    return copy.deepcopy(_found(name))
-
-
 def fresh(name: str) -> tuple[nn.Module, Any, Blocks]:
     """The same with its norms as initialised: no bias, effective scale 1."""
     model, inputs, blocks = ready(name)
@@ -72,55 +59,6 @@ def fresh(name: str) -> tuple[nn.Module, Any, Blocks]:
                 if bias is not None:
                     bias.zero_()
     return model, inputs, blocks
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """Every floating-point tensor of a model's output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = output.values()
-    if isinstance(output, str | bytes) or not hasattr(output, "__iter__"):
-        return []
-    return [tensor for item in output for tensor in tensors(item)]
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    return tensors(call(model, inputs))
-
-
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    assert first
-    assert len(first) == len(second)
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def footprint(model: nn.Module) -> dict[str, Any]:
-    """All that an attached change could leave behind, parameters' values apart."""
-    left: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        attributes = vars(module)
-        left[name] = (
-            sorted(attributes),
-            {key: len(value) for key, value in attributes.items() if key.endswith("_hooks")},
-            sorted(module._modules),
-            attributes.get("forward"),
-            attributes.get("use_nested_tensor"),
-            module.training,
-        )
-    left["requires_grad"] = {name: p.requires_grad for name, p in model.named_parameters()}
-    return left
-
-
-def fill(model: nn.Module, size: float = 0.5, seed: int = 1) -> list[nn.Parameter]:
-    """Give every zeroth bias table random values, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    tables = [p for name, p in model.named_parameters() if name.endswith("zeroth_bias")]
-    with torch.no_grad():
-        for table in tables:
-            table.copy_(size * torch.randn(table.shape, generator=generator))
-    return tables
 
 
 # --- bit for bit -------------------------------------------------------------------------------

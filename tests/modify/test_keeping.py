@@ -9,13 +9,10 @@ import torch
 from torch import nn
 
 from actsparse import WeightNoise, ZerothBias, sparsify
+from tests.modify.test_note import mlp
 from tests.zoo import BY_ID
 
 X = torch.randn(2, 5, 8)
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
 
 
 def test_a_modified_model_pickles() -> None:

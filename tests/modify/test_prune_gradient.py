@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,8 @@ from actsparse import PruneGradient, Recipe, accelerate, find_mlp_blocks, observ
 from actsparse.modify.recipe import recipe_named
 from tests.blocks.test_drop import follows, small
 from tests.processes import in_two_processes
-from tests.zoo import BY_ID, call
+from tests.zoo import call
+from tests.zoo.ready import built, tensors
 
 D, H = 6, 10
 
@@ -105,14 +105,9 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-@functools.cache
-def _built(name: str) -> tuple[nn.Module, Any]:
-    return BY_ID[name].build()
-
-
 def ready(name: str) -> tuple[nn.Module, Any]:
     """A model of the zoo in train mode, without dropout, and what it runs on."""
-    model, inputs = copy.deepcopy(_built(name))
+    model, inputs = built(name)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -121,13 +116,6 @@ def ready(name: str) -> tuple[nn.Module, Any]:
             if isinstance(getattr(module, key, None), float):
                 setattr(module, key, 0.0)
     return model, inputs
-
-
-def tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, dict) else output
-    return [t for part in values if isinstance(part, Tensor | tuple | list) for t in tensors(part)]
 
 
 def loss_of(model: nn.Module, inputs: Any) -> tuple[list[Tensor], Tensor]:

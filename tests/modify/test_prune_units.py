@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actsparse import (
     ActivationPenalty,
@@ -24,16 +24,10 @@ from actsparse.blocks import find_mlp_blocks
 from actsparse.modify.prune_units import prune_dead_units
 from tests.modify.dead_units import X, kill, mlps, pruned, widths
 from tests.observe.brute import D, H, Mlp
-from tests.zoo import BY_ID, call
+from tests.zoo import BY_ID
+from tests.zoo.ready import outputs, same
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        output = call(model, inputs)
-    values = [output] if isinstance(output, Tensor) else list(dict(output).values())
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 # --- exactness -----------------------------------------------------------------------------------
@@ -103,7 +97,7 @@ def test_models_of_every_family_stay_as_they_are_and_come_back(name: str) -> Non
     handle.remove()
     for name_, value in model.state_dict().items():
         assert torch.equal(value, whole[name_]), name_
-    assert all(torch.equal(*pair) for pair in zip(before, outputs(model, inputs), strict=True))
+    assert same(before, outputs(model, inputs))
 
 
 def doubled(inputs: Any) -> Any:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,9 @@ from actsparse import (
     sparsify,
 )
 from actsparse.activations import ACTIVATIONS
-from tests.zoo import BY_ID, call
+from tests.modify.lora_models import three_steps
+from tests.zoo import call
+from tests.zoo.ready import assert_same, built, tensors
 
 MODEL: dict[str, Any] = {"class": "GPT2LMHeadModel", "config": {}, "dtypes": {}}
 RECIPE = Recipe(
@@ -44,52 +45,14 @@ RECIPE = Recipe(
 )
 
 
-@functools.cache
-def _built(name: str) -> tuple[nn.Module, Any]:
-    return BY_ID[name].build()
-
-
 def half_trained(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any, Handle]:
     """A model three steps into a schedule of ten, in eval mode."""
-    model, inputs = copy.deepcopy(_built(name))
+    model, inputs = built(name)
     model.to(dtype)
     handle = sparsify(model, RECIPE, inputs=inputs)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    handle.attach(optimizer, steps=10)
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(3):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.grad = noise.to(parameter.dtype)
-        optimizer.step()
-    optimizer.zero_grad()
+    three_steps(model, handle)
     assert handle.step == 3
-    return model.eval(), inputs, handle
-
-
-def flat(output: Any) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    values = output.values() if isinstance(output, dict) else output
-    return [v for v in values if isinstance(v, torch.Tensor) and v.is_floating_point()]
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
-    return flat(call(model, inputs))
-
-
-def assert_same(model: nn.Module, twin: nn.Module, inputs: Any) -> None:
-    first, second = model.state_dict(), twin.state_dict()
-    assert list(first) == list(second)
-    for key, value in first.items():
-        assert value.dtype == second[key].dtype, key
-        assert torch.equal(value, second[key]), key
-    for a, b in zip(outputs(model, inputs), outputs(twin, inputs), strict=True):
-        assert torch.equal(a, b)
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trainable == [name for name, p in twin.named_parameters() if p.requires_grad]
+    return model, inputs, handle
 
 
 # --- round trips -------------------------------------------------------------------------------
@@ -128,7 +91,7 @@ def test_the_dtype_comes_back_too(name: str, dtype: torch.dtype, tmp_path: Path)
 
 
 def test_norms_kept_in_float32_and_their_zeroth_biases_come_back_so(tmp_path: Path) -> None:
-    model, inputs = copy.deepcopy(_built("gpt2"))
+    model, inputs = built("gpt2")
     model.to(torch.bfloat16)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -144,7 +107,7 @@ def test_norms_kept_in_float32_and_their_zeroth_biases_come_back_so(tmp_path: Pa
 
 
 def test_attention_that_was_chosen_comes_back(tmp_path: Path) -> None:
-    model, inputs = copy.deepcopy(_built("gpt2"))
+    model, inputs = built("gpt2")
     model.set_attn_implementation("eager")
     sparsify(model, ZerothBias(finetune=True), inputs=inputs)
     twin = load(save(model.eval(), tmp_path / "m"))
@@ -164,7 +127,7 @@ def test_a_model_of_ones_own_comes_back_bit_for_bit_given_the_plain_one(
     save(model, tmp_path / "m")
     with pytest.raises(ValueError, match="model="):
         load(tmp_path / "m")
-    plain, _ = copy.deepcopy(_built(name))
+    plain, _ = built(name)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.add_(1)  # in any state
@@ -205,14 +168,14 @@ def test_a_schedule_goes_on_where_it_was(tmp_path: Path) -> None:
         handle_of(each).attach(optimizer, steps=10)
         for _ in range(4):
             optimizer.zero_grad()
-            sum(t.square().mean() for t in flat(call(each, inputs))).backward()
+            sum(t.square().mean() for t in tensors(call(each, inputs))).backward()
             optimizer.step()
     assert handle_of(twin).step == 7
     assert_same(model, twin, inputs)
 
 
 def test_a_vanilla_recipe_and_a_compiled_model_are_saved_as_well(tmp_path: Path) -> None:
-    model, inputs = copy.deepcopy(_built("gpt2"))
+    model, inputs = built("gpt2")
     sparsify(model, "vanilla", inputs=inputs)
     save(torch.compile(model.eval(), backend="eager"), tmp_path / "m")
     twin = load(tmp_path / "m")
@@ -343,7 +306,7 @@ def test_a_sidecar_that_does_not_make_sense_says_where(
 
 
 def test_weights_of_another_model_do_not_load_and_leave_it_plain(folder: Path) -> None:
-    other, _ = copy.deepcopy(_built("gpt2"))
+    other, _ = built("gpt2")
     other.config.n_inner = 32
     model = type(other)(other.config)
     names = [name for name, _ in model.named_modules()]

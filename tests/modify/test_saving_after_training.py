@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from actsparse import SwapActivation, handle_of, load, observe, save, sparsify
 from actsparse.blocks import find_mlp_blocks
@@ -17,6 +17,7 @@ from actsparse.modify.thresholds import calibrate_thresholds, thresholds_of
 from tests.modify.dead_units import X, kill, pruned, widths
 from tests.observe.brute import D, H, Mlp
 from tests.zoo import BY_ID, call
+from tests.zoo.ready import assert_same, outputs, same
 
 
 def two() -> nn.Module:
@@ -31,23 +32,6 @@ def cut_off(model: nn.Module, inputs: Any, share: float = 0.05) -> Any:
     with observe(model, "magnitudes", inputs=inputs) as seen, torch.no_grad():
         call(model, inputs)
     return calibrate_thresholds(model, seen, share=share)
-
-
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        output = call(model, inputs)
-    values = [output] if isinstance(output, Tensor) else list(dict(output).values())
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
-
-
-def assert_same(model: nn.Module, twin: nn.Module, inputs: Any) -> None:
-    first, second = model.state_dict(), twin.state_dict()
-    assert list(first) == list(second)
-    for key, value in first.items():
-        assert value.dtype == second[key].dtype, key
-        assert torch.equal(value, second[key]), key
-    for one, two in zip(outputs(model, inputs), outputs(twin, inputs), strict=True):
-        assert torch.equal(one, two)
 
 
 # --- pruned --------------------------------------------------------------------------------------
@@ -140,7 +124,7 @@ def test_a_model_with_thresholds_comes_back_with_them(
     plain = outputs(model, inputs)
     handle = cut_off(model, inputs)
     assert all(row["threshold"] > 0 for row in handle.rows())
-    assert not all(torch.equal(*pair) for pair in zip(plain, outputs(model, inputs), strict=True))
+    assert not same(plain, outputs(model, inputs))
     twin = load(save(model, tmp_path / "m"))
     assert_same(model, twin, inputs)
     again = thresholds_of(twin)
@@ -148,7 +132,7 @@ def test_a_model_with_thresholds_comes_back_with_them(
     assert str(again).startswith(f"thresholds in {len(handle.rows())} of")
     again.remove()
     assert thresholds_of(twin) is None
-    assert all(torch.equal(*pair) for pair in zip(plain, outputs(twin, inputs), strict=True))
+    assert same(plain, outputs(twin, inputs))
 
 
 def test_pruned_and_with_thresholds(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from actsparse import files, load, save
 from actsparse.modify import saving, weights
-from tests.modify.test_saving import _built, assert_same, half_trained, rewrite
+from tests.modify.test_saving import assert_same, half_trained, rewrite
+from tests.zoo.ready import built
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_a_flipped_bit_of_the_weights_is_noticed(folder: Path) -> None:
 def test_a_folder_without_digests_as_older_versions_wrote_it_loads(folder: Path) -> None:
     before = load(folder)
     without_digests(folder)
-    assert_same(before, load(folder), _built("gpt2")[1])
+    assert_same(before, load(folder), built("gpt2")[1])
 
 
 @pytest.mark.parametrize("digests", [None, {}, [], {"model.safetensors": None}], ids=str)
@@ -130,7 +131,7 @@ def test_a_folder_that_is_saved_anew_while_it_is_loaded_is_refused(
     monkeypatch.setattr(saving, "read_weights", late)
     with pytest.raises(ValueError, match="was saved anew while it was loaded; load it again"):
         load(folder)
-    assert_same(other, load(folder), _built("gpt2")[1])
+    assert_same(other, load(folder), built("gpt2")[1])
 
 
 def without_digests(folder: Path) -> None:

@@ -20,6 +20,7 @@ from actsparse.modify import TopK
 from actsparse.modify.thresholds import Thresholds, calibrate_thresholds, thresholds_of
 from tests.observe.brute import D, Mlp, Phi, Recorder
 from tests.zoo import BY_ID, call
+from tests.zoo.ready import outputs, same
 
 X = torch.randn(8, 16, D, generator=torch.Generator().manual_seed(1))
 TARGET = torch.randn(8, 16, D, generator=torch.Generator().manual_seed(2))
@@ -231,15 +232,8 @@ def test_removed_they_leave_no_trace(name: str) -> None:
     assert all(row["threshold"] > 0 for row in handle.rows())
     handle.remove()
     assert attached(model) == []
-    assert all(map(torch.equal, before, outputs(model, inputs)))
+    assert same(before, outputs(model, inputs))
     handle.remove()
-
-
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        output = call(model, inputs)
-    values = [output] if isinstance(output, Tensor) else list(dict(output).values())
-    return [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def swapped() -> tuple[nn.Module, Any, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from actsparse.activations import named
 from actsparse.blocks.site import site_of
 from actsparse.modify.modification import Modification
 from actsparse.modify.top_k import kept
+from tests.mlp import Mlp
 
 D, H = 6, 20
 FUNCTIONS = {"relu": nn.ReLU(), "gelu": nn.GELU(), "in place": nn.ReLU(inplace=True)}
@@ -30,17 +31,6 @@ def block(act: nn.Module) -> nn.Sequential:
 
 def stream() -> Tensor:
     return torch.randn(3, 5, D, dtype=torch.float64)
-
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, D)
-        self.act = nn.SiLU()
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.gate(x)) * self.up(x))
 
 
 def largest_by_hand(a: Tensor, count: int) -> Tensor:
@@ -86,9 +76,9 @@ def test_values_and_gradients_are_those_of_the_largest_by_hand(
 
 
 def test_a_gated_block_chooses_by_the_gates_factor_alone() -> None:
-    model, x = Gated(), stream()
+    model, x = Mlp(nn.SiLU(), D, H, gated=True).double(), stream()
     factor = largest_by_hand(model.act(model.gate(x)).detach(), 3)
-    want = model.down(factor * model.up(x))
+    want = x + model.down(factor * model.up(x))
     handle = sparsify(model, TopK(0.15), inputs=x)
     assert torch.equal(model(x), want)
     assert handle.rows()[0]["change"] == "3 of 20 units of a token, silu"

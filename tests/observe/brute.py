@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tests.mlp
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import MLPBlock
 
@@ -24,14 +25,11 @@ class Phi(nn.Module):
         return ACTIVATIONS[self.name].value(z)
 
 
-class Mlp(nn.Module):
-    """x + down(φ(up(norm(x)))), or its gated sister, on a wide range of z."""
+class Mlp(tests.mlp.Mlp):
+    """A block on a wide range of z."""
 
     def __init__(self, phi: str = "relu", gated: bool = False, h: int = H) -> None:
-        super().__init__()
-        self.norm, self.act = nn.LayerNorm(D), Phi(phi)
-        self.up, self.down = nn.Linear(D, h), nn.Linear(h, D)
-        self.gate = nn.Linear(D, h) if gated else None
+        super().__init__(Phi(phi), D, h, norm=nn.LayerNorm(D), gated=gated)
         with torch.no_grad():
             self.pre.weight.mul_(4)
 
@@ -39,10 +37,10 @@ class Mlp(nn.Module):
     def pre(self) -> nn.Linear:
         return self.up if self.gate is None else self.gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        a = self.act(self.up(h)) if self.gate is None else self.act(self.gate(h)) * self.up(h)
-        return x + self.down(a)
+
+def mlp(phi: str = "relu", gated: bool = False) -> Mlp:
+    """In float64."""
+    return Mlp(phi, gated).double()
 
 
 class Recorder:

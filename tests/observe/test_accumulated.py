@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from actsparse.observe.spectrum import MarchenkoPastur, spectrum
 from actsparse_lab.engine.accumulated import Accumulated
+from tests.observe.test_spectrum import at_most
 
 U = 2.0**-53
 EPS = torch.finfo(torch.float64).eps
@@ -39,11 +39,6 @@ def with_eigenvalues(values: Tensor) -> Accumulated:
     """A moment with these eigenvalues, in directions that are not the axes."""
     turn, _ = torch.linalg.qr(random_rows(0, len(values), len(values)))
     return accumulated((values.sqrt()[:, None] * turn.T)[None])
-
-
-def at_most(share: float, n: int) -> int:
-    """How many of n cases a rate of ``share`` exceeds only once in a million experiments."""
-    return int(stats.binom.ppf(1 - 1e-6, n, share))
 
 
 # ---- the sum

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 from actsparse import Recipe, SwapActivation, WeightNoise, ZerothBias, find_mlp_blocks, sparsify
 from actsparse.observe import observe
-from tests.observe.brute import D, Mlp
+from tests.observe.brute import D, Mlp, mlp
 from tests.observe.per_token import alike, summary_of
 
 ALL = ("density", "flatness", "gradient", "noise")
 X = torch.randn(3, 4, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def mlp(phi: str = "relu", gated: bool = False) -> Mlp:
-    return Mlp(phi, gated).double()
 
 
 def losses(model: nn.Module, x: Tensor = X) -> Tensor:

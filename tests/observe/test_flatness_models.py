@@ -18,6 +18,7 @@ from tests.zoo import BY_ID, call
 from tests.zoo.case import ids, stream
 from tests.zoo.hf_encoders import t5
 from tests.zoo.plain import Residual
+from tests.zoo.ready import tensors
 
 ALL = ("density", "flatness", "gradient", "noise")
 
@@ -33,13 +34,6 @@ def results(model: nn.Module, inputs: Any) -> list[Tensor | None]:
     out = [t for t in tensors(call(model, inputs)) if t.requires_grad]
     sum((t * torch.linspace(-1, 2, t.numel()).reshape(t.shape)).sum() for t in out).backward()  # type: ignore[union-attr]
     return [*out, *(parameter.grad for parameter in model.parameters()), torch.get_rng_state()]
-
-
-def tensors(out: Any) -> list[Tensor]:
-    if isinstance(out, Tensor):
-        return [out]
-    parts = out.values() if isinstance(out, dict) else out if isinstance(out, tuple | list) else ()
-    return [t for part in parts for t in tensors(part)]
 
 
 def bit_identical(one: list[Tensor | None], two: list[Tensor | None]) -> bool:

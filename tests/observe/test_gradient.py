@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from actsparse.activations import ACTIVATIONS
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import observe
-from tests.observe.brute import D, H, Mlp
+from tests.observe.brute import D, H, Mlp, mlp
 
 FIELDS = (
     "gradient_sparsity", "gradient_l1", "gradient_l2", "participation", "concentration",
@@ -80,10 +80,6 @@ def expected(
 def fields(summary: dict[str, Any] | None) -> dict[str, Any]:
     assert summary is not None
     return {key: summary[key] for key in FIELDS}
-
-
-def mlp(phi: str, gated: bool) -> Mlp:
-    return Mlp(phi, gated).double()
 
 
 @pytest.mark.parametrize("phi", ["relu", "relu6", "jsrelu", "gelu", "silu"])

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from actsparse import sparsify
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import Seen, observe
+from tests.mlp import Mlp
 from tests.processes import in_two_processes
 
 ALL = ("density", "flatness", "gradient", "noise")
@@ -28,21 +29,6 @@ X = torch.randn(B, T, D, dtype=torch.float64) + 1  # a common part, so that nois
 # that may differ: 1e-13 of each. The noise scale divides by ‖ḡ‖² − tr Σ/n, which cancels by
 # 1 + scale/n, and `plain` asserts a scale below 100: 20 times that.
 CLOSE = 1e-11
-
-
-class Block(nn.Module):
-    """x + down(φ(up(norm(x)))), gated or not."""
-
-    def __init__(self, act: nn.Module, gated: bool = False) -> None:
-        super().__init__()
-        self.norm, self.act = nn.LayerNorm(D), act
-        self.up, self.down = nn.Linear(D, H), nn.Linear(H, D)
-        self.gate = nn.Linear(D, H) if gated else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        a = self.act(self.up(h)) if self.gate is None else self.act(self.gate(h)) * self.up(h)
-        return x + self.down(a)
 
 
 class Net(nn.Module):
@@ -56,7 +42,9 @@ class Net(nn.Module):
         reentrant: bool | None = None,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(act(), gated) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            Mlp(act(), D, H, norm=nn.LayerNorm(D), gated=gated) for _ in range(depth)
+        )
         self.reentrant = reentrant
         self.double()
 

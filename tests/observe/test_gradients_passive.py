@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from actsparse import SwapActivation, sparsify
 from actsparse.blocks import find_mlp_blocks
 from actsparse.observe import observe
+from tests.mlp import Mlp
 from tests.observe.test_gradients import (
     ALL,
     CLOSE,
@@ -262,19 +263,6 @@ class Attention(nn.Module):
         return x + self.out(F.scaled_dot_product_attention(*each).transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    def __init__(self, d: int, h: int, act: nn.Module, gated: bool) -> None:
-        super().__init__()
-        self.norm, self.act = nn.LayerNorm(d), act
-        self.up, self.down = nn.Linear(d, h), nn.Linear(h, d)
-        self.gate = nn.Linear(d, h) if gated else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        a = self.act(self.up(h)) if self.gate is None else self.act(self.gate(h)) * self.up(h)
-        return x + self.down(a)
-
-
 def saved_bytes(model: nn.Module, x: Tensor, dtype: torch.dtype | None) -> int:
     """What autograd holds between forward and backward, each storage once, without parameters."""
     held = {}
@@ -306,7 +294,8 @@ def test_readings_hold_little_that_autograd_does_not_hold_anyway(
     """Of a ViT of a tenth of ViT-Base's widths; at a frozen layer autograd keeps no input."""
     act, gated = kind
     d, h = 76, 304
-    model = nn.Sequential(*(nn.Sequential(Attention(d), Mlp(d, h, act(), gated)) for _ in range(2)))
+    mlps = (Mlp(act(), d, h, norm=nn.LayerNorm(d), gated=gated) for _ in range(2))
+    model = nn.Sequential(*(nn.Sequential(Attention(d), mlp) for mlp in mlps))
     model.requires_grad_(not frozen)
     x = torch.randn(4, 197, d, requires_grad=True)
     without = saved_bytes(model, x, dtype)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from actsparse.observe import observe
 from actsparse.observe.gradient_noise import anisotropy
-from tests.observe.brute import D, H, Mlp
+from tests.observe.brute import D, H, Mlp, mlp
+from tests.observe.test_gradients import losses
 from tests.zoo import BY_ID
 
 FIELDS = ("feature_anisotropy", "gradient_anisotropy", "noise_scale")
@@ -28,15 +29,6 @@ EVERY = torch.ones(B, T, dtype=torch.bool)
 # Sums of at most B·T·H = 150 terms round to 2e-14. The scale divides by ‖ḡ‖² − tr Σ/n, which
 # cancels by 1 + scale/n; tests assert a scale below 100, so by at most 21: 4e-13.
 CLOSE = 1e-11
-
-
-def losses(y: Tensor) -> Tensor:
-    """Of each sample: [B]."""
-    return (y - 2).square().flatten(1).mean(1)
-
-
-def mlp(phi: str = "gelu", gated: bool = False) -> Mlp:
-    return Mlp(phi, gated).double()
 
 
 def weight_gradients(model: Mlp, x: Tensor) -> Tensor:
@@ -98,7 +90,7 @@ def test_every_field_is_that_of_single_samples(phi: str, gated: bool, reduction:
 @given(sizes=st.lists(st.integers(1, 3), min_size=2, max_size=4))
 def test_passes_add_up_to_one_batch(sizes: list[int]) -> None:
     torch.manual_seed(0)
-    model, x = mlp(), torch.randn(sum(sizes), T, D, dtype=torch.float64) + 1
+    model, x = mlp("gelu"), torch.randn(sum(sizes), T, D, dtype=torch.float64) + 1
     found = []
     for parts in ([sum(sizes)], sizes):
         with observe(model, "noise", inputs=x) as seen:
@@ -110,7 +102,7 @@ def test_passes_add_up_to_one_batch(sizes: list[int]) -> None:
 
 def test_tokens_and_samples_left_out() -> None:
     """Padding has no part in any gradient; a sample left out is as if it had not been there."""
-    model, keep = mlp(), EVERY.clone()
+    model, keep = mlp("gelu"), EVERY.clone()
     keep[1, 2] = keep[4] = False
     samples = torch.tensor([True, True, True, True, False])
 
@@ -218,7 +210,7 @@ def test_anisotropy_is_the_distance_it_says_and_blind_to_size(seed: int, scale: 
 
 
 def test_numbers_without_meaning_are_none() -> None:
-    model = mlp()
+    model = mlp("gelu")
     with observe(model, "noise", inputs=X) as seen:
         assert seen.summary("train") is None
         losses(model(X[:1])).mean().backward()

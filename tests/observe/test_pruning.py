@@ -21,28 +21,22 @@ from actsparse import PruneGradient, find_mlp_blocks, sparsify
 from actsparse.kernels import accelerate
 from actsparse.observe.gradient_pruning import pruning
 from actsparse.observe.loss import IGNORE, sample_losses
+from tests.observe import test_robustness
 from tests.observe.brute import D, Mlp
 from tests.observe.test_measure import Broken, half_way, state
-
-Batch = dict[str, Any]
-C, T, F_IN = 4, 3, 5
+from tests.observe.test_robustness import F_IN, Batch, C, T, predict
 
 
-class Net(nn.Module):
-    """x [B, T, 5] → logits [B, T, C]; each position's logits depend on all tokens up to it."""
+class Net(test_robustness.Net):
+    """Counts its calls."""
 
     def __init__(self, gated: bool = True) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Linear(F_IN, D), nn.Linear(D, C)
-        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(T)
-        self.first, self.second = Mlp("relu6"), Mlp("relu", gated)
+        super().__init__("relu6", "relu", gated)
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         self.calls += 1  # in eval mode too
-        mixed = self.norm(self.drop(self.first(self.embed(x)).cumsum(1)))
-        out: Tensor = self.head(self.second(mixed))
-        return out
+        return super().forward(x)
 
 
 def net(gated: bool = True, seed: int = 0) -> tuple[Net, list[Batch]]:
@@ -52,10 +46,6 @@ def net(gated: bool = True, seed: int = 0) -> tuple[Net, list[Batch]]:
     y[1, 1:] = y[2, 0] = y[4] = IGNORE
     x = 3 * torch.randn(5, T, F_IN, dtype=torch.float64)
     return Net(gated).double(), [{"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]}]
-
-
-def predict(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    return model(batch["x"]), batch["y"]
 
 
 def rows_of(model: nn.Module, batches: Any, *args: Any, **options: Any) -> list[dict[str, Any]]:

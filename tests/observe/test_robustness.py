@@ -38,11 +38,11 @@ class Keeping(nn.Linear):
 class Net(nn.Module):
     """x [B, T, 5] → logits [B, T, C]; each position's logits depend on all tokens up to it."""
 
-    def __init__(self, gated: bool = False) -> None:
+    def __init__(self, first: str = "relu", second: str = "gelu", gated: bool = False) -> None:
         super().__init__()
         self.embed, self.head = nn.Linear(F_IN, D), nn.Linear(D, C)
         self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(T)
-        self.first, self.second = Mlp("relu"), Mlp("gelu", gated)
+        self.first, self.second = Mlp(first), Mlp(second, gated)
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self.norm(self.drop(self.first(self.embed(x)).cumsum(1)))
@@ -55,7 +55,7 @@ def net(gated: bool = True) -> tuple[Net, list[Batch]]:
     y = torch.randint(C, (5, T))
     y[1, 1:] = y[2, 0] = y[4] = IGNORE
     x = torch.rand(5, T, F_IN).double()
-    return Net(gated).double(), [{"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]}]
+    return Net(gated=gated).double(), [{"x": x[:3], "y": y[:3]}, {"x": x[3:], "y": y[3:]}]
 
 
 PLACES: tuple[Literal["x", "d", "weights"], ...] = ("x", "d", "weights")

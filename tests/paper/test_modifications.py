@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from actsparse import ActivationPenalty, NormFloor, SwapActivation, ZerothBias, sparsify
 from actsparse.modify.recipe import recipe_named
+from tests.mlp import Mlp
 
 B, T, D, H = 2, 4, 5, 7
 EPS = torch.finfo(torch.float64).eps
@@ -33,29 +34,14 @@ class RMSNorm(nn.Module):
         return normed * (self.weight + self.offset)
 
 
-class Plain(nn.Module):
+def plain() -> Mlp:
     """LayerNorm and two matrices, as in ViT."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.act = nn.LayerNorm(D), nn.Linear(D, H), nn.ReLU()
-        self.down = nn.Linear(H, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.act(self.up(self.norm(x))))
+    return Mlp(nn.ReLU(), D, H, norm=nn.LayerNorm(D))
 
 
-class Gated(nn.Module):
+def gated() -> Mlp:
     """RMSNorm that multiplies by 1 + w, and a gate, as in Gemma."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.act = RMSNorm(1.0), nn.SiLU()
-        self.gate, self.up, self.down = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(x)
-        return x + self.down(self.act(self.gate(n)) * self.up(n))
+    return Mlp(nn.SiLU(), D, H, norm=RMSNorm(1.0), gated=True)
 
 
 def stream() -> Tensor:
@@ -96,7 +82,7 @@ def gated_by_hand(p: dict[str, list], x: Row, d: Row, phi: Callable[[float], flo
     return [v + w for v, w in zip(x, y, strict=True)]
 
 
-BY_HAND = {"plain": (Plain, plain_by_hand, 0.0), "gated": (Gated, gated_by_hand, 1.0)}
+BY_HAND = {"plain": (plain, plain_by_hand, 0.0), "gated": (gated, gated_by_hand, 1.0)}
 
 
 def train(
@@ -182,7 +168,7 @@ def test_finetuning_follows_mixing_and_uplift_step_by_step(kind: str) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_uplift_alone_is_sign_times_the_larger_of_magnitude_and_ramped_floor(offset: float) -> None:
-    model = (Gated() if offset else Plain()).double()
+    model = (gated() if offset else plain()).double()
     start = [-2.0, -0.25, 0.0, 0.5, 1.5]
     model.norm.weight.data.copy_(torch.tensor(start) - offset)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -217,7 +203,7 @@ def test_jsrelu_and_its_slope_jump_at_zero_and_agree_with_the_formula() -> None:
 
 def test_output_biases_are_the_released_programs_variant() -> None:
     """y + d_t in place of x + d_t."""
-    model, x = Plain().double(), stream()
+    model, x = plain().double(), stream()
     before = model(x)
     sparsify(model, ZerothBias(at="output"), inputs=x)
     d = torch.randn(T, D, dtype=torch.float64)
@@ -240,7 +226,7 @@ def test_recipes_hold_the_papers_constants() -> None:
 
 
 def test_the_hoyer_penalty_is_the_mean_over_tokens_of_one_over_h_times_l1_over_l2_squared() -> None:
-    model, x = Gated().double(), stream()
+    model, x = gated().double(), stream()
     handle = sparsify(model, ActivationPenalty("hoyer", weight=0.5), inputs=x)
     model(x)
     p, total = values(model), 0.0

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 
-from actsparse_lab.analysis.effects import Arms
 from actsparse_lab.analysis.findings import findings
 from actsparse_lab.papers.decay import plot
 from actsparse_lab.papers.decay.claims import CONTROL, LEVELS, PARTS, QUICK, arm
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.records import Run
-from tests.papers.made_up import MANIFEST, made_up
+from tests.papers.made_up import MANIFEST, assert_drawn, made_up, with_measures
 
 EXPERIMENT = EXPERIMENTS["decay"]
 DENSITY = {"vanilla": 0.3, "paper": 0.1, CONTROL: 0.2, **dict.fromkeys(PARTS, 0.25)}
@@ -28,8 +26,7 @@ def world(seeds: int = 5, levels: tuple[int, ...] = LEVELS, **changed: float) ->
                 value, quality = dense * (1 + moved), 0.97 + 0.1 * moved
                 run = made_up(arm(name, total), seed, value, quality)
                 measures = {"flatness": 2.0, "input_norm": 40.0, "activation_gradient": 0.1}
-                line = {"step": 300, "measures": measures}
-                runs.append(dataclasses.replace(run, measured=[line]))
+                runs.append(with_measures(run, measures))
     return runs
 
 
@@ -57,11 +54,6 @@ def test_an_effect_by_hand() -> None:
     assert first.effects[3] == pytest.approx(math.log(0.1 * 1.03 / 0.3))
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_pictures_are_pngs_and_there_are_none_of_nothing(dark: bool) -> None:
-    arms = Arms(world(seeds=2))
-    for drawn in (plot.over_decay(arms, dark), plot.parts(arms, dark)):
-        assert drawn is not None
-        assert drawn.startswith(b"\x89PNG")
-    assert plot.over_decay(Arms([]), dark) is None
-    assert plot.parts(Arms([]), dark) is None
+def test_pictures() -> None:
+    for picture in (plot.over_decay, plot.parts):
+        assert_drawn(picture, world(seeds=2))

@@ -6,19 +6,18 @@ import math
 import random
 
 import pytest
-from matplotlib.figure import Figure
 
-from actsparse_lab.analysis.effects import Arms
-from actsparse_lab.analysis.stats import fewest_seeds
+from actsparse_lab.analysis.verdicts import fewest_seeds
 from actsparse_lab.papers import rows_plot
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.finetune.claims import FROM_SPARED, HOYER, PLAIN, RECIPE
 from actsparse_lab.papers.finetune.plot import ROWS
 from actsparse_lab.papers.questions import SPARED
 from actsparse_lab.records import Run
-from tests.papers.made_up import answers, density_of, made_up
+from tests.papers.made_up import answers, assert_drawn, density_of, figure_of, made_up, words
 
 EXPERIMENT = EXPERIMENTS["finetune"]
+PICTURE = EXPERIMENT.pictures[0].plot
 
 INFERENCE, TRAINING, KEPT, LIVING, BESIDE_SPARED, FROM, ALL_SPARED = range(7)
 PENALTY, PENALTY_LIVING, PENALTY_KEPT = range(7, 10)
@@ -89,9 +88,9 @@ def test_an_effect_is_the_log_ratio_of_two_arms_from_one_base() -> None:
 
 
 def test_what_is_sparser_holds_and_a_stronger_baseline_does_not() -> None:
-    words = [each.verdict.word for each in answers(EXPERIMENT, finetuned())]
-    assert {words.pop(PENALTY_LIVING), words.pop(PENALTY)} == {"does not hold here"}
-    assert set(words) == {"holds"}
+    said = words(EXPERIMENT, finetuned())
+    assert {said.pop(PENALTY_LIVING), said.pop(PENALTY)} == {"does not hold here"}
+    assert set(said) == {"holds"}
 
 
 @pytest.mark.parametrize(
@@ -105,8 +104,8 @@ def test_what_is_sparser_holds_and_a_stronger_baseline_does_not() -> None:
     ids=("plain", "spared", "from-spared", "spared-from-spared"),
 )
 def test_a_planted_reversal_turns_round_what_it_bears_on(arm: str, turned: set[int]) -> None:
-    found = answers(EXPERIMENT, finetuned(EFFECTS | {arm: -1.0}))
-    failed = {at for at, each in enumerate(found) if each.verdict.word == "does not hold here"}
+    said = words(EXPERIMENT, finetuned(EFFECTS | {arm: -1.0}))
+    failed = {at for at, word in enumerate(said) if word == "does not hold here"}
     assert failed == turned | {PENALTY, PENALTY_LIVING}
 
 
@@ -150,8 +149,7 @@ def test_dead_units_do_not_count_for_living_density() -> None:
 
 
 def test_few_seeds_and_missing_arms_are_undecided() -> None:
-    found = answers(EXPERIMENT, finetuned(seeds=SEEDS[:-1]))
-    assert {each.verdict.word for each in found} == {"undecided"}
+    assert set(words(EXPERIMENT, finetuned(seeds=SEEDS[:-1]))) == {"undecided"}
     found = answers(EXPERIMENT, [run for run in finetuned() if not run.arm.endswith(FROM_SPARED)])
     lacking = {at for at, each in enumerate(found) if not each.effects}
     assert lacking == {FROM, ALL_SPARED}
@@ -162,21 +160,13 @@ def test_few_seeds_and_missing_arms_are_undecided() -> None:
 # -- the picture ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=("light", "dark"))
-def test_the_picture_is_drawn_where_there_are_runs(dark: bool) -> None:
-    (picture,) = EXPERIMENT.pictures
-    image = picture.plot(Arms(finetuned()), dark)
-    assert image is not None
-    assert image.startswith(b"\x89PNG")
-    assert picture.plot(Arms([]), dark) is None
+def test_the_picture() -> None:
+    assert_drawn(PICTURE, finetuned())
 
 
 def test_a_line_leads_from_the_checkpoint_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(rows_plot, "render", lambda figure, lines: drawn.append(figure) or b"")
     runs = finetuned()
-    EXPERIMENT.pictures[0].plot(Arms(runs), False)
-    density, accuracy = drawn[0].axes
+    density, accuracy = figure_of(monkeypatch, rows_plot, PICTURE, runs).axes
     assert (density.get_xscale(), accuracy.get_xscale()) == ("linear", "linear")
     thick = [line for line in density.lines if line.get_linewidth() == 2.4]
     paths = {round(line.get_ydata()[0], 6): tuple(line.get_xdata()) for line in thick}
@@ -191,12 +181,8 @@ def test_a_line_leads_from_the_checkpoint_to_the_end(monkeypatch: pytest.MonkeyP
 def test_the_axis_fits_all_rows_but_the_penalty_whose_means_stand_at_its_edge(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(rows_plot, "render", lambda figure, lines: drawn.append(figure) or b"")
-    plot = EXPERIMENT.pictures[0].plot
     runs = finetuned()
-    plot(Arms(runs), False)
-    density, accuracy = drawn[0].axes
+    density, accuracy = figure_of(monkeypatch, rows_plot, PICTURE, runs).axes
     rest = [density_of(run) or 0.0 for run in runs if not run.arm.startswith(HOYER)]
     low, high = min(rest), 0.3  # where the denser model began
     margin = 0.08 * (high - low)
@@ -208,5 +194,5 @@ def test_the_axis_fits_all_rows_but_the_penalty_whose_means_stand_at_its_edge(
     assert [text.get_text() for text in density.texts] == notes
     assert not accuracy.texts
     # nothing to note of one that lies among the others
-    plot(Arms(finetuned(EFFECTS | {HOYER: -0.2, f"{HOYER}{FROM_SPARED}": -0.2})), False)
-    assert not drawn[1].axes[0].texts
+    near = finetuned(EFFECTS | {HOYER: -0.2, f"{HOYER}{FROM_SPARED}": -0.2})
+    assert not figure_of(monkeypatch, rows_plot, PICTURE, near).axes[0].texts

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 
-from actsparse_lab.analysis.effects import Arms
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.learning_rate import plot
 from actsparse_lab.papers.learning_rate.claims import BATCHES, RATES, arm
 from actsparse_lab.records import Run
-from tests.papers.made_up import answers, made_up
+from tests.papers.made_up import answers, assert_drawn, made_up, with_measures, words
 
 EXPERIMENT = EXPERIMENTS["learning-rate"]
 
@@ -32,8 +30,7 @@ def world(seeds: int = 5, sign: int = 1) -> list[Run]:
                 run = made_up(arm(rate, batch), seed, dense, 0.98 - 0.001 * r * (1 + seed % 2))
                 flat = dense**2 if sign > 0 else 1 / dense
                 flat *= 1 + 0.001 * seed * b  # no two seeds alike
-                line = {"step": 300, "measures": {"flatness": flat}}
-                runs.append(dataclasses.replace(run, measured=[line]))
+                runs.append(with_measures(run, {"flatness": flat}))
     return runs
 
 
@@ -50,8 +47,8 @@ def test_effects_by_hand() -> None:
 
 
 def test_planted_claims_hold_and_their_reversal_does_not() -> None:
-    assert {each.verdict.word for each in answers(EXPERIMENT, world())} == {"holds"}
-    turned = [each.verdict.word for each in answers(EXPERIMENT, world(sign=-1))]
+    assert set(words(EXPERIMENT, world())) == {"holds"}
+    turned = words(EXPERIMENT, world(sign=-1))
     # flatness now grows with noise, and density too: what is flatter is no longer sparser
     assert turned[:2] == ["does not hold here"] * 2
     assert turned[4] == "does not hold here"
@@ -65,9 +62,5 @@ def test_a_seed_without_one_of_the_nine_drops_out() -> None:
     assert sorted(found[0].effects) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_the_picture_is_a_png_and_there_is_none_of_nothing(dark: bool) -> None:
-    drawn = plot.grid(Arms(world(seeds=2)), dark)
-    assert drawn is not None
-    assert drawn.startswith(b"\x89PNG")
-    assert plot.grid(Arms([]), dark) is None
+def test_the_picture() -> None:
+    assert_drawn(plot.grid, world(seeds=2))

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from actsparse_lab.analysis.effects import Arms
-from actsparse_lab.analysis.findings import Finding
 from actsparse_lab.analysis.plots import Picture
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.pruning.claims import BASES, DROPPED, SPARED, dropping
-from actsparse_lab.records import Entry, RecordWriter, environment, read_runs, run_path
-from tests.papers import made_up
+from actsparse_lab.records import Entry, Run
+from tests.papers.made_up import answers, assert_drawn, effects, made_up, words
 
 EXPERIMENT = EXPERIMENTS["pruning"]
 
 SAVED, SAVED_PAPER, MORE, MORE_SPARED, KEPT, KEPT_PAPER, KEPT_ONE, SOME, FEWER, ERROR, MATTER = (
     range(11)
 )
-PNG = b"\x89PNG"
-HERE = environment(threads=1)
 TOLERANCE = 1e-12  # sums of fewer than ten numbers below 5, a few roundings of 2⁻⁵³ each
 PRODUCTS = ("z = xUᵀ", "y = aVᵀ", "dV = g_yᵀa", "g_a = g_yV", "dx = g_zU", "dU = g_zᵀx")
 
@@ -42,36 +39,20 @@ def trial(density: float, error: float = 0.075, rate: float = 1.0) -> list[Entry
     ]
 
 
-def write(
-    out: Path,
+def made(
     arm: str,
     seed: int,
     quality: float,
     skippable: Entry | None = None,
     tried: dict[int, list[Entry]] | None = None,
-) -> None:
-    """A finished run; ``tried`` are its trials by step."""
-    plain = {"density": 0.9, "derivative_density": 0.4, "dead": 0, "units": 4}
-    shown: Entry = {**plain, "living_density": 0.9, "blocks": []}
-    header = {"task": "digits", "arm": arm, "seed": seed, "config": {}, **HERE}
-    with RecordWriter(run_path(out, arm, seed), header) as record:
-        for step, rows in (tried or {}).items():
-            more = {"curvature": {}, "trials": {"pruning": rows}}
-            record.write("measured", step=step, how={}, measures=None, **more)
-        record.write(
-            "result",
-            split="test",
-            step=400,
-            loss=0.2,
-            quality=quality,
-            quality_name="accuracy",
-            higher_is_better=True,
-            inference=shown,
-            training=shown,
-            skippable=skippable,
-            baselines={},
-            time={"seconds": 1.0},
-        )
+) -> Run:
+    """A finished run; ``tried`` are its trials by step, the last of them 400."""
+    empty = {"how": {}, "measures": None, "curvature": {}}
+    lines = [
+        {"step": step, **empty, "trials": {"pruning": rows}} for step, rows in (tried or {}).items()
+    ]
+    run = made_up(arm, seed, 0.9, quality, skippable=skippable, measured=lines)
+    return replace(run, result=(run.result or {}) | {"step": 400})
 
 
 def exact(density: float, products: bool = True) -> Entry:
@@ -82,12 +63,7 @@ def exact(density: float, products: bool = True) -> Entry:
     return found | ({"products": each} if products else {})
 
 
-def answers(out: Path) -> list[Finding]:
-    return made_up.answers(EXPERIMENT, read_runs(out))
-
-
 def world(
-    out: Path,
     seeds: int = 5,
     density: float = 0.25,
     paper: float = 0.2,
@@ -97,11 +73,12 @@ def world(
     nothing: float = 0.85,
     rate: float = 2.0,
     products: bool = True,
-) -> None:
+) -> list[Run]:
     """All arms; each threshold costs ``lost`` of quality, and ``density`` of η is kept at last.
 
     Of the entries that are not zero e^(−τ) exceeds τ at the start, e^(−rate · τ) at the end.
     """
+    runs = []
     for seed in range(seeds):
         draw = random.Random(f"pruning{seed}")
 
@@ -112,29 +89,33 @@ def world(
         for base, end in densities.items():
             tried = {0: trial(0.5), 400: trial(near(end), near(error), near(rate))}
             own = near(0.95)
-            write(out, base, seed, own, exact(near(end), products), tried)
+            runs.append(made(base, seed, own, exact(near(end), products), tried))
             for threshold in DROPPED:
                 arm = dropping(base, threshold)
-                write(out, arm, seed, own - near(lost), exact(near(end), products))
-        write(out, "no-mlp", seed, near(without))
-        write(out, "vanilla-drop-all", seed, near(nothing), exact(near(0.5), products))
+                runs.append(made(arm, seed, own - near(lost), exact(near(end), products)))
+        runs.append(made("no-mlp", seed, near(without)))
+        dropped = made("vanilla-drop-all", seed, near(nothing), exact(near(0.5), products))
+        runs.append(dropped)
+    return runs
 
 
-def test_effects_by_hand(tmp_path: Path) -> None:
+def test_effects_by_hand() -> None:
     plain, spared = "vanilla", f"vanilla{SPARED}"
     tried = {0: trial(0.5), 200: trial(0.01), 400: trial(0.3, error=0.25, rate=3)}
-    write(tmp_path, plain, 2, 0.9, exact(0.375), tried)
-    late = trial(0.2, error=0.5, rate=2)
-    write(tmp_path, "paper", 2, 0.95, exact(0.25), {0: trial(0.6, rate=0.5), 400: late})
-    write(tmp_path, spared, 2, 0.85, exact(0.3125))
-    write(tmp_path, "vanilla-drop-0.3", 2, 0.89)
-    write(tmp_path, "paper-drop-0.3", 2, 0.96)
-    write(tmp_path, "vanilla-drop-1", 2, 0.87)
-    write(tmp_path, "paper-drop-1", 2, 0.94)
-    write(tmp_path, "vanilla-drop-1-no-1d-decay", 2, 0.86)
-    write(tmp_path, "no-mlp", 2, 0.82)
-    write(tmp_path, "vanilla-drop-all", 2, 0.84, exact(0.5625))
-    found = [answer.effects for answer in answers(tmp_path)]
+    late = {0: trial(0.6, rate=0.5), 400: trial(0.2, error=0.5, rate=2)}
+    runs = [
+        made(plain, 2, 0.9, exact(0.375), tried),
+        made("paper", 2, 0.95, exact(0.25), late),
+        made(spared, 2, 0.85, exact(0.3125)),
+        made("vanilla-drop-0.3", 2, 0.89),
+        made("paper-drop-0.3", 2, 0.96),
+        made("vanilla-drop-1", 2, 0.87),
+        made("paper-drop-1", 2, 0.94),
+        made("vanilla-drop-1-no-1d-decay", 2, 0.86),
+        made("no-mlp", 2, 0.82),
+        made("vanilla-drop-all", 2, 0.84, exact(0.5625)),
+    ]
+    found = effects(EXPERIMENT, runs)
     expected = {
         SAVED: 0.625 - 0.4375,
         SAVED_PAPER: 0.75 - 0.4375,
@@ -157,9 +138,8 @@ def test_arms_are_named_as_in_the_experiment() -> None:
     assert dropping(f"vanilla{SPARED}", 0.3) == "vanilla-drop-0.3-no-1d-decay"
 
 
-def test_what_is_planted_holds(tmp_path: Path) -> None:
-    world(tmp_path)
-    assert {answer.verdict.word for answer in answers(tmp_path)} == {"holds"}
+def test_what_is_planted_holds() -> None:
+    assert set(words(EXPERIMENT, world())) == {"holds"}
 
 
 @pytest.mark.parametrize(
@@ -176,55 +156,34 @@ def test_what_is_planted_holds(tmp_path: Path) -> None:
         pytest.param({"rate": 0.9}, {FEWER}, id="more exceed, of fewer that are not zero"),
     ],
 )
-def test_a_planted_reversal_turns_the_verdict(
-    tmp_path: Path, changed: dict[str, Any], turned: set[int]
-) -> None:
-    world(tmp_path, **changed)
-    words = [answer.verdict.word for answer in answers(tmp_path)]
-    assert {at for at, word in enumerate(words) if word == "does not hold here"} == turned
-    assert {word for at, word in enumerate(words) if at not in turned} == {"holds"}
+def test_a_planted_reversal_turns_the_verdict(changed: dict[str, Any], turned: set[int]) -> None:
+    said = words(EXPERIMENT, world(**changed))
+    assert {at for at, word in enumerate(said) if word == "does not hold here"} == turned
+    assert {word for at, word in enumerate(said) if at not in turned} == {"holds"}
 
 
-def test_seeds_that_lack_what_is_read_drop_out(tmp_path: Path) -> None:
-    world(tmp_path)
-    write(tmp_path, "paper", 1, 0.95, None, {0: trial(0.5), 200: trial(0.2)})  # stops short of 400
-    found = answers(tmp_path)
+def test_seeds_that_lack_what_is_read_drop_out() -> None:
+    short = made("paper", 1, 0.95, None, {0: trial(0.5), 200: trial(0.2)})  # stops short of 400
+    found = answers(EXPERIMENT, [*world(), short])
     without = {SAVED_PAPER, MORE, MORE_SPARED, FEWER, ERROR}
     for at, answer in enumerate(found):
         assert list(answer.effects) == ([0, 2, 3, 4] if at in without else [0, 1, 2, 3, 4])
         assert answer.verdict.word == ("undecided" if at in without else "holds")
 
 
-def test_what_no_gradient_can_tell_is_left_out(tmp_path: Path) -> None:
-    world(tmp_path)
+def test_what_no_gradient_can_tell_is_left_out() -> None:
     unknown = dict.fromkeys(("kept", "error", "cosine", "derivative_density"))
     rows = [row | unknown for row in trial(0.2)]
-    write(tmp_path, "vanilla", 0, 0.95, None, {0: rows, 400: rows})
-    found = answers(tmp_path)
+    runs = [*world(), made("vanilla", 0, 0.95, None, {0: rows, 400: rows})]
+    found = effects(EXPERIMENT, runs)
     for at in (SAVED, MORE, FEWER, ERROR):
-        assert list(found[at].effects) == [1, 2, 3, 4]
+        assert list(found[at]) == [1, 2, 3, 4]
     for picture in EXPERIMENT.pictures:
-        assert picture.plot(Arms(read_runs(tmp_path)), False) is not None
-
-
-def test_no_runs_are_undecided() -> None:
-    found = made_up.answers(EXPERIMENT, [])
-    assert {answer.verdict.word for answer in found} == {"undecided"}
+        assert picture.plot(Arms(runs), False) is not None
 
 
 @pytest.mark.parametrize("picture", EXPERIMENT.pictures, ids=lambda picture: picture.name)
-def test_pictures(tmp_path: Path, picture: Picture) -> None:
-    world(tmp_path / "whole", seeds=2)
-    world(tmp_path / "older", seeds=1, products=False)
-    for base in BASES:
-        write(tmp_path / "bare", base, 0, 0.9)
-    assert picture.plot(Arms([]), False) is None
-    assert picture.plot(Arms(read_runs(tmp_path / "bare")), False) is None
-    for folder in ("whole", "older"):
-        arms = Arms(read_runs(tmp_path / folder))
-        light, dark = picture.plot(arms, False), picture.plot(arms, True)
-        assert light is not None
-        assert dark is not None
-        assert light.startswith(PNG)
-        assert dark.startswith(PNG)
-        assert light != dark
+def test_pictures(picture: Picture) -> None:
+    assert picture.plot(Arms([made(base, 0, 0.9) for base in BASES]), False) is None
+    assert_drawn(picture.plot, world(seeds=2))
+    assert_drawn(picture.plot, world(seeds=1, products=False))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from actsparse_lab.analysis.effects import Arms, Effects
-from actsparse_lab.analysis.findings import findings
+from actsparse_lab.analysis.effects import Arms
 from actsparse_lab.analysis.plots import spread
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.ratio import claims, plot
 from actsparse_lab.records import Run, read_runs
+from tests.papers import made_up
 
 EXPERIMENT = EXPERIMENTS["ratio"]
 
 AddRun = Callable[..., Run]
 QUESTIONS = EXPERIMENT.questions
+effects, words = (partial(read, EXPERIMENT) for read in (made_up.effects, made_up.words))
 ARMS = ("vanilla", "paper", "vanilla-no-1d-decay")
 STEPS = (300, 900, 1500)
 EPOCH = 19
@@ -99,14 +101,6 @@ def planted(add_run: AddRun, measured: Callable[..., Any]) -> Callable[..., list
     return make
 
 
-def effects(runs: list[Run], at: int) -> Effects:
-    return QUESTIONS[at].effects(Arms(runs))
-
-
-def words(runs: list[Run]) -> list[str]:
-    return [found.verdict.word for found in findings(EXPERIMENT, runs, {"seeds": 5}).findings]
-
-
 # -- effects and verdicts ---------------------------------------------------------------------
 
 RATIO, DENSITY, PAPER, SPARED, NUMERATOR, DRAWN, CORRECT, CORRECT_RATIO, IN_EPOCH = range(9)
@@ -139,7 +133,7 @@ def test_effects_are_what_was_planted(planted: Callable[..., list[Run]]) -> None
     by_hand[MATTER] = [0.02 + 0.01 * seed for seed in range(5)]
     assert len(QUESTIONS) == len(by_hand)
     for at, expected in by_hand.items():
-        assert effects(runs, at) == pytest.approx(dict(enumerate(expected)), abs=TOLERANCE, rel=0)
+        assert effects(runs)[at] == pytest.approx(dict(enumerate(expected)), abs=TOLERANCE, rel=0)
 
 
 def test_records_as_they_are_written(theory_runs: Path) -> None:
@@ -147,15 +141,15 @@ def test_records_as_they_are_written(theory_runs: Path) -> None:
     c = AF / (100 density), the input norm 48, the loss 1 / i."""
     runs = read_runs(theory_runs)
     fall = math.log(1 / 6)
-    assert effects(runs, RATIO) == pytest.approx({0: fall, 1: fall}, abs=TOLERANCE, rel=0)
-    assert effects(runs, DENSITY) == pytest.approx({0: fall, 1: fall}, abs=TOLERANCE, rel=0)
-    assert effects(runs, NUMERATOR) == pytest.approx(dict.fromkeys((0, 1), -5 * math.log(10)))
-    assert effects(runs, DRAWN) == {}  # measured lines without measures
-    assert all(effects(runs, at) == {} for at in (CORRECT, CORRECT_RATIO, IN_EPOCH))  # and trials
-    assert effects(runs, NORM) == {0: 0.0, 1: 0.0}
+    assert effects(runs)[RATIO] == pytest.approx({0: fall, 1: fall}, abs=TOLERANCE, rel=0)
+    assert effects(runs)[DENSITY] == pytest.approx({0: fall, 1: fall}, abs=TOLERANCE, rel=0)
+    assert effects(runs)[NUMERATOR] == pytest.approx(dict.fromkeys((0, 1), -5 * math.log(10)))
+    assert effects(runs)[DRAWN] == {}  # measured lines without measures
+    assert all(effects(runs)[at] == {} for at in (CORRECT, CORRECT_RATIO, IN_EPOCH))  # and trials
+    assert effects(runs)[NORM] == {0: 0.0, 1: 0.0}
     gradient = -5 * math.log(10) - fall
-    assert effects(runs, GRADIENT) == pytest.approx({0: gradient, 1: gradient})
-    assert effects(runs, UNFITTED) == effects(runs, GRADIENT)  # no loss is below a tenth
+    assert effects(runs)[GRADIENT] == pytest.approx({0: gradient, 1: gradient})
+    assert effects(runs)[UNFITTED] == effects(runs)[GRADIENT]  # no loss is below a tenth
     assert set(words(runs)) == {"undecided"}
 
 
@@ -198,7 +192,7 @@ def test_windows_that_are_not_fitted_yet(
         for line, loss in zip(run.train, losses, strict=True):
             line["loss"] = loss
     expected = {} if share is None else {0: share * CHANGES["effective_gradient"]}
-    assert effects(runs, UNFITTED) == pytest.approx(expected, abs=TOLERANCE, rel=0)
+    assert effects(runs)[UNFITTED] == pytest.approx(expected, abs=TOLERANCE, rel=0)
 
 
 @pytest.mark.parametrize("end", [pytest.param(0, id="first"), pytest.param(-1, id="last")])
@@ -211,9 +205,9 @@ def test_a_seed_whose_first_or_last_window_lacks_the_number_drops_out(
     lame.train[end]["measures"]["flatness"] = 0.0  # no logarithm
     lame.measured[end]["measures"] = None
     for at in (RATIO, NUMERATOR, DRAWN):
-        assert sorted(effects(runs, at)) == [0, 1, 3, 4]
+        assert sorted(effects(runs)[at]) == [0, 1, 3, 4]
         assert words(runs)[at] == "undecided"
-    assert sorted(effects(runs, DENSITY)) == [0, 1, 2, 3, 4]
+    assert sorted(effects(runs)[DENSITY]) == [0, 1, 2, 3, 4]
 
 
 def test_a_start_where_nothing_is_classified_correctly_is_no_start(
@@ -225,7 +219,7 @@ def test_a_start_where_nothing_is_classified_correctly_is_no_start(
         if run.seed == 3:
             row |= {"correct": 0.0, "flatness": None, "ratio": None}
     for at in (CORRECT, CORRECT_RATIO, IN_EPOCH):
-        assert sorted(effects(runs, at)) == [0, 1, 2, 4]
+        assert sorted(effects(runs)[at]) == [0, 1, 2, 4]
         assert words(runs)[at] == "undecided"
 
 
@@ -233,50 +227,29 @@ def test_too_few_seeds_or_windows_are_undecided(planted: Callable[..., list[Run]
     assert set(words(planted(seeds=4))) == {"undecided"}
     assert set(words([])) == {"undecided"}
     short = [dataclasses.replace(r, train=r.train[:1], measured=[]) for r in planted()]
-    assert all(effects(short, at) == {} for at in range(MATTER))
+    assert all(effects(short)[at] == {} for at in range(MATTER))
 
 
 def test_a_last_line_before_the_end_is_no_last_window(planted: Callable[..., list[Run]]) -> None:
     runs = [dataclasses.replace(run, train=run.train[:-1]) for run in planted()]
-    assert effects(runs, NORMS_APART) == {}
+    assert effects(runs)[NORMS_APART] == {}
 
 
 # -- pictures ---------------------------------------------------------------------------------
 
 PLOTS = [pytest.param(picture.plot, id=picture.name) for picture in EXPERIMENT.pictures]
-Plot = Callable[..., bytes | None]
 
 
 @pytest.mark.parametrize("plot", PLOTS)
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_pictures_are_pngs(planted: Callable[..., list[Run]], plot: Plot, dark: bool) -> None:
-    drawn = plot(Arms(planted(seeds=2)), dark)
-    assert drawn is not None
-    assert drawn.startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("plot", PLOTS)
-def test_no_picture_without_data(plot: Plot, add_run: AddRun) -> None:
-    assert plot(Arms([]), False) is None
+def test_pictures(planted: Callable[..., list[Run]], plot: made_up.Plot, add_run: AddRun) -> None:
+    made_up.assert_drawn(plot, planted(seeds=2))
     assert plot(Arms([add_run("vanilla", 0)]), False) is None
 
 
 @pytest.fixture
-def draw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Figure]]:
+def draw(monkeypatch: pytest.MonkeyPatch) -> Callable[[made_up.Plot, list[Run]], Figure]:
     """Calls a plot and returns its figure."""
-    drawn: list[Figure] = []
-
-    def keep(figure: Figure, lines: Any) -> bytes:
-        drawn.append(figure)
-        return b"kept"
-
-    monkeypatch.setattr(plot, "render", keep)
-
-    def call(plot: Plot, runs: list[Run]) -> Figure:
-        plot(Arms(runs), False)
-        return drawn.pop()
-
-    return call
+    return partial(made_up.figure_of, monkeypatch, plot)
 
 
 def test_parts_begin_at_one_and_end_at_the_geometric_mean_of_their_changes(

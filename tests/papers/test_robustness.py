@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from actsparse_lab.analysis.effects import Arms
-from actsparse_lab.analysis.stats import verdict
+from actsparse_lab.analysis.verdicts import verdict
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.robustness import claims
 from actsparse_lab.papers.robustness.claims import (
@@ -27,7 +27,7 @@ from actsparse_lab.papers.robustness.claims import (
 )
 from actsparse_lab.papers.robustness.plot import SHOWN
 from actsparse_lab.records import Entry, Run
-from tests.papers.made_up import answers
+from tests.papers.made_up import answers, assert_drawn, effects, words
 
 EXPERIMENT = EXPERIMENTS["robustness"]
 
@@ -139,9 +139,7 @@ def test_effects_by_hand() -> None:
     sparing = [checkpoint(600, 0.9, pgd=0.18, x=0.36, d=0.36, weights=0.99)]
     each = {"paper": own, "vanilla": other, CONTROL: spared, "weight-noise": trained}
     each[SPARING] = sparing
-    found = [
-        answer.effects for answer in answers(EXPERIMENT, [made(arm, 3, each[arm]) for arm in each])
-    ]
+    found = effects(EXPERIMENT, [made(arm, 3, each[arm]) for arm in each])
     expected = {
         ATTACK: 0.5 - 0.2,
         FEATURES: 0.625 - 0.6,
@@ -250,18 +248,16 @@ def test_one_run_that_cannot_tell_takes_its_seed_out() -> None:
 
 
 def test_what_is_planted_holds_and_its_reversal_does_not() -> None:
-    assert {each.verdict.word for each in answers(EXPERIMENT, world())} == {"holds"}
-    turned = {each.verdict.word for each in answers(EXPERIMENT, world(sign=-1))}
-    assert turned == {"does not hold here"}
+    assert set(words(EXPERIMENT, world())) == {"holds"}
+    assert set(words(EXPERIMENT, world(sign=-1))) == {"does not hold here"}
 
 
 def words_without(runs: Sequence[Run], change: Callable[[Run], list[Entry]]) -> list[str]:
-    found = answers(EXPERIMENT, [made(run.arm, run.seed, change(run)) for run in runs])
-    return [each.verdict.word for each in found]
+    return words(EXPERIMENT, [made(run.arm, run.seed, change(run)) for run in runs])
 
 
 def test_what_is_missing_is_undecided() -> None:
-    assert {each.verdict.word for each in answers(EXPERIMENT, world(seeds=4))} == {"undecided"}
+    assert set(words(EXPERIMENT, world(seeds=4))) == {"undecided"}
     assert set(words_without(world(), lambda run: [])) == {"undecided"}
     older = words_without(
         world(), lambda run: [{k: v for k, v in e.items() if k != "trials"} for e in run.measured]
@@ -303,18 +299,14 @@ def test_words_stand_in_a_table() -> None:
 # -- pictures ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_pictures_are_drawn_from_whatever_is_there(dark: bool) -> None:
+def test_pictures_are_drawn_from_whatever_is_there() -> None:
     lacking = ("hoyer-no-1d-decay", CONTROL)
-    arms = Arms([run for run in world(seeds=2) if run.arm not in lacking])
     for picture in EXPERIMENT.pictures:
-        drawn = picture.plot(arms, dark)
-        assert drawn is not None
-        assert drawn.startswith(b"\x89PNG")
+        assert_drawn(picture.plot, [run for run in world(seeds=2) if run.arm not in lacking])
 
 
 def test_no_picture_without_data() -> None:
     start = checkpoint(0, 0.1, **dict.fromkeys(DISTURBANCES, 0.1))
-    bare: list[list[Run]] = [[], [made("vanilla", 0, [])], [made("vanilla", 0, [start])]]
+    bare = [[made("vanilla", 0, lines)] for lines in ([], [start])]
     for runs in bare:
         assert [picture.plot(Arms(runs), False) for picture in EXPERIMENT.pictures] == [None, None]

@@ -11,11 +11,12 @@ import torch
 from actsparse.modify import Recipe
 from actsparse_lab.analysis.effects import Arms
 from actsparse_lab.engine.config import RunConfig
-from actsparse_lab.engine.gradient_noise import GradientNoiseConfig
+from actsparse_lab.engine.run_gradient_noise import GradientNoiseConfig
 from actsparse_lab.papers.experiments import EXPERIMENTS
-from actsparse_lab.papers.form import Form, runs_of
 from actsparse_lab.papers.questions import SPARED
+from actsparse_lab.papers.runs import Form, runs_of
 from actsparse_lab.records import Run
+from tests.papers.made_up import words
 
 FULL = Form(full=True, data="images")
 TRAINED = [name for name in EXPERIMENTS if name != "noise"]
@@ -52,7 +53,12 @@ def test_claims_read_arms_that_are_run(name: str) -> None:
         assert question.effects(asked) == {}
         assert asked.names <= run, asked.names - run
         assert asked.names or name == "noise"
-    for picture in EXPERIMENTS[name].pictures:  # they show what there is
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_no_runs_are_undecided_and_not_drawn(name: str) -> None:
+    assert set(words(EXPERIMENTS[name], [])) == {"undecided"}
+    for picture in EXPERIMENTS[name].pictures:
         assert picture.plot(Arms([]), False) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -12,17 +13,17 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from actsparse_lab.analysis.effects import Arms, Effects
-from actsparse_lab.analysis.findings import findings
+from actsparse_lab.analysis.effects import Arms
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.papers.weight_noise import plot
 from actsparse_lab.records import Entry, Run
+from tests.papers import made_up
 
 EXPERIMENT = EXPERIMENTS["weight-noise"]
 
 AddRun = Callable[..., Run]
 Planted = Callable[..., list[Run]]
-QUESTIONS = EXPERIMENT.questions
+effects, words = (partial(read, EXPERIMENT) for read in (made_up.effects, made_up.words))
 QUALITY, MATTER = 10, 11
 # arm: density, Gauss–Newton trace, that with copies, accuracy, of seed 0
 ENDS: dict[str, tuple[float, float, float, float]] = {
@@ -92,21 +93,13 @@ def planted(add_run: AddRun, measured: Callable[..., Any]) -> Planted:
     return make
 
 
-def effects(runs: list[Run], at: int) -> Effects:
-    return QUESTIONS[at].effects(Arms(runs))
-
-
-def words(runs: list[Run]) -> list[str]:
-    return [found.verdict.word for found in findings(EXPERIMENT, runs, {"seeds": 5}).findings]
-
-
 def test_effects_are_what_was_planted(planted: Planted) -> None:
     runs = planted()
-    assert len(QUESTIONS) == len(PAIRS)
+    assert len(EXPERIMENT.questions) == len(PAIRS)
     for at, (arm, other, place) in enumerate(PAIRS):
         pairs = [(of(arm, seed)[place], of(other, seed)[place]) for seed in range(5)]
         by_hand = [a - b if at in (QUALITY, MATTER) else math.log(a / b) for a, b in pairs]
-        assert effects(runs, at) == pytest.approx(dict(enumerate(by_hand)), abs=TOLERANCE, rel=0), (
+        assert effects(runs)[at] == pytest.approx(dict(enumerate(by_hand)), abs=TOLERANCE, rel=0), (
             at
         )
 
@@ -153,7 +146,7 @@ def test_more_than_a_point_is_not_kept(planted: Planted) -> None:
 def test_a_start_is_no_end(planted: Planted) -> None:
     runs = [dataclasses.replace(run, measured=run.measured[:1]) for run in planted()]
     for at in (0, 1, 2):
-        assert effects(runs, at) == {}
+        assert effects(runs)[at] == {}
         assert words(runs)[at] == "undecided"
     assert words(runs)[3] == "holds"
 
@@ -165,23 +158,16 @@ def test_a_seed_that_lacks_a_number_drops_out(planted: Planted) -> None:
     del run.measured[1]["curvature"]["gauss_newton"]
     run.result["inference"]["density"] = 0.0  # no logarithm
     for at in (0, 3):
-        assert sorted(effects(runs, at)) == [0, 1, 2, 4]
+        assert sorted(effects(runs)[at]) == [0, 1, 2, 4]
         assert words(runs)[at] == "undecided"
-    assert sorted(effects(runs, 1)) == [0, 1, 2, 3, 4]
+    assert sorted(effects(runs)[1]) == [0, 1, 2, 3, 4]
     without = [run for run in runs if run.arm != "vanilla"]
-    assert all(effects(without, at) == {} for at in (0, 1, 3, 8, 10, 11))
+    assert all(effects(without)[at] == {} for at in (0, 1, 3, 8, 10, 11))
     assert set(words(planted(seeds=4))) == {"undecided"}
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_the_picture_is_a_png(planted: Planted, dark: bool) -> None:
-    drawn = plot.against_noise(Arms(planted(seeds=2)), dark)
-    assert drawn is not None
-    assert drawn.startswith(b"\x89PNG")
-
-
-def test_no_picture_without_data(add_run: AddRun) -> None:
-    assert plot.against_noise(Arms([])) is None
+def test_the_picture(planted: Planted, add_run: AddRun) -> None:
+    made_up.assert_drawn(plot.against_noise, planted(seeds=2))
     assert plot.against_noise(Arms([add_run("no-mlp", 0, inference=None)])) is None
 
 
@@ -213,8 +199,7 @@ def test_the_picture_shows_means_by_noise(
 def test_panels_without_numbers_are_left_out(
     planted: Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr(plot, "render", lambda figure, _: drawn.append(figure) or b"kept")
-    plot.against_noise(Arms([dataclasses.replace(run, measured=[]) for run in planted(seeds=2)]))
-    titles = [axes.get_title(loc="left") for axes in drawn[0].axes]
+    runs = [dataclasses.replace(run, measured=[]) for run in planted(seeds=2)]
+    panels = made_up.figure_of(monkeypatch, plot, plot.against_noise, runs).axes
+    titles = [axes.get_title(loc="left") for axes in panels]
     assert titles == ["inference density", "accuracy"]

@@ -6,7 +6,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
-from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +35,7 @@ from actsparse_lab.report import (
 from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
 from actsparse_lab.report.benchmark_tables import benchmarks_lead, benchmarks_title, tables_of
 from actsparse_lab.report.benchmarks import Benchmarks, benchmarks_of
+from tests.report.drawn import figures, words
 
 ROOT = Path(__file__).parents[2]
 Draw = Callable[..., Figure | None]
@@ -61,14 +61,7 @@ def called(*words: object) -> Any:
 @pytest.fixture
 def draw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Draw]:
     """Calls a plot and returns its figure, with its legend's lines, laid out but not rendered."""
-    drawn: list[Figure] = []
-
-    def keep(figure: Figure, lines: dict[str, Any]) -> bytes:
-        figure.lines_of_legend = lines
-        drawn.append(figure)
-        return b"kept"
-
-    monkeypatch.setattr(benchmark_plots, "render", keep)
+    drawn = figures(monkeypatch, "render", benchmark_plots)
 
     def call(name: str, found: Benchmarks, dark: bool = False) -> Figure | None:
         drawn.clear()
@@ -107,7 +100,7 @@ def test_lines_and_intervals_are_the_records(
     figure = draw(kind, read(tmp_path, entry), dark)
     assert figure is not None
     (axes,) = figure.axes
-    legend = figure.lines_of_legend
+    legend = figure.beside
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert any(list(line.get_ydata()) == [1, 1] for line in axes.lines)
     intervals = set()
@@ -135,7 +128,7 @@ def test_a_colour_is_of_one_t_in_all_charts(
         colors.append(
             {
                 name: to_hex(line.get_color())
-                for name, line in figure.lines_of_legend.items()
+                for name, line in figure.beside.items()
                 if name.startswith("T = ")
             }
         )
@@ -156,7 +149,7 @@ def test_break_even_is_marked_where_the_record_has_it(
     figure = draw("forward", found)
     assert crosses(figure) == [(0.4, 1.0), (0.8, 1.0)]
     assert figure is not None
-    assert "break-even" in figure.lines_of_legend
+    assert "break-even" in figure.beside
     assert crosses(draw("training", found)) == []  # it lies outside the densities
     assert crosses(draw("memory", found)) == []
     old = benchmarks.mlp()
@@ -164,7 +157,7 @@ def test_break_even_is_marked_where_the_record_has_it(
     figure = draw("forward", read(tmp_path, old))
     assert crosses(figure) == []
     assert figure is not None
-    assert "break-even" not in figure.lines_of_legend
+    assert "break-even" not in figure.beside
 
 
 def test_memory_is_told_in_parts_of_what_dense_keeps(
@@ -173,7 +166,7 @@ def test_memory_is_told_in_parts_of_what_dense_keeps(
     figure = draw("memory", read(tmp_path, benchmarks.mlp()))
     assert figure is not None
     (axes,) = figure.axes
-    found = line_of(axes, figure.lines_of_legend, 197, "screened")
+    found = line_of(axes, figure.beside, 197, "screened")
     assert found.tolist() == [[p, 3200 * p / 2000] for p in (0.05, 0.1, 0.8)]
     assert axes.get_ylim()[0] == 0
     old = benchmarks.mlp()
@@ -204,7 +197,7 @@ def test_density_zero_has_no_place_on_a_log_axis_but_in_the_table(
     found = read(tmp_path, entry)
     figure = draw("forward", found)
     assert figure is not None
-    line = line_of(figure.axes[0], figure.lines_of_legend, 1, "sparse")
+    line = line_of(figure.axes[0], figure.beside, 1, "sparse")
     assert line[:, 0].tolist() == [0.1, 0.8]
     assert tables_of(found)[0].rows[0][1] == "0.000"
 
@@ -219,7 +212,7 @@ def test_compiled_dense_is_drawn_where_it_was_timed(
     found = read(tmp_path, entry)
     figure = draw("forward", found)
     assert figure is not None
-    compiled = line_of(figure.axes[0], figure.lines_of_legend, 1, "compiled")
+    compiled = line_of(figure.axes[0], figure.beside, 1, "compiled")
     assert compiled[:, 1].tolist() == [9, 9, 9]
     assert "forward: compiled" in heads_of(tables_of(found)[0])
     # it is no sparse program: the best of these is 2 · 0.4 / 0.05
@@ -349,12 +342,6 @@ def test_the_terminal_shows_every_row_in_80_columns(
 
 
 # -- the page and the command -----------------------------------------------------------------
-
-
-def words(page: Path) -> str:
-    html = re.sub(r"<(style|title)>.*?</\1>", "", page.read_text("utf-8"), flags=re.DOTALL)
-    text = unescape(re.sub(r"<[^>]+>", " ", html)).replace("\N{NO-BREAK SPACE}", " ")
-    return " ".join(text.split())
 
 
 def test_benchmarks_alone_make_a_page_beside_the_first(

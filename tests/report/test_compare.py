@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actsparse_lab.analysis.comparison import Comparison, compare, loss_drop, to_json
-from actsparse_lab.analysis.stats import t_interval
+from actsparse_lab.analysis.intervals import t_interval
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report.arms_table import markdown_table
 

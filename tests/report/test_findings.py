@@ -28,7 +28,7 @@ from actsparse_lab.analysis.findings import (
     findings,
 )
 from actsparse_lab.analysis.manifest import REPRODUCTION
-from actsparse_lab.analysis.stats import Claim, Verdict
+from actsparse_lab.analysis.verdicts import Claim, Verdict
 from actsparse_lab.papers.experiments import EXPERIMENTS
 from actsparse_lab.records import RecordError, Run, read_runs
 from actsparse_lab.report import findings_in, markdown_reproduction, write_report

@@ -16,7 +16,8 @@ from scipy.stats import t as student
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
-from actsparse_lab.analysis.stats import beyond, t_interval
+from actsparse_lab.analysis.intervals import t_interval
+from actsparse_lab.analysis.verdicts import beyond
 from actsparse_lab.records import RecordError, RecordWriter, read_runs, run_path
 from actsparse_lab.report import boards, markdown_frontier, markdown_scoreboard, write_report
 from actsparse_lab.report.frontier import Board, Row, board

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t as student
 
-from actsparse_lab.analysis.stats import factor
+from actsparse_lab.analysis.intervals import factor
 from actsparse_lab.records import read_runs
 from actsparse_lab.report import markdown_frontier, write_report
 from actsparse_lab.report.frontier_page import sections

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ from actsparse_lab.analysis.comparison import compare
 from actsparse_lab.analysis.theory_plots import THEORY, marchenko_pastur
 from actsparse_lab.records import Run, read_run, read_runs
 from actsparse_lab.report import write_report
+from tests.report.drawn import figures, words
 
 AddRun = Callable[..., Run]
 MeasuredBy = Callable[..., dict[str, Any] | None]
@@ -35,14 +35,7 @@ REFERENCE = next(picture.plot for picture in THEORY if picture.name == "spectra-
 @pytest.fixture
 def draw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Draw]:
     """Calls a plot and returns its figure, laid out but not rendered."""
-    drawn: list[Figure] = []
-
-    def keep(figure: Figure, table: Any) -> bytes:
-        drawn.append(figure)
-        return b"kept"
-
-    monkeypatch.setattr(plots, "png", keep)
-    monkeypatch.setattr(theory, "png", keep)
+    drawn = figures(monkeypatch, "png", plots, theory)
 
     def call(plot: plots.Plot, runs: list[Run], dark: bool = False) -> Figure | None:
         drawn.clear()
@@ -286,12 +279,6 @@ def page(theory_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("page") / "copy"
     shutil.copytree(theory_runs, copy)
     return write_report(copy)
-
-
-def words(page: Path) -> str:
-    html = re.sub(r"<(style|title)>.*?</\1>", "", page.read_text("utf-8"), flags=re.DOTALL)
-    text = unescape(re.sub(r"<[^>]+>", " ", html)).replace("\N{NO-BREAK SPACE}", " ")
-    return " ".join(text.split())
 
 
 def test_the_section_says_what_the_records_say(page: Path) -> None:

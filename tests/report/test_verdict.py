@@ -12,7 +12,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actsparse_lab.analysis.stats import Claim, Verdict, fewest_seeds, t_interval, verdict
+from actsparse_lab.analysis.intervals import t_interval
+from actsparse_lab.analysis.verdicts import Claim, Verdict, fewest_seeds, verdict
 
 FIVE = [1.0, 2.0, 3.0, 4.0, 5.0]  # mean 3, s² = 2.5, half = 2.776445 · sqrt(2.5 / 5) = 1.963243
 

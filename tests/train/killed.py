@@ -37,8 +37,8 @@ from actsparse_lab.data.text import load_documents
 from actsparse_lab.engine import trainer as trainer_module
 from actsparse_lab.engine.checkpoint import newest_whole
 from actsparse_lab.engine.config import RunConfig
-from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, run_gradient_noise
 from actsparse_lab.engine.run import run
+from actsparse_lab.engine.run_gradient_noise import GradientNoiseConfig, run_gradient_noise
 from actsparse_lab.records import RecordWriter, run_path
 from actsparse_lab.tasks import run_config
 from tests.train.crash import Operations, announced, in_child, lose_power

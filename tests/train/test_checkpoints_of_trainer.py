@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from actsparse import Handle, handle_of, load, load_adapter, lora_config, sparsify
+from actsparse import Handle, load, load_adapter, lora_config, sparsify
 from actsparse.train import SparsityCallback
+from tests.modify.test_copies import own
 
 IDS = torch.randint(1, 40, (32, 12), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": row, "labels": row} for row in IDS]
@@ -47,12 +48,6 @@ def trainer(model: Any, out: Path, handle: Handle, steps: int = 6, **options: An
 def logits(model: Any) -> Tensor:
     found: Tensor = model.eval()(**BATCH).logits
     return found
-
-
-def own(model: torch.nn.Module) -> Handle:
-    handle = handle_of(model)
-    assert handle is not None
-    return handle
 
 
 @pytest.mark.parametrize("recipe", ["best", "paper-finetune", "vanilla"])

@@ -18,7 +18,11 @@ from actsparse.observe.spectrum import spectrum
 from actsparse.train import TrainingFailed
 from actsparse_lab.data import load_digits_splits
 from actsparse_lab.data.mnist import TEST, TRAIN
-from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, ResidualMLP, run_gradient_noise
+from actsparse_lab.engine.run_gradient_noise import (
+    GradientNoiseConfig,
+    ResidualMLP,
+    run_gradient_noise,
+)
 from actsparse_lab.records import RecordError, Run, read_run, run_path
 
 TINY: dict[str, Any] = {
@@ -230,7 +234,7 @@ def test_a_weight_that_blows_up_leaves_a_failed_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = lambda logits, labels: 1e35 * cross_entropy(logits, labels)  # noqa: E731
-    monkeypatch.setattr("actsparse_lab.engine.gradient_noise.cross_entropy", large)
+    monkeypatch.setattr("actsparse_lab.engine.run_gradient_noise.cross_entropy", large)
     with pytest.raises(TrainingFailed, match="stopped after 1 steps: a weight or gradient of lay"):
         run_gradient_noise(config(lr=1e10, weight_decay=0.0), tmp_path)
     assert read_run(run_path(tmp_path, "p6", 0)).failed is not None
@@ -239,7 +243,7 @@ def test_a_weight_that_blows_up_leaves_a_failed_record(
 def test_a_layer_without_gradient_has_null_for_its_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actsparse_lab.engine.gradient_noise.relu", lambda z: z * 0)
+    monkeypatch.setattr("actsparse_lab.engine.run_gradient_noise.relu", lambda z: z * 0)
     run = run_gradient_noise(config(), tmp_path)
     for row in layers(run, 5):
         assert row["gradient_anisotropy"] is row["gradient_ks"] is row["gradient_random"] is None

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from actsparse_lab.engine import gradient_noise
 from actsparse_lab.engine import run as run_module
+from actsparse_lab.engine import run_gradient_noise
 from actsparse_lab.engine.folder import alone
 from actsparse_lab.engine.run import run
 from actsparse_lab.records import RecordError, run_path
@@ -55,14 +55,14 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_touched(
 def test_a_run_of_gradient_noise_that_another_process_finished_meanwhile_is_not_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = gradient_noise.GradientNoiseConfig(arm="p4", seed=0, width=4, steps=3)
+    config = run_gradient_noise.GradientNoiseConfig(arm="p4", seed=0, width=4, steps=3)
     done: list[Any] = []
     finished_meanwhile(
         monkeypatch,
-        gradient_noise,
-        lambda: done.append(gradient_noise.run_gradient_noise(config, tmp_path)),
+        run_gradient_noise,
+        lambda: done.append(run_gradient_noise.run_gradient_noise(config, tmp_path)),
     )
-    assert gradient_noise.run_gradient_noise(config, tmp_path) == done[0]
+    assert run_gradient_noise.run_gradient_noise(config, tmp_path) == done[0]
 
 
 def test_a_run_is_one_threads_at_a_time(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from actsparse_lab.analysis.effects import (
     paired,
     within,
 )  # fmt: skip
-from actsparse_lab.analysis.stats import Estimate, margin, quality_verdict, t_interval
+from actsparse_lab.analysis.intervals import Estimate, t_interval
+from actsparse_lab.analysis.verdicts import margin, quality_verdict
 from actsparse_lab.records import Entry, RecordError, Run
 
 REFERENCE = "vanilla"
@@ -44,7 +45,7 @@ class Arm:
     """One row. None where not measured or not applicable (an arm without MLPs, no reference).
 
     ``change`` and the improvements are paired: seed by seed against the reference, seeds both have.
-    ``verdict`` on quality is `stats.quality_verdict`, of a `Comparison` alone.
+    ``verdict`` on quality is `verdicts.quality_verdict`, of a `Comparison` alone.
     """
 
     name: str

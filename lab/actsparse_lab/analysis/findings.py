@@ -2,7 +2,7 @@
 
 `actsparse reproduce NAME` leaves ``reproduction.json`` beside its runs, which says what they are
 of. The claims stand in `actsparse_lab.papers`, a folder for each experiment; the rule that makes a
-verdict of effects is `actsparse_lab.analysis.stats`.
+verdict of effects is `actsparse_lab.analysis.verdicts`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from actsparse_lab.analysis.effects import Arms, Effects
 from actsparse_lab.analysis.numbers import Scale, mean_effect
 from actsparse_lab.analysis.numbers import effect as show_effect
 from actsparse_lab.analysis.plots import Picture
-from actsparse_lab.analysis.stats import Claim, Verdict, verdict
+from actsparse_lab.analysis.verdicts import Claim, Verdict, verdict
 from actsparse_lab.records import Entry, Run
 
 OURS = "ours"  # the source of a control, or of a check of how to read the others

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from actsparse.values import Name, Rule
 from actsparse_lab.analysis.comparison import Comparison
 from actsparse_lab.analysis.effects import number
+from actsparse_lab.analysis.intervals import Estimate, t_interval
 from actsparse_lab.analysis.manifest import read_checked
-from actsparse_lab.analysis.stats import Estimate, t_interval
 from actsparse_lab.records import Entry, RecordError, Run, run_measures_path
 
 KEYS = (

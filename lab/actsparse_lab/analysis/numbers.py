@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from actsparse_lab.analysis.stats import Estimate, Factor
+from actsparse_lab.analysis.intervals import Estimate, Factor
 
 NONE = "–"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

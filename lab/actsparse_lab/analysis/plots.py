@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from actsparse_lab.analysis.comparison import Comparison
+from actsparse_lab.analysis.intervals import Estimate
 from actsparse_lab.analysis.numbers import amount
-from actsparse_lab.analysis.stats import Estimate
 from actsparse_lab.records import Entry, Run
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actsparse.bench.arranged import thresholds
+from actsparse.bench.models_at_density import thresholds
 from actsparse.bench.timing import interleaved, ratio
 from actsparse.kernels import accelerate, prepare, sparse_mlp
 from actsparse.kernels.prepared import Prepared

@@ -1,8 +1,8 @@
 """Whole models on a GPU, dense beside accelerated: tokens or images a second, joules and bytes.
 
-Weights are random, arranged for a density (:mod:`actsparse.bench.arranged`). A Llama-like decoder
-of about 10⁹ parameters with a ReLU, whose MLPs have biases for that, decodes at batch 1, a token a
-CUDA graph; a ViT-B takes batches of images, forward and in training steps.
+Weights are random (:mod:`actsparse.bench.models_at_density`). A Llama-like decoder of about 10⁹
+parameters with a ReLU, whose MLPs have biases for that, decodes at batch 1, a token a CUDA graph; a
+ViT-B takes batches of images, forward and in training steps.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from actsparse import MLPBlock, find_mlp_blocks
-from actsparse.bench.arranged import arrange, arranged, thresholds
 from actsparse.bench.model import _step
+from actsparse.bench.models_at_density import arrange, arranged, thresholds
 from actsparse.kernels import accelerate
 from actsparse.kernels.accelerated import Mode
 from actsparse_lab.bench.gpu_mlp import Place, Program, Row

@@ -13,7 +13,7 @@ import torch
 from actsparse import find_mlp_blocks, observe
 from actsparse.bench.timing import high_water, interleaved, ratio
 from actsparse.observe.curvature import gauss_newton_trace
-from actsparse_lab.bench.training_step import VIT_S
+from actsparse_lab.bench.training_step import VIT_S, vit_batch, vit_s
 
 WATCHED: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -74,23 +74,8 @@ def bench_measures(
     }
 
 
-def _model(activation: str) -> Any:
-    try:
-        from transformers import ViTConfig, ViTForImageClassification
-    except ImportError as error:
-        raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
-    torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(**{**VIT_S, "hidden_act": activation})).train()
-
-
-def _batch(size: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(size, 3, 224, 224, generator=generator)
-    return {"pixel_values": pixels, "labels": torch.randint(0, 1000, (size,), generator=generator)}
-
-
 def _step(measures: tuple[str, ...], size: int, activation: str) -> Callable[[], None]:
-    model, batch = _model(activation), _batch(size)
+    model, batch = vit_s(hidden_act=activation), vit_batch(size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
     if measures:
         observe(model, measures, inputs=batch["pixel_values"][:1])
@@ -113,7 +98,7 @@ def _peak(measures: tuple[str, ...], size: int, activation: str, threads: int) -
 
 
 def _trace(size: int, probes: int, activation: str) -> tuple[Any, float]:
-    model, batch = _model(activation), _batch(size)
+    model, batch = vit_s(hidden_act=activation), vit_batch(size)
     blocks = find_mlp_blocks(model, batch["pixel_values"][:1])
     weights = [f"{layer.name}.weight" for block in blocks for layer in (block.up, block.down)]
 

@@ -33,6 +33,27 @@ PAIRS = [
 ]
 
 
+def vit_s(**config: Any) -> Any:
+    """A ViT-S to train, with random weights; ``config`` changes its sizes.
+
+    Raises:
+        ImportError: transformers is missing (``pip install "actsparse[train]"``).
+    """
+    try:
+        from transformers import ViTConfig, ViTForImageClassification
+    except ImportError as error:
+        raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**VIT_S | config)).train()
+
+
+def vit_batch(size: int) -> dict[str, torch.Tensor]:
+    """Random images [size, 3, 224, 224] and labels [size], the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(size, 3, 224, 224, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.randint(0, 1000, (size,), generator=generator)}
+
+
 def bench_training_step(
     rounds: int = 21,
     batch: int = 2,
@@ -48,29 +69,23 @@ def bench_training_step(
     Raises:
         ImportError: transformers is missing (``pip install "actsparse[train]"``).
     """
-    try:
-        from transformers import ViTConfig, ViTForImageClassification
-    except ImportError as error:
-        raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(batch, 3, 224, 224, generator=generator)
-    labels = torch.randint(0, 1000, (batch,), generator=generator)
+    images = vit_batch(batch)
+    some = images["pixel_values"][:1]
 
     def program(recipe: str | None, compile: bool = False, watch: bool = False) -> Any:
-        torch.manual_seed(0)
-        model = ViTForImageClassification(ViTConfig(**VIT_S)).train()
+        model = vit_s()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
         if recipe == "removed":
-            sparsify(model, "paper", inputs=pixels[:1]).remove()
+            sparsify(model, "paper", inputs=some).remove()
         elif recipe is not None:
-            sparsify(model, recipe, inputs=pixels[:1], optimizer=optimizer)
+            sparsify(model, recipe, inputs=some, optimizer=optimizer)
         if watch:
-            observe(model, ["density"], inputs=pixels[:1])
+            observe(model, ["density"], inputs=some)
         run: nn.Module = torch.compile(model) if compile else model  # type: ignore[assignment]
 
         def step() -> None:
             optimizer.zero_grad()
-            run(pixel_values=pixels, labels=labels).loss.backward()
+            run(**images).loss.backward()
             optimizer.step()
 
         return step

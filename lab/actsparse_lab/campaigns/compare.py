@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from actsparse import files
 from actsparse_lab.engine.folder import Config, check_folder, finished_run
-from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, run_gradient_noise
+from actsparse_lab.engine.run_gradient_noise import GradientNoiseConfig, run_gradient_noise
 from actsparse_lab.records import RecordError, run_path
 
 # A fork of this process would inherit torch's threads, half alive. On Linux workers are forked from

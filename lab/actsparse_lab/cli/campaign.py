@@ -17,7 +17,7 @@ from actsparse_lab.analysis.manifest import Manifest
 from actsparse_lab.campaigns.compare import compare
 from actsparse_lab.cli.progress import called, show, stoppable
 from actsparse_lab.engine.folder import Config, finished_run
-from actsparse_lab.engine.gradient_noise import GradientNoiseConfig, splits_of
+from actsparse_lab.engine.run_gradient_noise import GradientNoiseConfig, splits_of
 from actsparse_lab.engine.tasks import task_of
 from actsparse_lab.packed import record_paths
 

@@ -23,7 +23,7 @@ from rich.text import Text
 from actsparse_lab.campaigns.compare import Event
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.engine.folder import Config
-from actsparse_lab.records import Run, read_run, run_path, write_whole
+from actsparse_lab.records import Entry, Run, read_run, run_path, write_whole
 
 
 def show(events: Iterable[Event], total: int, out: str, console: Console) -> list[Event]:
@@ -113,13 +113,17 @@ def keep_card(run: Run) -> None:
         write_whole(run.path.with_name("README.md"), model_card(run).encode())
 
 
-def _outcome(config: Config, out: str, kind: str) -> str:
-    result = read_run(run_path(out, config.arm, config.seed)).result or {}
+def outcome(result: Entry, before: bool) -> str:
+    """Quality, density and time of a finished run in a line; ``before``: it was done already."""
     said = f"{result['quality_name']} {result['quality']:.4g}"
     if result["inference"] is not None:
         said += f", inference density {result['inference']['density']:.3f}"
-    took = f", {result['time']['seconds']:.0f} s"
-    return said + (", done before" if kind == "skipped" else took)
+    return said + (", done before" if before else f", {result['time']['seconds']:.0f} s")
+
+
+def _outcome(config: Config, out: str, kind: str) -> str:
+    run = read_run(run_path(out, config.arm, config.seed))
+    return outcome(run.result or {}, before=kind == "skipped")
 
 
 def _say(console: Console, line: str, style: str = "") -> None:

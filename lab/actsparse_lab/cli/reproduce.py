@@ -13,7 +13,7 @@ from actsparse_lab.cli.options import Threads
 
 if TYPE_CHECKING:
     from actsparse_lab.cli.campaign import Campaign
-    from actsparse_lab.papers.form import Form
+    from actsparse_lab.papers.runs import Form
 
 
 def reproduce(
@@ -90,7 +90,7 @@ def reproduce(
             typer.echo(f"{each:13} {experiment.title}")
         return
     from actsparse_lab.cli.campaign import exit_if
-    from actsparse_lab.papers.form import Form
+    from actsparse_lab.papers.runs import Form
 
     home = out or Path("runs") / ("reproduce-full" if full else "reproduce")
     alone = name != "all" and out is not None
@@ -116,7 +116,7 @@ def reproduce(
 def _campaign(name: str, form: Form) -> Campaign:
     from actsparse_lab.analysis.manifest import REPRODUCTION
     from actsparse_lab.cli.campaign import Campaign
-    from actsparse_lab.papers.form import runs_of
+    from actsparse_lab.papers.runs import runs_of
 
     again = (*(["--full"] if form.full else []), *(["--data", "DATA"] if form.data else []))
     return Campaign(

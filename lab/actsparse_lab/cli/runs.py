@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from actsparse.cli.measure import saved_model
-from actsparse_lab.packed import RECORD, read_file
-from actsparse_lab.records import Run, read_run, run_measures_path
+from actsparse_lab.packed import RECORD
+from actsparse_lab.records import NoRecord, Run, read_run, run_measures_path
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,10 @@ class RunFolder:
 
 def run_at(folder: Path) -> RunFolder | None:
     """The run in a folder, or None where there is none; its record may be packed."""
-    record = folder / RECORD
     try:
-        read_file(record)
-    except FileNotFoundError:
+        return RunFolder(folder, read_run(folder / RECORD)) if folder.is_dir() else None
+    except NoRecord:
         return None
-    return RunFolder(folder, read_run(record)) if folder.is_dir() else None
 
 
 def weights_in(folder: Path) -> Path:

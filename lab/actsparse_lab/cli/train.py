@@ -62,7 +62,7 @@ def train(
 
     from actsparse.terminal import Terminal
     from actsparse.train.processes import launched
-    from actsparse_lab.cli.progress import called, following, keep_card
+    from actsparse_lab.cli.progress import called, following, keep_card, outcome
     from actsparse_lab.engine.folder import finished_run
     from actsparse_lab.records import run_path
     from actsparse_lab.tasks import run_config
@@ -108,11 +108,7 @@ def train(
     if first:
         keep_card(run)
     result = run.result or {}
-    said = f"{result['quality_name']} {result['quality']:.4g}"
-    if result["inference"] is not None:
-        said += f", inference density {result['inference']['density']:.3f}"
-    said += ", done before" if before else f", {result['time']['seconds']:.0f} s"
-    console.print(said, highlight=False, soft_wrap=True)
+    console.print(outcome(result, before), highlight=False, soft_wrap=True)
     for line in result["time"].get("accelerated", ()):
         console.print(line, highlight=False, soft_wrap=True)
     if json and first:

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, default_dat
 from transformers.trainer_utils import EvalLoopOutput
 
 from actsparse.blocks.block import unwrap
-from actsparse.blocks.running import sites_asleep
+from actsparse.blocks.pass_state import sites_asleep
 from actsparse.train.callback import SparsityCallback
 from actsparse.train.processes import gathered, launched, meet
 from actsparse_lab.data import Stream

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from actsparse_lab.analysis.comparison import Arm, Comparison, compare
+from actsparse_lab.analysis.intervals import Estimate
 from actsparse_lab.analysis.numbers import NONE, change, decimal, percent, quality
-from actsparse_lab.analysis.stats import Estimate
 from actsparse_lab.analysis.tables import Cell, Column, Table
 from actsparse_lab.records import Run
 from actsparse_lab.report.summary import lead, marks, remarks, title

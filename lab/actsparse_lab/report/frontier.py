@@ -37,8 +37,9 @@ from actsparse_lab.analysis.effects import (
     paired,
     within,
 )  # fmt: skip
+from actsparse_lab.analysis.intervals import Estimate, t_interval
 from actsparse_lab.analysis.manifest import FRONTIER
-from actsparse_lab.analysis.stats import Estimate, Word, beyond, every, margin, t_interval
+from actsparse_lab.analysis.verdicts import Word, beyond, every, margin
 from actsparse_lab.records import Entry, Run, read_runs
 from actsparse_lab.report.speed import Speed, read_speeds
 

@@ -16,8 +16,8 @@ from actsparse_lab.analysis.manifest import FRONTIER
 from actsparse_lab.analysis.numbers import NONE, change, decimal, percent, quality, ratio
 from actsparse_lab.analysis.plots import Picture
 from actsparse_lab.analysis.prose import sections as words_of
-from actsparse_lab.analysis.stats import POINTS, SHARE
 from actsparse_lab.analysis.tables import Cell, Column, Table, code, markdown
+from actsparse_lab.analysis.verdicts import POINTS, SHARE
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
 from actsparse_lab.report.frontier import FEWER, KNEE, SPARSE, Board, Row, board, frontiers_in
 from actsparse_lab.report.frontier_plot import FRONTIER_PLOT

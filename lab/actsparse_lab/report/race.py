@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from actsparse_lab.analysis import plots
 from actsparse_lab.analysis.comparison import Comparison
 from actsparse_lab.analysis.effects import Arms
+from actsparse_lab.analysis.intervals import Factor, factor
 from actsparse_lab.analysis.numbers import NONE, decimal, ratio
 from actsparse_lab.analysis.plots import Picture
-from actsparse_lab.analysis.stats import Factor, factor, fewest_seeds
 from actsparse_lab.analysis.tables import Column, Table
+from actsparse_lab.analysis.verdicts import fewest_seeds
 from actsparse_lab.records import Entry, Run
 from actsparse_lab.report.frontier import best_vanilla, higher_is_better
 

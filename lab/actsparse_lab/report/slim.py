@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from actsparse.values import Above0, Count, Name, Share, check
+from actsparse_lab.analysis.intervals import Estimate, Factor, factor, t_interval
 from actsparse_lab.analysis.manifest import read_checked
 from actsparse_lab.analysis.numbers import NONE, amount, change, quality, ratio
 from actsparse_lab.analysis.prose import sections
-from actsparse_lab.analysis.stats import Estimate, Factor, factor, t_interval
 from actsparse_lab.analysis.tables import Column, Table, markdown
 from actsparse_lab.record_schema import Entry
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from actsparse.values import Above0, Count, Name, Share, Text
+from actsparse_lab.analysis.intervals import Factor, factor
 from actsparse_lab.analysis.manifest import read_checked
-from actsparse_lab.analysis.stats import Factor, factor
 from actsparse_lab.record_schema import Entry
 
 SPEED = "speed.json"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from actsparse_lab.analysis.comparison import Arm, Comparison
+from actsparse_lab.analysis.intervals import Estimate
 from actsparse_lab.analysis.numbers import change, counted, decimal, percent
-from actsparse_lab.analysis.stats import Estimate
 
 
 def title(table: Comparison) -> str:

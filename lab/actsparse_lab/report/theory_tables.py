@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from actsparse_lab.analysis.effects import number
+from actsparse_lab.analysis.intervals import Estimate, t_interval
 from actsparse_lab.analysis.measures import Drawn, Identity, Measured, Theory, read_measures
 from actsparse_lab.analysis.numbers import amount
-from actsparse_lab.analysis.stats import Estimate, t_interval
 from actsparse_lab.analysis.tables import Cell, Column, Table
 from actsparse_lab.records import Entry, Run
 

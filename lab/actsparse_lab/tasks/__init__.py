@@ -40,7 +40,7 @@ def run_config(
     ``model`` is for models made anew. ``{seed}`` in ``start`` stands for the seed. ``measures`` may
     name any measure: curvature and trials are moved to the setting ``active``, and density is
     always added. ``quick`` takes the task's form of a few minutes on two cores. ``settings``: those
-    that the papers state, or where their authors' ``"program"`` differs, its own (docs/recipes.md,
+    that the papers state, or where their authors' ``"program"`` differs, its own (docs/training.md,
     "The papers' settings").
 
     Raises `ValueError` for an unknown task, arm or setting, naming the known ones, and for a

@@ -6,7 +6,7 @@ from itertools import product
 
 from actsparse.modify import Modification, NormFloor, SwapActivation, ZerothBias
 from actsparse_lab.papers.ablation.claims import combination
-from actsparse_lab.papers.form import Form, Stages, arm_of, with_controls
+from actsparse_lab.papers.runs import Form, Stages, arm_of, with_controls
 
 
 def runs(form: Form) -> Stages:

@@ -1,7 +1,7 @@
 """The papers' recipe against the decay of norm scales over a whole training.
 
 Weight decay shrinks norm scales by a share of Σ lr·decay over the steps, and the norm floor undoes
-that. The sum is 2 to 6 in short trainings and about 84 in the papers' ImageNet recipe (arXiv
+that. The sum is 2 to 6 in short trainings and about 84 in the papers' ImageNet training (arXiv
 2309.03004, "v1"; 2605.25612, "v2"). So each arm is trained at several sums, by as many steps at one
 learning rate and decay.
 

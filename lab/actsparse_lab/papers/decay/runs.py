@@ -5,7 +5,7 @@ from __future__ import annotations
 from actsparse.modify import NormFloor, SwapActivation, ZerothBias
 from actsparse_lab.engine.folder import Config
 from actsparse_lab.papers.decay.claims import LEVELS, QUICK, arm, parts_at
-from actsparse_lab.papers.form import Form, Stages, arm_of, named
+from actsparse_lab.papers.runs import Form, Stages, arm_of, named
 from actsparse_lab.tasks import config_of
 
 BRINGS_DATA = True  # both forms are on digits

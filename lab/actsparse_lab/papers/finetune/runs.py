@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actsparse_lab.papers.finetune.claims import FROM_SPARED, HOYER, PLAIN, RECIPE
-from actsparse_lab.papers.form import Form, Stages, named, sparing
+from actsparse_lab.papers.runs import Form, Stages, named, sparing
 
 
 def runs(form: Form) -> Stages:

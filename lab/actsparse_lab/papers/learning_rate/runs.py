@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from actsparse_lab.papers.form import Form, Stages, named
 from actsparse_lab.papers.learning_rate.claims import BATCHES, RATES, arm
+from actsparse_lab.papers.runs import Form, Stages, named
 
 DECAY = {
     "weight_decay": 0.05

@@ -7,8 +7,8 @@ from typing import Any
 from actsparse.activations import shifted_s_shape
 from actsparse.modify import LeaveOutMLP, Modification, SwapActivation, ZerothBias
 from actsparse_lab.engine.folder import Config
-from actsparse_lab.papers.form import Form, Stages, arm_of
 from actsparse_lab.papers.manipulate.claims import DECAYED, SHIFTS
+from actsparse_lab.papers.runs import Form, Stages, arm_of
 
 
 def runs(form: Form) -> Stages:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actsparse_lab.engine.gradient_noise_config import GradientNoiseConfig
-from actsparse_lab.papers.form import Form, Stages
+from actsparse_lab.papers.runs import Form, Stages
 
 
 def runs(form: Form) -> Stages:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from actsparse.modify import PruneGradient
-from actsparse_lab.papers.form import Form, Stages, arm_of, named, sparing
 from actsparse_lab.papers.pruning.claims import BASES, DROPPED, NONE, dropping
+from actsparse_lab.papers.runs import Form, Stages, arm_of, named, sparing
 from actsparse_lab.tasks.arms import ARMS
 
 ALL = 1e6  # a threshold that no entry passes: the largest is at most √entries times the rms

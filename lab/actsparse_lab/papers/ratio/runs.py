@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actsparse_lab.papers.form import Form, Stages, named, with_controls
+from actsparse_lab.papers.runs import Form, Stages, named, with_controls
 
 EPOCH = {False: 19, True: 78}  # steps that see every training image once; True: of the full form
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actsparse_lab.papers.form import Form, Stages, named
+from actsparse_lab.papers.runs import Form, Stages, named
 
 # such that vanilla keeps neither all of its accuracy nor none (seed 100)
 SIZES = {"x": (1.0, 2.0), "d": (2.0,), "weights": (1.0, 2.0)}

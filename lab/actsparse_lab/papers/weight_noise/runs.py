@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actsparse.modify import WeightNoise
-from actsparse_lab.papers.form import Form, Stages, arm_of, named, with_controls
+from actsparse_lab.papers.runs import Form, Stages, arm_of, named, with_controls
 
 
 def runs(form: Form) -> Stages:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actsparse.bench.arranged import CLOSE, arrange, arranged, check, thresholds
+from actsparse.bench.models_at_density import CLOSE, arrange, arranged, check, thresholds
 
 TINY: dict[str, dict[str, Any]] = {
     "vit-b": {

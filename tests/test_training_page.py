@@ -1,23 +1,21 @@
-"""docs/recipes.md says what the records and the program say, and its example runs."""
+"""docs/training.md says what the records and the program say, and its example runs."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from actsparse.cli.main import app
 from actsparse_lab.cli.options import chosen
 from actsparse_lab.records import read_runs
 from actsparse_lab.report import compare, markdown_table
 from actsparse_lab.tasks import TASK_SETTINGS, arm_named, run_config
+from tests.test_docs import parsed
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TABLES = dict(re.findall(r"<!-- records: (\S+) -->\n(.*?)<!-- end of records -->", TEXT, re.DOTALL))
 COMMANDS = re.findall(r"^    (?:torchrun .* -m )?(actsparse (?:train|compare) .*)$", TEXT, re.M)
@@ -61,24 +59,21 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(code, "recipes.md", "exec"), names)
+    exec(compile(code, "training.md", "exec"), names)
     assert type(names["plain"]).__name__ == "ViTForImageClassification"
     assert "zeroth_bias" in " ".join(name for name, _ in names["again"].named_parameters())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_parse_and_name_what_exists(command: str) -> None:
-    group: Any = typer.main.get_command(app)
-    _, verb, *arguments = shlex.split(command)
-    with group.make_context("actsparse", [verb, *arguments]) as context:
-        options = group.get_command(context, verb).make_context(verb, arguments).params
+    _, options = parsed(command)
     own = {name: options[name] for name in ("quick", "data", "steps", "given")}
     overrides, _ = chosen(options["task"], file=options["config"], whose=options["settings"], **own)
     assert run_config(options["task"], options.get("arm") or "vanilla", 0, **overrides).task
     assert len(COMMANDS) >= 5
 
 
-def test_every_recipe_and_arm_of_finetuning_is_on_the_page() -> None:
+def test_every_task_and_arm_of_finetuning_is_on_the_page() -> None:
     words = set(re.findall(r"`([^`\n]+)`", TEXT))
     assert set(TASK_SETTINGS) - words == set()
     for arm in re.findall(r"`([a-z0-9-]+-finetune)`", TEXT):

@@ -20,25 +20,16 @@ from actsparse import (
     observe,
     sparsify,
 )
-from actsparse.blocks.running import sites_asleep
+from actsparse.blocks.pass_state import sites_asleep
+from tests.mlp import Mlp
 
 
 class Halt(Exception):
     """Breaks a pass off."""
 
 
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.act = nn.Linear(8, 32), nn.Linear(8, 32), nn.ReLU()
-        self.down = nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.act(self.gate(x)) * self.up(x))
-
-
 def gated() -> nn.Module:
-    return nn.Sequential(Gated(), Gated()).eval()
+    return nn.Sequential(*(Mlp(nn.ReLU(), 8, 32, gated=True) for _ in range(2))).eval()
 
 
 def plain(act: type[nn.Module]) -> nn.Module:
