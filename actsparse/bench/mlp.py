@@ -319,7 +319,7 @@ def _compare(programs: dict[str, Callable[[], object]], rounds: int, work: float
     others = [*dense, "sparse", "screened", *(["bfloat16"] if halves else [])]
     return {
         "best_dense": best,
-        "gflops": round(work / seconds[best], 1),
+        "gflops": work / seconds[best],
         "seconds": seconds,
         "ratios": [asdict(ratio(times, "dense", name)) for name in others if name != best],
     }

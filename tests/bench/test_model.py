@@ -21,8 +21,9 @@ from tests.bench.test_models_at_density import TINY
 
 KEYS = {
     "density", "blocks", "after", "error", "seconds", "ratios", "ran", "mlps", "mlp_ratio",
-    "mlp_share", "amdahl", "reached",
+    "mlp_share", "amdahl", "reached", "best_dense",
 }  # fmt: skip
+PROGRAMS = ("dense", "layers", "dense programs", "accelerated")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -44,7 +45,7 @@ def test_a_row_holds_what_was_timed_and_its_limits(name: str) -> None:
     assert row["error"].pop("tokens", 0) == 0
     assert all(value <= 1000 * EPS for value in row["error"].values())
     assert {"logits"} < row["error"].keys() or name == "t5-base"
-    assert row["seconds"].keys() == {"dense", "accelerated", CUT}
+    assert row["seconds"].keys() == {*PROGRAMS, CUT}
     dense, cut = row["seconds"]["dense"], row["seconds"][CUT]
     assert [each["to"] for each in row["ratios"]] == ["accelerated", CUT]
     assert row["mlp_share"] == pytest.approx(1 - cut / dense)
@@ -194,7 +195,7 @@ def test_a_trained_model_is_timed_as_it_is(tmp_path: Path) -> None:
     assert (told["task"], told["arm"], told["rows"], told["batch"]) == ("digits", "paper", 300, 16)
     for phase in ("inference", "training"):
         assert 0 < told[phase]["density"] < 1
-        assert told[phase]["seconds"].keys() == {"dense", "accelerated", CUT}
+        assert told[phase]["seconds"].keys() == {*PROGRAMS, CUT}
         assert [each["to"] for each in told[phase]["ratios"]] == ["accelerated", CUT]
     kept = [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
     result = next(line for line in kept if line["kind"] == "result")

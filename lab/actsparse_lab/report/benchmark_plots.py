@@ -28,7 +28,7 @@ from actsparse_lab.report.benchmarks import PROGRAMS, Benchmarks, Ratio, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DASH: dict[str, Any] = dict(zip(PROGRAMS, ("--", "-", ":"), strict=True))
+DASH: dict[str, Any] = dict(zip(PROGRAMS, ("--", "-", ":", "-."), strict=True))
 LEGEND, PANEL = 1.7, 2.9  # inches below, and of each record's panel
 BAR = 0.52  # inches of a whole model's bar
 KEPT = "memory kept for backward, dense = 1"

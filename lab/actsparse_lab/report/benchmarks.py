@@ -86,7 +86,8 @@ class Row:
     """One MLP at T tokens and a density.
 
     ``dense`` is in seconds, ``best_dense`` says which program that was and its GFLOP/s, and
-    ``ratios`` are of dense to each program, all by kind: forward, training. ``memory`` is what each program keeps for backward, dense = 1; empty if unknown.
+    ``ratios`` are of dense to each program, all by kind: forward, training. ``memory`` is what
+    each program keeps for backward, dense = 1; empty if unknown.
     """
 
     tokens: int
