@@ -1,10 +1,10 @@
 """The products of a sparse MLP as PyTorch operators: compiled kernels, fakes and autograd.
 
 Packed entries are three tensors (pointer, index, value) as :mod:`actsparse.kernels.pack` defines
-them. Each operator runs the C++ kernels on float32 and bfloat16 CPU tensors where those are built, the Triton
-kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning: products with
-exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or by
-columns. What is kept for backward is the entries.
+them. Each operator runs the C++ kernels on float32 and bfloat16 CPU tensors where those are built,
+the Triton kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning:
+products with exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous
+by rows or by columns. What is kept for backward is the entries.
 
 What does not fit raises RuntimeError, whichever of them would run: the compiled kernels check for
 themselves, and :mod:`actsparse.kernels.checks` does it before the others.
@@ -46,7 +46,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
             "activation must be a form of ReLU, JSReLU or squared ReLU, and codes none or the 3 of "
             f"quantise; they are {activation!r} and {len(codes)} tensors"
         )
-    if not backends.native(x, up, bias):
+    if not codes or not backends.native(x, up, bias):
         checks.linear(x, up, bias)
     if backends.native(x, up, bias):
         how = (form.act or 0, form.floor)  # 0: ReLU, which is z above the floor
@@ -305,7 +305,7 @@ def _(
     n: int,
     turned: bool = False,
 ) -> Tensor:
-    m = rows.shape[1]
+    m = rows.shape[-1]
     return value.new_empty(m, n).t() if turned else value.new_empty(n, m)
 
 
