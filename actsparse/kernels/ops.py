@@ -268,7 +268,8 @@ def multiply(
 
     ``turned``: lay the result out by columns, as a gradient of a weight that is laid out so.
     """
-    return _multiply(pointer, index, value, rows, bias, n, rows.shape[-1], turned)
+    d = checks.sizes_of("rows", rows)[1]
+    return _multiply(pointer, index, value, rows, bias, n, d, turned)
 
 
 def _multiply(
@@ -305,7 +306,7 @@ def _(
     n: int,
     turned: bool = False,
 ) -> Tensor:
-    m = rows.shape[-1]
+    m = rows.shape[1]
     return value.new_empty(m, n).t() if turned else value.new_empty(n, m)
 
 

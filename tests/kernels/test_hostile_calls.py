@@ -73,7 +73,6 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         **{f"actsparse_cpu::{name}": called[f"actsparse::{name}"] for name in same},
         "actsparse_cpu::multiply": (pointer, index, value, rows, down_bias, N, D, True),
         "actsparse_cpu::multiply (panels)": (pointer, index, value, panels, down_bias, N, D, False),
-        "actsparse_cpu::sample (panels)": (pointer, index, x, panels, bias),
         "actsparse_cpu::pack": (z, 1, 0.1),
         "actsparse_cpu::panels": (rows,),
         "actsparse_cpu::quantise": (up,),
