@@ -98,6 +98,8 @@ def rows_of(down: Tensor, rows: Tensor | None, value: Tensor) -> Tensor:
     if rows is None:
         return down.t()
     if rows.dim() == 3:  # panels, which the compiled kernels check
+        if rows.shape[1] != down.shape[1]:
+            raise RuntimeError(f"rows must be panels of {down.shape[1]} rows; {_it_is(rows)}")
         return rows
     if rows.shape != down.shape[::-1]:
         require("rows", rows, tuple(down.shape[::-1]), down, down.dtype)

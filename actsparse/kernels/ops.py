@@ -46,7 +46,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
             "activation must be a form of ReLU, JSReLU or squared ReLU, and codes none or the 3 of "
             f"quantise; they are {activation!r} and {len(codes)} tensors"
         )
-    if not backends.native(x, up, bias):
+    if not codes or not backends.native(x, up, bias):
         checks.linear(x, up, bias)
     if backends.native(x, up, bias):
         how = (form.act or 0, form.floor)  # 0: ReLU, which is z above the floor
@@ -268,7 +268,8 @@ def multiply(
 
     ``turned``: lay the result out by columns, as a gradient of a weight that is laid out so.
     """
-    return _multiply(pointer, index, value, rows, bias, n, rows.shape[-1], turned)
+    d = checks.sizes_of("rows", rows)[1]
+    return _multiply(pointer, index, value, rows, bias, n, d, turned)
 
 
 def _multiply(

@@ -38,12 +38,16 @@ def keeps() -> Tensor:
     return keep
 
 
-def calls() -> dict[str, tuple[Any, ...]]:
+def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
     """A right call of every operator."""
-    x, up, bias, rows, down_bias = (torch.randn(*s) for s in [(N, D), (H, D), (H,), (H, D), (D,)])
+
+    def drawn(*sizes: int) -> Tensor:
+        return torch.randn(*sizes).to(dtype)
+
+    x, up, bias, rows, down_bias = (drawn(*s) for s in [(N, D), (H, D), (H,), (H, D), (D,)])
     pointer, index = packing.pack(keeps())
-    value, two, one, grad = (torch.randn(n) for n in (len(index), N, N, N))
-    a, slope = torch.randn(2, N, H)
+    value, two, one, grad = (drawn(n) for n in (len(index), N, N, N))
+    a, slope = drawn(2, N, H)
     down = rows.t().contiguous()
     called = {
         "actsparse::pack": (x, up, bias, [], "jsrelu"),
@@ -55,38 +59,43 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "actsparse::row_sums": (pointer, value, N),
         "actsparse::row_norms": (pointer, value, N),
         "actsparse::row_norms_backward": (pointer, value, two.abs(), one, grad),
-        "actsparse::turned": (rows,),
     }
     if not backends.loaded():
         return called
-    codes = ops.quantise(up)
-    z = x @ up.t()
-    same = ("by_unit", "row_sums", "row_norms", "row_norms_backward", "turned", "sample")
+    codes, panels = ops.quantise(up), ops.panels(rows)
+    z, second = x @ up.t(), drawn(H, D)
+    same = ("by_unit", "row_sums", "row_norms", "row_norms_backward", "sample")
     return called | {
         "actsparse::quantise": (up,),
+        "actsparse::panels": (rows,),
+        "actsparse::project (panels)": (pointer, index, value, down, panels, down_bias, N),
         "actsparse::pack (screened)": (x, up, bias, codes, "jsrelu"),
         **{f"actsparse_cpu::{name}": called[f"actsparse::{name}"] for name in same},
-        "actsparse_cpu::multiply": (pointer, index, value, rows, down_bias, N, True),
-        "actsparse_cpu::pack": (x, up, bias, 1, 0.1),
+        "actsparse_cpu::multiply": (pointer, index, value, rows, down_bias, N, D, True),
+        "actsparse_cpu::multiply (panels)": (pointer, index, value, panels, down_bias, N, D, False),
+        "actsparse_cpu::pack": (z, 1, 0.1),
+        "actsparse_cpu::panels": (rows,),
         "actsparse_cpu::quantise": (up,),
         "actsparse_cpu::fingerprint": (up,),
         "actsparse_cpu::screen": (x, up, bias, *codes, 1, 0.1),
         "actsparse_cpu::candidates": (x, up, bias, *codes, 0.1),
-        "actsparse_cpu::forward": (z, bias, rows, down_bias, 2, 0.1),
-        "actsparse_cpu::forward_screened": (x, up, bias, *codes, rows, down_bias, 0, 0.1),
+        "actsparse_cpu::forward": (z, x, second, bias, rows, down_bias, D, 2, 0.1),
+        "actsparse_cpu::forward_screened": (
+            x, up, bias, *codes, second, bias, panels, down_bias, D, 0, 0.1,
+        ),
         "actsparse_cpu::level": (-1,),
     }
 
 
 # what no other argument says: another number there is another right call
 FREE_ROWS = {("pack", "x"), ("screen", "x"), ("candidates", "x"), ("forward_screened", "x")}
-FREE_ROWS |= {("forward", "z")}
-FREE_SIZES = {("turned", "matrix"), ("quantise", "up"), ("fingerprint", "weight")}
-FREE_DTYPES = {"turned", "by_unit", "row_sums", "row_norms"}  # of PyTorch's own operators
+FREE_SIZES = {("panels", "matrix"), ("quantise", "up"), ("fingerprint", "weight"), ("pack", "z")}
+FREE_DTYPES = {"by_unit", "row_sums", "row_norms"}  # of PyTorch's own operators
+COMPILED = (torch.float32, torch.bfloat16)
 
 
 def misaligned(t: Tensor) -> Tensor:
-    memory = bytearray(b"?" + t.contiguous().numpy().tobytes())
+    memory = bytearray(b"?" + t.contiguous().view(torch.uint8).numpy().tobytes())
     return torch.frombuffer(memory, dtype=t.dtype, offset=1).view(t.shape)
 
 
@@ -134,9 +143,11 @@ def wrong(op: str, name: str, t: Tensor) -> Iterator[tuple[str, Any]]:
     """What is not right in place of t, whatever the other arguments."""
     public = op.startswith("actsparse::")
     bare = op.split("::")[1].split(" ")[0]
-    for dtype in (torch.float64, torch.bfloat16, torch.half, torch.bool, torch.int64, torch.int32,
-                  torch.uint8, torch.int8, torch.complex64):  # fmt: skip
-        free = public and bare in FREE_DTYPES and dtype.is_floating_point
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.half, torch.bool, torch.int64,
+                  torch.int32, torch.uint8, torch.int8, torch.complex64):  # fmt: skip
+        free = (public and bare in FREE_DTYPES and dtype.is_floating_point) or (
+            dtype in COMPILED and (bare in FREE_DTYPES or (bare, name) in FREE_SIZES)
+        )
         if dtype is not t.dtype and not (free and t.is_floating_point()):
             yield str(dtype), t.to(dtype)
     yield "a scalar", t.flatten()[0].clone()
@@ -186,10 +197,11 @@ def changed(t: Tensor, place: int, number: int) -> Tensor:
 WHOLE = (-1, 0, N + 1, N - 1, H + 1, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 WRONG: dict[str, tuple[Any, ...]] = {
     "n": WHOLE,
+    "d": (-1, 0, D - 1, D + 1, 2**31 - 1, 2**31, 2**62, 2**63 - 1, -(2**63)),
     "units": (-1, 0, H - 1, H + 1, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -(2**63)),
     "act": (-1, 3, 2**40, -(2**63)),
     "floor": (-1.0, float("nan"), float("-inf")),
-    "wanted": (3, 7, 2**40),
+    "wanted": (4, 7, 2**40),
     "activation": ("", "gelu", "nothing", "relu(threshold=nan)", "relu(threshold=-1)", None),
     "turned": ("yes",),
 }
@@ -241,8 +253,12 @@ def flat(result: Any) -> list[Any]:
     return [result] if isinstance(result, (Tensor, int)) else list(result)
 
 
-def names_of_this_way(way: str) -> list[str]:
-    return [name for name in calls() if way != "reference" or name.startswith("actsparse::")]
+def calls_of_this_way(way: str, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    return {
+        name: call
+        for name, call in calls(dtype).items()
+        if way != "reference" or name.startswith("actsparse::")
+    }
 
 
 @pytest.mark.skipif(not backends.loaded(), reason="no compiled kernels here")
@@ -257,10 +273,10 @@ def test_every_operator_is_called() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
-def test_what_does_not_fit_is_refused_by_name(way: str) -> None:
+@pytest.mark.parametrize("dtype", COMPILED)
+def test_what_does_not_fit_is_refused_by_name(way: str, dtype: torch.dtype) -> None:
     count = 0
-    for name in names_of_this_way(way):
-        arguments = calls()[name]
+    for name, arguments in calls_of_this_way(way, dtype).items():
         known = "|".join(argument.name for argument in schema(name))
         operator(name)(*arguments)
         for argument, kind, call in hostile(name, arguments):
@@ -272,10 +288,12 @@ def test_what_does_not_fit_is_refused_by_name(way: str) -> None:
     assert count > 500
 
 
-def test_any_layout_gives_the_numbers_of_a_plain_copy_or_is_refused(way: str) -> None:
-    taken = 0
-    for name in names_of_this_way(way):
-        arguments = calls()[name]
+@pytest.mark.parametrize("dtype", COMPILED)
+def test_any_layout_gives_the_numbers_of_a_plain_copy_or_is_refused(
+    way: str, dtype: torch.dtype
+) -> None:
+    taken, near = 0, 1e-5 if dtype is torch.float32 else 0.02
+    for name, arguments in calls_of_this_way(way, dtype).items():
         for place, given in enumerate(arguments):
             if not isinstance(given, Tensor):
                 continue
@@ -293,7 +311,7 @@ def test_any_layout_gives_the_numbers_of_a_plain_copy_or_is_refused(way: str) ->
                 for result, want in zip(results, wanted, strict=True):
                     if isinstance(result, Tensor):
                         result = result.detach().as_subclass(Tensor)
-                        assert torch.allclose(result, want, 1e-5, 1e-5), f"{name}: {kind}"
+                        assert torch.allclose(result, want, near, near), f"{name}: {kind}"
                     else:
                         assert result == want, f"{name}: {kind}"
     assert taken > 50
@@ -359,7 +377,7 @@ malloc = ctypes.CDLL(None).malloc
 malloc.restype = ctypes.c_void_p
 entries = (ctypes.c_float * 64).from_address(malloc(16))
 t = torch.from_numpy(numpy.ctypeslib.as_array(entries)).view(8, 8)
-torch.ops.actsparse_cpu.turned(t)
+torch.ops.actsparse_cpu.panels(t)
 """
 
 

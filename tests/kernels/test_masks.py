@@ -68,7 +68,7 @@ def assert_same_as_float64(
     exact = [t.detach().double().requires_grad_() for t in leaves]
     wide = dict(zip(w, exact[1:], strict=True))
     keep = options.pop("keep", None)
-    ready = prepare(w["down"], w.get("gate", w["up"]))
+    ready = prepare(w["down"], w["up"], w.get("gate"))
     given = ready if screen else None  # the copies serve training as well
     y = sparse_mlp(x, **w, activation=activation, screen=screen, prepared=given, **options)
     want = dense(exact[0], wide, activation, keep)
@@ -348,7 +348,7 @@ def test_every_operator_passes_opcheck() -> None:
         "row_sums": [(by_unit[0], by_unit[2], 70)],
         "row_norms": [(pointer, learns, 5)],
         "row_norms_backward": [(pointer, value, torch.ones(5), *torch.randn(2, 5))],
-        "turned": [(fixed,)],
+        "panels": [(fixed,)] if backends.loaded() else [],
         "quantise": [(fixed,)] if backends.loaded() else [],
     }  # fmt: skip
     registered = {
@@ -368,8 +368,10 @@ def test_every_operator_passes_opcheck() -> None:
     if backends.loaded():
         kernels, checks = torch.ops.actsparse_cpu, static[:2]
         for act in range(len(forms.FUSED)):
-            z, b = (x @ up.t()).detach(), bias.detach()
-            arguments = (z, b, rows, down_bias.detach(), act, 0.1)
-            torch.library.opcheck(kernels.forward.default, arguments, test_utils=checks)
-            arguments = (x.detach(), fixed, b, *codes, rows, None, act, 0.1)
-            torch.library.opcheck(kernels.forward_screened.default, arguments, test_utils=checks)
+            flat, b = x.detach(), bias.detach()
+            for second in ((None, None), (fixed, b)):
+                rest = (*second, ops.panels(rows), down_bias.detach(), 6, act, 0.1)
+                arguments = (flat @ fixed.t(), flat, *rest)
+                torch.library.opcheck(kernels.forward.default, arguments, test_utils=checks)
+                arguments = (flat, fixed, b, *codes, *rest)
+                torch.library.opcheck(kernels.forward_screened.default, arguments, test_utils=checks)

@@ -40,6 +40,7 @@ std::tuple<Tensor, Tensor> candidates(const Tensor& x, const Tensor& up, const M
   return by_dtype("x", x, [&, tokens = tokens, d = d](auto e) {
     using E = decltype(e);
     require<E>("x", x, {tokens, d});
+    by_columns<E>("up", up, s.units, d);
     require<E>("bias", bias, s.units);
     const auto plus = floats<E>(bias, s.units, s.units);
     return candidates_of<E>(x, d, get(plus), {codes, shift, bounds}, s, Phi(kReLU, floor).floor);

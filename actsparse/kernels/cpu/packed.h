@@ -179,6 +179,7 @@ class Sums {
       return;
     }
     const Panels<E> panels(name, right, rows, d);
+    if (!d) std::fill_n(sums_.get(), a.pointer[n * a.blocks] + 8 * n * of_ + 16, 0.f);
     const int64_t stride = panels.count * kPanel<E>;
     std::optional<Scratch<E>> padded;  // the last panel reads whole pieces
     if (stride != d) {
@@ -270,8 +271,9 @@ int64_t check_pointer(const Tensor& pointer, int64_t n, int64_t blocks, int64_t 
 }
 
 // Rows of values: entries whose columns do not matter.
+template <class E>
 Entries rows_of(const Tensor& pointer, const Tensor& value, int64_t n) {
-  if (value.dim() != 1) refuse("value", "floating", "[any]", value);
+  require<E>("value", value, {-1});
   const int64_t blocks = check_pointer(pointer, count("n", n), -1, value.numel());
   return {data<int64_t>(pointer), nullptr, blocks};
 }
@@ -403,10 +405,9 @@ std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& 
   });
 }
 
-// f(E(), entries of row r's begin, end) for each of n rows of packed values.
+// f(r, begin, end) with the entries of each of n rows.
 template <class F>
-void each_row(const Tensor& pointer, const Tensor& value, int64_t n, F f) {
-  const Entries e = rows_of(pointer, value, n);
+void each_row(Entries e, int64_t n, F f) {
   split(n, [=](int64_t a, int64_t b) {
     for (int64_t r = a; r < b; r++) f(r, e.pointer[r * e.blocks], e.pointer[(r + 1) * e.blocks]);
   }, kSmall);
@@ -416,9 +417,9 @@ void each_row(const Tensor& pointer, const Tensor& value, int64_t n, F f) {
 Tensor row_sums(const Tensor& pointer, const Tensor& value, int64_t n) {
   return by_dtype("value", value, [&](auto e) {
     using E = decltype(e);
-    Tensor out = empty<E>({count("n", n)});
-    each_row(pointer, value, n,
-             [o = data<E>(out), v = data<E>(value)](int64_t r, int64_t begin, int64_t end) {
+    const Entries a = rows_of<E>(pointer, value, n);
+    Tensor out = empty<E>({n});
+    each_row(a, n, [o = data<E>(out), v = data<E>(value)](int64_t r, int64_t begin, int64_t end) {
       double sum = 0;
       for (int64_t k = begin; k < end; k++) sum += wide(v[k]);
       put((float)sum, o + r);
@@ -431,10 +432,10 @@ Tensor row_sums(const Tensor& pointer, const Tensor& value, int64_t n) {
 std::tuple<Tensor, Tensor> row_norms(const Tensor& pointer, const Tensor& value, int64_t n) {
   return by_dtype("value", value, [&](auto e) {
     using E = decltype(e);
-    Tensor one = empty<E>({count("n", n)}), two = empty<E>({n});
-    each_row(pointer, value, n,
-             [=, o = data<E>(one), t = data<E>(two), v = data<E>(value)](
-                 int64_t r, int64_t begin, int64_t end) {
+    const Entries a = rows_of<E>(pointer, value, n);
+    Tensor one = empty<E>({n}), two = empty<E>({n});
+    E *o = data<E>(one), *t = data<E>(two);
+    each_row(a, n, [=, v = data<E>(value)](int64_t r, int64_t begin, int64_t end) {
       double sum = 0, squares = 0;
       for (int64_t k = begin; k < end; k++) {
         const double each = wide(v[k]);
@@ -452,14 +453,15 @@ Tensor row_norms_backward(const Tensor& pointer, const Tensor& value, const Tens
                           const Tensor& grad_one, const Tensor& grad_two) {
   return by_dtype("value", value, [&](auto e) {
     using E = decltype(e);
+    require<E>("two", two, {-1});
     const int64_t n = two.numel();
-    require<E>("two", two, {n});
+    const Entries a = rows_of<E>(pointer, value, n);
     require<E>("grad_one", grad_one, {n});
     require<E>("grad_two", grad_two, {n});
     Tensor out = empty<E>({value.numel()});
     const E *v = data<E>(value), *norm = data<E>(two);
     const E *first = data<E>(grad_one), *second = data<E>(grad_two);
-    each_row(pointer, value, n, [=, o = data<E>(out)](int64_t r, int64_t begin, int64_t end) {
+    each_row(a, n, [=, o = data<E>(out)](int64_t r, int64_t begin, int64_t end) {
       const float g = wide(first[r]), length = wide(norm[r]);
       const float s = length == 0.f ? wide(second[r]) : wide(second[r]) / length;
       for (int64_t k = begin; k < end; k++) {

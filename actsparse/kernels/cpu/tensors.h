@@ -207,13 +207,14 @@ class Panels {
   static constexpr int64_t wide = kPanel<E>;
 
   Panels(const char* name, const Tensor& t, int64_t rows, int64_t d)
-      : rows(rows), d(d), count(ceil_div(d, wide)), from_(data<E>(t)) {
-    if (t.dim() == 3) {
+      : rows(rows), d(d), count(ceil_div(d, wide)) {
+    if (t.defined() && t.dim() == 3) {
       require<E>(name, t, {count, rows, wide});
-      whole_ = from_;
+      whole_ = data<E>(t);
       return;
     }
     turned_ = by_columns<E>(name, t, rows, d);
+    from_ = data<E>(t);
     if (threads() == 1) return;
     copy_.emplace(count * rows * wide);
     fill(copy_->get());
@@ -258,7 +259,7 @@ class Panels {
     }
   }
 
-  const E* from_;
+  const E* from_ = nullptr;
   const E* whole_ = nullptr;
   bool turned_ = false;
   std::optional<Scratch<E>> copy_;
