@@ -52,7 +52,9 @@ def require(name: str, t: Tensor, sizes: tuple[int, ...], like: Tensor, dtype: t
 
 def entries(pointer: Tensor, index: Tensor, n: int, columns: int, like: Tensor) -> None:
     """Pointer and index are those of a matrix [n, columns]."""
-    require("index", index, (given("index", index).numel(),), like, torch.int32)
+    short = packing.index_type(columns, like.device)
+    wanted = short if given("index", index).dtype is short else torch.int32
+    require("index", index, (index.numel(),), like, wanted)
     segments = count("n", n) * packing.blocks(columns)
     require("pointer", pointer, (segments + 1,), like, torch.int64)
     _rises(pointer, index.numel())

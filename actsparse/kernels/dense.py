@@ -81,13 +81,11 @@ def onednn_is_faster() -> bool:
     return best["torch"] > CLEAR * best["onednn"]
 
 
-# a compiler takes the answer for granted
-onednn_is_faster._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x weightᵀ + bias`` by whichever of the two is faster here, without gradients."""
-    if x.dtype is torch.float32 and x.is_cpu and onednn_is_faster():
+    if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    if onednn_is_faster():
         return onednn(x.contiguous(), weight.contiguous(), bias)
     return F.linear(x, weight, bias)
 

@@ -104,7 +104,7 @@ def _fake_entries(x: Tensor, up: Tensor, nnz: Any) -> tuple[Tensor, Tensor, Tens
     segments = x.shape[0] * packing.blocks(up.shape[0])
     return (
         x.new_empty(segments + 1, dtype=torch.int64),
-        x.new_empty(nnz, dtype=torch.int32),
+        x.new_empty(nnz, dtype=packing.index_type(up.shape[0], x.device)),
         x.new_empty(nnz),
     )
 
@@ -326,7 +326,8 @@ def _(
     pointer: Tensor, index: Tensor, value: Tensor, n: int, units: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     segments = units * packing.blocks(n)
-    return pointer.new_empty(segments + 1), torch.empty_like(index), torch.empty_like(value)
+    row = torch.empty_like(index, dtype=torch.int32)
+    return pointer.new_empty(segments + 1), row, torch.empty_like(value)
 
 
 @custom_op("actsparse::row_sums", mutates_args=())

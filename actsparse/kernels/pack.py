@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SHORT = 2**15  # columns whose numbers fit 16 bits
 BLOCK = 384  # cpu/tensors.h has the same number
 
 
@@ -24,16 +25,26 @@ def blocks(columns: int) -> int:
 
 
 def pack(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Pointer int64 [N · blocks + 1] and index int32 [nnz] of the True entries of [N, K].
+    """Pointer int64 [N · blocks + 1] and index [nnz] of the True entries of [N, K].
 
     >>> pack(torch.tensor([[False, True], [True, True]]))
-    (tensor([0, 1, 3]), tensor([1, 0, 1], dtype=torch.int32))
+    (tensor([0, 1, 3]), tensor([1, 0, 1], dtype=torch.int16))
     """
     n, columns = keep.shape
     row, column = keep.nonzero(as_tuple=True)
     segment = row * blocks(columns) + column // BLOCK
     counts = torch.bincount(segment, minlength=n * blocks(columns))
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), column.to(torch.int32)
+    pointer = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return pointer, column.to(index_type(columns, keep.device))
+
+
+def index_type(columns: int, device: torch.device) -> torch.dtype:
+    """The type of an index: the least that holds the columns; on a GPU the kernels have one.
+
+    >>> index_type(3072, torch.device("cpu")), index_type(3072, torch.device("cuda"))
+    (torch.int16, torch.int32)
+    """
+    return torch.int16 if columns <= SHORT and device.type != "cuda" else torch.int32
 
 
 def rows_of(pointer: Tensor, n: int, nnz: int) -> Tensor:

@@ -374,4 +374,6 @@ def test_every_operator_passes_opcheck() -> None:
                 arguments = (flat @ fixed.t(), flat, *rest)
                 torch.library.opcheck(kernels.forward.default, arguments, test_utils=checks)
                 arguments = (flat, fixed, b, *codes, *rest)
-                torch.library.opcheck(kernels.forward_screened.default, arguments, test_utils=checks)
+                torch.library.opcheck(
+                    kernels.forward_screened.default, arguments, test_utils=checks
+                )

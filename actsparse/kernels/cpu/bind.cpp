@@ -6,7 +6,9 @@ namespace {
 
 using Parts = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-Parts parts(const Packed& p) { return {p.pointer, p.index, p.value, p.slope}; }
+Parts parts(const Packed& p, int64_t units) {
+  return {p.pointer, shortened(p.index, units), p.value, p.slope};
+}
 
 // φ is 0 exactly where z <= floor; act says what it is above. z is contiguous [N, H].
 Parts pack(const Tensor& z, int64_t act, double floor) {
@@ -15,7 +17,7 @@ Parts pack(const Tensor& z, int64_t act, double floor) {
   return by_dtype("z", z, [&, tokens = tokens, units = units](auto e) {
     using E = decltype(e);
     require<E>("z", z, {tokens, units});
-    return parts(pack_dense<E>(z, {tokens, units}, phi));
+    return parts(pack_dense<E>(z, {tokens, units}, phi), units);
   });
 }
 
@@ -28,7 +30,7 @@ Parts screen(const Tensor& x, const Tensor& up, const Maybe& bias, const Tensor&
   return by_dtype("x", x, [&, tokens = tokens, d = d](auto e) {
     using E = decltype(e);
     require<E>("x", x, {tokens, d});
-    return parts(pack_screened<E>(x, d, up, bias, {codes, shift, bounds}, s, phi));
+    return parts(pack_screened<E>(x, d, up, bias, {codes, shift, bounds}, s, phi), s.units);
   });
 }
 

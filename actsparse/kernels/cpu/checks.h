@@ -41,6 +41,11 @@ struct Type<int32_t> {
   static int32_t code() { return aoti_torch_dtype_int32(); }
 };
 template <>
+struct Type<int16_t> {
+  static constexpr const char* name = "int16";
+  static int32_t code() { return aoti_torch_dtype_int16(); }
+};
+template <>
 struct Type<int8_t> {
   static constexpr const char* name = "int8";
   static int32_t code() { return aoti_torch_dtype_int8(); }

@@ -278,17 +278,41 @@ Entries rows_of(const Tensor& pointer, const Tensor& value, int64_t n) {
   return {data<int64_t>(pointer), nullptr, blocks};
 }
 
+// Columns whose numbers fit 16 bits: an index that is kept for backward has them where they do.
+constexpr int64_t kShort = 1 << 15;
+
+struct Given {
+  Entries entries;
+  std::optional<Scratch<int32_t>> widened;
+};
+
 // The entries of a matrix [n, columns].
-Entries entries_of(const Tensor& pointer, const Tensor& index, int64_t n, int64_t columns) {
-  require<int32_t>("index", index, {-1});
+Given entries_of(const Tensor& pointer, const Tensor& index, int64_t n, int64_t columns) {
+  Given given{};
+  const bool narrow = holds<int16_t>(index);
+  narrow ? require<int16_t>("index", index, {-1}) : require<int32_t>("index", index, {-1});
   const int64_t nnz = index.numel();
   const int64_t blocks = check_pointer(pointer, count("n", n), blocks_of(columns), nnz);
-  const int32_t* i = data<int32_t>(index);
+  const int32_t* i;
+  if (narrow) {
+    given.widened.emplace(nnz);
+    std::copy_n(data<int16_t>(index), nnz, given.widened->get());
+    i = given.widened->get();
+  } else
+    i = data<int32_t>(index);
   if (!everywhere(nnz, [=](int64_t a, int64_t b) {
         return kernels()->below(i + a, b - a, columns);
       }))
     refuse("index must be at least 0 and below " + std::to_string(columns));
-  return {data<int64_t>(pointer), i, blocks};
+  given.entries = {data<int64_t>(pointer), i, blocks};
+  return given;
+}
+
+Tensor shortened(const Tensor& index, int64_t columns) {
+  if (columns > kShort) return index;
+  Tensor out = empty<int16_t>({index.numel()});
+  std::copy_n(data<int32_t>(index), index.numel(), data<int16_t>(out));
+  return out;
 }
 
 // Entries without those whose value is exactly zero, which products skip whatever they meet.
@@ -320,7 +344,8 @@ Tensor multiply(const Tensor& pointer, const Tensor& index, const Tensor& value,
   return by_dtype("rows", rows, [&](auto e) {
     using E = decltype(e);
     const int64_t units = rows_of(rows);
-    Entries a = entries_of(pointer, index, n, units);
+    const Given given = entries_of(pointer, index, n, units);
+    Entries a = given.entries;
     require<E>("bias", bias, count("d", d));
     require<E>("value", value, {index.numel()});
     const Panels<E> panels("rows", rows, units, d);
@@ -339,7 +364,8 @@ Tensor sample(const Tensor& pointer, const Tensor& index, const Tensor& x, const
     using E = decltype(e);
     const auto [n, d] = sizes_of("x", x);
     const int64_t units = rows_of(up);
-    const Entries a = entries_of(pointer, index, n, units);
+    const Given given = entries_of(pointer, index, n, units);
+    const Entries a = given.entries;
     require<E>("x", x, {n, d});
     require<E>("bias", bias, units);
     const auto plus = floats<E>(bias, units, units);
@@ -366,7 +392,8 @@ Tensor panels(const Tensor& matrix) {
 std::tuple<Tensor, Tensor, Tensor> by_unit(const Tensor& pointer, const Tensor& index,
                                            const Tensor& value, int64_t tokens, int64_t units) {
   constexpr int64_t chunk = 128, per_block = kBlock / chunk;
-  const Entries a = entries_of(pointer, index, tokens, count("units", units));
+  const Given given = entries_of(pointer, index, tokens, count("units", units));
+  const Entries a = given.entries;
   const int64_t blocks = blocks_of(tokens), chunks = ceil_div(tokens, chunk), n = index.numel();
   Tensor out_pointer = empty<int64_t>({units * blocks + 1}), token = empty<int32_t>({n});
   int64_t* p = data<int64_t>(out_pointer);
