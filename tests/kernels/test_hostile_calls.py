@@ -196,7 +196,9 @@ def wrong(op: str, name: str, t: Tensor) -> Iterator[tuple[str, Any]]:
     if name == "index":
         for place in (0, len(t) // 2, -1):
             for number in (-1, H, H + 1, 2**31 - 1, -(2**31)):
-                yield f"index[{place}] = {number}", changed(t, place, number)
+                fits = abs(number) <= torch.iinfo(t.dtype).max
+                wide = t if fits else t.int()
+                yield f"index[{place}] = {number}", changed(wide, place, number)
 
 
 def changed(t: Tensor, place: int, number: int) -> Tensor:
