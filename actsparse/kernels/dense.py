@@ -32,7 +32,10 @@ def has_onednn() -> bool:
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x weightᵀ + bias`` by oneDNN; x [N, D], weight [H, D] or what :func:`packed` made of it."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # the operator takes its operands for contiguous, whatever their strides say
+    weight = weight if weight.is_mkldnn else weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
 def packed(weight: Tensor, tokens: int) -> Tensor:
@@ -54,11 +57,10 @@ class Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of x, weight and bias that are wanted."""
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        dx = onednn(grad, weight.t().contiguous(), None) if ctx.needs_input_grad[0] else None
+        dx = onednn(grad, weight.t(), None) if ctx.needs_input_grad[0] else None
         dw = None
         if ctx.needs_input_grad[1]:
-            dw = onednn(grad.t().contiguous(), x.t().contiguous(), None)
+            dw = onednn(grad.t(), x.t(), None)
         return dx, dw, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -86,7 +88,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not x.is_cpu:
         return F.linear(x, weight, bias)
     if onednn_is_faster():
-        return onednn(x.contiguous(), weight.contiguous(), bias)
+        return onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -122,7 +124,7 @@ def dense_mlp(
     def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weights is not None:
             return onednn(x, weights(name, n), bias)
-        return Linear.apply(x, weight.contiguous(), bias)
+        return Linear.apply(x, weight, bias)
 
     if gate is None:
         hidden = function.value(product("first", tokens, up, bias))
