@@ -299,6 +299,8 @@ class SparseRun:
 
     def __str__(self) -> str:
         said = [*map(str, self._met.values())] or ["no calls yet"]
+        if held := sum(prepared.bytes() for _, prepared in self._ready.values()):
+            said.append(f"copies of its weights take {held / 1e6:.1f} MB")
         trained = any(met.training for met in self._met.values())
         reason = self.fit.reason() or (None if trained else self._unproven())
         if reason is not None and not any(reason in each for each in said):
