@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from actsparse import find_mlp_blocks, handle_of, observe
-from actsparse.bench.mlp import bench_mlp
+from actsparse.bench.mlp import Dtype, bench_mlp
 from actsparse.bench.models_at_density import Subject, arranged, check
 from actsparse.bench.timing import high_water, interleaved, ratio
 from actsparse.kernels import accelerate, build
@@ -39,12 +39,14 @@ def bench_model(
     mode: Mode = "auto",
     memory: bool = True,
     progress: Progress = lambda what: None,
+    dtype: Dtype = "float32",
     **sizes: int,
 ) -> dict[str, Any]:
     """Time a model dense, accelerated and with its MLPs cut out, in turn, on torch's threads.
 
-    ``vit-b`` and ``gpt2`` do a training step (zero_grad, forward, backward, AdamW), ``t5-base``
-    decodes greedily after a prompt. Weights are random, arranged for the densities
+    Dense is the faster of its own layers and ``accelerate(mode="dense")``. ``vit-b`` and ``gpt2``
+    do a training step (zero_grad, forward, backward, AdamW), ``t5-base`` decodes greedily after a
+    prompt. Weights are random, arranged for the densities and the dtype
     (:func:`actsparse.bench.models_at_density.arranged`, which also takes ``sizes``; T ≥ 197 in
     training).
     Without MLPs a block hands on what its norm gives, and AdamW works on all weights as before.
@@ -70,18 +72,18 @@ def bench_model(
     rows: list[dict[str, Any]] = []
     for density in densities:
         progress(f"{name} at density {density:g}: arranging the weights")
-        subject = arranged(name, density, **sizes)
-        rows.append(_row(subject, rounds, mode, progress))
+        subject = arranged(name, density, dtype, **sizes)
+        rows.append(_row(subject, rounds, mode, progress, dtype))
         if memory:
             progress("peak memory")
             rows[-1]["memory"] = {
-                "dense": _apart(name, density, sizes, None),
-                "accelerated": _apart(name, density, sizes, mode),
+                "dense": _apart(name, density, dtype, sizes, None),
+                "accelerated": _apart(name, density, dtype, sizes, mode),
             }
     return {
         "benchmark": "model",
         "model": name,
-        "sizes": {**subject.sizes, "rounds": rounds},
+        "sizes": {**subject.sizes, "dtype": dtype, "rounds": rounds},
         "threads": torch.get_num_threads(),
         "kernels": build.level(),
         "rows": rows,
@@ -177,7 +179,9 @@ def amdahl(share: float, mlp_ratio: float) -> float:
     return 1 / (1 - share + share / mlp_ratio)
 
 
-def _row(subject: Subject, rounds: int, mode: Mode, progress: Progress) -> dict[str, Any]:
+def _row(
+    subject: Subject, rounds: int, mode: Mode, progress: Progress, dtype: Dtype
+) -> dict[str, Any]:
     model = subject.model
     row = subject.densities()
     models, idle, handle = _four(model, subject.inputs, mode)
@@ -198,6 +202,7 @@ def _row(subject: Subject, rounds: int, mode: Mode, progress: Progress) -> dict[
         [tokens for _, tokens in subject.mlps],
         rounds=rounds,
         training=subject.training,
+        dtype=dtype,
     )["rows"]
     dense = best = 0.0
     for (calls, _), mlp in zip(subject.mlps, row["mlps"], strict=True):
@@ -307,10 +312,10 @@ def _apart(*task: Any) -> dict[str, float]:
 
 
 def _peak(
-    name: str, density: float, sizes: dict[str, int], mode: Mode | None, threads: int
+    name: str, density: float, dtype: str, sizes: dict[str, int], mode: Mode | None, threads: int
 ) -> dict[str, float]:
     torch.set_num_threads(threads)
-    subject = arranged(name, density, **sizes)
+    subject = arranged(name, density, dtype, **sizes)
     if mode is not None:
         accelerate(subject.model, inputs=subject.inputs, mode=mode)
     program = _program(subject, subject.model, [])

@@ -9,7 +9,7 @@ figures say what a density is worth, not which density training gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -88,7 +88,7 @@ class Subject:
         return {"density": summary["density"], "blocks": rows}
 
 
-def arranged(name: str, density: float, **sizes: int) -> Subject:
+def arranged(name: str, density: float, dtype: str = "float32", **sizes: int) -> Subject:
     """The model called ``name``, its random weights arranged so that each block has ``density``.
 
     ``vit-b`` trains on 8 random images of 224 px, T = 1576, ``gpt2`` on 1 × 512 random ids, both
@@ -100,6 +100,9 @@ def arranged(name: str, density: float, **sizes: int) -> Subject:
     of this mean as its bias would be. A norm divides the mean and the other channels by the same
     number, so the quantile is of z over the mean. Its output layer is the embedding with the
     vocabulary shuffled: with random weights it would else repeat one token.
+
+    ``dtype`` "bfloat16": what trains has float32 parameters and runs under autocast, as most
+    training does; what decodes has parameters in bfloat16.
 
     Raises:
         ValueError: no such model, or a density outside (0, 1).
@@ -116,7 +119,18 @@ def arranged(name: str, density: float, **sizes: int) -> Subject:
     except ImportError as error:
         raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
     torch.manual_seed(0)
-    return MODELS[name](density, **sizes)
+    subject = MODELS[name](density, **sizes)
+    if dtype == "float32":
+        return subject
+    if not subject.training:
+        subject.model.to(torch.bfloat16)
+        return subject
+
+    def cast(model: nn.Module) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return subject.run(model)
+
+    return replace(subject, run=cast)
 
 
 def check(name: str, densities: Iterable[float]) -> None:

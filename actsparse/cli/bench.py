@@ -17,6 +17,7 @@ Tokens = Annotated[str, typer.Option(help="Numbers of tokens T, separated by com
 Densities = Annotated[str, typer.Option(help="Densities from 0 to 1, separated by commas.")]
 Threads = Annotated[int | None, typer.Option(help="Number of threads; default: all cores.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the record to this file.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 bench = typer.Typer(
@@ -53,7 +54,7 @@ def mlp(
     compiled: Annotated[
         bool, typer.Option(help="Time the dense MLP under torch.compile too.")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: DtypeOption = "float32",
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -79,8 +80,7 @@ def mlp(
         raise ValueError(f"--pattern {pattern!r}; known: even, zipf")
     if activation not in ACTIVATIONS:
         raise ValueError(f"--activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--dtype {dtype!r}; known: float32, bfloat16")
+    _check_dtype(dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     result = bench_mlp(
@@ -138,6 +138,7 @@ def model(
     memory: Annotated[
         bool, typer.Option(help="Measure peak memory too, in extra processes.")
     ] = True,
+    dtype: DtypeOption = "float32",
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -169,7 +170,15 @@ def model(
     else:
         assert name is not None
         wanted = numbers("--densities", densities, float)
-        result = bench_model(name, wanted, rounds, memory=memory, progress=tell)
+        _check_dtype(dtype)
+        result = bench_model(
+            name,
+            wanted,
+            rounds,
+            memory=memory,
+            progress=tell,
+            dtype=dtype,  # type: ignore[arg-type]
+        )
     if not keep_record(result, out, json):
         _print_trained(result) if run is not None else _print_model(result)
 
@@ -212,6 +221,11 @@ def _print_trained(result: dict[str, Any]) -> None:
     quality = {name: each["quality"] for name, each in result["score"].items()}
     told = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
     wide_console().print(f"{result['quality_name']}: {told}", highlight=False)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype {dtype!r}; known: float32, bfloat16")
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -61,7 +61,7 @@ def measure(place: Place, name: str, density: float, **sizes: int) -> Row:
 
 
 def _vit(place: Place, density: float, batch: int = IMAGES, **sizes: int) -> Row:
-    subject = arranged("vit-b", density, batch=batch, **sizes)
+    subject = arranged("vit-b", density, "float32", batch=batch, **sizes)
     model = subject.model.to(place.dtype)
     subject.inputs["pixel_values"] = subject.inputs["pixel_values"].to(place.dtype)
     arrange(subject.blocks(model), density, lambda: subject.run(model))  # rounding has moved them
