@@ -81,7 +81,17 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "actsparse_cpu::candidates": (x, up, bias, *codes, 0.1),
         "actsparse_cpu::forward": (z, x, second, bias, rows, down_bias, D, 2, 0.1),
         "actsparse_cpu::forward_screened": (
-            x, up, bias, *codes, second, bias, panels, down_bias, D, 0, 0.1,
+            x,
+            up,
+            bias,
+            *codes,
+            second,
+            bias,
+            panels,
+            down_bias,
+            D,
+            0,
+            0.1,
         ),
         "actsparse_cpu::level": (-1,),
     }
