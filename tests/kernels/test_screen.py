@@ -242,3 +242,5 @@ def test_codes_of_another_matrix_are_refused() -> None:
     x, up, bias = gaussian(3, 40, 100)
     with pytest.raises(RuntimeError, match="codes must be contiguous int8"):
         ops.pack(x, up, bias, ops.quantise(up[:30]), "relu")
+    with pytest.raises(RuntimeError, match="up must have at most 65536 columns"):
+        ops.quantise(torch.zeros(1, 2**16 + 1))
