@@ -2,9 +2,8 @@
 
 Packed entries are three tensors (pointer, index, value) as :mod:`actsparse.kernels.pack` defines
 them. Each operator runs the C++ kernels on float32 and bfloat16 CPU tensors where those are built,
-the Triton kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning:
-products with exact zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous
-by rows or by columns. What is kept for backward is the entries.
+Triton kernels on CUDA tensors, and PyTorch's own operators otherwise, with the same meaning: exact
+zeros are skipped (:mod:`actsparse.kernels.reference`). Weights are contiguous by rows or columns.
 
 What does not fit raises RuntimeError, whichever of them would run: the compiled kernels check for
 themselves, and :mod:`actsparse.kernels.checks` does it before the others.
@@ -75,8 +74,7 @@ def pack(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activa
 @checks.fake(pack)
 def _(x: Tensor, up: Tensor, bias: Tensor | None, codes: list[Tensor], activation: str) -> Four:
     nnz = torch.library.get_ctx().new_dynamic_size()
-    form = form_of(activation)
-    slope = x.new_empty(0 if form is not None and form.ones else nnz)
+    slope = x.new_empty(0 if (form := form_of(activation)) is not None and form.ones else nnz)
     return *_fake_entries(x, up, nnz), slope
 
 
@@ -268,7 +266,7 @@ def multiply(
 
     ``turned``: lay the result out by columns, as a gradient of a weight that is laid out so.
     """
-    d = checks.sizes_of("rows", rows)[1]
+    _, d = checks.sizes_of("rows", rows)
     return _multiply(pointer, index, value, rows, bias, n, d, turned)
 
 
@@ -366,8 +364,7 @@ def _(matrix: Tensor) -> Tensor:
 
 def _needs(name: str, t: Tensor) -> str:
     found = f"{t.dtype} on {t.device}, kernels are {'there' if backends.loaded() else 'missing'}"
-    wanted = "float32 or bfloat16 on the CPU, with compiled kernels"
-    return f"{name} must be {wanted}; it is {found}"
+    return f"{name} must be float32 or bfloat16 on the CPU, with compiled kernels; it is {found}"
 
 
 @custom_op("actsparse::quantise", mutates_args=())

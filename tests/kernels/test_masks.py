@@ -6,6 +6,7 @@ with dense float64: one entry too few, one too many or one in the wrong place sh
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -86,6 +87,24 @@ def assert_same_as_float64(
                 assert torch.equal(again.double(), want)
 
 
+def assert_same_in_bfloat16(
+    x: Tensor, w: Weights, activation: ActivationFunction, screen: bool
+) -> None:
+    """Only φ, φ ⊙ u and y are rounded, each once: bit for bit, with and without gradients."""
+    exact = {name: t.detach().double() for name, t in (("x", x), *w.items())}
+    of = {name: t.bfloat16() for name, t in exact.items()}
+    z = F.linear(exact["x"], exact.get("gate", exact["up"]), exact.get("gate_bias", exact["bias"]))
+    a = activation.value(z).bfloat16().double()
+    if "gate" in w:
+        a = (a * F.linear(exact["x"], exact["up"], exact["bias"])).bfloat16().double()
+    want = F.linear(a, exact["down"], exact["down_bias"]).bfloat16()
+    ready = prepare(of["down"], of["up"], of.get("gate"))
+    for learns, prepared in itertools.product((False, True), (None, ready)):
+        of["x"].requires_grad_(learns)
+        y = sparse_mlp(**of, activation=activation, screen=screen, prepared=prepared)
+        assert torch.equal(y, want), (learns, prepared)
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     n=st.one_of(st.integers(0, 12), st.sampled_from([40, 385, 800])),
@@ -103,6 +122,9 @@ def test_where_nothing_rounds_results_are_those_of_dense_float64(
     torch.manual_seed(seed)
     x, w = dyadic(n, d, h, gated)
     assert_same_as_float64(x, w, activation, screen)
+    form = forms.form_of(activation.name)
+    if way != "reference" and form is not None and form.act is not None:
+        assert_same_in_bfloat16(x, w, activation, screen)
 
 
 @pytest.mark.parametrize("activation", FUSED + TWO_MASKS, ids=lambda f: f.name)
@@ -366,14 +388,12 @@ def test_every_operator_passes_opcheck() -> None:
             operator = getattr(row_norms if name.startswith("row_norms") else ops, name)
             torch.library.opcheck(operator, each, test_utils=checks)
     if backends.loaded():
-        kernels, checks = torch.ops.actsparse_cpu, static[:2]
+        kernels, checks = torch.ops.actsparse_cpu, {"test_utils": static[:2]}
         for act in range(len(forms.FUSED)):
             flat, b = x.detach(), bias.detach()
             for second in ((None, None), (fixed, b)):
                 rest = (*second, ops.panels(rows), down_bias.detach(), 6, act, 0.1)
-                arguments = (flat @ fixed.t(), flat, *rest)
-                torch.library.opcheck(kernels.forward.default, arguments, test_utils=checks)
-                arguments = (flat, fixed, b, *codes, *rest)
-                torch.library.opcheck(
-                    kernels.forward_screened.default, arguments, test_utils=checks
-                )
+                each = (flat @ fixed.t(), flat, *rest)
+                torch.library.opcheck(kernels.forward.default, each, **checks)
+                each = (flat, fixed, b, *codes, *rest)
+                torch.library.opcheck(kernels.forward_screened.default, each, **checks)

@@ -15,7 +15,7 @@ from actsparse.blocks.stages import token_norm
 from actsparse.kernels import forms, row_norms, sparse_mlp
 from actsparse.kernels import pack as packing
 
-U = 2.0**-24  # unit roundoff of float32
+ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 ACTIVATIONS = [*map(named, forms.FUSED), named("relu6"), shifted_s_shape(0.4, 1.6)]
 
 # rows, units: more than one block of 384 units, one row, no rows, no units
@@ -39,23 +39,27 @@ def packed(dense: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("n", "units"), SIZES)
+@pytest.mark.parametrize("dtype", ROUNDOFF)
 @pytest.mark.usefixtures("way")
-def test_the_norms_are_those_of_the_rows(n: int, units: int) -> None:
-    dense = rows(n, units)
+def test_the_norms_are_those_of_the_rows(n: int, units: int, dtype: torch.dtype) -> None:
+    dense, near = rows(n, units, dtype), {"rtol": 1.1 * ROUNDOFF[dtype], "atol": 0}
     pointer, value = packed(dense)
     one, two = row_norms.row_norms(pointer, value, n)
     # summed in float64, then rounded
     exact = dense.double()
-    torch.testing.assert_close(one.double(), exact.abs().sum(1), rtol=1.1 * U, atol=0)
-    torch.testing.assert_close(two.double(), exact.square().sum(1).sqrt(), rtol=1.1 * U, atol=0)
+    torch.testing.assert_close(one.double(), exact.abs().sum(1), **near)
+    torch.testing.assert_close(two.double(), exact.square().sum(1).sqrt(), **near)
 
 
 @pytest.mark.parametrize(("n", "units"), SIZES)
+@pytest.mark.parametrize("dtype", ROUNDOFF)
 @pytest.mark.usefixtures("way")
-def test_the_gradient_is_that_of_the_dense_norms_and_zero_where_a_is(n: int, units: int) -> None:
-    dense = rows(n, units)
+def test_the_gradient_is_that_of_the_dense_norms_and_zero_where_a_is(
+    n: int, units: int, dtype: torch.dtype
+) -> None:
+    dense = rows(n, units, dtype)
     pointer, value = packed(dense)
-    grads = torch.randn(2, n)
+    grads = torch.randn(2, n).to(dtype)
     value.requires_grad_()
     torch.autograd.backward(row_norms.row_norms(pointer, value, n), tuple(grads))
     exact = dense.double().requires_grad_()
@@ -66,7 +70,7 @@ def test_the_gradient_is_that_of_the_dense_norms_and_zero_where_a_is(n: int, uni
     assert bool((value.grad[value == 0] == 0).all())
     # the norm's rounding, a quotient, a product and a sum, relative to the two terms
     largest = (grads[0].abs() + grads[1].abs()).double()[:, None].expand(n, units)[keep]
-    assert bool(((value.grad.double() - want).abs() <= 4.1 * U * largest).all())
+    assert bool(((value.grad.double() - want).abs() <= 4.1 * ROUNDOFF[dtype] * largest).all())
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["l1", "l2"])
