@@ -95,6 +95,11 @@ def sparse_mlp(
     name = activation if isinstance(activation, str) else activation.name
     form = form_of(name)
     weights = (up, bias, down, down_bias, gate, gate_bias)
+    if prepared is not None and prepared.gated != (gate is not None):
+        made = "with a gate" if prepared.gated else "without a gate"
+        raise ValueError(
+            f"prepared was made {made}; give prepare(down, up, gate) what is given here"
+        )
     plain = between is None and on_active is None and on_norms is None
     first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
     second = (None, None) if gate is None else (up, bias)

@@ -31,6 +31,11 @@ class Prepared:
         self._made: dict[str, Any] = {}
         self._found: dict[tuple[bool, bool], tuple[Any, ...]] = {}
 
+    @property
+    def gated(self) -> bool:
+        """Whether it was made of a gated block's weights."""
+        return "second" in self._weights
+
     def rows(self) -> Tensor:
         """downᵀ [H, D] by rows, or in panels for the compiled kernels."""
         return self._copy("down", panels=backends.native(self._weights["down"]))

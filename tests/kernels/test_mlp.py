@@ -335,6 +335,10 @@ def test_prepared_weights_give_the_same_numbers() -> None:
     torch.testing.assert_close(y, plain)
     y.sum().backward()
     assert w["down"].grad is not None
+    with pytest.raises(ValueError, match="prepared was made with a gate"):
+        sparse_mlp(x, **w, prepared=prepare(w["down"], w["up"], w["up"]))
+    with pytest.raises(ValueError, match="prepared was made without a gate"):
+        sparse_mlp(x, **w, gate=w["up"], prepared=ready)
 
 
 def test_the_output_may_be_wider_or_narrower_than_x() -> None:

@@ -129,7 +129,7 @@ def captured(run: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 def test_a_graph_replays_what_a_call_computes(tokens: int, screen: bool, dtype: Any) -> None:
     """Also with more active units than when it was captured."""
     w, x = block(0.05, dtype, gated=True), torch.zeros(tokens, D).to(dtype)
-    ready = prepare(w["down"], w["gate"])
+    ready = prepare(w["down"], w["up"], w["gate"])
     with torch.no_grad():
         graph, y = captured(lambda: sparse_mlp(x, **w, screen=screen, prepared=ready))
         for scale in (1, 100):
