@@ -125,6 +125,43 @@ def mlp(
 
 
 @bench.command()
+def here(threads: Threads = None, out: Out = None, json: Json = False) -> None:
+    """What to expect on this machine, in about two minutes.
+
+    One MLP, d = 768 and H = 3072: the best dense program and its speed, up to which density a
+    sparse one beats it, and by how much at a density of 2 %.
+
+    Examples:
+
+      actsparse bench here
+
+      actsparse bench here --threads 1 --json
+    """
+    import torch
+    from rich.table import Table
+
+    from actsparse.bench.here import bench_here
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = bench_here(progress=tell)
+    if keep_record(result, out, json):
+        return
+    names = ["dtype", "tokens", "pass", "best dense", "GFLOP/s", "break-even", "gain at 2 %"]
+    title = f"threads: {result['threads']}, kernels: {result['kernels']}"
+    table = Table(*names, title=f"{title}, memory: {result['bandwidth']:.0f} GB/s")
+    for row in result["rows"]:
+        at = "–" if row["break_even"] is None else f"{row['break_even']:.2g}"
+        table.add_row(
+            row["dtype"], str(row["tokens"]), row["kind"], row["dense"], f"{row['gflops']:.0f}", at,
+            f"{row['gain']:.2f}",
+        )  # fmt: skip
+    wide_console().print(table)
+    note = "break-even –: a sparse program is faster, or slower, at all of 2, 10 and 30 %"
+    wide_console().print(note, highlight=False)
+
+
+@bench.command()
 def model(
     name: Annotated[
         str | None, typer.Argument(help="vit-b or gpt2 (training steps), or t5-base (decoding).")

@@ -21,6 +21,7 @@ class Prepared:
         first: the matrix that says which units are active [H, D]: gate in gated blocks, else up.
         second: up in gated blocks.
 
+    >>> import torch
     >>> prepare(torch.ones(2, 3)).bytes()
     0
     """
@@ -110,8 +111,9 @@ def prepare(down: Tensor, up: Tensor | None = None, gate: Tensor | None = None) 
     Returns:
         The copies, for ``sparse_mlp(..., prepared=...)``.
 
-    >>> prepare(torch.ones(2, 3), torch.ones(3, 2)).codes() != ()
-    True
+    >>> import torch
+    >>> prepare(torch.ones(2, 3), torch.ones(3, 2)).gated
+    False
     """
     return Prepared(down, up, None) if gate is None else Prepared(down, gate, up)
 

@@ -41,7 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
         SPARSE[0] += 1
         return mlp.sparse_mlp(*args, **options)
 
-    monkeypatch.setattr("actsparse.kernels.plan.sparse_mlp", sparse_mlp)
+    monkeypatch.setattr("actsparse.kernels.programs.sparse_mlp", sparse_mlp)
 
 
 class Net(nn.Module):
@@ -146,7 +146,7 @@ def test_where_no_block_can_run_sparse_it_says_so_before_training(tmp_path: Path
         trainer(model, callback, tmp_path).train()
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
     other = SparsityCallback(handle_of(Net()), accelerate="fast")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown mode 'fast'; known: auto, sparse"):
+    with pytest.raises(ValueError, match="unknown mode 'fast'; known: auto, dense, sparse"):
         trainer(other.handle.model, other, tmp_path).train()
 
 

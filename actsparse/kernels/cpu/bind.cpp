@@ -1,4 +1,5 @@
 // The kernels as torch operators, through PyTorch's stable ABI of torch 2.11.
+#include "row_norms.h"
 #include "screen.h"
 
 namespace actsparse {

@@ -1,6 +1,6 @@
 // The lossless screen: int8 products that say which units cannot be active.
 #pragma once
-#include "packed.h"
+#include "multiply.h"
 
 namespace actsparse {
 namespace {

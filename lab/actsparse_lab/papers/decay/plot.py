@@ -9,7 +9,8 @@ from actsparse_lab.papers.lines_plot import Panel, by_tick, lines_plot
 NAMES = {
     "vanilla": "vanilla",
     "paper": "the papers’ recipe",
-    CONTROL: "vanilla, norms and biases do not decay",
+    CONTROL: "vanilla, no 1-D decay",
+    "paper-no-1d-decay": "the recipe, no 1-D decay",
 }
 PANELS: tuple[Panel, ...] = (
     ("inference density", INFERENCE, True),
@@ -42,7 +43,12 @@ def _lines(
     if not known or known[0][1] is not INFERENCE:
         return None
     label = "Σ learning rate × weight decay over all steps"
-    return lines_plot(arms, known, names, arm, LEVELS, label, dark)
+    levels = [
+        level
+        for level in LEVELS
+        if any(by_tick(arms, own, arm, [level], INFERENCE) for own in names)
+    ]
+    return lines_plot(arms, known, names, arm, levels, label, dark)
 
 
 PLOTS = {"over-decay": over_decay, "parts": parts}
