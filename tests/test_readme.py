@@ -58,8 +58,10 @@ def test_the_cost_of_measures_is_the_record() -> None:
     assert f"{trace['seconds']:.1f} s" in page
 
 
-MLPS = ["mlp-1-thread", "mlp-2-threads", "mlp-zipf", "mlp-d-2048", "mlp-jsrelu"]
-MODELS = ["model-vit-b", "model-gpt2", "model-t5-base", "model-digits-hoyer"]
+MLPS = ["mlp-1-thread", "mlp-bfloat16", "mlp-2-threads", "mlp-zipf", "mlp-d-2048", "mlp-jsrelu"]
+MODELS = [
+    f"model-{name}{dtype}" for name in ("vit-b", "gpt2", "t5-base") for dtype in ("", "-bfloat16")
+]
 
 
 def record(name: str) -> dict[str, Any]:

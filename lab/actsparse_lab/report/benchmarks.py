@@ -319,8 +319,8 @@ def _settings(entry: Entry) -> dict[str, str]:
     if entry["benchmark"] == "mlp":  # older records were all of even densities
         found |= {"d": f"D = {sizes.pop('d', None)}", "h": f"H = {sizes.pop('h', None)}"}
         found |= {"activation": str(sizes.pop("activation", "relu"))}
-        found |= {"dtype": str(sizes.pop("dtype", "float32"))}
         found |= {"pattern": f"{sizes.pop('pattern', 'even')} densities"}
+    found |= {"dtype": str(sizes.pop("dtype"))} if "dtype" in sizes else {}
     found |= {key: f"{key} = {value}" for key, value in sizes.items()}
     found |= {
         "kernels": f"kernels: {entry.get('kernels')}",
