@@ -1,4 +1,7 @@
-// The lossless screen: int8 products that say which units cannot be active.
+// The lossless screen: int8 products that say which units cannot be active. A unit is left out if
+//     ẑ + b + ‖x‖ (‖u − û‖ + γ‖û‖) + ‖x − x̂‖ ‖û‖ (1 + γ) + γ (|b| + t) + lost < t,
+// by Cauchy–Schwarz: û and x̂ are the int8 copies, ẑ = x̂ · û, t is φ's threshold, γ bounds float32's
+// rounding in any order of summation, and `lost` is what underflow takes.
 #pragma once
 #include "multiply.h"
 
