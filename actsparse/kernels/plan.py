@@ -244,10 +244,12 @@ class SparseRun:
         try:
             assert function is not None
             shapes = (block.up.weight.shape, block.down.weight.shape, block.gated)
-            alike = (kind, shapes, function, density > CEILING)
+            x = x.to(met.dtype)
+            names = self._tried(met, function, x, density)
+            alike = (kind, shapes, function, *names)
             trial = self.trials.near(alike, density)
             if trial is None:
-                trial = self._try(met, alike, site, x)
+                trial = self._try(met, alike, names, site, x)
             met.program = trial.best(met.program)
             met.trial, met.decided_at = trial, density
             if not met.training:  # copies that only another program needed
@@ -255,20 +257,20 @@ class SparseRun:
         finally:
             _timing.release()
 
-    def _try(self, met: Met, alike: Hashable, site: Site, x: Tensor) -> Trial:
-        """Time the programs whose copies there is room for."""
-        assert met.density is not None
-        assert site.function is not None
-        x, weights = x.to(met.dtype), Weights.of(self.block)
-        if weights.up.dtype is not met.dtype:
-            weights = weights.to(met.dtype)
+    def _tried(self, met: Met, function: str, x: Tensor, density: float) -> list[str]:
+        """The programs worth timing, whose copies there is room for."""
         room = self.room * Weights.of(self.block).nbytes
-        names = [
+        return [
             name
-            for name in known(x, site.function, met.training)
-            if ((met.density <= CEILING and self.mode == "auto") or name in DENSE)
+            for name in known(x, function, met.training)
+            if ((density <= CEILING and self.mode == "auto") or name in DENSE)
             and (met.training or sum(self._needed(met, name).values()) <= room)
         ]
+
+    def _try(self, met: Met, alike: Hashable, names: list[str], site: Site, x: Tensor) -> Trial:
+        assert met.density is not None
+        assert site.function is not None
+        weights = Weights.of(self.block).to(met.dtype)
         cold = met.tokens <= FEW and not met.training
         programs = programs_of(names, weights, site.function, x, met.training, site.wants_norms)
         return self.trials.run(alike, met.density, programs, cold, x.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.stages import NORMS, OnNorms, token_norm
-from actsparse.kernels import backends, dense
+from actsparse.kernels import dense
 from actsparse.kernels.forms import FEW, form_of
 from actsparse.kernels.mlp import sparse_mlp
 from actsparse.kernels.prepared import Prepared, prepare
@@ -115,9 +115,10 @@ def copies(program: str, weights: Weights, tokens: int) -> dict[str, int]:
     if program not in ("sparse", "screened"):
         return {}
     held = {"down, panels": sizes["down"]}
-    if tokens > FEW or not backends.native(weights.up):
-        held["second, panels"] = sizes["second"]
-        held["first, panels"] = sizes["first"] if program == "screened" else 0
+    wanted = {"first": first if program == "screened" else None, "second": second}
+    for name, t in wanted.items():  # as Prepared.matrix
+        if t is not None and (tokens > FEW or not t.is_contiguous()):
+            held[f"{name}, panels"] = sizes[name]
     if program == "screened":
         held["codes"] = first.numel()
     return held

@@ -95,6 +95,12 @@ def test_copies_take_what_is_counted_and_no_more_than_is_allowed() -> None:
             counted = sum(copies(program, w, tokens).values())
             assert counted <= ready.bytes() <= counted + 20 * 512  # and what the bound needs
             assert counted <= 1.35 * w.nbytes
+    turned = w._replace(up=w.up.t().contiguous().t())  # as Conv1D has it: few tokens read panels
+    ready = turned.prepare()
+    with torch.no_grad():
+        run("screened", x[:1], turned, "relu", prepared=ready)
+    counted = sum(copies("screened", turned, 1).values())
+    assert counted <= ready.bytes() <= counted + 20 * 512
 
 
 def test_dense_mode_and_no_memory_leave_dense_programs() -> None:
