@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -33,14 +34,7 @@ class Layer:
     """
 
     def __init__(
-        self,
-        tokens: int,
-        d: int,
-        h: int,
-        density: float,
-        seed: int,
-        pattern: Pattern = "even",
-        dtype: torch.dtype = torch.float32,
+        self, tokens: int, d: int, h: int, density: float, seed: int, pattern: Pattern = "even"
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(max(tokens, 512), d, generator=generator)
@@ -56,11 +50,21 @@ class Layer:
         self.down_bias = torch.randn(d, generator=generator)
         self.x = x[:tokens].clone()
         self.grad_y = torch.randn(tokens, d, generator=generator)
-        for name in ("up", "bias", "down", "down_bias", "x", "grad_y"):
-            setattr(self, name, getattr(self, name).to(dtype))
+        self._settle()
+
+    def _settle(self) -> None:
         active = F.linear(self.x, self.up, self.bias) > 0
         self.density = float(active.float().mean())
         self.prepared = prepare(self.down, self.up)
+
+    def to(self, dtype: torch.dtype) -> Layer:
+        """A copy in another dtype, with the density that it has there."""
+        cast = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(cast, name, value.to(dtype))
+        cast._settle()
+        return cast
 
     @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,11 +188,9 @@ def bench_mlp(
         for density in densities:
             count = 1 if t >= 197 else min(-(-CACHE // (8 * d * h)), 16)
             progress(f"T = {t}, density {density:g}, {dtype}")
-            made = getattr(torch, dtype)
-            layers = [Layer(t, d, h, density, seed, pattern, made) for seed in range(count)]
-            halves = [
-                Layer(t, d, h, density, seed, pattern, torch.bfloat16) for seed in range(count)
-            ]
+            layers = [Layer(t, d, h, density, seed, pattern) for seed in range(count)]
+            halves = [layer.to(torch.bfloat16) for layer in layers]
+            layers = layers if dtype == "float32" else halves
             row: dict[str, Any] = {"tokens": t}
             row["density"] = sum(layer.density for layer in layers) / count
             repeats = rounds if t >= 197 else 8 * rounds

@@ -114,10 +114,7 @@ def arranged(name: str, density: float, dtype: str = "float32", **sizes: int) ->
     0.1
     """  # fmt: skip
     check(name, [density])
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
+    need_transformers()
     torch.manual_seed(0)
     subject = MODELS[name](density, **sizes)
     if dtype == "float32":
@@ -131,6 +128,14 @@ def arranged(name: str, density: float, dtype: str = "float32", **sizes: int) ->
             return subject.run(model)
 
     return replace(subject, run=cast)
+
+
+def need_transformers() -> None:
+    """Raise the ImportError of a benchmark that has no models to time."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
 
 
 def check(name: str, densities: Iterable[float]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from actsparse import MLPBlock, find_mlp_blocks
 from actsparse.bench.model import _step
-from actsparse.bench.models_at_density import arrange, arranged, thresholds
+from actsparse.bench.models_at_density import arrange, arranged, need_transformers, thresholds
 from actsparse.kernels import accelerate
 from actsparse.kernels.accelerated import Mode
 from actsparse_lab.bench.gpu_mlp import Place, Program, Row
@@ -50,10 +50,7 @@ def measure(place: Place, name: str, density: float, **sizes: int) -> Row:
     Raises:
         ImportError: transformers is missing (``pip install "actsparse[train]"``).
     """
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
+    need_transformers()
     torch.manual_seed(0)
     row: Row = {"model": name, "wanted": density}
     with place.device:  # what is made is made there

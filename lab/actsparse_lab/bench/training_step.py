@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actsparse import observe
+from actsparse.bench.models_at_density import need_transformers
 from actsparse.bench.timing import interleaved, ratio
 from actsparse.modify import sparsify
 
@@ -39,10 +40,9 @@ def vit_s(**config: Any) -> Any:
     Raises:
         ImportError: transformers is missing (``pip install "actsparse[train]"``).
     """
-    try:
-        from transformers import ViTConfig, ViTForImageClassification
-    except ImportError as error:
-        raise ImportError('this benchmark needs pip install "actsparse[train]"') from error
+    need_transformers()
+    from transformers import ViTConfig, ViTForImageClassification
+
     torch.manual_seed(0)
     return ViTForImageClassification(ViTConfig(**VIT_S | config)).train()
 
