@@ -39,7 +39,7 @@ def test_the_full_form_asks_of_sums_that_the_quick_one_does_not_train() -> None:
     quick, full = (words(world(), whole) for whole in (False, True))
     assert set(quick) < set(full)
     assert all(any(f"= {total}:" in text for total in QUICK) for text in quick)
-    assert [sum(f"= {at}:" in text for text in full) for at in LEVELS] == [4, 4, 7, 7]
+    assert [sum(f"= {at}:" in text for text in full) for at in LEVELS] == [4, 7, 7, 7]
 
 
 def test_planted_claims_hold_and_their_reversal_does_not() -> None:

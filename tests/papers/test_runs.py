@@ -73,7 +73,7 @@ def test_seeds_are_paired_and_no_run_comes_twice(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if name != "learning-rate"])
 def test_controls_differ_in_what_they_control_alone(name: str) -> None:
-    stages = runs_of(name, Form(seeds=1))
+    stages = runs_of(name, Form(full=name == "decay", seeds=1))
     for configs in stages.values():
         by_arm = {config.arm: config for config in configs if isinstance(config, RunConfig)}
         assert any(SPARED in arm for arm in by_arm) or name == "manipulate"

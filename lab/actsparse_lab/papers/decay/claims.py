@@ -18,6 +18,7 @@ from actsparse_lab.papers.questions import quality_kept, sparser
 
 LEVELS = (2, 8, 30, 80)  # Σ lr·decay
 QUICK = LEVELS[:2]
+QUICK_ARMS = ("vanilla", "paper")  # the full form has the controls and the parts too
 PARTS = ("bias", "floor", "jsrelu")
 CONTROL = "vanilla-no-1d-decay"
 
@@ -32,8 +33,8 @@ def arm(name: str, total: int) -> str:
 
 
 def parts_at(total: int) -> tuple[str, ...]:
-    """The parts of the recipe that are trained alone at a sum."""
-    return () if total in QUICK else PARTS
+    """The parts of the recipe that the full form trains alone at a sum."""
+    return () if total == LEVELS[0] else PARTS
 
 
 def _asked(total: int) -> dict[str, Asked]:
@@ -45,9 +46,8 @@ def _asked(total: int) -> dict[str, Asked]:
         "control": sparser(own, control),
         **{part: sparser(arm(part, total), vanilla) for part in parts_at(total)},
     }
-    return {
-        f"{key}-{total}": replace(asked, full=total not in QUICK) for key, asked in found.items()
-    }
+    quick = ("inference", "training", "quality") if total in QUICK else ()
+    return {f"{key}-{total}": replace(asked, full=key not in quick) for key, asked in found.items()}
 
 
 QUESTIONS = {key: asked for total in LEVELS for key, asked in _asked(total).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actsparse.modify import NormFloor, SwapActivation, ZerothBias
 from actsparse_lab.engine.folder import Config
-from actsparse_lab.papers.decay.claims import LEVELS, QUICK, arm, parts_at
+from actsparse_lab.papers.decay.claims import CONTROL, LEVELS, QUICK, QUICK_ARMS, arm, parts_at
 from actsparse_lab.papers.runs import Form, Stages, arm_of, named
 from actsparse_lab.tasks import config_of
 
@@ -16,9 +16,9 @@ STEPS = 400  # for each unit of Σ lr·decay: half of all steps, by the cosine a
 def runs(form: Form) -> Stages:
     """Vanilla, the papers' recipe, its parts, and both without decay of norms and biases.
 
-    The quick form has the two smaller sums.
+    The quick form has vanilla and the recipe at the two smaller sums.
     """
-    arms = named("vanilla", "paper", "vanilla-no-1d-decay", "paper-no-1d-decay")
+    arms = named(*QUICK_ARMS, CONTROL, "paper-no-1d-decay") if form.full else named(*QUICK_ARMS)
     parts = {
         "bias": arm_of("bias", ZerothBias()),
         "floor": arm_of("floor", NormFloor()),
@@ -27,12 +27,13 @@ def runs(form: Form) -> Stages:
     found: list[Config] = []
     for total in LEVELS if form.full else QUICK:
         steps = form.steps or STEPS * total
+        alone = {part: parts[part] for part in parts_at(total)} if form.full else {}
         found += [
             config_of(
                 "digits", arm(name, total), chosen, seed, steps=steps, weight_decay=DECAY,
                 log_every=max(1, steps // 20), eval_every=max(1, steps // 4), active=("flatness",),
             )
             for seed in range(form.seeds)
-            for name, chosen in (arms | {part: parts[part] for part in parts_at(total)}).items()
+            for name, chosen in (arms | alone).items()
         ]  # fmt: skip
     return {"": found}
