@@ -2,7 +2,7 @@
 # releases in constraints.txt, which `make lock` renews.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-oldest lock lint bench frontier report clean browser
+.PHONY: help demo demo-full test test-newest test-oldest lock lint bench frontier report clean browser
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -33,8 +33,11 @@ export MPLBACKEND := Agg
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.demo  ## train the arms on digits and write the report to runs/demo
-	$(PY) -m actsparse.cli.main compare --task digits --seeds 5 --out runs/demo
+demo: $(VENV)/.demo  ## train four small networks on text, time the sparse one, show a page
+	$(PY) -m actsparse.cli.main demo
+
+demo-full: $(VENV)/.demo  ## the same with all controls and five paired seeds, into benchmarks/frontier
+	$(PY) -m actsparse.cli.main frontier demo
 
 test: $(VENV)/.dev browser  ## ruff, mypy, pytest with doctests; TESTS="-m slow" and the like
 	@status=0; \

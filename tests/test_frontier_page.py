@@ -1,4 +1,4 @@
-"""docs/frontier.md is what the records say, and README shows its scoreboard."""
+"""docs/frontier.md is what the records say, and README says the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from actsparse.cli.main import app
 from actsparse_lab.records import read_runs
-from actsparse_lab.report.frontier_page import markdown_scoreboard
+from actsparse_lab.report.frontier import board
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path("benchmarks/frontier")
@@ -23,9 +23,19 @@ def test_the_page_is_made_of_the_records(monkeypatch: pytest.MonkeyPatch) -> Non
     assert done.stdout == (ROOT / "docs" / "frontier.md").read_text(encoding="utf-8")
 
 
-def test_the_readme_shows_the_scoreboard() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert markdown_scoreboard(ROOT / RECORDS).strip() in readme
+def test_the_readme_says_what_the_task_that_counts_says() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    of = board(ROOT / RECORDS / "text-long")
+    assert of is not None
+    assert of.counts == "yes"
+    best, vanilla = of.row("best"), of.row(of.best)
+    assert best is not None
+    assert vanilla is not None
+    fewer = best.inference_improvement
+    assert f"has {100 * fewer.mean:.0f} ± {100 * (fewer.half or 0):.0f} % fewer active" in readme
+    lower = -best.change.mean / vanilla.quality.mean
+    share = 100 * best.inference_density.mean
+    assert f"{share:.1f} % of all, at a loss that is lower by {100 * lower:.0f} %" in readme
 
 
 def test_five_paired_seeds_of_one_clean_commit_a_task() -> None:

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import named
-from actsparse.bench.timing import interleaved, ratio
+from actsparse.bench.timing import interleaved, kept_for_backward, ratio
 from actsparse.kernels import build, prepare
 from actsparse.kernels.programs import DENSE, Weights, known, run
 
@@ -265,22 +266,11 @@ def _errors(layer: Layer, activation: str) -> dict[str, float]:
 def _memory(layer: Layer, activation: str) -> dict[str, int]:
     """Bytes that autograd keeps of a forward pass, other than x and the weights, by program."""
     given = [tensor.requires_grad_() for tensor in (layer.x, *layer.weights)]
-    own = {tensor.untyped_storage().data_ptr() for tensor in given}
-    held = {}
-    for name, program in (("dense", "layers"), ("sparse", "sparse"), ("screened", "screened")):
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = layer.run(program, activation, True)
-        held[name] = sum(kept.values())
-        del y
-    return held
+    programs = (("dense", "layers"), ("sparse", "sparse"), ("screened", "screened"))
+    return {
+        name: kept_for_backward(partial(layer.run, program, activation, True), given)
+        for name, program in programs
+    }
 
 
 def _step(

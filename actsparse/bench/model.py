@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from actsparse import find_mlp_blocks, handle_of, observe
 from actsparse.bench.mlp import Dtype, bench_mlp
 from actsparse.bench.models_at_density import Subject, arranged, check
-from actsparse.bench.timing import high_water, interleaved, ratio
+from actsparse.bench.timing import high_water, interleaved, kept_for_backward, ratio
 from actsparse.kernels import accelerate, build
 from actsparse.kernels.accelerated import Accelerated, Mode
 from actsparse.observe.registry import Phase
@@ -29,6 +30,7 @@ from actsparse.observe.registry import Phase
 Progress = Callable[[str], None]
 Programs = dict[str, Callable[[], object]]
 CUT = "without MLPs"
+HALF = "bfloat16"  # the dense model under autocast
 LR = 1e-8  # the weights change at every step, and the densities hardly
 
 
@@ -110,10 +112,15 @@ def bench_trained(
         score: its loss and quality on the same.
 
     Returns:
-        For ``inference`` and ``training`` the ``density`` measured, ``seconds`` and ``ratios`` of
-        dense to the two others; ``score`` of the dense and the accelerated model; ``ran``.
+        For ``inference`` and ``training`` the ``density`` measured, ``seconds``, ``ratios`` of
+        dense to the two others and to the dense model under bfloat16 autocast, and ``mlp_ratio``,
+        what the MLPs alone gain: what they add to the time of a model without them, dense ÷
+        accelerated (None where noise hides it). Of training ``kept``, the bytes that a forward
+        pass keeps for backward, by program. ``score`` of the dense and the accelerated model;
+        ``ran``.
     """
     models, idle, handle = _four(model, inputs, mode)
+    models[HALF] = copy.deepcopy(models["dense programs"])
 
     def density(phase: Phase, run: Callable[[nn.Module], object]) -> float:
         with observe(model, inputs=inputs) as seen, torch.no_grad():
@@ -125,7 +132,10 @@ def bench_trained(
     for each in models.values():
         each.eval()
     result: dict[str, Any] = {"benchmark": "model", "model": type(model).__name__}
-    programs: Programs = {name: partial(_infer, infer, each) for name, each in models.items()}
+    programs: Programs = {
+        name: partial(_infer, _halved(infer) if name == HALF else infer, each)
+        for name, each in models.items()
+    }
     result["inference"] = {"density": density("inference", infer)}
     result["inference"] |= _times(programs, rounds, "inference", progress)
     with torch.inference_mode():
@@ -135,12 +145,22 @@ def bench_trained(
         }
     for each in models.values():
         each.train()
-    result["training"] = {"density": density("train", loss)}
-    programs = {
-        name: _step(each, partial(loss, each), idle if name == CUT else [])
+    passes = {
+        name: partial(_halved(loss) if name == HALF else loss, each)
         for name, each in models.items()
     }
-    result["training"] |= _times(programs, rounds, "training", progress)
+    programs = {
+        name: _step(each, passes[name], idle if name == CUT else [])
+        for name, each in models.items()
+    }
+    with warnings.catch_warnings():  # a schedule that ended is to stand still
+        warnings.filterwarnings("ignore", ".*(?:stand|stood) still")
+        result["training"] = {"density": density("train", loss)}
+        result["training"] |= _times(programs, rounds, "training", progress)
+        result["training"]["kept"] = {
+            to: kept_for_backward(passes[name], models[name].parameters())
+            for to, name in (("dense", "layers"), ("accelerated", "accelerated"))
+        }
     result["ran"] = str(handle).splitlines()
     result |= {"threads": torch.get_num_threads(), "kernels": build.level(), "rounds": rounds}
     return result
@@ -239,10 +259,13 @@ def _times(programs: Programs, rounds: int, what: str, progress: Progress) -> di
     seconds = {name: statistics.median(values) for name, values in times.items()}
     best = min(("layers", "dense programs"), key=seconds.__getitem__)
     times["dense"], seconds["dense"] = times[best], seconds[best]
+    others = [name for name in ("accelerated", CUT, HALF) if name in programs]
+    dense, fast = (seconds[name] - seconds[CUT] for name in ("dense", "accelerated"))
     return {
         "best_dense": best,
         "seconds": seconds,
-        "ratios": [asdict(ratio(times, "dense", name)) for name in ("accelerated", CUT)],
+        "ratios": [asdict(ratio(times, "dense", name)) for name in others],
+        "mlp_ratio": dense / fast if min(dense, fast) > 0 else None,
     }
 
 
@@ -267,6 +290,17 @@ def _step(
         optimizer.step()
 
     return step
+
+
+def _halved(run: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """The same under bfloat16 autocast."""
+
+    def call(model: nn.Module) -> Any:
+        kind = next(model.parameters()).device.type
+        with torch.autocast(kind, torch.bfloat16):
+            return run(model)
+
+    return call
 
 
 def _infer(infer: Callable[[nn.Module], object], model: nn.Module) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,28 @@ def ratio(times: Mapping[str, list[float]], of: str, to: str, seed: int = 0) -> 
     low, high = np.quantile(ratios, [0.025, 0.975])
     value = statistics.median(times[of]) / statistics.median(times[to])
     return Ratio(of, to, value, float(low), float(high))
+
+
+def kept_for_backward(run: Callable[[], object], but: Iterable[Tensor] = ()) -> int:
+    """Bytes that autograd keeps of a forward pass, other than the tensors in ``but``.
+
+    >>> x = torch.ones(8, requires_grad=True)
+    >>> kept_for_backward(lambda: x.exp(), [x])
+    32
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in but}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    del result  # alive until here, so that no two storages have one address
+    return sum(kept.values())
 
 
 def high_water() -> float:

@@ -61,6 +61,7 @@ class Arm:
     training_density: Estimate | None = None
     inference_improvement: Estimate | None = None  # relative: 0.3 is 30 % fewer active units
     training_improvement: Estimate | None = None
+    living_improvement: Estimate | None = None  # of inference, among units that are not dead
     dead_share: Estimate | None = None
     living_density: Estimate | None = None
     skippable_forward: Estimate | None = None  # share of the multiplications
@@ -197,6 +198,7 @@ def arm_of(name: str, runs: Sequence[Run], arms: Arms, reference: str | None) ->
         training_density=over_seeds(TRAINING),
         inference_improvement=against(INFERENCE, fewer),
         training_improvement=against(TRAINING, fewer),
+        living_improvement=against(LIVING, fewer),
         dead_share=over_seeds(dead_share),
         living_density=over_seeds(LIVING),
         skippable_forward=over_seeds(of_result("skippable", "forward")),

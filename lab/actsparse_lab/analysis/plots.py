@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from actsparse_lab.analysis.comparison import Comparison
+from actsparse_lab.analysis.comparison import REFERENCE, Comparison
 from actsparse_lab.analysis.intervals import Estimate
 from actsparse_lab.analysis.numbers import amount
 from actsparse_lab.records import Entry, Run
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 LIGHT = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DARK = ("#5AA9E6", "#F07F3C", "#2FC49A", "#DE94BD", "#F0B429", "#A8D8F5")
+FIRST = (  # arms that many pages show: each has its colour, and the rest what follows
+    "paper", "vanilla-no-1d-decay", "best", "paper-no-1d-decay", "no-mlp", "l1-no-1d-decay",
+)  # fmt: skip
 DASHES = ("-", "--", ":")
 MARKS = "osD^vPX*"
 SERIES_INK = {False: "#6B6B6B", True: "#B4B4B4"}  # the reference arm
@@ -289,17 +292,17 @@ def _bar(estimate: Estimate) -> float:
 
 
 def styles(table: Comparison, dark: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Colour, mark and dash of every arm, the same in all plots."""
+    """Colour, mark and dash of every arm; of those in `FIRST` the same on all pages."""
     colours = palette(dark)
-    others = 0
+    names = [*FIRST, *(arm.name for arm in table.arms if arm.name not in FIRST)]
     for arm in table.arms:
-        if arm.name == table.reference:
+        if arm.name == REFERENCE:
             yield arm.name, {"color": SERIES_INK[dark], "marker": "o", "linestyle": "-"}
             continue
-        dash = DASHES[(others // len(colours)) % len(DASHES)]
-        mark = MARKS[1 + others % (len(MARKS) - 1)]
-        yield arm.name, {"color": colours[others % len(colours)], "marker": mark, "linestyle": dash}
-        others += 1
+        at = names.index(arm.name)
+        dash = DASHES[(at // len(colours)) % len(DASHES)]
+        mark = MARKS[1 + at % (len(MARKS) - 1)]
+        yield arm.name, {"color": colours[at % len(colours)], "marker": mark, "linestyle": dash}
 
 
 def new_figure(
@@ -364,7 +367,7 @@ def render(figure: Figure, lines: dict[str, Any]) -> bytes:
             list(lines.values()),
             list(lines),
             loc="outside lower center",
-            ncols=min(2, len(lines)),  # three long names would run off the picture
+            ncols=max(1, int(figure.get_figwidth() / 2.4)),  # more long names would run off
             frameon=False,
             fontsize=12,
             labelcolor="linecolor",

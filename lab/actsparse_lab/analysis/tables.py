@@ -75,7 +75,8 @@ class Table:
     def html(self, subject: str | None = None) -> Markup:
         """The table in HTML; the row that begins with ``subject`` stands out."""
         heads = Markup("").join(
-            Markup('<th scope="col">{}</th>').format(column.head) for column in self.columns
+            Markup('<th scope="col"{}>{}</th>').format(_prose(column), column.head)
+            for column in self.columns
         )
         rows = Markup("\n").join(self._row(row, subject) for row in self.rows)
         return Markup(
@@ -93,9 +94,8 @@ class Table:
         cells = []
         for at, (cell, column) in enumerate(zip(row, self.columns, strict=True)):
             tag = Markup("td") if at else Markup('th scope="row"')
-            prose = Markup(' class="prose"') if column.prose else ""
             inside = _in_html(cell, column)
-            cells.append(Markup("<{}{}>{}</{}>").format(tag, prose, inside, tag[:2]))
+            cells.append(Markup("<{}{}>{}</{}>").format(tag, _prose(column), inside, tag[:2]))
         own = Markup(' class="subject"') if _text(row[0]) == subject else ""
         return Markup("<tr{}>{}</tr>").format(own, Markup("").join(cells))
 
@@ -137,6 +137,10 @@ def _in_markdown(cell: Cell | str, column: Column) -> str:
         return text
     lines = [f" [{markdown(line)}]" for line in cell.lines]
     return "".join([text, *lines, *(f" *({mark})*" for mark in cell.marks)])
+
+
+def _prose(column: Column) -> Markup:
+    return Markup(' class="prose"') if column.prose else Markup("")
 
 
 def _in_html(cell: Cell | str, column: Column) -> Markup:

@@ -90,6 +90,18 @@ TASKS: dict[str, FrontierTask] = {
         quick=True,
         reads_data=True,
     ),
+    # wider MLPs, and as much decay in all as in text-long, in minutes
+    "demo": FrontierTask(
+        "text",
+        {
+            "steps": 2000,
+            "weight_decay": 0.7,
+            "log_every": 100,
+            "eval_every": 500,
+            "model": {"d_ff": 384},
+        },
+        arms=(*CONTROLS, HALF, "best", "paper"),
+    ),
     # to the knee of the curve, where five times as long is affordable
     "text-long": FrontierTask(
         "text",

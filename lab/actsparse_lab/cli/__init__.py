@@ -14,7 +14,7 @@ from actsparse_lab.cli.trained import trained_of as trained_of
 MODELS = (  # tasks whose model is made anew
     "digits", "text", "lm", "cifar10", "vit_cifar10", "t5_web", "lm_web", "vit_imagenet", "t5_c4",
 )  # fmt: skip
-VERBS = ("train", "compare", "reproduce", "frontier", "report")
+VERBS = ("demo", "train", "compare", "reproduce", "frontier", "report")
 
 
 def add_verbs(app: typer.Typer) -> None:

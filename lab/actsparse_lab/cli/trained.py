@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,25 +11,31 @@ from actsparse.cli.measure import saved_model
 from actsparse_lab.cli.runs import record_at, task_batches, trained_at, weights_in
 
 
-def trained_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What ``bench_trained`` takes, from a run's folder, and where it is from."""
-    import sys
+def trained_of(folder: Path, rows: int = sys.maxsize) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``bench_trained`` takes, from a run's folder, and where it is from.
 
+    Inference is timed and scored on so many ``rows`` of the test split.
+    """
     import torch
     from transformers import EvalPrediction
 
+    from actsparse import handle_of
     from actsparse_lab.engine.config import recorded_config
     from actsparse_lab.engine.tasks import task_of
 
     run = record_at(folder)
     model = saved_model(weights_in(folder))
     task, size = task_of(run.task), recorded_config(run).batch_size
-    predict, test, *_ = task_batches(model, run, None, "test", sys.maxsize, size)
+    predict, test, *_ = task_batches(model, run, None, "test", rows, size)
     _, (batch, *_), *_ = task_batches(model, run, None, "train", size, size)
 
     def infer(model: Any) -> None:
         for each in test:
             predict(model, each)
+
+    def loss(model: Any) -> Any:
+        penalty = (handle.penalty() for handle in [handle_of(model)] if handle is not None)
+        return sum(penalty, start=model(**batch).loss)
 
     def score(model: Any) -> dict[str, float]:
         kept = [task.reduce(model(**each).logits, each["labels"]) for each in test]
@@ -37,7 +44,7 @@ def trained_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     trained = {
         "model": model,
         "inputs": batch,
-        "loss": lambda model: model(**batch).loss,
+        "loss": loss,
         "infer": infer,
         "score": score,
     }

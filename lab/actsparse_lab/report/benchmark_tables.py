@@ -9,7 +9,16 @@ from rich.text import Text
 
 from actsparse_lab.analysis.numbers import NONE, amount, decimal, percent, span
 from actsparse_lab.analysis.tables import Cell, Column, Table
-from actsparse_lab.report.benchmarks import KINDS, OURS, PROGRAMS, Benchmarks, Ratio, Row, Whole
+from actsparse_lab.report.benchmarks import (
+    KINDS,
+    OURS,
+    PHASES,
+    PROGRAMS,
+    Benchmarks,
+    Ratio,
+    Row,
+    Whole,
+)
 
 BRIEF = 8  # columns that fit a terminal
 NAMES = {"bfloat16": "dense bfloat16"}
@@ -40,6 +49,26 @@ def benchmarks_lead(measured: Benchmarks) -> str:
         densities = span([whole.density for whole in measured.wholes], 3)
         said.append(f"Whole models at densities {densities}, as accelerated.")
     return " ".join(said)
+
+
+def speed_tiles(measured: Benchmarks | None) -> list[tuple[str, str]]:
+    """Of a trained model alone: its training step, inference, and what is kept for backward."""
+    found = []
+    for whole in measured.wholes if measured else ():
+        phase = whole.label.rpartition(", ")[2]
+        if phase not in PHASES:
+            continue
+        of = "a training step" if phase == "training" else "inference"
+        limit = decimal(whole.limit.value, 2)
+        found.append(
+            (
+                f"{decimal(whole.ratio.value, 2)} ×",
+                f"as fast in {of} as the best dense (limit {limit})",
+            )
+        )
+        if whole.kept is not None:
+            found.append((percent(1 - whole.kept, 0), "less memory kept for backward"))
+    return found
 
 
 def tables_of(measured: Benchmarks) -> list[Table]:
@@ -118,11 +147,13 @@ def _whole_table(measured: Benchmarks) -> Table:
         "density": lambda whole: decimal(whole.density),
         "dense, s": lambda whole: amount(whole.dense),
         "dense ÷ accelerated": lambda whole: _ratio(whole.ratio),
+        "dense ÷ dense bfloat16": lambda whole: _ratio(whole.half),
         "Amdahl": lambda whole: decimal(whole.amdahl, 2),
         "reached": lambda whole: percent(whole.reached, 0),
         "limit: without MLPs": lambda whole: _ratio(whole.limit),
-        "one MLP alone": lambda whole: decimal(whole.mlp_ratio, 2),
+        "MLPs alone": lambda whole: decimal(whole.mlp_ratio, 2),
         "peak memory": lambda whole: decimal(whole.memory, 2),
+        "kept for backward": lambda whole: decimal(whole.kept, 2),
         "error of logits": lambda whole: amount(whole.error),
     }
     shown = {

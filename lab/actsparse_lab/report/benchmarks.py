@@ -21,7 +21,7 @@ KINDS = ("forward", "training")
 PHASES = ("inference", "training")  # what was timed of a trained model, which ran as it is
 OURS = ("sparse", "screened")
 PROGRAMS = (*OURS, "compiled", "bfloat16")  # the last is dense
-FAST, CUT = "accelerated", "without MLPs"
+FAST, CUT, HALF = "accelerated", "without MLPs", "bfloat16"
 MEMORY = Annotated[
     dict[str, Above0],
     Rule("an object of numbers above 0, 'dense' among them", lambda value: "dense" in value),
@@ -46,6 +46,8 @@ WHOLE = {
     **TIMED,
     "memory?": ({"dense": {"peak_mib": Above0}, FAST: {"peak_mib": Above0}}, None),
     "mlps?": ([dict], None),
+    "mlp_ratio?": (Above0, None),
+    "kept?": ({"dense": Above0, FAST: Above0}, None),
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "mlp": {
@@ -116,9 +118,10 @@ class Whole:
     """A whole model at a density.
 
     ``dense`` is in seconds, ``ratio`` dense ÷ accelerated, ``limit`` dense ÷ the model without
-    its MLPs, ``amdahl`` what ``mlp_ratio``, the ratio of one MLP alone, makes of the whole, and
-    ``reached`` ratio ÷ amdahl. ``memory`` is the accelerated model's peak, dense = 1, ``error``
-    the largest difference of a logit over the largest logit. None where not measured.
+    its MLPs, ``half`` dense ÷ dense under bfloat16 autocast, ``amdahl`` what ``mlp_ratio``, the
+    ratio of one MLP alone, makes of the whole, and ``reached`` ratio ÷ amdahl. ``memory`` is the
+    accelerated model's peak and ``kept`` what it keeps for backward, dense = 1; ``error`` the
+    largest difference of a logit over the largest logit. None where not measured.
     """
 
     label: str
@@ -126,10 +129,12 @@ class Whole:
     dense: float
     ratio: Ratio
     limit: Ratio
+    half: Ratio | None
     mlp_ratio: float | None
     amdahl: float | None
     reached: float | None
     memory: float | None
+    kept: float | None
     error: float | None
 
 
@@ -269,17 +274,19 @@ def _wholes(entry: Entry, label: str) -> Iterator[Whole]:
     """One of each row, or of a trained model's two phases."""
     for at, row in _timed(entry).items():
         what = at if at in PHASES else _task(row)
-        ratios, memory = _ratios(row), row.get("memory")
+        ratios, memory, kept = _ratios(row), row.get("memory"), row.get("kept")
         yield Whole(
             label=", ".join(filter(None, [label, what])),
             density=row["density"],
             dense=row["seconds"]["dense"],
             ratio=ratios[FAST],
             limit=ratios[CUT],
+            half=ratios.get(HALF),
             mlp_ratio=number(row, "mlp_ratio"),
             amdahl=number(row, "amdahl"),
             reached=number(row, "reached"),
             memory=memory[FAST]["peak_mib"] / memory["dense"]["peak_mib"] if memory else None,
+            kept=kept[FAST] / kept["dense"] if kept else None,
             error=number(row, "error", "logits"),
         )
 

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from actsparse_lab.analysis.comparison import BEST, CONTROL, WHOLE, compare, plain
 from actsparse_lab.analysis.manifest import FRONTIER
-from actsparse_lab.analysis.numbers import NONE, change, decimal, percent, quality, ratio
+from actsparse_lab.analysis.numbers import NONE, change, counted, decimal, percent, quality, ratio
 from actsparse_lab.analysis.plots import Picture
 from actsparse_lab.analysis.prose import sections as words_of
 from actsparse_lab.analysis.tables import Cell, Column, Table, code, markdown
-from actsparse_lab.analysis.verdicts import POINTS, SHARE
+from actsparse_lab.analysis.verdicts import POINTS, SHARE, fewest_seeds
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
 from actsparse_lab.report.frontier import FEWER, KNEE, SPARSE, Board, Row, board, frontiers_in
 from actsparse_lab.report.frontier_plot import FRONTIER_PLOT
@@ -78,12 +78,12 @@ def reached_text(of: Board) -> str:
         )
     else:
         said += " No arm is within noise on validation rows."
-    for name, bar, reached in (
-        ("(a)", f"at most {100 * SPARSE:g} % active, within noise", [r.sparse for r in of.rows]),
-        ("(b)", f"at least {100 * FEWER:g} % fewer active", [r.fewer for r in of.rows]),
+    for bar, reached in (
+        (f"At most {100 * SPARSE:g} % active, within noise", [row.sparse for row in of.rows]),
+        (f"At least {100 * FEWER:g} % fewer active", [row.fewer for row in of.rows]),
     ):
         names = [row.name for row, word in zip(of.rows, reached, strict=True) if word == "yes"]
-        said += f" {name}, {bar}: {', '.join(names) or 'none'}."
+        said += f" {bar}: {', '.join(names) or 'none'}."
     return said
 
 
@@ -91,6 +91,12 @@ def claim_text(of: Board) -> str:
     """The papers' claim against the papers' own vanilla; nothing where it was not run."""
     if (claim := of.claim) is None:
         return ""
+    if of.seeds < fewest_seeds():
+        return (
+            f" The papers’ recipe has {percent(claim.inference)} fewer active neurons in inference "
+            f"and {percent(claim.training)} in training than vanilla as the papers decay it, at a "
+            f"change of {change(of.quality_name, claim.change, 2)}."
+        )
     word = {"yes": "holds", "no": "does not hold here", "undecided": "is undecided"}[claim.holds]
     return (
         f" The papers’ claim {word}: against their vanilla, which decays norms and biases too, the "
@@ -106,36 +112,83 @@ def summary(of: Board) -> str:
     return f"{counts_text(of)} {reached_text(of)}{claim_text(of)}"
 
 
+def _shown(of: Board) -> Row | None:
+    """The arm that the page leads with: what validation chose; of few seeds the default recipe."""
+    return of.row(of.chosen) or (of.row(BEST) if of.seeds < fewest_seeds() else None)
+
+
 def headline(of: Board) -> str:
-    """What validation chose, in a few words."""
-    row = of.row(of.chosen)
+    """What validation chose, or of few seeds the default recipe, in a few words."""
+    row = _shown(of)
     if row is None or row.inference_improvement is None:
         return f"{of.task}: no arm is known to be sparser within noise of the best vanilla"
+    if of.seeds < fewest_seeds():
+        return (
+            f"{row.name} has {percent(row.inference_improvement.mean, 0)} fewer active neurons "
+            f"than the best vanilla: {counted(of.seeds, 'seed')}, on your machine"
+        )
     return (
         f"{of.task}: {row.name} has {percent(row.inference_improvement.mean, 0)} fewer active "
         f"neurons than the best vanilla, within its noise on test rows: {row.within_noise}"
     )
 
 
+def lead(of: Board) -> str:
+    """What the title's numbers rest on; of a task with enough seeds also whether it counts."""
+    row, best = _shown(of), of.row(of.best)
+    if row is None or best is None or of.seeds >= fewest_seeds():
+        return counts_text(of)
+    return (
+        f"{percent(row.inference_density, 1)} of its hidden units are active on held-out data, "
+        f"{percent(best.inference_density, 1)} of {best.name}’s. The {of.quality_name} are "
+        f"{quality(of.quality_name, row.quality)}, {best.name}’s are "
+        f"{quality(of.quality_name, best.quality)}. {counted(of.seeds, 'seed').capitalize()} "
+        f"cannot tell whether quality is kept: that takes {fewest_seeds()}."
+    )
+
+
+def tiles(of: Board) -> list[tuple[str, str]]:
+    """How many active neurons are fewer: of all, while training, and among living units."""
+    if (row := _shown(of)) is None:
+        return []
+    found = (
+        (row.inference_improvement, "fewer active neurons in inference"),
+        (row.training_improvement, "fewer in training"),
+        (row.living_improvement, "fewer in inference among units that are not dead"),
+    )
+    return [(percent(value.mean, 0), what) for value, what in found if value is not None]
+
+
 # -- tables --------------------------------------------------------------------------------------
 
 
 def frontier_table(of: Board) -> Table:
-    """A row for each arm."""
-    name = of.quality_name
+    """A row for each arm; of few seeds without the columns that only enough of them can fill."""
+    name, few = of.quality_name, of.seeds < fewest_seeds()
     columns = (
         Column("arm"), Column(name),
-        Column("change, points" if name == "accuracy" else "change"),
-        *map(Column, ("within noise", "inference density", "training density")),
-        *(Column(head, brief=False) for head in (
-            "living density", "dead units", "fewer active, inference", "fewer active, training")),
-        Column("(a)"), Column("(b)"),
-        *(Column(head, brief=False) for head in ("MLPs × faster", "model × faster", "seeds")),
+        Column("change, points" if name == "accuracy" else "change"), Column("within noise"),
+        Column("inference density"), Column("training density"),
+        Column("living density", brief=False), Column("dead units", brief=False),
+        Column("fewer active, inference", brief=few), Column("fewer active, training", brief=few),
+        Column("at most 3 % active"), Column("at least 60 % fewer"),
+        Column("MLPs × faster", brief=False), Column("model × faster", brief=False),
+        Column("seeds", brief=False),
     )  # fmt: skip
     ran = [f"{row.name}: {row.speed.why}" for row in of.rows if row.speed]
     note = f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
-    rows = tuple((row.name, *_cells(name, row)) for row in of.rows)
-    return Table(f"{FRONTIER_PLOT.name}-table", "The frontier", columns, rows, (note,))
+    rows = [(row.name, *_cells(name, row)) for row in of.rows]
+    kept = [at for at, column in enumerate(columns) if not few or column.head not in _JUDGED]
+    return Table(
+        f"{FRONTIER_PLOT.name}-table",
+        "The frontier",
+        tuple(columns[at] for at in kept),
+        tuple(tuple(row[at] for at in kept) for row in rows),
+        (note,),
+    )
+
+
+_JUDGED = ("within noise", "at most 3 % active", "at least 60 % fewer")
 
 
 def _cells(name: str, row: Row) -> tuple[str, ...]:
@@ -160,7 +213,9 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
 
 def print_board(of: Board, console: Console) -> None:
     """The task's line and the columns that decide, for the terminal."""
-    console.print(Text(summary(of), style="bold"))
+    few = f"{headline(of)}. {lead(of)}{claim_text(of)}"
+    told = few if of.seeds < fewest_seeds() else summary(of)
+    console.print(Text(told, style="bold"))
     frontier_table(of).print(console)
 
 
@@ -193,20 +248,20 @@ _SCORES = (
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a picture, drawn of ``shown``, and a table.
+    """A part of a page: a picture, drawn of ``shown``, if any, and a table.
 
-    ``heading`` is what replaces the page's own, ``title`` and ``lead``; empty: nothing. ``rule``
-    is told once where there are several such parts.
+    ``heading`` is what replaces the page's own, ``title``, ``lead`` and ``tiles``; empty: nothing.
+    ``rule`` is told once where there are several such parts.
     """
 
     name: str
     title: str
     text: str
-    picture: Picture
-    shown: tuple[Any, ...]
     table: Table
+    picture: Picture | None = None
+    shown: tuple[Any, ...] = ()
     rule: str = ""
-    heading: dict[str, str] = field(default_factory=dict)
+    heading: dict[str, Any] = field(default_factory=dict)
 
 
 def boards(folder: str | Path) -> dict[Path, Board]:
@@ -279,12 +334,17 @@ def sections(folder: str | Path, runs: list[Run]) -> list[Section]:
             Section(
                 name=FRONTIER_PLOT.name,
                 title="The frontier",
-                text=reached_text(judged) + claim_text(judged),
+                text=("" if judged.seeds < fewest_seeds() else reached_text(judged))
+                + claim_text(judged),
+                table=frontier_table(judged),
                 picture=FRONTIER_PLOT,
                 shown=(judged, compare(runs)),
-                table=frontier_table(judged),
                 rule=RULE,
-                heading={"title": headline(judged), "lead": counts_text(judged)},
+                heading={
+                    "title": headline(judged),
+                    "lead": lead(judged),
+                    "tiles": tiles(judged),
+                },
             )
         )
     for timed in (runs, read_runs(Path(folder) / RACE)):

@@ -7,6 +7,8 @@ from actsparse_lab.analysis.comparison import HALF, Comparison
 from actsparse_lab.analysis.prose import pictures
 from actsparse_lab.report.frontier import Board
 
+WIDE = (9.6, 4.6)  # inches: as wide as the page
+
 
 def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | None:
     """Quality against inference density on a log axis: means with 95 % intervals over seeds.
@@ -19,8 +21,7 @@ def frontier_plot(of: Board, table: Comparison, dark: bool = False) -> bytes | N
     best = of.row(of.best)
     if not densities or best is None or best.quality is None or of.margin is None:
         return None
-    height = plots.HEIGHT + 0.14 * len(rows)  # the legend's lines
-    figure, (axes,) = plots.new_figure(dark, size=(plots.WIDTH, height))
+    figure, (axes,) = plots.new_figure(dark, size=WIDE)
     middle = best.quality.mean
     axes.axhspan(middle - of.margin, middle + of.margin, color=plots.INK[dark], alpha=0.12)
     smallest = min(filter(None, densities), default=1e-4)

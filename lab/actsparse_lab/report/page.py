@@ -25,8 +25,14 @@ from actsparse_lab.analysis.theory_plots import THEORY
 from actsparse_lab.records import RecordError, Run, read_runs, write_whole
 from actsparse_lab.report.arms_table import arms_table, runs_table
 from actsparse_lab.report.benchmark_plots import BENCHMARK_PICTURES
-from actsparse_lab.report.benchmark_tables import benchmarks_lead, benchmarks_title, tables_of
+from actsparse_lab.report.benchmark_tables import (
+    benchmarks_lead,
+    benchmarks_title,
+    speed_tiles,
+    tables_of,
+)
 from actsparse_lab.report.benchmarks import Benchmarks, benchmark_files, benchmarks_of
+from actsparse_lab.report.demo import demo_sections
 from actsparse_lab.report.frontier_page import Section, sections
 from actsparse_lab.report.provenance import differences, what_ran
 from actsparse_lab.report.reproduction import EFFECTS, findings_in, findings_table, heading
@@ -83,7 +89,7 @@ def gather(*paths: str | Path) -> Material:
             f"--out` wrote, or a record of `actsparse bench`"
         )
     found = findings_in(folders[0], runs) if runs else None
-    more = tuple(sections(folders[0], runs)) if runs else ()
+    more = (*sections(folders[0], runs), *demo_sections(folders[0])) if runs else ()
     return Material(
         folders[0] if folders else files[0].with_suffix(""), runs, benchmarks, found, more
     )
@@ -117,10 +123,12 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
         text = json.dumps(found.findings.to_json(), indent=2, allow_nan=False)
         write_whole(out / "verdicts.json", text.encode() + b"\n")
     shown["sections"] = [
-        (each, list(_drawn((each.picture,), out, *each.shown))) for each in found.sections
+        (each, list(_drawn((each.picture,), out, *each.shown)) if each.picture else [])
+        for each in found.sections
     ]
     if headings := [each.heading for each in found.sections if each.heading]:
-        shown |= headings[0] | {"tiles": [], "remarks": remarks(shown["table"], rivals=False)}
+        shown |= headings[0] | {"remarks": remarks(shown["table"], rivals=False)}
+        shown["tiles"] += speed_tiles(found.benchmarks)
     for name in ("table", "theory", "payoff"):
         if shown[name] is not None:
             write_whole(out / f"{name}.json", to_json(shown[name]).encode() + b"\n")
