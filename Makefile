@@ -2,7 +2,7 @@
 # releases in constraints.txt, which `make lock` renews.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-newest test-oldest lock lint bench frontier report clean browser
+.PHONY: help demo test test-newest test-oldest lock lint wheel bench frontier report clean browser
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -62,6 +62,12 @@ lint: $(VENV)/.dev  ## ruff and mypy alone
 	$(PY) -m ruff format --check . || status=1; \
 	$(PY) -m mypy || status=1; \
 	exit $$status
+
+# One for the platform: the kernels use torch's stable ABI, so torch's release does not matter.
+wheel: $(VENV)/.dev  ## dist/*.whl with the compiled CPU kernels, for machines without a compiler
+	@rm -rf build/kernels
+	@$(PY) -m actsparse.kernels build/kernels
+	@ACTSPARSE_COMPILED=$$(echo build/kernels/*.so) $(PY) -m hatchling build -t wheel
 
 bench: $(VENV)/.demo  ## time a training step here; BENCH="..." passes arguments
 	$(PY) -m actsparse.cli.main bench $(BENCH)
