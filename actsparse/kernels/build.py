@@ -1,15 +1,14 @@
 """Load the C++ kernels: those that the wheel brings, or those that this machine's compiler makes.
 
-They use PyTorch's stable ABI alone, so one compiled library runs under every later torch release.
-``make wheel`` puts one into the wheel; :func:`load` takes it if it is there, whole, and runs here.
+They use PyTorch's stable ABI alone, so one compiled library also runs under later torch releases.
+``make wheel`` puts one into the wheel; :func:`load` takes it if it is whole and can be loaded here.
 
-Without it the kernels are compiled once, ahead of time by ``python -m actsparse.kernels`` or else
-at first use. The library then lies in a folder of
-the user's cache named after the sources, the torch version and the C++ ABI, so that a change of
-any of them builds anew; it appears whole or not at all. Its last 32 bytes are the SHA-256 of what
-is before them: a library that was cut or changed on disk is built anew. One that others could have
-put there is refused. Without a compiler everything runs on PyTorch's own operators, and one line
-says so.
+Otherwise the kernels are compiled once, by ``python -m actsparse.kernels`` or at first use. The
+library then lies in a folder of the user's cache named after the sources, the torch version and the
+C++ ABI, so that a change of any of them builds anew; it appears whole or not at all. Its last 32
+bytes are the SHA-256 of what is before them: a library that was cut or changed on disk is built
+anew. One that others could have put there is refused. Without a compiler everything runs on
+PyTorch's own operators, and one line says so.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,14 @@ def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ACTSPARSE_CPU", "avx3")
     with pytest.raises(ValueError, match="'avx3'; it can be reference, baseline, avx2, avx512"):
         fresh()
+
+
+def test_the_kernels_use_nothing_of_torch_but_its_stable_abi() -> None:
+    sources = "".join(path.read_text() for path in build.SOURCES.iterdir())
+    included = re.findall(r"#include <((?:torch|ATen|c10)/.*)>", sources)
+    stable = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/c/shim.h")
+    assert included
+    assert [name for name in included if not name.startswith(stable)] == []
 
 
 def shipped(script: str, library: Path, cache: Path) -> subprocess.CompletedProcess[str]:
