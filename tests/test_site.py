@@ -53,8 +53,10 @@ def test_every_name_of_the_package_is_in_the_list_of_names() -> None:
         assert re.search(rf"\[`{name}`\]\[actsparse\.\w+\.{name}\]", said), name
 
 
-def test_every_room_has_a_page() -> None:
-    rooms = [path.parent.name for path in (ROOT / "actsparse").glob("*/__init__.py")]
-    for room in rooms:
-        public = getattr(importlib.import_module(f"actsparse.{room}"), "__all__", None)
-        assert (DOCS / "api" / f"{room}.md").exists() or not public, room
+def test_every_room_has_a_page_with_its_constants() -> None:
+    for path in (ROOT / "actsparse").glob("*/__init__.py"):
+        room = importlib.import_module(f"actsparse.{path.parent.name}")
+        for name in getattr(room, "__all__", ()):
+            page = (DOCS / "api" / f"{path.parent.name}.md").read_text(encoding="utf-8")
+            value = getattr(room, name)  # mkdocstrings shows classes and functions
+            assert callable(value) or f"`{name}`" in page, name
