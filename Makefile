@@ -2,7 +2,8 @@
 # releases in constraints.txt, which `make lock` renews.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-newest test-oldest lock lint bench frontier report clean browser
+.PHONY: help demo demo-full test test-newest test-oldest lock lint docs wheel bench frontier report
+.PHONY: clean browser
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -54,7 +55,7 @@ test-oldest:  ## the same on the oldest torch and transformers
 
 lock:  ## renew constraints.txt: the newest releases, with $(TORCH)
 	rm -rf .venv-lock
-	@$(MAKE) --no-print-directory .venv-lock/.dev VENV=.venv-lock LOCK=
+	@$(MAKE) --no-print-directory .venv-lock/.docs VENV=.venv-lock LOCK=
 	@{ echo "# Written by make lock: what make test and make demo install."; \
 	  .venv-lock/bin/python -m pip list --format=freeze --exclude-editable --exclude pip \
 	    --exclude setuptools --disable-pip-version-check | sed 's/+.*//'; } > constraints.txt
@@ -66,6 +67,16 @@ lint: $(VENV)/.dev  ## ruff and mypy alone
 	$(PY) -m mypy || status=1; \
 	exit $$status
 
+docs: $(VENV)/.docs  ## the site, in site/; needs no network
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+# One for the platform: the kernels use torch's stable ABI, so torch's release does not matter.
+wheel: $(VENV)/.dev  ## dist/*.whl with the compiled CPU kernels, for machines without a compiler
+	@rm -rf build/kernels
+	@$(PY) -m actsparse.kernels build/kernels
+	@ACTSPARSE_COMPILED=$$(echo build/kernels/*.so) $(PY) -m hatchling build -t wheel
+
 bench: $(VENV)/.demo  ## time a training step here; BENCH="..." passes arguments
 	$(PY) -m actsparse.cli.main bench $(BENCH)
 
@@ -76,7 +87,7 @@ report: $(VENV)/.demo  ## a page from records; REPORT="..." passes arguments
 	$(PY) -m actsparse.cli.main report $(REPORT)
 
 clean:  ## caches, build output and the environment; never runs/
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find actsparse lab tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The usual venv; where Debian left out ensurepip, the pip that exists fills an empty one.
@@ -99,6 +110,11 @@ $(VENV)/.dev: pyproject.toml lab/pyproject.toml constraints.txt | $(PY)
 	@$(PIP) $(LOCK) -e ".[dev]" -e lab
 	-@$(PY) -m actsparse.kernels
 	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	@echo "installing actsparse[docs]"
+	@$(PIP) $(LOCK) -e ".[docs]"
+	@touch $@
 
 # The report's page is tested in a browser where there is one. Not fatal here:
 # with CI=true the test itself insists.

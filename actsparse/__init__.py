@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from actsparse.modify.apply import sparsify
     from actsparse.observe import Measures, Seen, measure, observe, skippable
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "Accelerated",

@@ -10,6 +10,7 @@ from torch import nn
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.resolve import blocks_of
 from actsparse.blocks.site import site_of
+from actsparse.kernels.build import level
 from actsparse.kernels.choose import Trials
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.plan import Mode, SparseRun
@@ -181,5 +182,12 @@ class Accelerated:
             [
                 *(f"{name}: {run}" for name, run in self.runs.items()),
                 *(f"{name}: left alone, {why}" for name, why in self.left.items()),
+                *self._kernels(),
             ]
         )
+
+    def _kernels(self) -> list[str]:
+        """The line about the compiled kernels, if a block is on the CPU."""
+        devices = {run.block.up.weight.device.type for run in self.runs.values()}
+        names = {"reference": "none, so that PyTorch's own operators run"}
+        return [f"native kernels: {names.get(level(), level())}"] if "cpu" in devices else []

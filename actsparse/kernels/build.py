@@ -1,11 +1,14 @@
-"""Compile the C++ kernels with the machine's compiler, once, and load them.
+"""Load the C++ kernels: those that the wheel brings, or those that this machine's compiler makes.
 
-``python -m actsparse.kernels`` builds them ahead of time. The library lies in a folder of
-the user's cache named after the sources, the torch version and the C++ ABI, so that a change of
-any of them builds anew; it appears whole or not at all. Its last 32 bytes are the SHA-256 of what
-is before them: a library that was cut or changed on disk is built anew. One that others could have
-put there is refused. Without a compiler everything runs on PyTorch's own operators, and one line
-says so.
+They use PyTorch's stable ABI alone, so one compiled library also runs under later torch releases.
+``make wheel`` puts one into the wheel; :func:`load` takes it if it is whole and can be loaded here.
+
+Otherwise the kernels are compiled once, by ``python -m actsparse.kernels`` or at first use. The
+library then lies in a folder of the user's cache named after the sources, the torch version and the
+C++ ABI, so that a change of any of them builds anew; it appears whole or not at all. Its last 32
+bytes are the SHA-256 of what is before them: a library that was cut or changed on disk is built
+anew. One that others could have put there is refused. Without a compiler everything runs on
+PyTorch's own operators, and one line says so.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 from actsparse import files
 
 SOURCES = Path(__file__).parent / "cpu"
+SHIPPED = Path(__file__).with_name("compiled.so")  # in a wheel made by `make wheel`
 LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 _FLAGS = ["-std=c++17", "-O3", "-fPIC", "-w", "-fno-math-errno", "-fno-strict-aliasing"]
 _FLAGS += ["-fvisibility=hidden"]
@@ -170,7 +174,7 @@ def load() -> bool:
     try:
         with _loading:  # a library that registers its operators twice ends the process
             if not hasattr(torch.ops.actsparse_cpu, "level"):
-                torch.ops.load_library(str(build()))
+                _load()
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         message = f"sparse kernels run on PyTorch's own operators, slowly: {reason}"
@@ -179,6 +183,23 @@ def load() -> bool:
     if wanted:
         torch.ops.actsparse_cpu.level(LEVELS.index(wanted))
     return True
+
+
+def _load() -> None:
+    """Load the wheel's library, or build one and load that."""
+    refused = ""
+    if SHIPPED.exists() and os.environ.get("ACTSPARSE_SANITIZE") != "1":
+        try:
+            if _whole(SHIPPED):
+                return torch.ops.load_library(str(SHIPPED))
+            refused = f"{SHIPPED} was cut or changed, and "
+        except OSError as error:  # made for another system
+            refused = f"{str(error.__cause__ or error).splitlines()[0]}, and "
+    try:
+        library = build()
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(f"{refused}{error}") from error
+    return torch.ops.load_library(str(library))
 
 
 def level() -> str:

@@ -1,8 +1,11 @@
-"""Building the kernels: once, whole or not at all, and a clear line where it cannot be done."""
+"""Getting the kernels: from the wheel or built once, and a clear line where neither can be done."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +66,57 @@ def test_the_instruction_set_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("ACTSPARSE_CPU", "avx3")
     with pytest.raises(ValueError, match="'avx3'; it can be reference, baseline, avx2, avx512"):
         fresh()
+
+
+def test_the_kernels_use_nothing_of_torch_but_its_stable_abi() -> None:
+    sources = "".join(path.read_text() for path in build.SOURCES.iterdir())
+    included = re.findall(r"#include <((?:torch|ATen|c10)/.*)>", sources)
+    stable = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/c/shim.h")
+    assert included
+    assert [name for name in included if not name.startswith(stable)] == []
+
+
+def shipped(script: str, library: Path, cache: Path) -> subprocess.CompletedProcess[str]:
+    """The script where a wheel brought ``library`` and there is no compiler."""
+    put = "from actsparse.kernels import build; from pathlib import Path\n"
+    put += f"build.SHIPPED = Path({str(library)!r})\n"
+    environment = {"PATH": "", "CXX": "", "ACTSPARSE_CPU": "", "ACTSPARSE_SANITIZE": ""}
+    return run(put + script, ACTSPARSE_CACHE=str(cache), **environment)
+
+
+@pytest.mark.skipif(build.level() == "reference", reason="no compiled kernels here")
+def test_the_library_of_a_wheel_runs_without_a_compiler(tmp_path: Path) -> None:
+    library, cache = tmp_path / "compiled.so", tmp_path / "cache"
+    shutil.copy(build.build(), library)
+    result = shipped(SCRIPT, library, cache)
+    assert result.stdout == f"{build.level()} [[6.0, 6.0]] [[6.0, 6.0]]\n"
+    assert result.stderr == ""
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("sealed", "reason"), [(False, "was cut or changed, and"), (True, "file too short, and")]
+)
+def test_a_library_of_a_wheel_that_cannot_run_is_named(
+    tmp_path: Path, sealed: bool, reason: str
+) -> None:
+    library, code = tmp_path / "compiled.so", b"code"
+    library.write_bytes(code + (hashlib.sha256(code).digest() if sealed else b"x" * 32))
+    result = shipped(SCRIPT, library, tmp_path / "cache")
+    assert result.stdout.startswith("reference ")
+    assert f"compiled.so{':' if sealed else ''} {reason} no C++ compiler found" in result.stderr
+
+
+def test_where_the_library_of_a_wheel_cannot_run_one_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, loaded = tmp_path / "compiled.so", []
+    library.write_bytes(b"x" * 40)
+    monkeypatch.setattr(build, "SHIPPED", library)
+    monkeypatch.setattr(build, "build", lambda: tmp_path / "built.so")
+    monkeypatch.setattr(build.torch.ops, "load_library", loaded.append)
+    build._load()
+    assert loaded == [str(tmp_path / "built.so")]
 
 
 @pytest.fixture
