@@ -174,8 +174,8 @@ class SparsityCallback(TrainerCallback):
         group, loader = args.gradient_accumulation_steps, kwargs.get("train_dataloader")
         self.joined.begin(state.global_step, group, loader)
         late = state.global_step >= int(LAST * state.max_steps)
-        if self.seen is not None and self._sessions.tail is None and late:
-            self._sessions.tail = observe(kwargs["model"], blocks=self.handle.blocks)
+        if late:
+            self._sessions.begin_tail(kwargs["model"], self.handle)
         if self.accelerated is not None:
             step, every = state.global_step + 1, state.logging_steps or state.max_steps
             first = step == 1 and args.logging_first_step

@@ -32,9 +32,16 @@ class Sessions:
         What is for the logs alone does not make blocks run dense.
         """
         self.tail = None
+        if self.seen is not None and keeps:
+            self.seen.whole = True  # it is reset at each log
         read = keeps and self.seen is not None and "density" in self.seen.measures
         if not read and (self.seen is not None or dense):
-            self.window = observe(model, blocks=handle.blocks)
+            self.window = _observed(model, handle)
+
+    def begin_tail(self, model: nn.Module, handle: Handle) -> None:
+        """The last steps begin, if they have not."""
+        if self.seen is not None and self.tail is None:
+            self.tail = _observed(model, handle)
 
     def watch(self, on: bool) -> None:
         """Let them watch again, or get out of the sparse kernels' way."""
@@ -55,7 +62,7 @@ class Sessions:
         """
         found = None
         if self.seen is not None:
-            found = _since_last(self.seen, phase) if keeps else self.seen.summary(phase)
+            found = _since_last(self.seen, phase) if keeps else None
         if self.window is not None:
             return found, _since_last(self.window, phase)
         return found, found if keeps else None
@@ -84,10 +91,16 @@ class Sessions:
             name, _, rest = key.partition("/")
             counted[name][rest] = tensor
         if counted["tail"]:
-            self.tail = observe(model, blocks=handle.blocks)
+            self.tail = _observed(model, handle)
             self.tail.load_state_dict(counted["tail"])
         if self.seen is not None:
             self.seen.load_state_dict(counted["seen"])
+
+
+def _observed(model: nn.Module, handle: Handle) -> Seen:
+    session = observe(model, blocks=handle.blocks)
+    session.whole = True
+    return session
 
 
 def _since_last(session: Seen, phase: Phase) -> Summary:
