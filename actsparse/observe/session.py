@@ -351,8 +351,12 @@ class Seen:
         """Print the tables, in colour if the terminal has it."""
         from rich.console import Console
 
-        for table in self._tables():
-            Console().print(table)
+        console = Console()
+        if console.is_terminal or console.is_jupyter:
+            for table in self._tables():
+                console.print(table)
+        else:
+            print(self)
 
     def plot(self, key: str = "density", ax: Any | None = None) -> Any:
         """Plot a number of each block, a line for each phase that was seen.

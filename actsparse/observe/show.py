@@ -10,12 +10,14 @@ from actsparse.extras import needed
 from actsparse.observe.registry import MEASURES
 from actsparse.observe.tables import cells_of
 
+UNLIMITED = 10_000  # columns
+
 
 def text_of(tables: Iterable[Any]) -> str:
-    """Tables of rich as text, 120 columns wide."""
+    """Tables of rich as text, as wide as they need."""
     from rich.console import Console
 
-    console = Console(width=120, color_system=None)
+    console = Console(width=UNLIMITED, color_system=None)
     with console.capture() as capture:
         for table in tables:
             console.print(table)

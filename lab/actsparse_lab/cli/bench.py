@@ -81,12 +81,13 @@ def measures(
     import torch
     from rich.table import Table
 
-    from actsparse_lab.bench.measures import bench_measures
+    from actsparse_lab.bench.measures import WATCHED, bench_measures
 
     if threads is not None:
         torch.set_num_threads(threads)
-    log = Terminal(stderr=True)
-    result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
+    steps = rounds * len(WATCHED)
+    began = telling([steps, *[5.0] * len(WATCHED), 3.0 * probes])  # in steps; memory: a process
+    result = bench_measures(rounds, batch, probes, activation, began)
     if keep_record(result, out, json):
         return
     table = Table("observed", "time", "95 % interval", "peak memory", title="÷ the plain step")
