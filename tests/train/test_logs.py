@@ -45,6 +45,7 @@ class Tracker(TrainerCallback):
 def trained(
     model: nn.Module, folder: Path, callbacks: list[Any], steps: int = 60, **settings: Any
 ) -> Trainer:
+    """A Trainer that has made so many steps; 0: none yet."""
     arguments = {
         "output_dir": str(folder), "max_steps": steps, "logging_steps": 10,
         "eval_strategy": "steps", "eval_steps": 20, "report_to": "none", "disable_tqdm": True,
@@ -58,7 +59,8 @@ def trained(
         eval_dataset=rows(8),
         callbacks=callbacks,
     )
-    made.train()
+    if steps:
+        made.train()
     return made
 
 
@@ -138,6 +140,23 @@ def test_what_is_logged_for_trackers_does_not_keep_accelerated_blocks_dense(tmp_
     assert callback.accelerated is not None
     assert set(callback.accelerated.ran().values()) == {"sparse"}
     assert not any("density" in each for each in tracker.logs)
+
+
+def test_a_callback_that_is_added_later_comes_before_trackers_too(tmp_path: Path) -> None:
+    model = gpt2()
+    handle = sparsify(model, "vanilla", inputs=dict(rows(2).columns))
+    tracker = Tracker()
+
+    class Later(TrainerCallback):
+        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+            assert "loss" not in logs or "density" in logs
+
+    trainer = trained(model, tmp_path, [tracker, Later], steps=0)
+    trainer.args.max_steps = 10
+    trainer.add_callback(SparsityCallback(handle))
+    trainer.train()
+    assert any("density" in each for each in tracker.logs)
+    assert type(trainer.callback_handler.callbacks[0]).__name__ == "DefaultFlowCallback"
 
 
 def test_after_training_nothing_is_observed(tmp_path: Path) -> None:
