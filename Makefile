@@ -81,7 +81,7 @@ bench: $(VENV)/.demo  ## time a training step here; BENCH="..." passes arguments
 	$(PY) -m actsparse.cli.main bench $(BENCH)
 
 frontier: $(VENV)/.demo  ## train what is missing in benchmarks/frontier; FRONTIER="..." passes arguments
-	$(PY) -m actsparse.cli.main frontier $(FRONTIER)
+	$(PY) -m actsparse.cli.main frontier --out benchmarks/frontier $(FRONTIER)
 
 report: $(VENV)/.demo  ## a page from records; REPORT="..." passes arguments
 	$(PY) -m actsparse.cli.main report $(REPORT)

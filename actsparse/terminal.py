@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,9 +12,14 @@ from typing_extensions import override
 
 from actsparse.values import printable
 
+UNLIMITED = 10_000  # columns
+
 
 class Terminal(Console):
     r"""rich's console without markup; control characters in text are escaped.
+
+    In a pipe or a file its width is that of ``COLUMNS``, or else unlimited, so that tables stay
+    whole.
 
     >>> Terminal().print("[bold]arm[/bold] \x1b[31m")
     [bold]arm[/bold] \x1b[31m
@@ -21,6 +27,8 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
+        if not (self.is_terminal or "COLUMNS" in os.environ):
+            self.width = UNLIMITED
 
     @override
     def render(

@@ -19,6 +19,7 @@ WITHOUT_EXAMPLE = {
     "Handle.add": "called by sparsify",
     "Handle.leave_alone": "called by sparsify",
     "Handle.look": "a hook",
+    "Seen.plot": "needs matplotlib",
     "Seen.pool": "needs several processes",
     "Seen.print": "colours depend on the terminal",
     "SparsityCallback.take_up": "needs a training that has ended",

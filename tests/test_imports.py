@@ -23,19 +23,24 @@ OUTSIDE = {"values", "untrusted"}  # what comes from outside is checked and read
 TOOLS = {"modify", "observe", "kernels"} | MATHS
 LIBRARY: dict[str, set[str]] = {
     "activations": set(),
-    "blocks": {"activations"},
+    "blocks": {"activations", "html"},
+    "html": set(),
     "files": set(),
     "environment": set(),
     "values": set(),
     "untrusted": {"values"},
     "terminal": {"values"},
-    "modify": MATHS | OUTSIDE | {"files"},
-    "observe": MATHS | OUTSIDE,
-    "kernels": MATHS | {"files"},
+    "extras": set(),
+    "time_left": set(),
+    "modify": MATHS | OUTSIDE | {"extras", "files", "html"},
+    "observe": MATHS | OUTSIDE | {"extras", "html"},
+    "kernels": MATHS | {"files", "html"},
     "__init__": TOOLS,
-    "train": TOOLS,
-    "bench": TOOLS | {"__init__"},
-    "cli": TOOLS | OUTSIDE | {"__init__", "bench", "environment", "files", "terminal"},
+    "train": TOOLS | {"extras"},
+    "bench": TOOLS | {"__init__", "time_left"},
+    "cli": TOOLS
+    | OUTSIDE
+    | {"__init__", "bench", "environment", "extras", "files", "terminal", "time_left"},
     "__main__": {"cli"},
 }
 # The laboratory may use all of the library but its commands, which its own extend.

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from actsparse.bench.mlp import Dtype, bench_mlp, ours
+from actsparse.bench.mlp import Dtype, bench_mlp, ours, where_faster
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+DENSITIES = (0.02, 0.1, 0.3)
+TOKENS = (1, 197, 1576)
 
 
 def bandwidth(megabytes: int = 256, rounds: int = 5) -> float:
@@ -32,8 +34,8 @@ def bandwidth(megabytes: int = 256, rounds: int = 5) -> float:
 def bench_here(
     d: int = 768,
     h: int = 3072,
-    densities: Sequence[float] = (0.02, 0.1, 0.3),
-    tokens: Sequence[int] = (1, 197, 1576),
+    densities: Sequence[float] = DENSITIES,
+    tokens: Sequence[int] = TOKENS,
     rounds: int = 3,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -42,8 +44,9 @@ def bench_here(
     Returns:
         ``bandwidth``, GB/s from memory; ``mlps``, what :func:`bench_mlp` returns for each dtype;
         ``rows``, one for each dtype, number of tokens and kind of pass: the best ``dense`` program
-        and its ``gflops`` a second, the ``break_even`` density (None: at none, or beyond the
-        densities timed), and the ``gain`` at the lowest density, dense time ÷ the better program's.
+        and its ``gflops`` a second; the ``break_even`` density (None: none between those timed);
+        whether the better program is ``faster`` at all of them; the ``gain`` at the lowest, dense
+        time ÷ the better program's.
 
     >>> found = bench_here(16, 32, [0.1], [4], rounds=1)
     >>> [(row["dtype"], row["tokens"], row["kind"]) for row in found["rows"]]
@@ -63,7 +66,7 @@ def bench_here(
                     {
                         "dtype": dtype, "tokens": t, "kind": kind, "dense": first["best_dense"],
                         "gflops": first["gflops"], "break_even": mlp["break_even"][kind].get(t),
-                        "density": of_t[0]["density"],
+                        "density": of_t[0]["density"], "faster": where_faster(of_t, kind),
                         "gain": max(each["value"] for each in ours(first)),
                     }
                 )  # fmt: skip

@@ -144,6 +144,25 @@ def break_even(rows: Sequence[dict[str, Any]], kind: str) -> dict[int, float | N
     return found
 
 
+def where_faster(rows: Sequence[dict[str, Any]], kind: str) -> str:
+    """Whether the better program beats dense at all densities of ``rows`` (of one T), or at none.
+
+    >>> rows = [
+    ...     {"density": p, "forward": {"ratios": [{"to": "sparse", "value": v}]}}
+    ...     for p, v in ((0.01, 5.45), (0.2, 1.1))
+    ... ]
+    >>> where_faster(rows, "forward")
+    'always faster'
+    >>> where_faster(rows[:1], "training")
+    'not timed'
+    """
+    gains = [max(each["value"] for each in ours(row[kind])) for row in rows if kind in row]
+    if not gains:
+        return "not timed"
+    faster = [gain > 1 for gain in gains]
+    return "always faster" if all(faster) else "faster at some" if any(faster) else "never faster"
+
+
 def ours(timed: dict[str, Any]) -> list[dict[str, Any]]:
     """The ratios of our programs to dense."""
     return [row for row in timed["ratios"] if row["to"] in ("sparse", "screened")]

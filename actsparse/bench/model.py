@@ -26,6 +26,7 @@ from actsparse.bench.timing import high_water, interleaved, kept_for_backward, r
 from actsparse.kernels import accelerate, build
 from actsparse.kernels.accelerated import Accelerated, Mode
 from actsparse.observe.registry import Phase
+from actsparse.time_left import TimeLeft
 
 Progress = Callable[[str], None]
 Programs = dict[str, Callable[[], object]]
@@ -72,8 +73,10 @@ def bench_model(
         raise ValueError("densities is empty; give at least one, such as 0.05")
     check(name, densities)
     rows: list[dict[str, Any]] = []
-    for density in densities:
-        progress(f"{name} at density {density:g}: arranging the weights")
+    left = TimeLeft()
+    for i, density in enumerate(densities):
+        about = left(i / len(densities))
+        progress(f"{name} at density {density:g}: arranging the weights{about}")
         subject = arranged(name, density, dtype, **sizes)
         rows.append(_row(subject, rounds, mode, progress, dtype))
         if memory:
@@ -253,9 +256,13 @@ def _four(
 
 def _times(programs: Programs, rounds: int, what: str, progress: Progress) -> dict[str, Any]:
     progress(f"{what}: {', '.join(programs)}")
-    times = interleaved(
-        programs, rounds, progress=lambda done: progress(f"{what}: round {done} of {rounds}")
-    )
+    left = TimeLeft()
+
+    def told(done: int) -> None:
+        about = left(done / rounds).replace("left", "left of these")
+        progress(f"{what}: round {done} of {rounds}{about}")
+
+    times = interleaved(programs, rounds, progress=told)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     best = min(("layers", "dense programs"), key=seconds.__getitem__)
     times["dense"], seconds["dense"] = times[best], seconds[best]

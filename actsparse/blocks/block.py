@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from actsparse import html
 from actsparse.blocks.refused import Refused, told
 
 
@@ -178,7 +179,7 @@ class Between:
     module: nn.Module | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MLPBlock:
     """One MLP block of a model: its layers, its activation and how they are connected.
 
@@ -251,6 +252,20 @@ class MLPBlock:
         """The layer whose output enters φ: gate in gated blocks, else up."""
         return self.up if self.gate is None else self.gate
 
+    def __repr__(self) -> str:
+        return f"<MLPBlock {self._line()}>"
+
+    def _repr_html_(self) -> str:
+        return html.table(("part", "value"), self.row().items())
+
+    def _line(self) -> str:
+        gate = f" × {self.gate}" if self.gate else ""
+        return (
+            f"{self.name or '(root)'}: {self.norm.name if self.norm else 'no norm'} → "
+            f"{self.up}{gate} → {self.activation.name} ({self.activation.function}) → "
+            f"{self.down}, {self.d_model} → {self.d_hidden}"
+        )
+
     def row(self) -> dict[str, Any]:
         """The block as one row of a table.
 
@@ -301,15 +316,16 @@ class Blocks(list[MLPBlock]):
 
     def __str__(self) -> str:
         lines = [f"{len(self)} MLP block{'s' * (len(self) != 1)}"]
-        for block in self:
-            gate = f" × {block.gate}" if block.gate else ""
-            lines.append(
-                f"  {block.name or '(root)'}: {block.norm.name if block.norm else 'no norm'} → "
-                f"{block.up}{gate} → {block.activation.name} ({block.activation.function}) → "
-                f"{block.down}, {block.d_model} → {block.d_hidden}"
-            )
+        lines += [f"  {block._line()}" for block in self]
         lines += [f"  refused {line}" for line in told(self.refused)]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        heads = ("name", "norm", "up", "gate", "function", "down", "d_model", "d_hidden")
+        rows = [[block.row()[head] for head in heads] for block in self]
+        return html.table(heads, rows, f"{len(self)} MLP blocks") + html.lines(
+            f"refused {line}" for line in told(self.refused)
+        )
 
     def __getitem__(self, index: Any) -> Any:
         """One block, or for a slice the chosen ones as :class:`Blocks`."""

@@ -46,7 +46,7 @@ from actsparse.blocks.block import (
     unwrap,
 )
 from actsparse.blocks.example_inputs import describe_inputs
-from actsparse.blocks.refused import NoMLPFound, Refused, told
+from actsparse.blocks.refused import ALONE, NoMLPFound, Refused, told
 from actsparse.blocks.replaced_modules import Standing
 from actsparse.blocks.trace import Node, Trace, check_traceable, is_linear, trace, undisturbed
 from actsparse.blocks.unreached import unreached
@@ -148,17 +148,18 @@ class _Finder:
                 downs.add(block.down.name)
                 found[key] = match
         # A head or pooler may look like a block, but adds nothing to a stream of tokens.
+        alone = []
         if any(item.residual for item in found.values()):
             for item in [i for i in found.values() if not i.residual]:
                 block = item.block
-                self.seen.append(f"{block.up.name} → {block.down.name}: not part of a residual sum")
+                alone.append(Refused(block.name or f"{block.up.name} → {block.down.name}", ALONE))
                 del found[(block.up.name, block.down.name)]
         for item in found.values():  # found in one call, refused in another
             for layer in (item.block.up, item.block.gate, item.block.down):
                 self.refused.pop(layer.name if layer else "", None)
         for item in found.values():
             item.block.standing = Standing(item.block)
-        refused = [Refused(name, reason) for name, reason in self.refused.items()]
+        refused = [Refused(name, reason) for name, reason in self.refused.items()] + alone
         refused += unreached(self.trace, (item.block for item in found.values()))
         if not found:
             raise NoMLPFound(self._nothing(refused), refused)

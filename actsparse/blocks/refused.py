@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+ALONE = (
+    "MLP-shaped, but its output is not added to the tokens that it runs on (a mixer's MLP over "
+    "transposed tokens, a head)"
+)
+
 
 @dataclass(frozen=True)
 class Refused:

@@ -10,7 +10,7 @@ from torch import nn
 
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.find import find_mlp_blocks
-from actsparse.blocks.refused import told
+from actsparse.blocks.refused import ALONE, told
 
 HANDLE = "_actsparse_handle"  # a model's attribute
 
@@ -21,16 +21,16 @@ def handle_on(model: nn.Module) -> Any:
 
 
 def found_with(model: nn.Module, inputs: Any, caller: str, stacklevel: int = 3) -> Blocks:
-    """The blocks that ``inputs`` show, with a warning where parts of the model did not run.
+    """The blocks that ``inputs`` show, with a warning of what looks like others.
 
     ``caller``, whom the warning speaks of, leaves those parts as they are.
     """
     found = find_mlp_blocks(model, inputs)
-    idle = [item for item in found.refused if not item.reached]
-    if idle:
+    left = [item for item in found.refused if not item.reached or item.reason == ALONE]
+    if left:
         warnings.warn(
             f"{caller} takes {len(found)} MLP blocks and leaves out modules that look like others: "
-            f"{'; '.join(told(idle))}",
+            f"{'; '.join(told(left))}",
             stacklevel=stacklevel,
         )
     return found

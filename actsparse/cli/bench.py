@@ -9,13 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from actsparse.cli.laboratory import laboratory
-from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
+from actsparse.cli.result import cells, keep_record, ratio_text, tell, telling
+from actsparse.extras import how_to_install
+from actsparse.terminal import Terminal
 
-Width = Annotated[int, typer.Option(min=1, help="Width D of the model.")]
-Hidden = Annotated[int, typer.Option(min=1, help="Number H of hidden units.")]
+Width = Annotated[int, typer.Option("--d-model", min=1, help="Width D of the model.")]
+Hidden = Annotated[int, typer.Option("--d-hidden", min=1, help="Number H of hidden units.")]
 Tokens = Annotated[str, typer.Option(help="Numbers of tokens T, separated by commas.")]
 Densities = Annotated[str, typer.Option(help="Densities from 0 to 1, separated by commas.")]
-Threads = Annotated[int | None, typer.Option(help="Number of threads; default: all cores.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Number of threads.", min=1, show_default="all cores")
+]
 Out = Annotated[Path | None, typer.Option(help="Also write the record to this file.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -74,7 +78,7 @@ def mlp(
     from rich.table import Table
 
     from actsparse.activations import ACTIVATIONS
-    from actsparse.bench.mlp import bench_mlp
+    from actsparse.bench.mlp import bench_mlp, where_faster
 
     if pattern not in ("even", "zipf"):
         raise ValueError(f"--pattern {pattern!r}; known: even, zipf")
@@ -83,18 +87,18 @@ def mlp(
     _check_dtype(dtype)
     if threads is not None:
         torch.set_num_threads(threads)
+    asked = numbers("--densities", densities, float), numbers("--tokens", tokens, int)
     result = bench_mlp(
         d,
         h,
-        numbers("--densities", densities, float),
-        numbers("--tokens", tokens, int),
+        *asked,
         activation,
         rounds,
         training,
         pattern,  # type: ignore[arg-type]
         compiled,
         dtype,  # type: ignore[arg-type]
-        tell,
+        telling(cells(asked[1], asked[0])),
     )
     if keep_record(result, out, json):
         return
@@ -117,11 +121,12 @@ def mlp(
         kept = f"{memory['sparse'] / memory['dense']:.3f}" if memory else ""
         error = f"{row['error']['sparse'] / row['error']['dense']:.1f} × dense's"
         table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *times, kept, error)
-    wide_console().print(table)
+    Terminal().print(table)
     for kind, found in result["break_even"].items():
         for tokens_, density in found.items():
-            at = "beyond the densities timed" if density is None else f"at density {density:.2g}"
-            wide_console().print(f"break-even, {kind}, T = {tokens_}: {at}", highlight=False)
+            timed = [row for row in result["rows"] if row["tokens"] == tokens_]
+            at = f"at density {density:.2g}" if density else where_faster(timed, kind)
+            Terminal().print(f"break-even, {kind}, T = {tokens_}: {at}", highlight=False)
 
 
 @bench.command()
@@ -140,25 +145,23 @@ def here(threads: Threads = None, out: Out = None, json: Json = False) -> None:
     import torch
     from rich.table import Table
 
-    from actsparse.bench.here import bench_here
+    from actsparse.bench.here import DENSITIES, DTYPES, TOKENS, bench_here
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = bench_here(progress=tell)
+    result = bench_here(progress=telling(cells(TOKENS, DENSITIES) * len(DTYPES)))
     if keep_record(result, out, json):
         return
     names = ["dtype", "tokens", "pass", "best dense", "GFLOP/s", "break-even", "gain at 2 %"]
     title = f"threads: {result['threads']}, kernels: {result['kernels']}"
     table = Table(*names, title=f"{title}, memory: {result['bandwidth']:.0f} GB/s")
     for row in result["rows"]:
-        at = "–" if row["break_even"] is None else f"{row['break_even']:.2g}"
+        at = f"{row['break_even']:.2g}" if row["break_even"] else row["faster"]
         table.add_row(
             row["dtype"], str(row["tokens"]), row["kind"], row["dense"], f"{row['gflops']:.0f}", at,
             f"{row['gain']:.2f}",
         )  # fmt: skip
-    wide_console().print(table)
-    note = "break-even –: a sparse program is faster, or slower, at all of 2, 10 and 30 %"
-    wide_console().print(note, highlight=False)
+    Terminal().print(table)
 
 
 @bench.command()
@@ -201,7 +204,7 @@ def model(
         torch.set_num_threads(threads)
     if run is not None:
         if laboratory() is None:
-            raise ValueError("--run needs the laboratory: pip install ./lab")
+            raise ValueError(f"--run needs the laboratory: {how_to_install('actsparse_lab')}")
         trained, where = laboratory().trained_of(run)
         result = {**bench_trained(**trained, rounds=rounds, progress=tell), **where}
     else:
@@ -240,7 +243,7 @@ def _print_model(result: dict[str, Any]) -> None:
             f"{row['error']['logits']:.1e}",
             f"{peaks[0] / peaks[1]:.2f}" if peaks else "",
         )
-    wide_console().print(table)
+    Terminal().print(table)
 
 
 def _print_trained(result: dict[str, Any]) -> None:
@@ -254,10 +257,10 @@ def _print_trained(result: dict[str, Any]) -> None:
         seconds = f"{row['seconds']['dense']:.3g} s"
         ratios = [ratio_text(each) for each in row["ratios"]]
         table.add_row(phase, f"{row['density']:.3f}", seconds, *ratios)
-    wide_console().print(table)
+    Terminal().print(table)
     quality = {name: each["quality"] for name, each in result["score"].items()}
     told = ", ".join(f"{name} {value:.4f}" for name, value in quality.items())
-    wide_console().print(f"{result['quality_name']}: {told}", highlight=False)
+    Terminal().print(f"{result['quality_name']}: {told}", highlight=False)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -6,6 +6,8 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+VERBS = ("demo", "train", "compare", "reproduce", "frontier", "report")
+
 
 @cache
 def laboratory() -> Any:

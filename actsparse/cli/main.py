@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 from typing import Annotated, Any
 
 import typer
 
+from actsparse.cli.help import flow
+from actsparse.cli.laboratory import VERBS as ITS_VERBS
 from actsparse.cli.laboratory import laboratory
+from actsparse.extras import how_to_install
 
 VERBS = ("blocks", "measure", "bench")
 
@@ -22,15 +26,25 @@ class Verbs(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except (ValueError, ArithmeticError, ImportError, OSError) as error:
-            typer.echo(f"Error: {printable(str(error))}", err=True)
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # who read the output has enough
+            said = str(error)
+            hint = how_to_install(error.name) if isinstance(error, ImportError) else ""
+            said += f": {hint}" if hint not in said else ""
+            typer.echo(f"Error: {printable(said)}", err=True)
             raise typer.Exit(2) from error
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb; of one that is not installed, how to install it."""
+        if args and args[0] in ITS_VERBS and self.get_command(ctx, args[0]) is None:
+            ctx.fail(f"{args[0]} is a command of the laboratory: {how_to_install('actsparse_lab')}")
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(
     name="actsparse",
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -64,6 +78,7 @@ for _verb in VERBS:
         app.command(_verb)(_function)
 if laboratory() is not None:
     laboratory().add_verbs(app)
+flow(app)
 
 if __name__ == "__main__":
     app()

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from actsparse.cli.laboratory import laboratory
+from actsparse.extras import how_to_install
 
-DEFAULT = "density,flatness,gradient,spectrum,gauss_newton,token_copies"
+DEFAULT = "density, flatness, gradient, spectrum, gauss_newton, token_copies"
 
 
 def measure(
@@ -83,11 +84,10 @@ def measure(
       actsparse measure my_checkpoint --data my_package.data:batches --labels model --json
     """
     from json import dumps
-    from sys import stdout
 
     import torch
-    from rich.progress import Progress
 
+    from actsparse.cli.progress import Progressing
     from actsparse.cli.result import write_result
     from actsparse.environment import environment
     from actsparse.terminal import Terminal
@@ -95,7 +95,10 @@ def measure(
     if data is not None and task is not None:
         raise ValueError("give --task or --data, not both")
     if data is None and laboratory() is None:
-        raise ValueError("give --data, the data to measure on (--task needs the laboratory, ./lab)")
+        raise ValueError(
+            "give --data, the data to measure on (--task needs the laboratory: "
+            f"{how_to_install('actsparse_lab')})"
+        )
     log = Terminal(stderr=True)
     run = None if laboratory() is None else laboratory().run_at(target)
     if run is not None and out is None:
@@ -109,16 +112,7 @@ def measure(
             model, run and run.record, task, split, rows, batch_size
         )
     asked = asked_of(measures)
-    with Progress(console=log, disable=not log.is_terminal, transient=True) as bar:
-        bars: dict[str, Any] = {}
-
-        def told(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                bars[name] = bar.add_task(name, total=total)
-                if not log.is_terminal:
-                    log.print(f"{name}: {total} passes", highlight=False)
-            bar.update(bars[name], completed=done)
-
+    with Progressing(log, "passes") as told:
         from actsparse.observe import measure as measure_model
         from actsparse.observe.measuring import within_bounds
 
@@ -145,7 +139,7 @@ def measure(
     if json:
         typer.echo(text, nl=False)
     else:
-        console = Terminal(width=None if stdout.isatty() else 120)
+        console = Terminal()
         for table in found.tables():
             console.print(table)
     if out is not None:

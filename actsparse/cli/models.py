@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from actsparse.cli.laboratory import laboratory
+from actsparse.extras import needed
 from actsparse.modify.foreign_config import bounded, check_config, model_class
 from actsparse.untrusted import read_json
 from actsparse.values import BadValue, check
@@ -45,8 +46,7 @@ def model_named(name: str) -> tuple[nn.Module, Any]:
 
 
 def _from_config(path: Path) -> nn.Module:
-    import transformers
-
+    transformers = needed("transformers", "a config of Hugging Face")
     transformers.logging.set_verbosity_error()
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json")

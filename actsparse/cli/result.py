@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
 import json as jsonlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from actsparse.time_left import TimeLeft
 
 
 def tell(what: str) -> None:
     """Say how far it is, on stderr."""
     from actsparse.terminal import Terminal
 
-    Terminal(stderr=True).print(what, highlight=False)
+    Terminal(stderr=True).print(what, highlight=False, soft_wrap=True)
 
 
-def wide_console() -> Any:
-    """Wide enough for a table where it goes to a file."""
-    from sys import stdout
+def telling(parts: Sequence[float], said: Callable[[str], None] = tell) -> Callable[[str], None]:
+    """To be called when each part begins: says which, of how many, and about how long is left.
 
-    from actsparse.terminal import Terminal
+    ``parts`` are estimates of how long each takes, in any unit.
 
-    return Terminal(width=None if stdout.isatty() else 120)
+    >>> began = telling([1, 1], print)
+    >>> began("density 0.1"), began("density 0.2")
+    [1/2] density 0.1
+    [2/2] density 0.2, about 0 s left
+    (None, None)
+    """
+    left, begun = TimeLeft(), itertools.count()
+
+    def began(what: str) -> None:
+        i = next(begun)
+        said(f"[{i + 1}/{len(parts)}] {what}{left(sum(parts[:i]) / sum(parts))}")
+
+    return began
+
+
+def in_turn(folders: Sequence[Path]) -> Iterator[Path]:
+    """The folders; says when each begins."""
+    began = telling([1.0] * len(folders))
+    for folder in folders:
+        began(str(folder))
+        yield folder
+
+
+def cells(tokens: Iterable[int], densities: Sequence[float]) -> list[float]:
+    """About how long a benchmark takes for each T and density: few tokens read cold weights."""
+    return [t + 300.0 for t in tokens for _ in densities]
 
 
 def ratio_text(ratio: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Self, get_args
 
 from torch import nn
 
+from actsparse import html
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.resolve import blocks_of
 from actsparse.blocks.site import site_of
@@ -176,6 +177,16 @@ class Accelerated:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+    def __repr__(self) -> str:
+        alone = f", {len(self.left)} left alone" if self.left else ""
+        return f"<Accelerated: {len(self.runs)} MLP blocks{alone}>"
+
+    def _repr_html_(self) -> str:
+        heads = ("block", "training", "tokens", "program", "density", "ratio", "reason")
+        rows = [[row[head] for head in heads] for row in self.table()]
+        alone = (f"{name}: left alone, {why}" for name, why in self.left.items())
+        return html.table(heads, rows, repr(self).strip("<>")) + html.lines(alone)
 
     def __str__(self) -> str:
         return "\n".join(

@@ -26,6 +26,7 @@ from actsparse.blocks.block import MLPBlock, unwrap
 from actsparse.blocks.norm import inspect_norm
 from actsparse.blocks.resolve import found_with
 from actsparse.blocks.trace import is_linear
+from actsparse.extras import needed
 from actsparse.modify.apply import is_peft_model, sparsify
 from actsparse.modify.foreign_config import bounded, check_adapter, check_files
 from actsparse.modify.handle import Handle, handle_of
@@ -93,8 +94,7 @@ def lora_config(
     >>> model = peft.get_peft_model(mlp, config)
     >>> handle = sparsify(model, "paper-finetune", inputs=torch.zeros(2, 5, 8))
     """
-    import peft
-
+    peft = needed("peft", "lora_config")
     if handle_of(unwrap(model)) is not None:
         raise ValueError(
             "the model is sparsified already, and adapters that peft adds now would be left out; "
@@ -226,8 +226,7 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
         ValueError: files that are damaged or not written by save_adapter, or a base that does not
             fit them.
     """
-    import peft
-
+    peft = needed("peft", "load_adapter")
     path = Path(path)
     sidecar = read_sidecar(path, CHANGES, ADAPTER, CONFIG)
     check_weights(path, sidecar, CHANGES, ADAPTER)

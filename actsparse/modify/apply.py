@@ -90,9 +90,11 @@ def sparsify(
     for name, module in root.named_modules():
         existing = handle_of(module)
         if existing is not None:
+            where = f"model.get_submodule({name!r})" if name else "model"
             raise ValueError(
                 f"{f'its part {name!r}' if name else 'the model'} is sparsified already (recipe "
-                f"{existing.recipe.name!r}); call its handle's remove() first"
+                f"{existing.recipe.name!r}), perhaps by this cell of a notebook; call "
+                f"actsparse.handle_of({where}).remove() first"
             )
     if blocks is None:
         if inputs is None:

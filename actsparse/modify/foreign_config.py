@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from actsparse.extras import needed
 from actsparse.untrusted import check_regular
 from actsparse.values import BadValue, check, shown
 
@@ -47,8 +48,7 @@ def model_class(where: str, name: Any) -> Any:
     ...
     actsparse.values.BadValue: actsparse.json: 'Trainer' is not a model class of transformers
     """
-    import transformers
-
+    transformers = needed("transformers", "a model of Hugging Face")
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise BadValue(f"{where}: {shown(name)} is not a model class of transformers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from actsparse.blocks.pass_state import running_calls
 from actsparse.blocks.resolve import HANDLE
 from actsparse.modify.config_note import note_changes
 from actsparse.modify.followed_optimizers import Changes, Following, optimizers_of
+from actsparse.modify.forgotten import Forgotten
 from actsparse.modify.modification import Attached, Modification, Progress
-from actsparse.modify.print_handle import text_of
+from actsparse.modify.print_handle import html_of, repr_of, text_of
 from actsparse.modify.recipe import Recipe
 from actsparse.modify.step_buffer import Clock
 from actsparse.modify.zeroth_bias import CHILD
@@ -52,8 +52,7 @@ class Handle:
         self.model = model
         self.recipe = recipe
         self.blocks = blocks
-        self._warned: set[str] = set()  # once is enough
-        self._asked = False  # whether penalty() was called since the last step
+        self._forgotten = Forgotten(recipe.name)
         self._attached: list[tuple[Modification, Attached]] = []
         self._left_alone: list[tuple[str, str, str]] = []  # modification, block, reason
         moving = any(modification.ramps() for modification in recipe.modifications)
@@ -159,6 +158,7 @@ class Handle:
         optimizers = optimizers_of(self.model, optimizer)
         self._clock.unfollowed()
         self._put(start, steps)
+        self._forgotten.began(start)
         if self._following is not None and self._following.leave():
             self._followed.append(self._following)
         self._following = Following(optimizers, self._before_step, self._after_step)
@@ -177,9 +177,11 @@ class Handle:
     def _after_step(self, new: bool) -> None:
         self._clock.look()
         if new:
-            self._say_unclaimed("this step's", stacklevel=6)
-            self._asked = False
+            self._forgotten.penalty(self._in_order(), "this step's", stacklevel=6)
+            self._forgotten.asked = False
             self._put(self.step + 1, self.steps)
+            if self.has_schedules:
+                self._forgotten.more(self.step, self.steps)
         for change in self._in_order():
             change.forget()
             change.project(Progress(self.step, self.steps))
@@ -208,14 +210,6 @@ class Handle:
         for _, attached in self._attached:
             attached.settle()
 
-    def _say_unclaimed(self, whose: str, stacklevel: int) -> None:
-        if not self._asked and any(attached.unclaimed for _, attached in self._attached):
-            self._warn_once(
-                f"recipe {self.recipe.name!r} has a penalty that {whose} loss lacked; "
-                "add it before backward: loss = loss + handle.penalty()",
-                stacklevel,
-            )
-
     # -- before each pass -----------------------------------------------------------------------
 
     def _before_pass(self, *hook: Any) -> None:
@@ -241,28 +235,13 @@ class Handle:
             return
         if self._changes.count() < 3:
             return
-        self._say_unclaimed("the", stacklevel=6)
-        waiting = [
-            type(config).__name__
+        self._forgotten.penalty(self._in_order(), "the", stacklevel=6)
+        waiting = (
+            config
             for config, attached in self._attached
             if config.ramps() or type(attached).project is not Attached.project
-        ]
-        if waiting:
-            why = (
-                "call handle.attach(optimizer, steps=...)"
-                if self._following is None
-                else "the optimizer that was attached makes no step; attach the one that does"
-            )
-            self._warn_once(
-                f"weights change in training, but no optimizer step is seen, so "
-                f"{', '.join(dict.fromkeys(waiting))} stood still: {why}",
-                stacklevel=5,
-            )
-
-    def _warn_once(self, message: str, stacklevel: int) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=stacklevel)
+        )
+        self._forgotten.steps(waiting, following=self._following is not None)
 
     def penalty(self) -> Tensor:
         """The penalty of the last forward pass, to be added to its loss.
@@ -273,16 +252,10 @@ class Handle:
         Returns:
             A tensor without dimensions; zero without penalties or outside training mode.
         """
-        self._asked = True
+        self._forgotten.asked = True
         self.look()
         if self._following is None and any(block.up.module.training for block in self.blocks):
-            moving = [type(config).__name__ for config, _ in self._attached if config.ramps()]
-            if moving:
-                self._warn_once(
-                    f"schedules stand still ({', '.join(dict.fromkeys(moving))}): "
-                    f"call handle.attach(optimizer, steps=...)",
-                    stacklevel=3,
-                )
+            self._forgotten.attaching(config for config, _ in self._attached)
         sums: dict[int, list[Tensor]] = {}
         for modification, attached in self._attached:
             value = attached.penalty()
@@ -371,6 +344,12 @@ class Handle:
 
     def __str__(self) -> str:
         return text_of(self.recipe.name, self.model, self.blocks, self.rows())
+
+    def __repr__(self) -> str:
+        return repr_of(self)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 
 def handle_of(model: nn.Module) -> Handle | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from actsparse.extras import needed
 from actsparse.modify.foreign_config import bounded, check_config, check_files, model_class
 from actsparse.untrusted import read_json, safetensors_shapes
 from actsparse.values import check
@@ -23,8 +24,7 @@ def pretrained(folder: Path) -> Any:
             f"{folder} is no model: it holds neither actsparse.json, as a run's weights/ does, nor "
             f"config.json"
         )
-    import transformers
-
+    transformers = needed("transformers", "a checkpoint of Hugging Face")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

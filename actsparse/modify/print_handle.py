@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from torch import nn
 
+from actsparse import html
 from actsparse.blocks.block import Blocks
 from actsparse.blocks.refused import told
 
@@ -28,6 +30,27 @@ def text_of(recipe: str, model: nn.Module, blocks: Blocks, rows: list[dict[str, 
             lines.append(f"  {modification:<18} {where}: {label}{text}")
     lines += [f"  refused {line}" for line in told(blocks.refused)]
     return "\n".join(lines)
+
+
+def repr_of(handle: Any) -> str:
+    """In one line."""
+    count, model = len(handle.blocks), type(handle.model).__name__
+    steps = f" of {handle.steps}" if handle.steps else ""
+    return (
+        f"<Handle {handle.recipe.name}: {count} MLP block{'s' * (count != 1)} of {model}, "
+        f"step {handle.step}{steps}>"
+    )
+
+
+def html_of(handle: Any) -> str:
+    """The rows as a table, for notebooks."""
+    cells = [
+        (row["modification"], row["block"], row.get("change") or f"left alone: {row['left_alone']}")
+        for row in handle.rows()
+    ]
+    refused = (f"refused {line}" for line in told(handle.blocks.refused))
+    table = html.table(("modification", "block", "change"), cells, repr_of(handle).strip("<>"))
+    return table + html.lines(refused)
 
 
 def _alike(text: str) -> str:

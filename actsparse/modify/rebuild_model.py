@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from actsparse.blocks.sharding import own_class
+from actsparse.extras import needed
 from actsparse.modify.apply import is_peft_model
 from actsparse.modify.config_note import without_note
 from actsparse.modify.foreign_config import (
@@ -89,8 +90,7 @@ def wrap(path: Path, model: nn.Module, adapters: dict[str, Any], shapes: Shapes)
     Raises:
         ValueError: they do not fit it.
     """
-    import peft
-
+    peft = needed("peft", "a model with adapters")
     for name, values in adapters.items():
         check_adapter(f"{path}: adapter {shown(name)}", values)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from actsparse import html
 from actsparse.blocks.block import MLPBlock, base_layer, on_meta
 from actsparse.blocks.resolve import blocks_of, found_with, handle_on
 from actsparse.blocks.trace import undisturbed
@@ -19,16 +20,18 @@ from actsparse.observe.curvature_product import LossSurface
 from actsparse.observe.gradient_measure import GradientMeasure
 from actsparse.observe.loss import LossFn, Reduction, check_logits
 from actsparse.observe.registry import MEASURES, Mask, Names, options_of
+from actsparse.observe.show import html_of, text_of
 from actsparse.observe.spectrum import spectra
 from actsparse.observe.tables import table_of, table_of_rows
 from actsparse.observe.token_copies import token_copies
 from actsparse.observe.trials import TRIALS, On, Rows, ticking
 from actsparse.values import checked_arguments
 
+CURVATURE = ("curvature", "value", "±", "from")  # the columns of its table
 CURVATURES = ("gauss_newton", "token_copies", "hessian", "top_eigenvalue")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measures:
     """What :func:`measure` found; print it for tables.
 
@@ -79,16 +82,12 @@ class Measures:
         ]
         if self.curvature:
             table = Table(box=None, pad_edge=False, header_style="bold")
-            for title in ("curvature", "value", "±", "from"):
+            for title in CURVATURE:
                 table.add_column(
                     title, justify="left" if title in ("curvature", "from") else "right"
                 )
-            for name, found in self.curvature.items():
-                error = found.get("standard_error", found.get("error_bound"))
-                count = "probes" if "probes" in found else "products"
-                table.add_row(
-                    name, f"{found['value']:.4g}", f"{error:.2g}", f"{found[count]} {count}"
-                )
+            for cells in self._curvature_rows():
+                table.add_row(*cells)
             shown.append(table)
         shown += [
             table_of_rows(name, rows, TRIALS[name].columns) for name, rows in self.trials.items()
@@ -96,13 +95,30 @@ class Measures:
         return shown
 
     def __str__(self) -> str:
-        from rich.console import Console
+        return text_of(self.tables())
 
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            for table in self.tables():
-                console.print(table)
-        return capture.get().rstrip()
+    def __repr__(self) -> str:
+        found = [*self.how["measures"]]
+        return f"<Measures {', '.join(found)}: {self.how['samples']} samples>"
+
+    def _repr_html_(self) -> str:
+        shown = html_of(self.how["measures"], {"inference": self.measures})
+        if self.curvature:
+            shown += html.table(CURVATURE, self._curvature_rows(), "curvature")
+        for name, rows in self.trials.items():
+            columns = TRIALS[name].columns
+            cells = [[row.get(column) for column in columns] for row in rows]
+            shown += html.table(columns, cells, name)
+        return shown
+
+    def _curvature_rows(self) -> list[list[str]]:
+        rows = []
+        for name, found in self.curvature.items():
+            error = found.get("standard_error", found.get("error_bound"))
+            count = "probes" if "probes" in found else "products"
+            value = [f"{found['value']:.4g}", f"{error:.2g}"]
+            rows.append([name, *value, f"{found[count]} {count}"])
+        return rows
 
 
 def measure(

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.resolve import blocks_of
+from actsparse.observe.averages import Averages
 from actsparse.observe.density import Density
 from actsparse.observe.gradient_measure import GradientMeasure, Reduction, Scale, Weighing
 from actsparse.observe.registry import MEASURES, PHASES, Mask, Names, Phase, Watch, options_of
+from actsparse.observe.session_state import check_state
+from actsparse.observe.show import html_of, plotted, text_of
 from actsparse.observe.tables import table_of
 
 SampleMask = Tensor | Callable[[int], Tensor | None]
@@ -84,7 +87,8 @@ class Seen:
     """A session of :func:`observe` and what it has seen so far; print it for a table.
 
     Its attribute ``blocks`` maps names to blocks. The name is the block's own, or its up layer's
-    where that is empty or shared.
+    where that is empty or shared. It counts on until :meth:`reset`; what it says of a long training
+    is an average over all of it, and a warning says so unless its attribute ``whole`` is True.
 
     Args:
         blocks: the blocks to watch.
@@ -132,6 +136,8 @@ class Seen:
         for watch in self._watches.values():
             watch.attach()
         self._open = True
+        self.whole = False  # whether averages over a training are meant
+        self._averages = Averages(blocks)
 
     def summary(self, phase: Phase) -> dict[str, Any] | None:
         """Sum up the measures over all passes of one phase.
@@ -151,6 +157,8 @@ class Seen:
             ValueError: no such phase.
         """
         _check(phase)
+        if phase == "train" and not self.whole:
+            self._averages.notice()
         whole: dict[str, Any] | None = None
         rows: dict[str, dict[str, Any]] = {}
         for name in self.measures:
@@ -227,6 +235,8 @@ class Seen:
         """
         if phase is not None:
             _check(phase)
+        if phase != "inference":
+            self._averages.begin()
         for watch in self._watches.values():
             for each in PHASES if phase is None else (phase,):
                 for measure in watch.measures[each].values():
@@ -287,21 +297,7 @@ class Seen:
                 changed then.
         """
         own = self._tensors()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or unknown:
-            raise ValueError(
-                f"the state is of other blocks or measures: missing "
-                f"{_some(missing)}; not observed here {_some(unknown)}"
-            )
-        for key, tensor in own.items():
-            given = state[key]
-            if not isinstance(given, Tensor):
-                raise ValueError(f"not a state of what was seen: {key} is no tensor, but {given!r}")
-            if given.numel() and (given.shape, given.dtype) != (tensor.shape, tensor.dtype):
-                raise ValueError(
-                    f"the state is of other sizes: {key} is {given.dtype} {list(given.shape)}, "
-                    f"but here {tensor.dtype} {list(tensor.shape)}"
-                )
+        check_state(state, own)
         with torch.inference_mode(False):
             for stem, measure in self._measures():
                 held = {f"{stem}/{i}": tensor for i, tensor in enumerate(measure.state())}
@@ -355,26 +351,46 @@ class Seen:
         """Print the tables, in colour if the terminal has it."""
         from rich.console import Console
 
-        for table in self._tables():
-            Console().print(table)
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
+        console = Console()
+        if console.is_terminal or console.is_jupyter:
             for table in self._tables():
                 console.print(table)
-        return capture.get().rstrip()
+        else:
+            print(self)
+
+    def plot(self, key: str = "density", ax: Any | None = None) -> Any:
+        """Plot a number of each block, a line for each phase that was seen.
+
+        Args:
+            key: a number in the ``blocks`` of :meth:`summary`, such as ``"dead"``.
+            ax: axes of matplotlib to draw into; None: new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is missing.
+            ValueError: the blocks have no such number.
+        """
+        return plotted(self._summaries(), key, ax)
+
+    def __str__(self) -> str:
+        return text_of(self._tables())
+
+    def __repr__(self) -> str:
+        state = "watching" if self._open else "closed"
+        return f"<Seen {', '.join(self.measures)}: {len(self.blocks)} MLP blocks, {state}>"
+
+    def _repr_html_(self) -> str:
+        return html_of(self.measures, self._summaries())
+
+    def _summaries(self) -> dict[str, dict[str, Any] | None]:
+        return {phase: self.summary(phase) for phase in PHASES}
 
     def _tables(self) -> list[Any]:
         """One for each measure."""
-        summaries = {phase: self.summary(phase) for phase in PHASES}
+        summaries = self._summaries()
         return [table_of(MEASURES[name].columns, summaries) for name in self.measures]
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if keys[3:] else "") or "nothing"
 
 
 def _check(phase: str) -> None:

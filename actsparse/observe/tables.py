@@ -18,16 +18,27 @@ def table_of(
         table.add_column(title, no_wrap=True)
     for title in columns:
         table.add_column(title, justify="right", overflow="fold")
+    for phase, block, *cells in cells_of(columns, summaries):
+        table.add_row(phase, block, *cells, end_section=block == "all")
+    return table
+
+
+def cells_of(
+    columns: dict[str, tuple[str, Callable[[Any], str]]],
+    summaries: Mapping[Any, dict[str, Any] | None],
+) -> list[list[str]]:
+    """Phase, block and ``columns`` of each block of each phase's summary, and of all."""
+    found = []
     for phase, summary in summaries.items():
         if summary is None:
-            table.add_row(phase, "no pass seen", *[""] * len(columns))
+            found.append([phase, "no pass seen", *[""] * len(columns)])
             continue
         for row in [*summary["blocks"], summary | {"block": "all"}]:
             cells = [
                 "" if row.get(key) is None else write(row[key]) for key, write in columns.values()
             ]
-            table.add_row(phase, row["block"], *cells, end_section=row["block"] == "all")
-    return table
+            found.append([phase, row["block"], *cells])
+    return found
 
 
 def table_of_rows(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Any:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from actsparse.kernels import Accelerated, accelerate
 from actsparse.modify import Handle
 from actsparse.modify.checkpoint_sidecar import annotate_checkpoints, stands_at
 from actsparse.observe import Measures, Seen, observe
-from actsparse.observe.registry import Phase
+from actsparse.train.logs import go_first, into_logs
 from actsparse.train.loss import JoinedLoss, TrainingFailed
 from actsparse.train.place import handle_in, place_of
 from actsparse.train.processes import everywhere, together, unsharded
-from actsparse.train.record import Evaluation, Record, metrics_named
+from actsparse.train.record import Evaluation, Record, metrics_named, scores
+from actsparse.train.sessions import Sessions
 
 LAST = 0.8  # "training density" is measured from here to the end of the steps
 
@@ -37,6 +36,10 @@ class SparsityCallback(TrainerCallback):
 
     *Penalty.* It joins the model's own ``loss`` in training, so each optimizer step has its mean
     over the accumulated batches, whichever way Trainer averages the loss.
+
+    *Logs.* ``density`` and ``dead_units`` of the training steps since the last log, and ``eval_…``
+    of each evaluation, are in Trainer's logs, so trackers (TensorBoard, …) show their curves. With
+    ``accelerate`` they are there if ``seen`` is given.
 
     *Gradients.* Measures of gradients are of per-sample losses, penalty included. The ``train``
     line says as ``loss_reduction`` whether these are sums or means over positions
@@ -77,6 +80,7 @@ class SparsityCallback(TrainerCallback):
         accelerate: run the MLP blocks sparse in training, with the same results
             (:func:`actsparse.accelerate`): True where that is faster, ``"sparse"`` at any density.
 
+    >>> import torch
     >>> from actsparse import sparsify
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> callback = SparsityCallback(sparsify(mlp, inputs=torch.randn(2, 8)))
@@ -109,7 +113,8 @@ class SparsityCallback(TrainerCallback):
         self.accelerate = accelerate
         self.accelerated: Accelerated | None = None
         self.evaluation: Evaluation | None = None
-        self.tail: Seen | None = None  # sees the last fifth of the steps
+        self._sessions = Sessions(seen)
+        self._held: tuple[int, str, dict[str, Any] | None] | None = None  # of an evaluation
         self._hooks: list[Any] = []
         self._resumed: dict[str, Any] | None = None
         self._start(0)
@@ -122,15 +127,22 @@ class SparsityCallback(TrainerCallback):
 
     # -- training -------------------------------------------------------------------------------
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Come before trackers, which read the logs."""
+        go_first(self)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach to the optimizer and to the model's loss, and accelerate."""
         self.close()  # of a training that an error ended
+        go_first(self)  # if it was added later
         model = kwargs["model"]
         self.handle = handle_in(model, self.handle)
         self._start(state.global_step)
-        self.tail = self.evaluation = self.accelerated = None
+        self.evaluation = self.accelerated = None
         if args.fsdp and (reason := unsharded(model)):
             raise ValueError(reason)
         optimizer = kwargs["optimizer"]
@@ -144,6 +156,12 @@ class SparsityCallback(TrainerCallback):
             self.accelerated = accelerate(model, blocks=self.handle.blocks, mode=mode)
             self._hooks.append(self.accelerated)
         self._hooks += self.joined.attach(model)
+        self._sessions.begin(
+            model,
+            self.handle,
+            keeps=self._keeps(args),
+            dense=not self.accelerate,
+        )
         if self._resumed is not None:
             self._go_on(model, self._resumed)
         elif not state.global_step:
@@ -156,8 +174,8 @@ class SparsityCallback(TrainerCallback):
         group, loader = args.gradient_accumulation_steps, kwargs.get("train_dataloader")
         self.joined.begin(state.global_step, group, loader)
         late = state.global_step >= int(LAST * state.max_steps)
-        if self.seen is not None and self.tail is None and late:
-            self.tail = observe(kwargs["model"], blocks=self.handle.blocks)
+        if late:
+            self._sessions.begin_tail(kwargs["model"], self.handle)
         if self.accelerated is not None:
             step, every = state.global_step + 1, state.logging_steps or state.max_steps
             first = step == 1 and args.logging_first_step
@@ -168,11 +186,8 @@ class SparsityCallback(TrainerCallback):
 
     def _watch(self, on: bool) -> None:
         """Let what observes watch again, or get out of the sparse kernels' way."""
-        if self.accelerated is None:
-            return
-        for seen in (self.seen, self.tail):
-            if seen is not None:
-                seen.open() if on else seen.close()
+        if self.accelerated is not None:
+            self._sessions.watch(on)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -208,8 +223,7 @@ class SparsityCallback(TrainerCallback):
                 found = self.active(model)
         except (ValueError, ArithmeticError) as error:
             raise TrainingFailed(state.global_step, f"it cannot be measured: {error}") from error
-        if self.seen is not None:
-            self.seen.reset("inference")  # it saw these passes too
+        self._sessions.forget_inference()  # they saw these passes too
         if state.is_world_process_zero:
             self.record.write("measured", step=state.global_step, **found.to_json())
 
@@ -221,18 +235,22 @@ class SparsityCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write a ``train`` line over the batches since the last."""
+        """Add density to the logs, and write a ``train`` line over the batches since the last."""
+        prefix, _ = metrics_named(logs or {})
+        if logs is not None and f"{prefix}_runtime" in logs and prefix != "train":
+            measures, found = self._sessions.read("inference", self._keeps(args))
+            self._held = state.global_step, prefix, measures
+            into_logs(logs, state, found, f"{prefix}_")
         if logs is None or "loss" not in logs:
             return
         steps = state.global_step - self._logged
         loss, penalty = self.joined.means(steps, logs["loss"], args.device)
-        measures = self._read_out("train", args.device)
+        measures, found = self._sessions.read("train", self._keeps(args))
         if self.seen is not None and measures is not None and self.seen.leaves("train"):
             measures["loss_reduction"] = self.seen.weighing.reduction
         if self.accelerated is not None and measures is not None:
             measures["steps"] = self._read
-        if measures is not None and "density" in measures:  # for trackers that come after
-            logs |= {"density": measures["density"], "dead_units": measures["dead"]}
+        into_logs(logs, state, found)
         if self.record is not None and state.is_world_process_zero:
             self.record.write(
                 "train",
@@ -246,17 +264,9 @@ class SparsityCallback(TrainerCallback):
         self.joined.reset()
         self._logged, self._read = state.global_step, 0
 
-    def _read_out(self, phase: Phase, device: torch.device) -> dict[str, Any] | None:
-        """What all processes have seen; where one keeps a record ``seen`` starts anew."""
-        if self.seen is None:
-            return None
-        keeps = not everywhere(self.record is None, device)
-        if keeps and together():
-            self.seen.pool(phase)
-        measures = self.seen.summary(phase)
-        if keeps:
-            self.seen.reset(phase)
-        return measures
+    def _keeps(self, args: TrainingArguments) -> bool:
+        """Whether a process keeps a record."""
+        return not everywhere(self.record is None, args.device)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,8 +280,8 @@ class SparsityCallback(TrainerCallback):
 
     def _end(self) -> None:
         self.close()
-        if self.tail is not None and together():
-            self.tail.pool("train")
+        if self._sessions.tail is not None and together():
+            self._sessions.tail.pool("train")
 
     def training(self) -> dict[str, Any] | None:
         """The measures over the last fifth of the steps.
@@ -280,7 +290,8 @@ class SparsityCallback(TrainerCallback):
             As :meth:`actsparse.observe.Seen.summary`; with acceleration also ``steps``, how many of
             these steps were observed. None if nothing is observed.
         """
-        summary = None if self.tail is None else self.tail.summary("train")
+        tail = self._sessions.tail
+        summary = None if tail is None else tail.summary("train")
         if summary is None or not self.accelerate:
             return summary
         return summary | {"steps": self._read_late}
@@ -308,13 +319,7 @@ class SparsityCallback(TrainerCallback):
             "read": [self._read, self._read_late],
             "loss": self.joined.state_dict(),
         }
-        tensors = {
-            f"{name}/{key}": tensor
-            for name, seen in (("seen", self.seen), ("tail", self.tail))
-            if seen is not None
-            for key, tensor in seen.state_dict().items()
-        }
-        return {"numbers": numbers, "tensors": tensors}
+        return {"numbers": numbers, "tensors": self._sessions.tensors()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was called, once training begins from that checkpoint.
@@ -343,15 +348,7 @@ class SparsityCallback(TrainerCallback):
         self._logged = numbers["logged"]
         self._read, self._read_late = numbers["read"]
         self.joined.load_state_dict(numbers["loss"])
-        counted: dict[str, dict[str, Tensor]] = {"seen": {}, "tail": {}}
-        for key, tensor in state["tensors"].items():
-            name, _, rest = key.partition("/")
-            counted[name][rest] = tensor
-        if counted["tail"]:
-            self.tail = observe(model, blocks=self.handle.blocks)
-            self.tail.load_state_dict(counted["tail"])
-        if self.seen is not None:
-            self.seen.load_state_dict(counted["seen"])
+        self._sessions.load(state["tensors"], model, self.handle)
 
     def close(self) -> None:
         """Remove the hook on the loss, the acceleration and the observation of the last steps."""
@@ -360,8 +357,7 @@ class SparsityCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self.tail is not None:
-            self.tail.close()
+        self._sessions.end()
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -374,20 +370,16 @@ class SparsityCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the evaluation, and write an ``eval`` line if it was of the validation split."""
-        prefix, names = metrics_named(metrics or {}, self.loss, self.quality)
-        if missing := set(names) - set(metrics or {}):
-            if self.record is None:
-                return
-            raise ValueError(
-                f"evaluation gives no metric {' or '.join(missing)}, which the record needs; "
-                f"it gives {', '.join(metrics or {})}"
-            )
-        loss, quality = (float((metrics or {})[name]) for name in names)
-        if not (math.isfinite(loss) and math.isfinite(quality)):
-            reason = f"at evaluation the loss is {loss}, the quality {quality}"
-            raise TrainingFailed(state.global_step, reason)
-        measures = self._read_out("inference", args.device)
-        self.evaluation = Evaluation(state.global_step, loss, quality, measures)
+        needed = self.record is not None
+        found = scores(metrics or {}, self.loss, self.quality, state.global_step, needed)
+        if found is None:
+            return
+        prefix, loss, quality = found
+        step, (*of, measures) = state.global_step, self._held or (None, None, None)
+        if of != [step, prefix]:  # it was not logged
+            measures, _ = self._sessions.read("inference", self._keeps(args))
+        self._held = None
+        self.evaluation = Evaluation(step, loss, quality, measures)
         if self.record is not None and prefix == "eval" and state.is_world_process_zero:
             self.record.write(
                 "eval",

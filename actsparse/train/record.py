@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from actsparse.train.loss import TrainingFailed
 
 
 class Record(Protocol):
@@ -33,3 +36,30 @@ def metrics_named(metrics: Iterable[str], *names: str) -> tuple[str, list[str]]:
     runtime = next((name for name in metrics if name.endswith("_runtime")), "eval_runtime")
     prefix = runtime.removesuffix("_runtime")
     return prefix, [f"{prefix}_{name}" for name in names]
+
+
+def scores(
+    metrics: dict[str, float], loss: str, quality: str, step: int, needed: bool
+) -> tuple[str, float, float] | None:
+    """The prefix, loss and quality of an evaluation; None if they are missing and not ``needed``.
+
+    Raises:
+        ValueError: a metric that is ``needed`` is missing.
+        TrainingFailed: one is not finite.
+
+    >>> scores({"eval_loss": 0.5, "eval_runtime": 3.0}, "loss", "loss", 10, needed=True)
+    ('eval', 0.5, 0.5)
+    """
+    prefix, names = metrics_named(metrics, loss, quality)
+    if missing := set(names) - set(metrics):
+        if not needed:
+            return None
+        raise ValueError(
+            f"evaluation gives no metric {' or '.join(missing)}, which the record needs; "
+            f"it gives {', '.join(metrics)}"
+        )
+    found = [float(metrics[name]) for name in names]
+    if not all(map(math.isfinite, found)):
+        reason = f"at evaluation the loss is {found[0]}, the quality {found[1]}"
+        raise TrainingFailed(step, reason)
+    return prefix, found[0], found[1]

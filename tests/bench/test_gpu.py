@@ -367,7 +367,7 @@ def test_the_tables_have_a_json_twin(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gpu, "place_at", lambda *names: on_cpu())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     out = tmp_path / "gpu.json"
-    words = ["bench", "gpu", "--d", "16", "--h", "32", "--tokens", "4"]
+    words = ["bench", "gpu", "--d-model", "16", "--d-hidden", "32", "--tokens", "4"]
     words += ["--sections", "decode,training"]
     shown = CliRunner().invoke(app, [*words, "--out", str(out)])
     assert shown.exit_code == 0, shown.output
@@ -392,7 +392,16 @@ def test_a_broken_measurement_ends_in_1_and_keeps_the_others(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(gpu, "train", breaks)
     out = tmp_path / "gpu.json"
-    words = ["--d", "16", "--h", "32", "--tokens", "4", "--sections", "decode,training"]
+    words = [
+        "--d-model",
+        "16",
+        "--d-hidden",
+        "32",
+        "--tokens",
+        "4",
+        "--sections",
+        "decode,training",
+    ]
     result = CliRunner().invoke(app, ["bench", "gpu", *words, "--out", str(out)])
     assert result.exit_code == 1
     assert "failed: training: T = 4, density 0.01: RuntimeError: no kernel image" in result.stderr

@@ -80,7 +80,18 @@ def test_what_cannot_be_timed_says_why(words: list[str], says: str) -> None:
 
 
 def test_the_table_has_a_json_twin(tmp_path: Path) -> None:
-    words = ["--d", "16", "--h", "32", "--tokens", "2", "--densities", ".1", "--rounds", "3"]
+    words = [
+        "--d-model",
+        "16",
+        "--d-hidden",
+        "32",
+        "--tokens",
+        "2",
+        "--densities",
+        ".1",
+        "--rounds",
+        "3",
+    ]
     for verb in ("mlp", "auto"):
         out = tmp_path / f"{verb}.json"
         shown = CliRunner().invoke(app, ["bench", verb, *words, "--out", str(out)])

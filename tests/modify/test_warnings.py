@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actsparse import ActivationPenalty, handle_of, sparsify
+from actsparse import ActivationPenalty, Handle, handle_of, sparsify
 
 D, H = 8, 12
 STILL = r"schedules stand still \(ActivationPenalty\): call handle\.attach\(optimizer, steps=...\)"
@@ -75,3 +75,39 @@ def test_a_forward_beside_the_one_that_was_penalised_is_no_alarm() -> None:
     model(x).sum().backward()
     with pytest.warns(UserWarning, match=r"before backward: loss = loss \+ handle\.penalty\(\)"):
         optimizer.step()
+
+
+def trained(handle: Handle, model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    (model(x).square().mean() + handle.penalty()).backward()
+    optimizer.step()
+
+
+def test_more_steps_than_were_told_are_said_once_at_the_first() -> None:
+    model, x = block(), stream()
+    optimizer = sgd(model)
+    handle = sparsify(model, inputs=x, optimizer=optimizer, steps=2)
+    for _ in range(2):
+        trained(handle, model, optimizer, x)  # warnings are errors here
+    with pytest.warns(UserWarning, match=r"step 3 of 2: .* over all epochs") as told:
+        trained(handle, model, optimizer, x)
+    assert told[0].filename == __file__
+    trained(handle, model, optimizer, x)
+
+
+def test_a_training_that_goes_on_after_its_schedules_or_has_none_is_told_nothing() -> None:
+    model, x = block(), stream()
+    optimizer = sgd(model)
+    handle = sparsify(model, inputs=x, optimizer=optimizer, steps=1)
+    trained(handle, model, optimizer, x)
+    handle.attach(sgd(model), start=1)
+    for recipe in (None, ActivationPenalty("l1")):
+        if recipe is not None:
+            handle.remove()
+            handle = sparsify(model, recipe, inputs=x)
+        optimizer = sgd(model)
+        handle.attach(optimizer, steps=1)
+        if recipe is None:
+            handle.attach(optimizer, steps=1, start=1)
+        for _ in range(3):
+            trained(handle, model, optimizer, x)

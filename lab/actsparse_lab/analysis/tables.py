@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from actsparse.terminal import UNLIMITED
 from actsparse.values import printable
 
 COLOURS = {"yes": "green", "no": "red", "open": "yellow"}
@@ -114,7 +115,8 @@ class Table:
                 min_width=0 if column.prose else max(map(len, words), default=0),
             )
         for row in self.rows:
-            grid.add_row(*(_in_terminal(row[at], self.columns[at]) for at in shown))
+            whole = console.width >= UNLIMITED
+            grid.add_row(*(_in_terminal(row[at], self.columns[at], whole) for at in shown))
         console.print(grid)
 
 
@@ -157,11 +159,13 @@ def _in_html(cell: Cell | str, column: Column) -> Markup:
     return text
 
 
-def _in_terminal(cell: Cell | str, column: Column) -> Text:
+def _in_terminal(cell: Cell | str, column: Column, whole: bool) -> Text:
+    """The cell in one line if ``whole``, else stacked to save width."""
     more = cell if isinstance(cell, Cell) else Cell("")
-    text = Text("\n".join(_stacked(cell, column)), style=COLOURS.get(more.style, ""))
+    end = " " if whole else "\n"
+    text = Text(end.join(_stacked(cell, column)), style=COLOURS.get(more.style, ""))
     for mark in more.marks:
-        text.append(f"\n{mark}", style="yellow")
+        text.append(f" ({mark})" if whole else f"\n{mark}", style="yellow")
     return text
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from actsparse.cli.laboratory import VERBS
 from actsparse_lab.cli.runs import run_at as run_at
 from actsparse_lab.cli.runs import task_batches as task_batches
 from actsparse_lab.cli.trained import trained_of as trained_of
@@ -14,7 +15,6 @@ from actsparse_lab.cli.trained import trained_of as trained_of
 MODELS = (  # tasks whose model is made anew
     "digits", "text", "lm", "cifar10", "vit_cifar10", "t5_web", "lm_web", "vit_imagenet", "t5_c4",
 )  # fmt: skip
-VERBS = ("demo", "train", "compare", "reproduce", "frontier", "report")
 
 
 def add_verbs(app: typer.Typer) -> None:

@@ -18,7 +18,9 @@ from actsparse.cli.bench import (
     bench,
     numbers,
 )
-from actsparse.cli.result import keep_record, ratio_text, tell, wide_console
+from actsparse.cli.progress import Progressing
+from actsparse.cli.result import in_turn, keep_record, ratio_text, tell, telling
+from actsparse.terminal import Terminal
 from actsparse_lab.cli.gpu import gpu
 from actsparse_lab.cli.slim import slim
 
@@ -39,19 +41,15 @@ def step(
     Example: actsparse bench step --rounds 11 --out benchmarks/training_step.json
     """
     import torch
-    from rich.progress import Progress
     from rich.table import Table
 
-    from actsparse.terminal import Terminal
     from actsparse_lab.bench.training_step import bench_training_step
 
     if threads is not None:
         torch.set_num_threads(threads)
-    log = Terminal(stderr=True)
-    with Progress(console=log, disable=not log.is_terminal) as bar:
-        task = bar.add_task("training steps", total=rounds)
+    with Progressing(Terminal(stderr=True), "rounds") as told:
         result: dict[str, Any] = bench_training_step(
-            rounds, batch, compiled, lambda done: bar.update(task, completed=done)
+            rounds, batch, compiled, lambda done: told("training steps", done, rounds)
         )
     if keep_record(result, out, json):
         return
@@ -83,13 +81,13 @@ def measures(
     import torch
     from rich.table import Table
 
-    from actsparse.terminal import Terminal
-    from actsparse_lab.bench.measures import bench_measures
+    from actsparse_lab.bench.measures import WATCHED, bench_measures
 
     if threads is not None:
         torch.set_num_threads(threads)
-    log = Terminal(stderr=True)
-    result = bench_measures(rounds, batch, probes, activation, lambda what: log.print(what))
+    steps = rounds * len(WATCHED)
+    began = telling([steps, *[5.0] * len(WATCHED), 3.0 * probes])  # in steps; memory: a process
+    result = bench_measures(rounds, batch, probes, activation, began)
     if keep_record(result, out, json):
         return
     table = Table("observed", "time", "95 % interval", "peak memory", title="÷ the plain step")
@@ -128,14 +126,8 @@ def auto(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = bench_auto(
-        d,
-        h,
-        numbers("--densities", densities, float),
-        numbers("--tokens", tokens, int),
-        rounds,
-        tell,
-    )
+    asked = numbers("--densities", densities, float), numbers("--tokens", tokens, int)
+    result = bench_auto(d, h, *asked, rounds, telling([1.0 for t in asked[1] for _ in asked[0]]))
     if keep_record(result, out, json):
         return
     title = f"dense ÷ accelerated, d = {d}, H = {h}"
@@ -143,7 +135,7 @@ def auto(
     for row in result["rows"]:
         cells = [row["program"], ratio_text(row["ratio"])]
         table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
-    wide_console().print(table)
+    Terminal().print(table)
 
 
 @bench.command()
@@ -173,7 +165,8 @@ def run(
     from actsparse_lab.cli.trained import speed_of
 
     torch.set_num_threads(threads)
-    rows = [row for folder in runs if (row := speed_of(folder, rounds, tell)) is not None]
+    each = in_turn(runs)
+    rows = [row for folder in each if (row := speed_of(folder, rounds, tell)) is not None]
     if not rows:
         raise ValueError("none of these runs can be timed, see above")
     result = {"benchmark": "speed", "threads": threads, "rounds": rounds, "runs": rows}
@@ -185,7 +178,7 @@ def run(
         times = [ratio_text(row["mlps"]), ratio_text(row["model"])]
         where = [row["task"], row["arm"], str(row["seed"]), f"{row['density']:.4f}"]
         table.add_row(*where, *times, row["why"])
-    wide_console().print(table)
+    Terminal().print(table)
 
 
 bench.command()(slim)

@@ -76,7 +76,7 @@ class Campaign:
                 if len(self.stages) > 1:
                     console.print(f"{len(configs)} runs, into {place}", highlight=False)
                 events = compare(configs, place, workers=workers, threads=threads, command=command)
-                if failed := show(events, len(configs), str(place), console):
+                if failed := show(events, configs, str(place), console):
                     return len(failed)
         return 0
 

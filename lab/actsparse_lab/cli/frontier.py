@@ -52,7 +52,7 @@ def frontier(
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of all tasks: records, weights and pages.")
-    ] = Path("benchmarks/frontier"),
+    ] = Path("runs/frontier"),
     workers: Annotated[
         int | None,
         typer.Option(help="Number of runs at a time.", min=1, show_default="cores; 1 in a race"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json as jsonlib
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from actsparse.cli.bench import Hidden, Width
+from actsparse.time_left import in_words
+from actsparse_lab.cli.options import names as names_in
 
 
 def gpu(
@@ -22,7 +25,7 @@ def gpu(
     ] = 8.0,
     sections: Annotated[
         str, typer.Option(help="Parts to time, separated by commas.")
-    ] = "decode,training,tuning,models",
+    ] = "decode, training, tuning, models",
     compiled: Annotated[bool, typer.Option(help="Time torch.compile too (slow to start).")] = True,
     out: Annotated[
         Path | None, typer.Option(help="Write the record to this file, after every measurement.")
@@ -51,8 +54,13 @@ def gpu(
         if out is not None:
             write_whole(out, (jsonlib.dumps({**where, **result}, indent=1) + "\n").encode())
 
+    end = time.monotonic() + 60 * minutes
+
+    def told(what: str) -> None:
+        tell(f"{what}, at most {in_words(max(0.0, end - time.monotonic()))} left")
+
     result = bench_gpu(
-        d, h, dtype, tokens, minutes, sections.split(","), compiled, progress=tell, keep=keep
+        d, h, dtype, tokens, minutes, list(names_in(sections)), compiled, progress=told, keep=keep
     )
     if not keep_record({**where, **result}, out, json):
         _print(result)
@@ -67,9 +75,10 @@ def gpu(
 def _print(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from actsparse.cli.result import ratio_text, wide_console
+    from actsparse.cli.result import ratio_text
+    from actsparse.terminal import Terminal
 
-    sizes, console = result["sizes"], wide_console()
+    sizes, console = result["sizes"], Terminal()
     shape = f"d = {sizes['d']}, H = {sizes['h']}, {sizes['dtype']}"
 
     def ratios(timed: dict[str, Any]) -> str:

@@ -5,65 +5,65 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 from rich.text import Text
 
+from actsparse.cli.progress import bar
+from actsparse.time_left import TimeLeft
 from actsparse_lab.campaigns.compare import Event
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.engine.folder import Config
 from actsparse_lab.records import Entry, Run, read_run, run_path, write_whole
 
 
-def show(events: Iterable[Event], total: int, out: str, console: Console) -> list[Event]:
+def show(
+    events: Iterable[Event], configs: Sequence[Config], out: str, console: Console
+) -> list[Event]:
     """Follow the events of `compare` to their end; returns those that failed."""
     failed: list[Event] = []
-    done = 0
+    total, done, left = len(configs), 0, TimeLeft()
+    steps = dict.fromkeys(map(_key, configs), 0)  # done, of each run
+    weights = {_key(config): config.steps for config in configs}
     bars: dict[tuple[str, int], TaskID] = {}
-    live = console.is_terminal
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not live,
-        transient=True,
-    )
-    with progress:
+    with bar(console) as progress:
         overall = progress.add_task("runs", total=total)
         for event in events:
             config = event.config
-            key, name = (config.arm, config.seed), f"{config.arm} seed {config.seed}"
+            key, name = _key(config), f"{config.arm} seed {config.seed}"
             if event.kind == "started":
                 bars[key] = progress.add_task(f"  {name}", total=config.steps)
-                if not live:
-                    _say(console, f"{name}: started")
-                continue
-            if event.kind == "step":
+                _line(console, f"{name}: started")
+            elif event.kind == "step":
+                steps[key] = event.step
                 progress.update(bars[key], completed=event.step)
-                continue
-            done += 1
-            progress.advance(overall)
-            if key in bars:
-                progress.remove_task(bars.pop(key))
-            if event.kind == "failed":
-                failed.append(event)
-                _say(console, f"[{done}/{total}] {name}: failed, {event.reason}", "red")
             else:
-                _say(console, f"[{done}/{total}] {name}: {_outcome(config, out, event.kind)}")
+                done += 1
+                if key in bars:
+                    progress.remove_task(bars.pop(key))
+                if event.kind == "skipped":
+                    del steps[key], weights[key]
+                else:
+                    steps[key] = weights[key]
+                if event.kind == "failed":
+                    failed.append(event)
+                    said, style = f"failed, {event.reason}", "red"
+                else:
+                    said, style = _outcome(config, out, event.kind), ""
+                about = left(sum(steps.values()) / max(1, sum(weights.values())))
+                _say(console, f"[{done}/{total}] {name}: {said}{about}", style)
+            share = sum(steps.values()) / max(1, sum(weights.values()))
+            known = total - len(weights)  # done before
+            progress.update(overall, completed=known + share * len(weights))
     return failed
+
+
+def _key(config: Config) -> tuple[str, int]:
+    return config.arm, config.seed
 
 
 def called() -> str:
@@ -87,18 +87,15 @@ def stoppable(command: str) -> Iterator[None]:
 @contextmanager
 def following(config: RunConfig, console: Console) -> Iterator[Callable[[int], None]]:
     """A run in this process: what it gives is to be called with the steps done."""
-    live = console.is_terminal
-    columns = (TextColumn("{task.completed:.0f}/{task.total:.0f} steps"), BarColumn())
-    bar = Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not live
-    )
-    with bar:
-        task = bar.add_task("steps", total=config.steps)
+    left = TimeLeft()
+    with bar(console, transient=False) as progress:
+        task = progress.add_task("steps", total=config.steps)
 
         def tell(step: int) -> None:
-            bar.update(task, completed=step)
-            if not live and step * 10 // config.steps > (step - 1) * 10 // config.steps:
-                _say(console, f"{step} of {config.steps} steps")
+            progress.update(task, completed=step)
+            if step * 10 // config.steps > (step - 1) * 10 // config.steps:
+                about = left(step / config.steps)
+                _line(console, f"{step} of {config.steps} steps{about}")
 
         yield tell
 
@@ -124,6 +121,12 @@ def outcome(result: Entry, before: bool) -> str:
 def _outcome(config: Config, out: str, kind: str) -> str:
     run = read_run(run_path(out, config.arm, config.seed))
     return outcome(run.result or {}, before=kind == "skipped")
+
+
+def _line(console: Console, line: str) -> None:
+    """What a terminal shows as a bar."""
+    if not console.is_terminal:
+        _say(console, line)
 
 
 def _say(console: Console, line: str, style: str = "") -> None:

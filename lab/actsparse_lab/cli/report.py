@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from actsparse.extras import how_to_install
 from actsparse.terminal import Terminal
 from actsparse.values import printable
 from actsparse_lab.records import RecordError
@@ -25,7 +26,7 @@ def report(
         Path | None,
         typer.Option(
             help="Folder for the page.",
-            show_default="the folder given; of records alone one named as the first",
+            show_default="the folder given; of records alone runs/report/NAME of the first",
         ),
     ] = None,
     json: Annotated[
@@ -82,9 +83,11 @@ def report(
             write_report,
         )
     except ModuleNotFoundError as error:
-        message = f"Error: a report needs {error.name}: pip install ./lab"
+        message = f"Error: a report needs {error.name}: {how_to_install(error.name)}"
         typer.echo(message, err=True)
         raise typer.Exit(2) from error
+    if out is None and not any(path.is_dir() for path in paths):
+        out = Path("runs/report") / paths[0].stem
     try:
         if markdown and len(paths) == 1 and reproductions_in(paths[0]):
             typer.echo(markdown_reproduction(paths[0], link=_from_docs(paths[0])), nl=False)

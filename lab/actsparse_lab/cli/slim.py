@@ -37,10 +37,11 @@ def slim(
     """
     import torch
 
-    from actsparse.cli.result import keep_record, tell
+    from actsparse.cli.result import in_turn, keep_record, tell
 
     torch.set_num_threads(threads)
-    rows = [row for folder in runs if (row := _slim(folder, budget, rounds, tell)) is not None]
+    each = in_turn(runs)
+    rows = [row for folder in each if (row := _slim(folder, budget, rounds, tell)) is not None]
     if not rows:
         raise ValueError("none of these runs can be made slim, see above")
     result = {"benchmark": "slim", "threads": threads, "rounds": rounds, "budget": budget}
@@ -118,7 +119,8 @@ def _times(models: dict[str, Any], infer: Callable[[Any], object], rounds: int) 
 def _print(rows: list[dict[str, Any]], threads: int) -> None:
     from rich.table import Table
 
-    from actsparse.cli.result import ratio_text, wide_console
+    from actsparse.cli.result import ratio_text
+    from actsparse.terminal import Terminal
 
     names = ["task", "arm", "seed", "form", "quality", "density", "units", "MLP parameters"]
     title = f"as trained ÷ each form, inference, threads: {threads}"
@@ -136,7 +138,7 @@ def _print(rows: list[dict[str, Any]], threads: int) -> None:
                 ratios.get(form, ""),
                 ratios.get(f"{form}, accelerated", ""),
             )
-    console = wide_console()
+    console = Terminal()
     console.print(table)
     for row in rows:
         if (found := row["prune"]) is not None:

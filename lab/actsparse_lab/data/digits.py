@@ -34,7 +34,7 @@ def load_digits_splits(seed: int = 0) -> Splits[TensorRows]:
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            'the digits come with scikit-learn: pip install "actsparse[train]"'
+            "the digits come with scikit-learn: pip install scikit-learn"
         ) from error
 
     raw = load_digits()
