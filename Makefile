@@ -38,7 +38,7 @@ demo: $(VENV)/.demo  ## train four small networks on text, time the sparse one, 
 	$(PY) -m actsparse.cli.main demo
 
 demo-full: $(VENV)/.demo  ## the same with all controls and five paired seeds, into benchmarks/frontier
-	$(PY) -m actsparse.cli.main frontier demo
+	$(PY) -m actsparse.cli.main frontier demo --out benchmarks/frontier
 
 test: $(VENV)/.dev browser  ## ruff, mypy, pytest with doctests; TESTS="-m slow" and the like
 	@status=0; \

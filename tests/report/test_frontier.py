@@ -299,6 +299,9 @@ def test_the_page_of_all_tasks_is_made_of_the_records(
     monkeypatch.chdir(tmp_path)
     done = called("report", "benchmarks/frontier")
     assert done.exit_code == 0, done.output
+    index = (out / "index.html").read_text(encoding="utf-8")
+    for task in ("digits", "web"):
+        assert f'<a href="{task}/report.html">{task}</a>' in index
     page = called("report", "benchmarks/frontier", "--markdown")
     assert page.exit_code == 0, page.output
     for said in (

@@ -24,7 +24,8 @@ class Cell:
 
     ``lines`` stand small under the text, in Markdown behind it in brackets; the terminal leaves
     them out. ``marks`` are labels; ``style`` colours the text; ``bar`` is a length from 0 to 1 that
-    HTML draws; ``markdown`` is what Markdown has instead of the text.
+    HTML draws; ``markdown`` is what Markdown has instead of the text; ``link`` is where it leads in
+    HTML.
     """
 
     text: str
@@ -33,6 +34,7 @@ class Cell:
     style: Literal["yes", "no", "open", ""] = ""
     bar: float | None = None
     markdown: str | None = None
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def _in_html(cell: Cell | str, column: Column) -> Markup:
     more = cell if isinstance(cell, Cell) else Cell("")
     style = Markup('<span class="verdict {}">{}</span>')
     text = style.format(more.style, first) if more.style else Markup("{}").format(first)
+    if more.link:
+        text = Markup('<a href="{}">{}</a>').format(more.link, text)
     text += Markup("").join(
         Markup("<small>{}</small>").format(printable(line)) for line in (*small, *more.lines)
     )

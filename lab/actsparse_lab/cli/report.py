@@ -132,7 +132,13 @@ def report(
 
 def _print_frontier(folder: Path, out: Path | None) -> None:
     """Every task's page and line, and where the scoreboard lies."""
-    from actsparse_lab.report import boards, print_board, write_report, write_scoreboard
+    from actsparse_lab.report import (
+        boards,
+        print_board,
+        write_index,
+        write_report,
+        write_scoreboard,
+    )
 
     if out is not None:
         raise RecordError(f"--out {out}: pages of frontier tasks go beside their records")
@@ -140,6 +146,7 @@ def _print_frontier(folder: Path, out: Path | None) -> None:
         print_board(judged, Terminal())
         typer.echo(str(write_report(place)))
     typer.echo(str(write_scoreboard(folder)))
+    typer.echo(str(write_index(folder)))
 
 
 def _from_docs(folder: Path) -> str:

@@ -18,7 +18,7 @@ from actsparse_lab.report.frontier_page import (
     scoreboard,
     write_scoreboard,
 )  # fmt: skip
-from actsparse_lab.report.page import gather, write_report
+from actsparse_lab.report.page import gather, write_index, write_report
 from actsparse_lab.report.reproduction import (
     findings_in,
     markdown_findings,
@@ -33,5 +33,5 @@ __all__ = [
     "markdown_benchmarks", "markdown_findings", "markdown_frontier", "markdown_reproduction",
     "markdown_scoreboard", "markdown_table", "markdown_theory", "model_card", "plain",
     "print_benchmarks", "print_board", "print_findings", "print_table", "reproductions_in",
-    "scoreboard", "to_json", "write_report", "write_scoreboard",
+    "scoreboard", "to_json", "write_index", "write_report", "write_scoreboard",
 ]  # fmt: skip

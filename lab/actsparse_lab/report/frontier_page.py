@@ -300,6 +300,27 @@ def write_scoreboard(folder: str | Path) -> Path:
     return folder / "scoreboard.md"
 
 
+def index(folder: str | Path) -> Section:
+    """A row for each task in ``folder``, with what validation chose there; leads to their pages."""
+    heads = (
+        "task", "quality", "counts", "arm", "fewer active, inference", "fewer active, training",
+        "change", "within noise",
+    )  # fmt: skip
+    rows = []
+    for place, of in boards(folder).items():
+        row = of.row(of.chosen)
+        link = Cell(of.task, link=f"{place.name}/report.html")
+        shown = (
+            (row.name, percent(row.inference_improvement), percent(row.training_improvement),
+             change(of.quality_name, row.change, 2), row.within_noise or NONE)
+            if row
+            else (NONE,) * 5
+        )  # fmt: skip
+        rows.append((link, of.quality_name, of.counts, *shown))
+    table = Table("tasks-table", "tasks", tuple(map(Column, heads)), tuple(rows))
+    return Section("tasks", "Tasks", "", table, rule=RULE)
+
+
 def markdown_frontier(folder: str | Path, link: str = "") -> str:
     """The page of all tasks in ``folder``; ``link`` is what leads to it from the page."""
     found = boards(folder)

@@ -33,7 +33,7 @@ from actsparse_lab.report.benchmark_tables import (
 )
 from actsparse_lab.report.benchmarks import Benchmarks, benchmark_files, benchmarks_of
 from actsparse_lab.report.demo import demo_sections
-from actsparse_lab.report.frontier_page import Section, sections
+from actsparse_lab.report.frontier_page import Section, index, sections
 from actsparse_lab.report.provenance import differences, what_ran
 from actsparse_lab.report.reproduction import EFFECTS, findings_in, findings_table, heading
 from actsparse_lab.report.summary import lead, remarks, tiles, title
@@ -134,6 +134,23 @@ def write_report(*paths: str | Path, out: str | Path | None = None) -> Path:
             write_whole(out / f"{name}.json", to_json(shown[name]).encode() + b"\n")
     path = out / "report.html"
     page = _template().render(facts=what_ran(found.runs, found.benchmarks), **shown)
+    write_whole(path, page.encode())
+    return path
+
+
+def write_index(folder: str | Path) -> Path:
+    """Build ``index.html`` of a folder of frontier tasks, which leads to their pages.
+
+    Returns the page's path. Raises `RecordError` as `boards` does.
+    """
+    path = Path(folder) / "index.html"
+    page = _template().render(
+        title="How sparse at equal quality?",
+        lead="Of each task the arm that validation chose, against the best vanilla.",
+        sections=[(index(folder), [])],
+        facts=[],
+        **dict.fromkeys(("table", "theory", "payoff", "findings")),
+    )
     write_whole(path, page.encode())
     return path
 
