@@ -62,9 +62,10 @@ def sparse_mlp(
         screen: skip units that an int8 product proves inactive. A unit is proved inactive if ``ẑ +
             b + ‖x‖‖u − û‖ + ‖x − x̂‖‖û‖ + γ(‖x‖‖u‖ + |b| + t) < t`` (Cauchy–Schwarz; x̂, û and ẑ
             are the int8 values and their product, γ bounds the rounding of float32 in any order of
-            summation, t is φ's threshold or 0). It saves time at low density. It works for
-            the activations above that the kernels compute, and is ignored for others, where the C++
-            kernels are missing, and on a GPU with gradients or for more than 16 tokens.
+            summation, t is φ's threshold or 0; large entries of x count apart on the CPU). It saves
+            time at low density. It works for the activations above that the kernels compute, and is
+            ignored for others, where the C++ kernels are missing, and on a GPU with gradients or
+            for more than 16 tokens.
         between: what stands between φ and down, such as dropout. It gets the packed values [nnz],
             so it must act on each by itself and keep zeros.
         prepared: what :func:`prepare` returned, for weights that do not change between calls.

@@ -384,5 +384,5 @@ def _(up: Tensor) -> list[Tensor]:
     return [
         up.new_empty(units, channels, dtype=torch.int8),
         up.new_empty(units, dtype=torch.int32),
-        up.new_empty(3, units, dtype=torch.float32),
+        up.new_empty(4, units, dtype=torch.float32),
     ]

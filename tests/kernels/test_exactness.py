@@ -200,7 +200,7 @@ def threshold(x: Tensor, up: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("way", KERNELS, indirect=True)
-@pytest.mark.parametrize("whose", ["up", "x"])
+@pytest.mark.parametrize("whose", ["up", "x", "channel", "channel and rest"])
 @pytest.mark.parametrize(("tokens", "outliers"), [(1, False), (61, False), (61, True)])
 def test_no_unit_is_missed_where_the_bound_has_nothing_to_spare(
     way: str, whose: str, tokens: int, outliers: bool
@@ -209,15 +209,20 @@ def test_no_unit_is_missed_where_the_bound_has_nothing_to_spare(
 
     One matrix is constant, so that codes hold it exactly; the other has errors of 0.499 steps of
     one sign, a step being 127/127 (8 bits) or 127/32512 (16). z is the smallest number above 0:
-    an error bound that is half a percent too small misses it.
+    an error bound that is half a percent too small misses it. ``channel``: x is large in one, for
+    which the largest error counts apart, by Hölder.
     """
     d, h = 63, 130
     step = 1 / 256 if whose == "x" and (tokens == 1 or outliers) else 1.0  # with two planes
-    rough = torch.randint(-100, 100, (h if whose == "up" else tokens, d)) + 0.499 * step
+    rough = torch.randint(-100, 100, (tokens if whose == "x" else h, d)) + 0.499 * step
     rough[:, 0] = 127.0
-    plain = torch.full((tokens if whose == "up" else h, d), 3.0)
+    plain = torch.full((h if whose == "x" else tokens, d), 3.0)
     plain[:, 0] = 0.0
-    x, up = (plain, rough) if whose == "up" else (rough, plain)
+    if whose == "channel":
+        plain[:, 2:] = 0.0
+    if whose == "channel and rest":
+        plain[:, 1] = 381.0
+    x, up = (rough, plain) if whose == "x" else (plain, rough)
     if outliers:  # of another token, so that 8 bits would lose too much
         x[1, 1:], x[1, 0] = 0.3, 1e4
     for sign in (1, -1):  # errors and what they meet change their signs together
@@ -226,43 +231,6 @@ def test_no_unit_is_missed_where_the_bound_has_nothing_to_spare(
         assert missed(sign * x, sign * up, wanted)[0] == 0
     # and it is the bound that keeps them: far below zero nothing is kept
     assert missed(x, up, wanted - 1e8)[1] == 0
-
-
-KINDS = ["gaussian", "outliers", "tiny", "denormal", "large", "half-way"]
-
-
-def rows_of(kind: str, tokens: int, d: int, h: int) -> tuple[Tensor, Tensor]:
-    x, up = torch.randn(tokens, d), torch.randn(h, d)
-    if kind == "outliers":
-        x[:, :2] *= 100
-    if kind in ("tiny", "large"):
-        powers = (-30, 0) if kind == "tiny" else (8, 19)
-        x *= 10.0 ** torch.randint(*powers, (tokens, 1)).float()
-        up *= 10.0 ** torch.randint(*powers, (h, 1)).float()
-    if kind == "denormal":
-        x *= 1e-39
-    if kind == "half-way":
-        x, up = torch.randint(-127, 127, (tokens, d)) + 0.5, torch.randint(-127, 127, (h, d)) + 0.5
-    return x, up
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", KERNELS, indirect=True)
-def test_no_active_unit_is_missed_in_ten_million_rows(way: str) -> None:
-    """Each row of U has a bias of its own: steps of float32 around the threshold, or below."""
-    rows, h, d, kept, of = 0, 2**17, 23, 0, 0
-    while rows < 10**7:
-        for kind in KINDS:
-            tokens = (1, 3, 5, 17)[rows // h % 4]
-            x, up = rows_of(kind, tokens, d, h)
-            bias = threshold(x[rows // h % tokens], up)
-            for _ in range(2):
-                bias = torch.nextafter(bias, bias + torch.randint(-1, 2, (h,)).float())
-            bias[::3] -= 0.3 * bias[::3].abs()
-            count, candidates = missed(x, up, bias)
-            assert count == 0, kind
-            rows, of, kept = rows + h, of + tokens * h, kept + candidates
-    assert kept < 0.8 * of  # else nothing was left out that could have been missed
 
 
 # ---- run to run -----------------------------------------------------------------------------

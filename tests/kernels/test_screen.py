@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.kernels import build, ops
@@ -198,17 +200,82 @@ def test_the_screen_leaves_out_most_units() -> None:
     assert kept < 0.107
 
 
-def test_outlier_channels_do_not_open_the_screen() -> None:
-    """Two channels × 100: 8 bits for x would leave the others 3 % of their precision.
+def candidates(x: Tensor, up: Tensor, share: float, tokens: int) -> float:
+    """The share of units that the screen keeps, ``tokens`` at a time, each active on ``share``."""
+    z = x @ up.t()
+    bias = -z.sort(0, descending=True).values[round(share * len(x))]
+    codes = ops.quantise(up)
+    kept = [
+        torch.ops.actsparse_cpu.candidates(some, up, bias, *codes, 0.0)[1].numel()
+        for some in x.split(tokens)
+    ]
+    return sum(kept) / z.numel()
 
-    With 16 bits the step is 350/32512 ≈ 0.011, less than the 8-bit step 0.026 without outliers;
-    ‖x‖ grows by √(1 + 2·10⁴/256) ≈ 9 against u's own 8 bits, and so does the spread of z.
+
+@pytest.mark.parametrize("factor", [30.0, 100.0])
+@pytest.mark.parametrize("channels", [1, 2, 8])
+@pytest.mark.parametrize(("tokens", "d"), [(512, 64), (512, 768), (1, 256)])
+def test_channels_of_another_size_leave_as_few_candidates(
+    factor: float, channels: int, tokens: int, d: int
+) -> None:
+    """u's 8 bits would be off by ‖x‖ · ‖u − û‖, which a few channels make many times as large.
+
+    Apart they cost |x_c| of half a step; z has grown by more. A constant is worse: the bias takes
+    it off again, and z has not grown at all.
     """
-    x, up = torch.randn(400, 256), torch.randn(2048, 256) / 16
-    x[:, :2] *= 100
-    spread = (x @ up.t()).std()
-    _, active, kept = missed((x, up, torch.full((2048,), -1.645) * spread))
-    assert kept < 2.5 * float(active.float().mean())
+    x, up = torch.randn(512, d), torch.randn(512, d) / d**0.5
+    scaled, shifted = x.clone(), x.clone()
+    scaled[:, :channels] *= factor
+    shifted[:, 0] += factor
+    for share in (0.01, 0.05):
+        most = 1.3 * candidates(x, up, share, tokens)
+        assert candidates(scaled, up, share, tokens) <= most
+        if d > 64 and factor == 30:
+            assert candidates(shifted, up, share, tokens) <= most
+
+
+@settings(max_examples=60, derandomize=True, database=None)
+@given(
+    t=st.integers(1, 40),
+    d=st.integers(1, 200),
+    h=st.integers(1, 130),
+    spread=st.floats(0, 8),
+    offset=st.floats(0, 100),
+    large=st.lists(st.tuples(st.integers(0, 199), st.floats(-37, 17)), max_size=4),
+    grid=st.booleans(),
+    floor=st.sampled_from([0.0, 0.5]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    way=st.integers(0, BEST),
+    seed=st.integers(0, 2**20),
+)
+def test_no_active_unit_is_missed_whatever_the_channels_sizes(
+    t: int,
+    d: int,
+    h: int,
+    spread: float,
+    offset: float,
+    large: list[tuple[int, float]],
+    grid: bool,
+    floor: float,
+    dtype: torch.dtype,
+    way: int,
+    seed: int,
+) -> None:
+    """Sizes and means of channels drawn at random; biases bring z near the floor."""
+    torch.manual_seed(seed)
+    x = (torch.randn(t, d) + offset * torch.randn(d)) * (spread * torch.randn(d)).exp()
+    up = torch.randint(-127, 128, (h, d)).float() if grid else torch.randn(h, d)
+    for channel, power in large:
+        x[:, channel % d] = 10.0**power * torch.randn(t).sign()
+    x, up = x.to(dtype), up.to(dtype)
+    z = x.double() @ up.double().t()
+    near = z.gather(0, torch.randint(t, (1, h)))[0]
+    bias = (-near + 0.01 * near.abs() * torch.randn(h)).float()
+    torch.ops.actsparse_cpu.level(way)
+    try:
+        assert missed((x, up, bias), floor, dtype)[0] == 0
+    finally:
+        torch.ops.actsparse_cpu.level(BEST)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,6 +55,7 @@ struct Codes {
   const int32_t* shift;   // [units] −128·Σ codes: x's codes are stored + 128
   const float* scale;     // [units]
   const float* error;     // [units] ‖u − û‖ + γ‖û‖, rounded up: what ‖x‖ is multiplied by
+  const float* step;      // [units] max |u − û| + γ max |û|, rounded up
   const float* norm;      // [units] ‖û‖(1 + γ), rounded up: what ‖x − x̂‖ is multiplied by
   const float* bias;      // [units] b − floor + γ(|b| + floor) + what underflow can lose
   int64_t groups, channels;
@@ -64,6 +65,8 @@ struct Tokens {
   const uint8_t* codes;  // [tokens * planes, channels], + 128
   const float* scale;    // [tokens]
   const float* norm;     // [tokens] ‖x‖
+  const float* rest;     // [tokens] ‖x‖ without its large entries
+  const float* large;    // [tokens] Σ |x| of these
   const float* error;    // [tokens] ‖x − x̂‖
   int planes;            // 1: 8 bits; 2: 16 bits, high and low byte in two rows
 };
@@ -105,7 +108,8 @@ struct Kernels {
   void (*screen)(Codes u, Tokens x, Range t, Range g, int64_t words, uint64_t* mask);
   // units of the set bits, from `first` on; writes up to 16 more
   int64_t (*list)(const uint64_t* mask, int64_t words, int64_t first, int32_t* index);
-  // codes (+ offset), and scale, ‖row‖, ‖row − codes·scale‖ rounded up
+  // codes (+ offset), and scale, ‖row‖, ‖row − codes·scale‖, ‖row‖ without its large entries and
+  // their Σ |·|, rounded up
   void (*quantise)(const float* row, int64_t d, int planes, int offset, uint8_t* codes,
                    int64_t stride, float* stats);
   // whether no entry of p is below the one before

@@ -1,7 +1,10 @@
 // The lossless screen: int8 products that say which units cannot be active. A unit is left out if
-//     ẑ + b + ‖x‖ (‖u − û‖ + γ‖û‖) + ‖x − x̂‖ ‖û‖ (1 + γ) + γ (|b| + t) + lost < t,
-// by Cauchy–Schwarz: û and x̂ are the int8 copies, ẑ = x̂ · û, t is φ's threshold, γ bounds float32's
-// rounding in any order of summation, and `lost` is what underflow takes.
+//     ẑ + b + off + ‖x − x̂‖ ‖û‖ (1 + γ) + γ (|b| + t) + lost < t,
+//     off = min(‖x‖ e, ‖x′‖ e + ‖x − x′‖₁ s), e = ‖u − û‖ + γ‖û‖, s = max |u − û| + γ max |û|,
+// by Cauchy–Schwarz, or for large entries of x, which x′ is without, by Hölder: a channel in which x
+// is large does not multiply what all channels of u are off by. û and x̂ are the int8 copies, ẑ =
+// x̂ · û, t is φ's threshold, γ bounds float32's rounding in any order of summation, and `lost` is
+// what underflow takes.
 #pragma once
 #include "multiply.h"
 
@@ -14,19 +17,19 @@ void check_channels(int64_t d) {
            "it has " + std::to_string(d));
 }
 
-// What products of bf16 pairs may lose of a row's norm: they flush denormals to zero.
+// What products of bf16 pairs may lose of the norm of d entries: they flush denormals to zero.
 template <class E>
 float flushed(int64_t d) {
   return sizeof(E) == 2 ? (float)(std::sqrt((double)d) * 0x1p-125) : 0.f;
 }
 
-// int8 copy of up [units, D]: codes, their shift, and scale, error, norm as rows of `bounds`.
+// int8 copy of up [units, D]: codes, their shift, and scale, error, norm, step as rows of `bounds`.
 std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
   const auto [units, d] = sizes_of("up", up);
   check_channels(d);
   const int64_t padded = ceil_div(units, kWord) * kWord, channels = ceil_div(d, kFour) * kFour;
   Tensor codes = empty<int8_t>({padded, channels}), shift = empty<int32_t>({padded});
-  Tensor bounds = empty<float>({3, padded});
+  Tensor bounds = empty<float>({4, padded});
   int8_t* out = data<int8_t>(codes);
   // as many roundings as any order of float32 summation makes, and our own in the bound
   const double u = (2 * d + 64) * 0x1p-24, gamma = u / (1 - u);
@@ -40,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
       for (int64_t h = a; h < b; h++) {
         const int64_t g = h % kGroup;
         uint8_t* row = &rows[g * channels];
-        float stats[3] = {};
+        float stats[5] = {};
         if (turned && g == 0 && h < units)
           by<E>().transpose(data<E>(up) + h, units, d, std::min(kGroup, units - h), sixteen.get(), d);
         if (h < units) {
@@ -49,6 +52,9 @@ std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
         } else
           std::fill_n(row, channels, uint8_t(0));
         const double norm = (double)stats[1] + stats[2];  // ‖û‖ at most
+        // codes are within half a step, and a rounding of `quantise`; without codes error is ‖u‖
+        const double most = stats[0] > 0 ? stats[0] * (0.5 + 127 * (gamma + 0x1p-22))
+                                         : stats[2] * (1 + gamma);
         stats[2] += flushed<E>(d);
         int32_t sum = 0;
         for (int64_t c = 0; c < channels; c++) sum += static_cast<int8_t>(row[c]);
@@ -56,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> quantise(const Tensor& up) {
         data<float>(bounds)[h] = stats[0];
         data<float>(bounds)[padded + h] = (float)((stats[2] + gamma * norm) * (1 + 1e-6));
         data<float>(bounds)[2 * padded + h] = (float)(norm * (1 + gamma) * (1 + 1e-6));
+        data<float>(bounds)[3 * padded + h] = (float)((most + flushed<E>(1)) * (1 + 1e-6));
         if (g == kGroup - 1)  // four codes to a word: turn the sixteen rows of words
           by<float>().transpose(reinterpret_cast<const float*>(rows.get()), channels / kFour, kGroup,
                                 channels / kFour,
@@ -84,33 +91,34 @@ Scratch<uint64_t> screened_mask(const E* x, const float* bias, Shape s, int64_t 
     const double roundings = (b < 0 ? -b : b) + floor;  // of b, and of the difference here
     shifted[h] = (float)(b - floor + roundings * gamma * 1.01 + lost);
   }
-  const auto stats = scratch<float>(3 * s.tokens);
+  const auto stats = scratch<float>(5 * s.tokens);
   const auto codes = scratch<uint8_t>(2 * s.tokens * channels);
   int planes = few(s.tokens) ? 2 : 1;  // with few tokens a second plane costs next to nothing
   for (;; planes = 2) {
     split(s.tokens, [&](int64_t a, int64_t b) {
       const auto values = scratch<float>(d);
       for (int64_t t = a; t < b; t++) {
-        float row[3];
+        float row[5];
         by<E>().widen(x + t * d, d, values.get());
         kernels()->quantise(values.get(), d, planes, 128, &codes[t * planes * channels], channels,
                             row);
         row[2] += flushed<E>(d);
-        for (int i = 0; i < 3; i++) stats[i * s.tokens + t] = row[i];
+        for (int i = 0; i < 5; i++) stats[i * s.tokens + t] = row[i];
       }
     }, kSmall);
-    // 8 bits err by 0.8 % of a Gaussian row's norm: at twice that, outlier channels set the step
-    double norm = 0, error = 0;
+    // 8 bits err by 0.8 % of a Gaussian row: at twice that of the rest, large entries set the step
+    double rest = 0, error = 0;
     for (int64_t t = 0; t < s.tokens; t++) {
       if (!(stats[s.tokens + t] < 1e18f)) continue;
-      norm += stats[s.tokens + t], error += stats[2 * s.tokens + t];
+      rest += stats[3 * s.tokens + t], error += stats[2 * s.tokens + t];
     }
-    if (planes == 2 || error <= 0.016 * norm) break;
+    if (planes == 2 || error <= 0.016 * rest) break;
   }
   auto mask = scratch<uint64_t>(s.tokens * s.words());
-  const Codes to{data<int8_t>(u.codes), data<int32_t>(u.shift), bound,  bound + padded,
-                 bound + 2 * padded,    shifted.get(),          groups, channels};
-  const Tokens from{codes.get(), stats.get(), &stats[s.tokens], &stats[2 * s.tokens], planes};
+  const Codes to{data<int8_t>(u.codes), data<int32_t>(u.shift), bound, bound + padded,
+                 bound + 3 * padded, bound + 2 * padded, shifted.get(), groups, channels};
+  const auto of = [&](int i) { return &stats[i * s.tokens]; };
+  const Tokens from{codes.get(), of(0), of(1), of(3), of(4), of(2), planes};
   if (few(s.tokens))
     split(groups, [&](int64_t a, int64_t b) {
       kernels()->screen(to, from, {0, s.tokens}, {a, b}, s.words(), mask.get());
@@ -133,7 +141,7 @@ std::tuple<Tensor, Tensor> candidates_of(const Tensor& x, int64_t d, const float
   check_channels(d);
   require<int8_t>("codes", screen.codes, {padded, ceil_div(d, kFour) * kFour});
   require<int32_t>("shift", screen.shift, {padded});
-  require<float>("bounds", screen.bounds, {3, padded});
+  require<float>("bounds", screen.bounds, {4, padded});
   const auto mask = screened_mask(data<E>(x), bias, s, d, screen, floor);
   Tensor pointer = empty<int64_t>({s.segments() + 1}), index;
   bits_of(mask.get(), s, data<int64_t>(pointer), index);
