@@ -100,6 +100,10 @@ def test_a_cell_that_runs_again_is_told_which_handle_to_remove() -> None:
     sparsify(net, inputs=X)
     with pytest.raises(ValueError, match=r"actsparse\.handle_of\(model\)\.remove\(\) first"):
         sparsify(net, inputs=X)
+    fast = accelerate(net)
+    with pytest.raises(ValueError, match=r"accelerated already.*remove\(\) of the handle"):
+        accelerate(net)
+    fast.remove()
     outer = nn.Sequential(net)
     with pytest.raises(ValueError, match=r"handle_of\(model\.get_submodule\(.0.\)\)\.remove"):
         sparsify(outer, inputs=X)

@@ -200,7 +200,10 @@ class Site:
         """
         block = self.block
         if self.executor is not None:
-            raise ValueError(f"block {block.name!r} has an executor already")
+            raise ValueError(
+                f"block {block.name!r} is accelerated already, perhaps by this cell of a "
+                f"notebook: call remove() of the handle that accelerate returned first"
+            )
         if (reason := no_executor(block)) is not None:
             raise ValueError(f"block {block.name!r} cannot have an executor: {reason}")
         self.executor = executor
