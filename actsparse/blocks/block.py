@@ -39,7 +39,9 @@ class Layer:
 
     def _read(self, name: str) -> Tensor:
         base = base_layer(self.module)
-        tensor = getattr(base, name, None)
+        tensor = base._parameters.get(name)  # at once: Module.__getattr__ takes a microsecond
+        if tensor is None:
+            tensor = getattr(base, name, None)
         if not isinstance(tensor, Tensor):
             raise ValueError(
                 f"layer {self.name!r} holds no {name} that can be read: {type(base).__name__}, "
@@ -67,7 +69,8 @@ class Layer:
         Raises:
             ValueError: as for ``weight``.
         """
-        if getattr(base_layer(self.module), "bias", None) is None:
+        base = base_layer(self.module)
+        if base._parameters.get("bias") is None and getattr(base, "bias", None) is None:
             return None
         bias = self._read("bias")
         return bias if self.rows is None else bias[self.rows]
@@ -353,7 +356,8 @@ def widths(module: nn.Module) -> tuple[int, int]:
     >>> widths(nn.Linear(2, 3))
     (2, 3)
     """
-    names = ("nx", "nf") if hasattr(module, "nf") else ("in_features", "out_features")
+    # not hasattr, which takes microseconds where a module has no such attribute
+    names = ("nx", "nf") if "nf" in module.__dict__ else ("in_features", "out_features")
     return getattr(module, names[0]), getattr(module, names[1])
 
 

@@ -38,18 +38,16 @@ def running_calls(module: nn.Module) -> int:
 class Running:
     """One pass through a block, from the input of up to the output of down."""
 
+    __slots__ = ("changed", "detours", "entered", "expects_phi", "kept", "plan", "x")
+
     def __init__(self) -> None:
         self.x: Tensor | None = None  # as it came; None where no pass runs
         self.changed: Tensor | None = None  # as the transforms left it
         self.entered: list[nn.Module] = []  # gate and up, as they are called
         self.kept: dict[str, Tensor] = {}
         self.plan: Plan | None = None
+        self.detours = False  # whether an executor runs this pass in the layers' place
         self.expects_phi = False  # whether the next activation call is this block's
-
-    @property
-    def detours(self) -> bool:
-        """Whether an executor runs this pass in the layers' place."""
-        return self.plan is not None and self.plan.runs
 
 
 class OfThread(threading.local):

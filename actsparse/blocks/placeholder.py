@@ -25,12 +25,6 @@ class Ghost(Tensor):
     block: str
 
     @classmethod
-    def like(cls, x: Tensor, width: int, of: Running, block: str) -> Ghost:
-        """In the place of a layer's output [..., width] on x."""
-        nan = x.new_full((1,), float("nan")).expand(*x.shape[:-1], width)
-        return _mark(nan, of, block)
-
-    @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -46,11 +40,34 @@ class Ghost(Tensor):
                 f"remove() called in the middle of a call? accelerate() does not support this block"
             )
         with torch._C.DisableTorchFunctionSubclass():
+            if product and ghosts[0].shape == ghosts[1].shape:
+                return ghosts[0]  # NaN times NaN, without the memory that a product would take
             result = func(*args, **(kwargs or {}))
             if isinstance(result, tuple | list):
                 marked = [_mark(each, ghosts[0].of, ghosts[0].block) for each in result]
                 return type(result)(marked) if type(result) in (tuple, list) else result
             return _mark(result, ghosts[0].of, ghosts[0].block)
+
+
+class Ghosts:
+    """Makes the ghosts of one block; ``block`` is its name."""
+
+    def __init__(self, block: str) -> None:
+        self._block = block
+        self._last: tuple[Any, Tensor] | None = None
+
+    def like(self, x: Tensor, width: int, of: Running) -> Ghost:
+        """In the place of a layer's output [..., width] on x."""
+        kind = x.shape, x.dtype, x.device, width
+        last = self._last
+        if last is None or last[0] != kind:
+            with torch.inference_mode(False):  # else gradients could never flow around it
+                nan = x.new_full((1,), float("nan")).expand(*x.shape[:-1], width)
+            last = self._last = kind, nan
+        # a view of the last NaN costs a third of making one
+        ghost: Ghost = Tensor._make_subclass(Ghost, last[1])
+        ghost.of, ghost.block = of, self._block
+        return ghost
 
 
 def _mark(result: Any, of: Running, block: str) -> Any:

@@ -15,6 +15,11 @@ from torch.utils._device import DeviceContext
 
 from actsparse.blocks.block import MLPBlock
 
+IN_A_REPLICA = (
+    "block {!r} runs in a replica of nn.DataParallel, which shares hooks with the model but not "
+    "its weights; use DistributedDataParallel, or one device"
+)
+
 
 class User(Protocol):
     """Who exchanges an activation: the wiring of a site."""
@@ -120,8 +125,11 @@ class _CatchActivation(TorchFunctionMode):
 
 def foreign_mode() -> bool:
     """Whether operations run under a mode of somebody's, which sees or changes them."""
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
+    functions, dispatches = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+    if not functions() and not dispatches():
+        return False
+    modes = map(torch._C._get_function_stack_at, range(functions()))
+    return dispatches() > 0 or any(
         not isinstance(mode, _CatchActivation | DeviceContext) for mode in modes
     )
 
@@ -129,20 +137,39 @@ def foreign_mode() -> bool:
 class Detour(Exchange):
     """A layer's forward, exchanged while an executor may run in its place."""
 
-    def __init__(self, module: nn.Module, run: Callable[[Callable[..., Any], Tensor], Any]) -> None:
+    def __init__(self, module: nn.Module, run: Callable[[Detour, Tensor], Any]) -> None:
         super().__init__(module)
         self.run = run
         module.forward = self.forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the site decides; with arguments of its own the layer runs itself."""
-        if args or kwargs:
-            return self.original(x, *args, **kwargs)
-        return self.run(self.original, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the site decides; called otherwise than with one tensor the layer runs itself."""
+        if len(args) != 1 or kwargs:
+            return self.original(*args, **kwargs)
+        return self.run(self, args[0])
 
     def remove(self) -> None:
         """Put the module's own forward back."""
         self.restore()
+
+
+class NoReplicas:
+    """``nn.DataParallel`` refused by name: its replicas would run the model's own layers.
+
+    A replica has a copy of what stands on the instance, so that a detour cannot tell it apart.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        module.__dict__["_replicate_for_data_parallel"] = self.refuse
+
+    def refuse(self) -> nn.Module:
+        """In the place of what makes a replica."""
+        raise RuntimeError(IN_A_REPLICA.format(self.name))
+
+    def remove(self) -> None:
+        """Allow replicas again."""
+        self.module.__dict__.pop("_replicate_for_data_parallel", None)
 
 
 class _Release:

@@ -84,7 +84,7 @@ def mlp(
         raise ValueError(f"--pattern {pattern!r}; known: even, zipf")
     if activation not in ACTIVATIONS:
         raise ValueError(f"--activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    _check_dtype(dtype)
+    check_dtype(dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     asked = numbers("--densities", densities, float), numbers("--tokens", tokens, int)
@@ -210,7 +210,7 @@ def model(
     else:
         assert name is not None
         wanted = numbers("--densities", densities, float)
-        _check_dtype(dtype)
+        check_dtype(dtype)
         result = bench_model(
             name,
             wanted,
@@ -263,7 +263,8 @@ def _print_trained(result: dict[str, Any]) -> None:
     Terminal().print(f"{result['quality_name']}: {told}", highlight=False)
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError for a dtype that no benchmark takes."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype!r}; known: float32, bfloat16")
 

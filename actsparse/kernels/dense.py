@@ -124,6 +124,8 @@ def dense_mlp(
     def product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if weights is not None:
             return onednn(x, weights(name, n), bias)
+        if not torch.is_grad_enabled():
+            return onednn(x, weight, bias)
         return Linear.apply(x, weight, bias)
 
     if gate is None:

@@ -53,16 +53,24 @@ class Fit:
     def _look(self) -> list[Any]:
         """All that the reasons depend on, as values to compare."""
         seen = [function_of(self.block), *self.standing.look()]
+        add = seen.append
         for module in self.standing.parts.values():
             own = module.__dict__
             kind = module.__class__
             seen += (kind, kind.forward, own.get("forward"))
-            for hooks in _HOOKS:
-                if own[hooks]:
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                for hooks in _HOOKS:
                     seen += own[hooks]  # their numbers, which are given once
             for tensor in own["_parameters"].values():
                 if tensor is not None:
-                    seen += (tensor.__class__, tensor.is_meta, tensor.layout)
+                    add(tensor.__class__)
+                    if tensor.is_meta or tensor.layout is not torch.strided:
+                        seen += (tensor.is_meta, tensor.layout)
         if self.block.activation.module is not None:  # its numbers are a part of φ
             for value in self.block.activation.module.__dict__.values():
                 if value.__class__ is float or value.__class__ is int:

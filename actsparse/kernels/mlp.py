@@ -103,19 +103,21 @@ def sparse_mlp(
         )
     plain = between is None and on_active is None and on_norms is None
     first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
-    second = (None, None) if gate is None else (up, bias)
+    second, second_bias = (None, None) if gate is None else (up, bias)
     if plain and form is not None and not _learns(x, *weights):
         if form.act is not None and backends.native(x, up):
             copies = prepare(down, up, gate) if prepared is None else prepared
             try:
-                return _infer(x, first, first_bias, second, down, down_bias, form, screen, copies)
+                return infer(
+                    x, first, first_bias, second, second_bias, down, down_bias, form, screen, copies
+                )
             except RuntimeError:  # the kernels check, without names: decoding has no time for more
                 _check(x, *weights)
                 raise
         if x.shape[:-1].numel() <= FEW and backends.on_gpu(x, *weights):
             _check(x, *weights)
             copies = prepare(down, up, gate) if prepared is None else prepared
-            return _decode(x, first_bias, down_bias, name, second[1], screen, copies)
+            return _decode(x, first_bias, down_bias, name, second_bias, screen, copies)
     _check(x, *weights)
     first, down = laid(first), laid(down)
     codes: tuple[Tensor, ...] = ()
@@ -145,11 +147,12 @@ def sparse_mlp(
     return y.view(*x.shape[:-1], down.shape[0])
 
 
-def _infer(
+def infer(
     x: Tensor,
     first: Tensor,
     first_bias: Tensor | None,
-    second: tuple[Tensor | None, Tensor | None],
+    second: Tensor | None,
+    second_bias: Tensor | None,
     down: Tensor,
     down_bias: Tensor | None,
     form: Form,
@@ -159,7 +162,7 @@ def _infer(
     """One operator, no gradients; ``second``: up and its bias of gated blocks."""
     x = x.contiguous()
     up, codes, other, rows = copies.for_inference(x.shape[:-1].numel() <= FEW, screen)
-    rest = (other, _flat(second[1]), rows, _flat(down_bias), down.shape[0], *form[:2])
+    rest = (other, _flat(second_bias), rows, _flat(down_bias), down.shape[0], *form[:2])
     kernels = backends.compiled()
     if not codes:
         return kernels.forward(dense.linear(x, first, first_bias), x, *rest)

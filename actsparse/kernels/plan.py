@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,77 +13,25 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.replace_forward import foreign_mode
 from actsparse.blocks.site import Site
-from actsparse.blocks.stages import OnNorms
+from actsparse.blocks.stages import OnNorms, Plan
 from actsparse.kernels import backends, build
-from actsparse.kernels.choose import CEILING, NEAR, TIMED, Trial, Trials, apart, programs_of
+from actsparse.kernels.choose import CEILING, TIMED, Trial, Trials, programs_of
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
+from actsparse.kernels.met import EVERY, RESTING, Known, Met
 from actsparse.kernels.prepared import Prepared, fingerprint
 from actsparse.kernels.programs import DENSE, Weights, copies, known, run
 
 Mode = Literal["auto", "dense", "sparse", "screened"]
 TIMED_MODES = ("auto", "dense")  # the others are the name of the program
-EVERY = 64  # calls between two looks at the density where looking costs something
+SHAPES = 256  # shapes of calls that are known; more are met anew
 LEAST = 2**18  # entries of a weight; smaller blocks gain less than a call of few tokens costs
 MANY = 2**24  # entries · tokens of a call that is worth a trial whatever the block's size
 
-_counting = threading.Lock()  # what threads count together
 _timing = threading.Lock()  # one trial at a time, or they would time each other
 
 
-@dataclass
-class Met:
-    """What a block knows of one kind of call, and runs then."""
-
-    training: bool
-    dtype: torch.dtype
-    tokens: int = 0
-    program: str = "dense"
-    density: float | None = None  # of the last calls
-    decided_at: float | None = None  # the density when ``program`` was chosen
-    trial: Trial | None = None
-    reason: str | None = None  # why the layers run, where that was not the outcome of a trial
-    calls: dict[str, int] = field(default_factory=dict)
-
-    def count(self, active: int, entries: int) -> None:
-        """Take the density of a call into account."""
-        now = active / max(entries, 1)
-        with _counting:
-            self.density = now if self.density is None else 0.75 * self.density + 0.25 * now
-
-    def call(self, program: str) -> int:
-        """Count a call; how many ran so before it."""
-        with _counting:
-            before = self.calls.get(program, 0)
-            self.calls[program] = before + 1
-        return before
-
-    @property
-    def decided(self) -> bool:
-        """Whether the density is about what it was when the program was chosen."""
-        density, then = self.density, self.decided_at
-        if density is None or then is None:
-            return False
-        return min(density, then) > CEILING or apart(density, then) <= NEAR
-
-    def row(self) -> dict[str, Any]:
-        """As :meth:`Accelerated.table` says."""
-        ratio = None if self.trial is None else self.trial.ratio(self.program)
-        known = {"training": self.training, "tokens": self.tokens, "program": self.program}
-        known |= {"reason": self.reason, "density": self.density, "ratio": ratio}
-        return {**known, "calls": dict(self.calls)}
-
-    def __str__(self) -> str:
-        density = "unknown" if self.density is None else f"{self.density:.3f}"
-        what = "training" if self.training else "forward"
-        gain = "" if self.trial is None else f", {self.trial.ratio(self.program):.2f} × dense"
-        calls = ", ".join(f"{count} {name}" for name, count in self.calls.items())
-        if self.reason is not None:
-            return f"{what}, T = {self.tokens}: its layers, {self.reason} ({calls})"
-        return f"{what}, T = {self.tokens}: {self.program} at density {density}{gain} ({calls})"
-
-
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take a microsecond more to make
 class CallPlan:
     """How one call runs; nothing of it is kept anywhere else, so that calls may overlap."""
 
@@ -114,8 +62,10 @@ class CallPlan:
             prepared = self.of.prepared(self.dtype, weights)
         if torch.is_autocast_enabled(x.device.type):  # as it does for the layers
             x, weights = x.to(self.dtype), weights.to(self.dtype)
-        dropouts = [part.module for part in block.between if part.module is not None]
-        active = [module for module in dropouts if module.training]
+        active = []
+        if block.between:
+            dropouts = [part.module for part in block.between if part.module is not None]
+            active = [module for module in dropouts if module.training]
         assert site.function is not None
         return run(
             self.program,
@@ -155,27 +105,49 @@ class SparseRun:
         self.proven = False  # whether a call in training mode ran by the kernels, not compiled
         self._last = "dense"  # the program of the last call, which compiled code keeps to
         self._promised: dict[Hashable, str] = {}
-        self._ready: dict[torch.dtype, tuple[tuple[Any, ...], Prepared]] = {}
+        self._known: dict[Hashable, Known] = {}  # by what tells calls apart
+        self._ready: dict[torch.dtype, tuple[tuple[int, ...], Prepared]] = {}
 
     def met(self) -> list[Met]:
         """The kinds of calls there were."""
         return list(self._met.values())
 
-    def plan(self, site: Site, x: Tensor) -> CallPlan:
+    def plan(self, site: Site, x: Tensor) -> Plan:
         """How this call is to run."""
-        tokens, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
-        dtype = _dtype_of(x)
-        if compiling:
-            keeps = self._fixed_reason() or self._unproven()
-        elif foreign_mode():
+        if torch.compiler.is_compiling():  # compiled code keeps to what it met
+            keeps = self._fixed_reason() or self._unproven() or _unfit_call(site, x, self.block.up)
+            fixed = self._last if self.mode in TIMED_MODES else self.mode
+            return CallPlan(self, "dense" if keeps else fixed, _dtype_of(x))
+        recomputing = site.recomputing
+        like = (
+            x.shape, x.dtype, x.device, torch.is_grad_enabled(), torch.get_num_threads(),
+            torch.is_autocast_enabled(x.device.type), site.wants_norms,
+        )  # fmt: skip
+        known = None if recomputing else self._known.get(like)
+        # where the layers won they run at once, whatever hangs on them: they are always right
+        if known is not None and known.rests and known.met.rests():
+            known.met.tokens, self._last = known.tokens, "dense"
+            return RESTING
+        if foreign_mode():
             keeps = "under a TorchFunctionMode or TorchDispatchMode, which would miss operations"
         else:
-            keeps = self.fit.reason()
-        keeps = keeps or _unfit_call(site, x, self.block.up)
-        if compiling:  # compiled code keeps to what it met
-            fixed = self._last if self.mode in TIMED_MODES else self.mode
-            return CallPlan(self, "dense" if keeps else fixed, dtype)
-        keeps = keeps or self._too_small(x, tokens)
+            keeps = self.fit.reason() or _unfit_call(site, x, self.block.up)
+        if known is not None and keeps is None and not known.rests:
+            met = known.met
+            self._decide(met, known.kind, site, x)
+            if met.program != "dense":
+                met.tokens = known.tokens
+                self._promised[known.kind] = self._last = met.program
+                return CallPlan(self, met.program, met.dtype, met)
+        return self._plan_anew(site, x, like, keeps, recomputing)
+
+    def _plan_anew(
+        self, site: Site, x: Tensor, like: Hashable, keeps: str | None, recomputing: bool
+    ) -> CallPlan:
+        """How a call is to run that was not met so before; ``keeps``: why by its layers, if so."""
+        tokens, dtype = x.shape[:-1].numel(), _dtype_of(x)
+        small = None if keeps else self._too_small(x, tokens)
+        keeps = keeps or small
         learns, size = self._learns(x), min(tokens, TIMED).bit_length()
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing and (learns is not None or tokens > FEW):
@@ -186,8 +158,8 @@ class SparseRun:
         met = self._met.setdefault(kind, Met(learns is not None, dtype, reason=keeps))
         met.tokens = tokens
         if keeps:
-            return CallPlan(self, "dense", dtype, met, looks=not capturing)
-        if site.recomputing and kind in self._promised:
+            program = "dense"
+        elif recomputing and kind in self._promised:
             program = self._promised[kind]  # what was saved in the forward must fit
         else:
             if (
@@ -195,6 +167,14 @@ class SparseRun:
             ):  # a graph keeps to what was met before
                 self._decide(met, kind, site, x)
             program = self._promised[kind] = self._last = met.program
+        forward = program != "dense" and not (torch.is_grad_enabled() or x.is_cuda)
+        rests = program == "dense" and (small is not None or (keeps is None and met.decided))
+        if (forward or rests) and not recomputing:
+            if len(self._known) >= SHAPES:
+                self._known.clear()
+            self._known[like] = Known(kind, met, tokens, rests)
+        elif not recomputing:
+            self._known.pop(like, None)
         return CallPlan(self, program, dtype, met, looks=not capturing)
 
     def _fixed_reason(self) -> str | None:
@@ -290,10 +270,15 @@ class SparseRun:
 
         None where changes leave no trace.
         """
-        matrices = [weights.down, weights.up, *([] if weights.gate is None else [weights.gate])]
-        if any(weight.is_inference() for weight in matrices):
+        up, down, gate = weights.up, weights.down, weights.gate
+        if up.is_inference() or down.is_inference() or (gate is not None and gate.is_inference()):
             return None
-        now = tuple(number for weight in matrices for number in _version(weight))
+        # what tells of changes; those of ``weight.data`` have no new version
+        now: tuple[int, ...] = (
+            up._version, up.data_ptr(), down._version, down.data_ptr(), fingerprint(up, down, gate)
+        )  # fmt: skip
+        if gate is not None:
+            now += (gate._version, gate.data_ptr())
         ready = self._ready.get(dtype)
         if ready is None or now != ready[0]:
             ready = self._ready[dtype] = now, weights.to(dtype).prepare()
@@ -320,7 +305,7 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
     cast = torch.is_autocast_enabled(x.device.type)
     if cast and not (x.is_cpu and x.dtype in backends.CPU and weight.dtype in backends.CPU):
         return "under autocast"
-    if not (backends.on_gpu(x, weight) or (x.is_cpu and dtype in backends.CPU)):
+    if not ((x.is_cpu and dtype in backends.CPU) or backends.on_gpu(x, weight)):
         return f"{str(dtype).removeprefix('torch.')} on {x.device.type} has no kernels here"
     if not cast and (dtype is not weight.dtype or x.device != weight.device):
         return f"its input is {x.dtype} on {x.device}, up {weight.dtype} on {weight.device}"
@@ -332,15 +317,10 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
         return "inside torch.func transforms (vmap, grad, jvp)"
     if torch.autograd.forward_ad._current_level >= 0:
         return "under forward-mode differentiation"
-    return "while torch.jit traces" if torch.jit.is_tracing() else None
+    return "while torch.jit traces" if torch._C._is_tracing() else None
 
 
 def _dtype_of(x: Tensor) -> torch.dtype:
     """The dtype of the block's products."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _version(weight: Tensor) -> tuple[int, ...]:
-    """What tells that a weight has changed; ``weight.data`` can change without a new version."""
-    return weight._version, weight.data_ptr(), fingerprint(weight)

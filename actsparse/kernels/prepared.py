@@ -124,14 +124,18 @@ def laid(weight: Tensor) -> Tensor:
     return weight if fits else weight.contiguous()
 
 
-def fingerprint(weight: Tensor) -> int:
-    """A number that changes when entries of weight [H, D] do: most often, from 64 of them.
+def fingerprint(weight: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> int:
+    """A number that changes when entries of weights [H, D] do: most often, from 64 of them.
 
     On a GPU reading them would stop the host at every token: 0.
     """
     if weight.is_cuda:
         return 0
-    if backends.native(weight):
-        return backends.compiled().fingerprint(weight)
-    checks.sizes_of("weight", weight)
-    return hash(tuple(weight.detach().reshape(-1)[:: weight.numel() // 64 + 1].tolist()))
+    if backends.native(weight, second, third):
+        return backends.compiled().fingerprint(weight, second, third)
+    entries: list[float] = []
+    for t in (weight, second, third):
+        if t is not None:
+            checks.sizes_of("weight", t)
+            entries += t.detach().reshape(-1)[:: t.numel() // 64 + 1].tolist()
+    return hash(tuple(entries))

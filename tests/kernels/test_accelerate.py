@@ -16,7 +16,8 @@ from actsparse import SwapActivation, ZerothBias, find_mlp_blocks, observe, spar
 from actsparse.kernels import accelerate, build
 from actsparse.kernels.accelerated import Accelerated
 from actsparse.kernels.choose import Trial, Trials
-from actsparse.kernels.plan import EVERY, MANY
+from actsparse.kernels.met import EVERY
+from actsparse.kernels.plan import MANY
 from tests.zoo import BY_ID, call
 
 RECIPE = [ZerothBias(finetune=True), SwapActivation("jsrelu")]

@@ -71,9 +71,9 @@ def test_the_best_program_gains(dense: float, sparse: float, screened: float, no
 
 @pytest.mark.slow
 @pytest.mark.skipif(build.level() == "reference", reason="auto keeps to the layers here")
-@pytest.mark.parametrize("tokens", [1, 16, 197, 1576])
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64, 197, 1576])
 def test_auto_never_loses_to_dense(tokens: int) -> None:
-    """Fails where the whole 95 % interval of 101 pairs lies below 0.97; wants an idle machine."""
+    """Fails where the whole 95 % interval of 101 rounds lies below 0.97; wants an idle machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

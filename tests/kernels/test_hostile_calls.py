@@ -76,7 +76,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "actsparse_cpu::pack": (z, 1, 0.1),
         "actsparse_cpu::panels": (rows,),
         "actsparse_cpu::quantise": (up,),
-        "actsparse_cpu::fingerprint": (up,),
+        "actsparse_cpu::fingerprint": (up, rows, second),
         "actsparse_cpu::screen": (x, up, bias, *codes, 1, 0.1),
         "actsparse_cpu::candidates": (x, up, bias, *codes, 0.1),
         "actsparse_cpu::forward": (z, x, second, bias, rows, down_bias, D, 2, 0.1),
@@ -99,7 +99,9 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
 
 # what no other argument says: another number there is another right call
 FREE_ROWS = {("pack", "x"), ("screen", "x"), ("candidates", "x"), ("forward_screened", "x")}
-FREE_SIZES = {("panels", "matrix"), ("quantise", "up"), ("fingerprint", "weight"), ("pack", "z")}
+FREE_SIZES = {("panels", "matrix"), ("quantise", "up"), ("pack", "z")} | {
+    ("fingerprint", name) for name in ("weight", "second", "third")
+}
 FREE_DTYPES = {"by_unit", "row_sums", "row_norms"}  # of PyTorch's own operators
 COMPILED = (torch.float32, torch.bfloat16)
 

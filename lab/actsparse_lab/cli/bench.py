@@ -9,6 +9,7 @@ import typer
 
 from actsparse.cli.bench import (
     Densities,
+    DtypeOption,
     Hidden,
     Json,
     Out,
@@ -16,6 +17,7 @@ from actsparse.cli.bench import (
     Tokens,
     Width,
     bench,
+    check_dtype,
     numbers,
 )
 from actsparse.cli.progress import Progressing
@@ -108,32 +110,37 @@ def measures(
 def auto(
     d: Width = 768,
     h: Hidden = 3072,
-    tokens: Tokens = "1,16,197,1576",
-    densities: Densities = "0,.01,.03,.1,.2,.25,.3,.4,.5,.75,1",
-    rounds: Annotated[int, typer.Option(min=3, help="Number of timed pairs.")] = 101,
+    tokens: Tokens = "1,4,16,64,197,1576",
+    densities: Densities = "0,.01,.05,.1,.3,.5,1",
+    dtype: DtypeOption = "float32",
+    rounds: Annotated[int, typer.Option(min=3, help="Number of timed rounds.")] = 51,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Whether `accelerate` is ever slower than the layers, at any density.
+    """Whether `accelerate` is ever slower than the best dense program, at any density.
 
-    Example: actsparse bench auto --threads 1 --out benchmarks/auto.json
+    Example: actsparse bench auto --threads 1 --rounds 15 --out benchmarks/auto.json
     """
     import torch
     from rich.table import Table
 
     from actsparse_lab.bench.auto import bench_auto
 
+    check_dtype(dtype)
     if threads is not None:
         torch.set_num_threads(threads)
     asked = numbers("--densities", densities, float), numbers("--tokens", tokens, int)
-    result = bench_auto(d, h, *asked, rounds, telling([1.0 for t in asked[1] for _ in asked[0]]))
+    progress = telling([1.0 for t in asked[1] for _ in asked[0]])
+    result = bench_auto(d, h, *asked, rounds, dtype, progress)  # type: ignore[arg-type]
     if keep_record(result, out, json):
         return
-    title = f"dense ÷ accelerated, d = {d}, H = {h}"
-    table = Table("tokens", "density", "chosen", "gain", title=title)
+    title = f"dense ÷ accelerated, d = {d}, H = {h}, {dtype}"
+    table = Table(
+        "tokens", "density", "chosen", "best dense", "best dense ÷", "own layers ÷", title=title
+    )
     for row in result["rows"]:
-        cells = [row["program"], ratio_text(row["ratio"])]
+        cells = [row["program"], row["dense"], ratio_text(row["ratio"]), ratio_text(row["layers"])]
         table.add_row(str(row["tokens"]), f"{row['density']:.3f}", *cells)
     Terminal().print(table)
 
