@@ -360,7 +360,7 @@ def sections(folder: str | Path, runs: list[Run]) -> list[Section]:
                 table=frontier_table(judged),
                 picture=FRONTIER_PLOT,
                 shown=(judged, compare(runs)),
-                rule=RULE,
+                rule="" if judged.seeds < fewest_seeds() else RULE,
                 heading={
                     "title": headline(judged),
                     "lead": lead(judged),
