@@ -8,11 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
+from actsparse_lab.analysis.verdicts import beyond
 from actsparse_lab.records import read_runs
-from actsparse_lab.report.frontier import board
+from actsparse_lab.report.frontier import FEWER, board
 
 ROOT = Path(__file__).parents[1]
 RECORDS = Path("benchmarks/frontier")
+DEMO = RECORDS / "demo"
 QUICK = ("digits", "text", "cifar10", "web")  # all recipes; the others are for the few that matter
 
 
@@ -40,7 +42,7 @@ def test_the_readme_says_what_the_task_that_counts_says() -> None:
 
 def test_five_paired_seeds_of_one_clean_commit_a_task() -> None:
     tasks = {path.parent.name for path in (ROOT / RECORDS).glob("*/frontier.json")}
-    assert tasks == {*QUICK, "text-long", "web-long"}
+    assert tasks == {*QUICK, "demo", "text-long", "web-long"}
     for task in tasks:
         runs = read_runs(ROOT / RECORDS / task)
         assert all(run.finished for run in runs)
@@ -51,3 +53,17 @@ def test_five_paired_seeds_of_one_clean_commit_a_task() -> None:
         assert all(each == {0, 1, 2, 3, 4} for each in seeds.values())
         recipes = seeds.keys() - {"no-mlp", "half-steps"}
         assert len(recipes) >= (8 if task in QUICK else 3)
+
+
+def test_the_demo_shows_what_it_is_for() -> None:
+    """The default recipe against the best vanilla, and the papers' claim, in its full form."""
+    of = board(ROOT / DEMO)
+    assert of is not None
+    assert of.needs_mlps == "yes"
+    best = of.row("best")
+    assert best is not None
+    assert best.within_noise == "yes"
+    assert best.fewer == "yes"  # at least 60 % in inference and in training
+    assert beyond(best.living_improvement, FEWER, of.seeds) == "yes"
+    assert of.claim is not None
+    assert of.claim.holds == "yes"

@@ -249,7 +249,7 @@ def _print_model(result: dict[str, Any]) -> None:
 def _print_trained(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    names = ["", "density", "dense", "dense ÷ sparse", "MLPs cut out"]
+    names = ["", "density", "dense", "dense ÷ sparse", "MLPs cut out", "dense bfloat16"]
     title = f"{result['task']}, {result['arm']}, seed {result['seed']}: a trained model"
     table = Table(*names, title=title)
     for phase in ("inference", "training"):

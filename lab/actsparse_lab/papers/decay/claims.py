@@ -18,9 +18,9 @@ from actsparse_lab.papers.questions import quality_kept, sparser
 
 LEVELS = (2, 8, 30, 80)  # Σ lr·decay
 QUICK = LEVELS[:2]
-QUICK_ARMS = ("vanilla", "paper")  # the full form has the controls and the parts too
 PARTS = ("bias", "floor", "jsrelu")
 CONTROL = "vanilla-no-1d-decay"
+QUICK_ARMS = ("vanilla", "paper", CONTROL)  # the full form has the recipe so, and its parts too
 
 
 def arm(name: str, total: int) -> str:
@@ -46,7 +46,7 @@ def _asked(total: int) -> dict[str, Asked]:
         "control": sparser(own, control),
         **{part: sparser(arm(part, total), vanilla) for part in parts_at(total)},
     }
-    quick = ("inference", "training", "quality") if total in QUICK else ()
+    quick = ("inference", "training", "quality", "control") if total in QUICK else ()
     return {f"{key}-{total}": replace(asked, full=key not in quick) for key, asked in found.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from actsparse.modify import NormFloor, SwapActivation, ZerothBias
 from actsparse_lab.engine.folder import Config
-from actsparse_lab.papers.decay.claims import CONTROL, LEVELS, QUICK, QUICK_ARMS, arm, parts_at
+from actsparse_lab.papers.decay.claims import LEVELS, QUICK, QUICK_ARMS, arm, parts_at
 from actsparse_lab.papers.runs import Form, Stages, arm_of, named
 from actsparse_lab.tasks import config_of
 
@@ -16,9 +16,9 @@ STEPS = 400  # for each unit of Σ lr·decay: half of all steps, by the cosine a
 def runs(form: Form) -> Stages:
     """Vanilla, the papers' recipe, its parts, and both without decay of norms and biases.
 
-    The quick form has vanilla and the recipe at the two smaller sums.
+    The quick form has the arms that its claims name, at the two smaller sums.
     """
-    arms = named(*QUICK_ARMS, CONTROL, "paper-no-1d-decay") if form.full else named(*QUICK_ARMS)
+    arms = named(*QUICK_ARMS, *(["paper-no-1d-decay"] if form.full else []))
     parts = {
         "bias": arm_of("bias", ZerothBias()),
         "floor": arm_of("floor", NormFloor()),
