@@ -67,10 +67,12 @@ def test_a_whole_model_has_the_numbers_of_its_record(
         dense=2.5,
         ratio=Ratio(1.5, 0.9 * 1.5, 1.1 * 1.5),
         limit=Ratio(1.9, 0.9 * 1.9, 1.1 * 1.9),
+        half=None,
         mlp_ratio=4.0,
         amdahl=1.6,
         reached=1.5 / 1.6,
         memory=0.75,
+        kept=None,
         error=2e-7,
     )
     assert (second.density, second.ratio.value) == (0.05, 1.2)
