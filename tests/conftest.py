@@ -18,6 +18,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # tests marked gpu need it to be 0
 
+os.environ.pop("COLUMNS", None)  # of pytest-xdist's workers: it would narrow every table
+
 import numpy as np
 import pytest
 import torch

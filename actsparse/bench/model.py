@@ -164,7 +164,7 @@ def bench_trained(
             to: kept_for_backward(passes[name], models[name].parameters())
             for to, name in (("dense", "layers"), ("accelerated", "accelerated"))
         }
-    result["ran"] = str(handle).splitlines()
+    result["ran"] = handle.lines()
     result |= {"threads": torch.get_num_threads(), "kernels": build.level(), "rounds": rounds}
     return result
 
@@ -215,7 +215,7 @@ def _row(
     }
     row |= _times(programs, rounds, "steps" if subject.training else "decoding", progress)
     row["after"] = subject.densities()["density"]
-    row["ran"] = str(handle).splitlines()
+    row["ran"] = handle.lines()
     progress("one MLP alone")
     block = subject.blocks(model)[0]
     row["mlps"] = bench_mlp(

@@ -122,6 +122,8 @@ class Accelerated:
     ...     y = mlp(x)
     >>> handle.ran()
     {'0': 'sparse'}
+    >>> len(handle.lines())
+    1
     >>> handle.table()[0]["tokens"]
     4
     >>> handle.remove()
@@ -189,13 +191,16 @@ class Accelerated:
         return html.table(heads, rows, repr(self).strip("<>")) + html.lines(alone)
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                *(f"{name}: {run}" for name, run in self.runs.items()),
-                *(f"{name}: left alone, {why}" for name, why in self.left.items()),
-                *self._kernels(),
-            ]
-        )
+        return "\n".join([*self.lines(), *self._kernels()])
+
+    def lines(self) -> list[str]:
+        """How each block runs, in words.
+
+        Returns:
+            A line for each block, its name first.
+        """
+        runs = (f"{name}: {run}" for name, run in self.runs.items())
+        return [*runs, *(f"{name}: left alone, {why}" for name, why in self.left.items())]
 
     def _kernels(self) -> list[str]:
         """The line about the compiled kernels, if a block is on the CPU."""

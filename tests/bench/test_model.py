@@ -14,7 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import actsparse.bench.model
-from actsparse.bench.model import CUT, _step, amdahl, bench_model, cut_out
+from actsparse.bench.model import CUT, HALF, _step, amdahl, bench_model, cut_out
 from actsparse.bench.models_at_density import arranged
 from actsparse.cli.main import app
 from tests.bench.test_models_at_density import TINY
@@ -202,8 +202,8 @@ def test_a_trained_model_is_timed_as_it_is(tmp_path: Path) -> None:
     assert (told["task"], told["arm"], told["rows"], told["batch"]) == ("digits", "paper", 300, 16)
     for phase in ("inference", "training"):
         assert 0 < told[phase]["density"] < 1
-        assert told[phase]["seconds"].keys() == {*PROGRAMS, CUT}
-        assert [each["to"] for each in told[phase]["ratios"]] == ["accelerated", CUT]
+        assert told[phase]["seconds"].keys() == {*PROGRAMS, CUT, HALF}
+        assert [each["to"] for each in told[phase]["ratios"]] == ["accelerated", CUT, HALF]
     kept = [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
     result = next(line for line in kept if line["kind"] == "result")
     for score in told["score"].values():

@@ -149,7 +149,7 @@ def test_a_failed_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["magic"], "unknown task 'magic'; known: digits, text, cifar10, web, text-long, web-long"),
+        (["magic"], "unknown task 'magic'; known: digits, text, cifar10, web, demo, text-long"),
         (["digits", "--arms", "magic"], "unknown arm 'magic'"),
         (["cifar10"], "nothing to do: no task that was asked for has its data"),
         (["cifar10", "web", "--data", "x"], "say for which task, as TASK=x"),

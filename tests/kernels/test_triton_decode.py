@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actsparse.activations import named
 from actsparse.kernels import forms
-from tests.kernels.test_exactness import KINDS, gamma, made, rows_of, threshold
+from tests.kernels.test_exactness import gamma, made, threshold
 
 pytest.importorskip("triton")
 
@@ -271,6 +271,24 @@ def test_a_step_above_the_floor_is_on_and_what_rounds_to_there(screen: bool) -> 
 
 
 # ---- the screen -------------------------------------------------------------------------------
+
+
+KINDS = ["gaussian", "outliers", "tiny", "denormal", "large", "half-way"]
+
+
+def rows_of(kind: str, tokens: int, d: int, h: int) -> tuple[Tensor, Tensor]:
+    x, up = torch.randn(tokens, d), torch.randn(h, d)
+    if kind == "outliers":
+        x[:, :2] *= 100
+    if kind in ("tiny", "large"):
+        powers = (-30, 0) if kind == "tiny" else (8, 19)
+        x *= 10.0 ** torch.randint(*powers, (tokens, 1)).float()
+        up *= 10.0 ** torch.randint(*powers, (h, 1)).float()
+    if kind == "denormal":
+        x *= 1e-39
+    if kind == "half-way":
+        x, up = torch.randint(-127, 127, (tokens, d)) + 0.5, torch.randint(-127, 127, (h, d)) + 0.5
+    return x, up
 
 
 def near(x: Tensor, up: Tensor, floor: float, dtype: torch.dtype) -> tuple[Tensor, ...]:

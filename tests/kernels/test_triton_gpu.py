@@ -86,10 +86,10 @@ def test_bounds_hold_and_where_nothing_rounds_nothing_differs(tokens: int) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", [*exactness.KINDS, "channels"])
+@pytest.mark.parametrize("kind", [*decoding.KINDS, "channels"])
 def test_no_active_unit_is_missed(kind: str, dtype: torch.dtype) -> None:
     for tokens, floor in itertools.product((1, 16), (0.0, 0.13)):
-        x, up = exactness.rows_of(kind, tokens, D, H)
+        x, up = decoding.rows_of(kind, tokens, D, H)
         if kind == "channels":
             x[:, :2] *= 30
         assert decoding.missed(*decoding.near(x, up, floor, dtype), floor)[0] == 0

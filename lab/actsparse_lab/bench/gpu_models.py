@@ -78,7 +78,7 @@ def _vit(place: Place, density: float, batch: int = IMAGES, **sizes: int) -> Row
         place, {name: partial(forward, each) for name, each in models.items()}, batch
     )
     row["training"] = _compare(place, {name: steps(each) for name, each in models.items()}, batch)
-    return {**row, "auto_ran": str(handle).splitlines()}
+    return {**row, "auto_ran": handle.lines()}
 
 
 def _llama(

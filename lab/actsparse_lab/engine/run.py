@@ -255,7 +255,7 @@ class _Job:
                 "seconds": time.perf_counter() - began,
                 "peak_memory_mib": memory,
                 "resumed_at": resumed_at,
-                **({} if accelerated is None else {"accelerated": str(accelerated).splitlines()}),
+                **({} if accelerated is None else {"accelerated": accelerated.lines()}),
             },
         )
 

@@ -164,8 +164,24 @@ def tiles(of: Board) -> list[tuple[str, str]]:
 
 def frontier_table(of: Board) -> Table:
     """A row for each arm; of few seeds without the columns that only enough of them can fill."""
+    few = of.seeds < fewest_seeds()
+    columns = _columns(of)
+    ran = [f"{row.name}: {row.speed.why}" for row in of.rows if row.speed]
+    note = f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
+    rows = [(row.name, *_cells(of.quality_name, row)) for row in of.rows]
+    kept = [at for at, column in enumerate(columns) if not few or column.head not in _JUDGED]
+    return Table(
+        f"{FRONTIER_PLOT.name}-table",
+        "The frontier",
+        tuple(columns[at] for at in kept),
+        tuple(tuple(row[at] for at in kept) for row in rows),
+        (note,),
+    )
+
+
+def _columns(of: Board) -> tuple[Column, ...]:
     name, few = of.quality_name, of.seeds < fewest_seeds()
-    columns = (
+    return (
         Column("arm"), Column(name),
         Column("change, points" if name == "accuracy" else "change"), Column("within noise"),
         Column("inference density"), Column("training density"),
@@ -175,17 +191,6 @@ def frontier_table(of: Board) -> Table:
         Column("MLPs × faster", brief=False), Column("model × faster", brief=False),
         Column("seeds", brief=False),
     )  # fmt: skip
-    ran = [f"{row.name}: {row.speed.why}" for row in of.rows if row.speed]
-    note = f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
-    rows = [(row.name, *_cells(name, row)) for row in of.rows]
-    kept = [at for at, column in enumerate(columns) if not few or column.head not in _JUDGED]
-    return Table(
-        f"{FRONTIER_PLOT.name}-table",
-        "The frontier",
-        tuple(columns[at] for at in kept),
-        tuple(tuple(row[at] for at in kept) for row in rows),
-        (note,),
-    )
 
 
 _JUDGED = ("within noise", "at most 3 % active", "at least 60 % fewer")
@@ -224,7 +229,7 @@ def markdown_scoreboard(folder: str | Path) -> str:
     heads = ("task", "counts", "arm", "quality", *_SCORES, "command")
     rows: list[tuple[Cell | str, ...]] = []
     for judged in boards(folder).values():
-        columns = [column.head for column in frontier_table(judged).columns[1:]]
+        columns = [column.head for column in _columns(judged)[1:]]
         for row in (judged.row(judged.best), judged.row(BEST) or judged.row(judged.chosen)):
             if row is None:
                 continue
