@@ -164,6 +164,10 @@ def bench_trained(
             to: kept_for_backward(passes[name], models[name].parameters())
             for to, name in (("dense", "layers"), ("accelerated", "accelerated"))
         }
+    for phase in ("inference", "training"):
+        seconds = result[phase]["seconds"]
+        alone, fast = (seconds[name] - seconds[CUT] for name in ("dense", "accelerated"))
+        result[phase]["mlp_ratio"] = alone / fast if min(alone, fast) > 0 else None
     result["ran"] = handle.lines()
     result |= {"threads": torch.get_num_threads(), "kernels": build.level(), "rounds": rounds}
     return result
@@ -267,12 +271,10 @@ def _times(programs: Programs, rounds: int, what: str, progress: Progress) -> di
     best = min(("layers", "dense programs"), key=seconds.__getitem__)
     times["dense"], seconds["dense"] = times[best], seconds[best]
     others = [name for name in ("accelerated", CUT, HALF) if name in programs]
-    dense, fast = (seconds[name] - seconds[CUT] for name in ("dense", "accelerated"))
     return {
         "best_dense": best,
         "seconds": seconds,
         "ratios": [asdict(ratio(times, "dense", name)) for name in others],
-        "mlp_ratio": dense / fast if min(dense, fast) > 0 else None,
     }
 
 

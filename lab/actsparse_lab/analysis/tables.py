@@ -116,8 +116,8 @@ class Table:
                 no_wrap=not at and not column.prose,
                 min_width=0 if column.prose else max(map(len, words), default=0),
             )
+        whole = console.width >= UNLIMITED
         for row in self.rows:
-            whole = console.width >= UNLIMITED
             grid.add_row(*(_in_terminal(row[at], self.columns[at], whole) for at in shown))
         console.print(grid)
 

@@ -39,7 +39,7 @@ from actsparse_lab.analysis.effects import (
 )  # fmt: skip
 from actsparse_lab.analysis.intervals import Estimate, t_interval
 from actsparse_lab.analysis.manifest import FRONTIER
-from actsparse_lab.analysis.verdicts import Word, beyond, every, margin
+from actsparse_lab.analysis.verdicts import Word, beyond, every, fewest_seeds, margin
 from actsparse_lab.records import Entry, Run, read_runs
 from actsparse_lab.report.speed import Speed, read_speeds
 
@@ -114,6 +114,11 @@ class Board:
     chosen: str | None
     rows: tuple[Row, ...]
     claim: PapersClaim | None = None  # None without the papers' recipe or their vanilla
+
+    @property
+    def few(self) -> bool:
+        """Whether the seeds are too few to decide anything."""
+        return self.seeds < fewest_seeds()
 
     def row(self, arm: str | None) -> Row | None:
         """The row of an arm, None where there is none."""

@@ -91,7 +91,7 @@ def claim_text(of: Board) -> str:
     """The papers' claim against the papers' own vanilla; nothing where it was not run."""
     if (claim := of.claim) is None:
         return ""
-    if of.seeds < fewest_seeds():
+    if of.few:
         return (
             f" The papers’ recipe has {percent(claim.inference)} fewer active neurons in inference "
             f"and {percent(claim.training)} in training than vanilla as the papers decay it, at a "
@@ -114,7 +114,7 @@ def summary(of: Board) -> str:
 
 def _shown(of: Board) -> Row | None:
     """The arm that the page leads with: what validation chose; of few seeds the default recipe."""
-    return of.row(of.chosen) or (of.row(BEST) if of.seeds < fewest_seeds() else None)
+    return of.row(of.chosen) or (of.row(BEST) if of.few else None)
 
 
 def headline(of: Board) -> str:
@@ -122,7 +122,7 @@ def headline(of: Board) -> str:
     row = _shown(of)
     if row is None or row.inference_improvement is None:
         return f"{of.task}: no arm is known to be sparser within noise of the best vanilla"
-    if of.seeds < fewest_seeds():
+    if of.few:
         return (
             f"{row.name} has {percent(row.inference_improvement.mean, 0)} fewer active neurons "
             f"than the best vanilla: {counted(of.seeds, 'seed')}, on your machine"
@@ -136,7 +136,7 @@ def headline(of: Board) -> str:
 def lead(of: Board) -> str:
     """What the title's numbers rest on; of a task with enough seeds also whether it counts."""
     row, best = _shown(of), of.row(of.best)
-    if row is None or best is None or of.seeds >= fewest_seeds():
+    if row is None or best is None or not of.few:
         return counts_text(of)
     return (
         f"{percent(row.inference_density, 1)} of its hidden units are active on held-out data, "
@@ -164,12 +164,11 @@ def tiles(of: Board) -> list[tuple[str, str]]:
 
 def frontier_table(of: Board) -> Table:
     """A row for each arm; of few seeds without the columns that only enough of them can fill."""
-    few = of.seeds < fewest_seeds()
     columns = _columns(of)
     ran = [f"{row.name}: {row.speed.why}" for row in of.rows if row.speed]
     note = f"Made by {of.command}." + (f" Blocks in inference: {'; '.join(ran)}." if ran else "")
     rows = [(row.name, *_cells(of.quality_name, row)) for row in of.rows]
-    kept = [at for at, column in enumerate(columns) if not few or column.head not in _JUDGED]
+    kept = [at for at, column in enumerate(columns) if not of.few or column.head not in _JUDGED]
     return Table(
         f"{FRONTIER_PLOT.name}-table",
         "The frontier",
@@ -180,13 +179,14 @@ def frontier_table(of: Board) -> Table:
 
 
 def _columns(of: Board) -> tuple[Column, ...]:
-    name, few = of.quality_name, of.seeds < fewest_seeds()
+    name = of.quality_name
     return (
         Column("arm"), Column(name),
         Column("change, points" if name == "accuracy" else "change"), Column("within noise"),
         Column("inference density"), Column("training density"),
         Column("living density", brief=False), Column("dead units", brief=False),
-        Column("fewer active, inference", brief=few), Column("fewer active, training", brief=few),
+        Column("fewer active, inference", brief=of.few),
+        Column("fewer active, training", brief=of.few),
         Column("at most 3 % active"), Column("at least 60 % fewer"),
         Column("MLPs × faster", brief=False), Column("model × faster", brief=False),
         Column("seeds", brief=False),
@@ -219,7 +219,7 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
 def print_board(of: Board, console: Console) -> None:
     """The task's line and the columns that decide, for the terminal."""
     few = f"{headline(of)}. {lead(of)}{claim_text(of)}"
-    told = few if of.seeds < fewest_seeds() else summary(of)
+    told = few if of.few else summary(of)
     console.print(Text(told, style="bold"))
     frontier_table(of).print(console)
 
@@ -360,12 +360,11 @@ def sections(folder: str | Path, runs: list[Run]) -> list[Section]:
             Section(
                 name=FRONTIER_PLOT.name,
                 title="The frontier",
-                text=("" if judged.seeds < fewest_seeds() else reached_text(judged))
-                + claim_text(judged),
+                text=("" if judged.few else reached_text(judged)) + claim_text(judged),
                 table=frontier_table(judged),
                 picture=FRONTIER_PLOT,
                 shown=(judged, compare(runs)),
-                rule="" if judged.seeds < fewest_seeds() else RULE,
+                rule="" if judged.few else RULE,
                 heading={
                     "title": headline(judged),
                     "lead": lead(judged),
