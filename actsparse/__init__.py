@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actsparse.kernels.accelerated import Accelerated, accelerate
     from actsparse.modify import (
         ActivationPenalty,
+        DropSmall,
         Handle,
         LeaveOutMLP,
         NormFloor,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         prune_dead_units,
         save,
         save_adapter,
+        set_thresholds,
         thresholds_of,
     )
     from actsparse.modify.apply import sparsify
@@ -46,6 +48,7 @@ __all__ = [
     "Accelerated",
     "ActivationPenalty",
     "Blocks",
+    "DropSmall",
     "Handle",
     "LeaveOutMLP",
     "MLPBlock",
@@ -73,6 +76,7 @@ __all__ = [
     "prune_dead_units",
     "save",
     "save_adapter",
+    "set_thresholds",
     "skippable",
     "sparsify",
     "thresholds_of",

@@ -37,10 +37,11 @@ LIBRARY: dict[str, set[str]] = {
     "kernels": MATHS | {"files", "html"},
     "__init__": TOOLS,
     "train": TOOLS | {"extras"},
+    "convert": TOOLS | OUTSIDE | {"__init__", "environment", "extras", "files", "time_left"},
     "bench": TOOLS | {"__init__", "time_left"},
     "cli": TOOLS
     | OUTSIDE
-    | {"__init__", "bench", "environment", "extras", "files", "terminal", "time_left"},
+    | {"__init__", "bench", "convert", "environment", "extras", "files", "terminal", "time_left"},
     "__main__": {"cli"},
 }
 # The laboratory may use all of the library but its commands, which its own extend.

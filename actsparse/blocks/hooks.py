@@ -227,24 +227,28 @@ class Wiring:
             now.kept["a"] = f.clone() if overwritten else f
         return f
 
-    def _on_down_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _on_down_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if asleep():
-            return
+            return None
         now = self.passes.now
         if now.expects_phi and (self.site.phi is not None or now.detours):
             self._refuse_without_phi()
         now.expects_phi = False
         if now.detours:  # the executor knows more
-            return
-        kept = {"a": args[0], **now.kept, "d": args[0]}
+            return None
+        d, cut = args[0], self.site.cut
+        if cut is not None and cut.product:
+            d = cut.keep(d)
+        kept = {"a": d, **now.kept, "d": d}
         asked = self.site.asked
         norms = [name for name in NORMS if name in asked]
         if self.block.gated and ("a" in asked or norms):
-            kept["a"] = kept["a"] * kept["u"] if self.block.between else args[0]
+            kept["a"] = kept["a"] * kept["u"] if self.block.between else d
         for norm in norms:
             kept[norm] = token_norm(kept["a"], NORMS[norm])
         now.kept = {}  # checkpointing breaks off its second pass inside down
         self._hand_on(kept)
+        return None if d is args[0] else (d, *args[1:])
 
     def _refuse_without_phi(self) -> NoReturn:
         raise RuntimeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,25 @@ OnNorms = Callable[[dict[str, Tensor]], None]
 NORMS = {"l1": 1, "l2": 2}  # stages that are norms of a's rows
 STAGES = ("x", "z", "u", "a", *NORMS, "d", "y")
 KNOWN_AT = {"z": "x", "u": "x", "f": "xz", "y": "d"}  # place of a gradient → stages known there
+
+
+class Cut(NamedTuple):
+    """Which activations a block keeps: those above a threshold of their unit.
+
+    ``function``: the name of φ. ``threshold`` [H]: of |φ(z)|, or of |φ(z)·u| for a ``product``.
+    """
+
+    function: str
+    threshold: Tensor
+    product: bool
+
+    def drops(self, values: Tensor) -> Tensor:
+        """Where ``values`` [..., H] are dropped; NaN is kept."""
+        return values.abs() <= self.threshold
+
+    def keep(self, values: Tensor) -> Tensor:
+        """``values`` [..., H], 0 where they are dropped."""
+        return torch.where(self.drops(values), 0, values)
 
 
 class Phi(Protocol):

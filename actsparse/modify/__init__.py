@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from actsparse.modify.adapters import load_adapter, lora_config, merge_adapter, save_adapter
 from actsparse.modify.apply import sparsify
+from actsparse.modify.drop_small import DropSmall, set_thresholds
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.modification import Modification, NotApplicable
 from actsparse.modify.no_mlp import LeaveOutMLP
@@ -23,6 +24,7 @@ from actsparse.modify.zeroth_bias import ZerothBias
 __all__ = [
     "RECIPES",
     "ActivationPenalty",
+    "DropSmall",
     "Handle",
     "LeaveOutMLP",
     "Modification",
@@ -47,6 +49,7 @@ __all__ = [
     "recipe_named",
     "save",
     "save_adapter",
+    "set_thresholds",
     "sparsify",
     "thresholds_of",
 ]

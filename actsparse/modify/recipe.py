@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
 from actsparse.activations import ActivationFunction
+from actsparse.modify.drop_small import DropSmall
 from actsparse.modify.modification import Modification
 from actsparse.modify.no_mlp import LeaveOutMLP
 from actsparse.modify.norm_floor import NormFloor
@@ -21,7 +22,7 @@ from actsparse.values import BadValue, Rule, Text, check, checked, shown
 MODIFICATIONS: dict[str, type[Modification]] = {
     cls.__name__: cls
     for cls in (
-        ZerothBias, NormFloor, SwapActivation, TopK, WeightNoise, ActivationPenalty,
+        ZerothBias, NormFloor, SwapActivation, TopK, DropSmall, WeightNoise, ActivationPenalty,
         PruneGradient, LeaveOutMLP,
     )
 }  # fmt: skip

@@ -1,0 +1,142 @@
+"""Text for conversion: documents out of files, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from actsparse.untrusted import check_regular
+from actsparse.values import BadValue
+
+_HEADING = re.compile(r"^ = [^=].* = $", re.MULTILINE)  # of an article of WikiText
+Encode = Callable[[str], Sequence[int]]
+
+
+class Windows(NamedTuple):
+    """Tokens of documents, cut into windows; each window is read without those before it.
+
+    ``ids`` are the windows, int64 of 2 to ``window`` tokens; ``document`` is the number of the
+    document that each is of.
+    """
+
+    ids: list[Tensor]
+    document: list[int]
+
+    @property
+    def documents(self) -> int:
+        """How many documents have at least one window."""
+        return len(set(self.document))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are predicted: all but the first of each window."""
+        return sum(len(window) - 1 for window in self.ids)
+
+    def take(self, documents: Iterable[int]) -> Windows:
+        """The windows of some documents.
+
+        >>> Windows([torch.arange(4), torch.arange(3)], [0, 1]).take([1]).ids
+        [tensor([0, 1, 2])]
+        """
+        wanted = set(documents)
+        pairs = zip(self.ids, self.document, strict=True)
+        kept = [(ids, number) for ids, number in pairs if number in wanted]
+        return Windows([ids for ids, _ in kept], [number for _, number in kept])
+
+
+def read_documents(files: Iterable[str | Path]) -> list[str]:
+    """Read documents from text files.
+
+    A ``.jsonl`` file (also ``.jsonl.xz``) has a document in the ``text`` of each line. Any other
+    file is UTF-8 text: a document for each article where there are headings of WikiText
+    (``" = Title = "``), else one document.
+
+    Args:
+        files: their paths.
+
+    Returns:
+        The documents that are not blank, in order.
+
+    Raises:
+        ValueError: a file that cannot be read so, or no text in all of them.
+        OSError: a file that cannot be opened.
+    """
+    found: list[str] = []
+    for file in map(Path, files):
+        check_regular(file)
+        try:
+            with (
+                lzma.open(file, "rt", encoding="utf-8")
+                if file.suffix == ".xz"
+                else open(file, encoding="utf-8") as stream
+            ):
+                found += _lines(file, stream) if ".jsonl" in file.suffixes else _articles(stream)
+        except (UnicodeDecodeError, lzma.LZMAError) as error:
+            raise BadValue(f"{file} is not UTF-8 text: {error}") from error
+    kept = [text for text in found if text.strip()]
+    if not kept:
+        raise BadValue(f"no text in {', '.join(map(str, files)) or 'no files'}")
+    return kept
+
+
+def _lines(file: Path, stream: IO[str]) -> Iterator[str]:
+    for number, line in enumerate(stream, 1):
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            text = None
+        if not isinstance(text, str):
+            raise BadValue(f'{file}, line {number}: expected {{"text": "..."}}')
+        yield text
+
+
+def _articles(stream: IO[str]) -> list[str]:
+    text = stream.read()
+    starts = [match.start() for match in _HEADING.finditer(text)]
+    ends = [*starts[1:], len(text)]
+    if not starts:
+        return [text]
+    return [text[: starts[0]], *(text[a:b] for a, b in zip(starts, ends, strict=True))]
+
+
+def windows_of(
+    documents: Iterable[str], encode: Encode, window: int, tokens: int | None = None
+) -> Windows:
+    """Cut documents into windows of at most ``window`` tokens.
+
+    Args:
+        documents: their texts.
+        encode: gives the token ids of a text.
+        window: the most tokens of a window, at least 2.
+        tokens: stop after so many; None: take all.
+
+    Returns:
+        The windows. A rest of a single token is left out.
+
+    Raises:
+        ValueError: no window comes of it.
+
+    >>> windows_of(["abcde", "z"], lambda text: [ord(c) - 97 for c in text], window=3).ids
+    [tensor([0, 1, 2]), tensor([3, 4])]
+    """
+    made = Windows([], [])
+    left = tokens
+    for number, text in enumerate(documents):
+        ids = torch.tensor(list(encode(text)), dtype=torch.int64)
+        ids = ids if left is None else ids[:left]
+        for piece in ids.split(window):
+            if len(piece) > 1:
+                made.ids.append(piece)
+                made.document.append(number)
+        if left is not None and (left := left - len(ids)) <= 0:
+            break
+    if not made.ids:
+        raise BadValue("the text has fewer than two tokens")
+    return made

@@ -1,0 +1,177 @@
+"""Drop small activations: each unit keeps a value only where it is above the unit's threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from actsparse.activations import named
+from actsparse.blocks.block import Blocks, MLPBlock, unwrap
+from actsparse.blocks.resolve import HANDLE
+from actsparse.blocks.site import Site, site_of
+from actsparse.blocks.stages import Cut
+from actsparse.modify.modification import Attached, Modification, NotApplicable
+
+BUFFER = "activation_threshold"  # on the up module
+
+
+@dataclass(frozen=True)
+class DropSmall(Modification):
+    """Set an activation to zero where its magnitude is not above a threshold of its unit.
+
+    There are two forms. With thresholds t [H] and a = φ(z), or a = φ(z) ⊙ u in gated blocks:
+
+    - ``"gate"``: ``a_h`` where ``|φ(z_h)| > t_h``, else 0. The unit's rows of up and its column of
+      down need not be read (CATS: Lee et al. 2024, arXiv 2404.08763, with one threshold a block).
+    - ``"product"``: ``a_h`` where ``|a_h| > t_h``, else 0. Only the column of down need not be
+      read (TEAL: Liu et al. 2024, arXiv 2408.14690).
+
+    In blocks without a gate both are the same. Any φ that has a name will do: SiLU and GELU keep
+    both signs. NaN is kept. The mask is a constant for gradients: what is dropped has none.
+
+    Thresholds are a buffer of the up layer, ``activation_threshold`` [H], saved with the weights.
+    They are 0 at first, which changes nothing; :func:`actsparse.convert.calibrate` finds others,
+    and :func:`set_thresholds` sets them.
+
+    Args:
+        form: ``"gate"`` or ``"product"``.
+
+    Raises:
+        ValueError: ``form`` is neither.
+
+    >>> from actsparse import sparsify
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    >>> handle = sparsify(mlp, DropSmall(), inputs=torch.randn(2, 8))
+    >>> set_thresholds(mlp, {handle.blocks[0].name: torch.full((32,), 0.1)})
+    >>> bool((mlp[1](mlp[0](torch.randn(64, 8))) == 0).any())
+    True
+    """
+
+    changes_function: ClassVar[bool] = True
+
+    form: Literal["gate", "product"] = "gate"
+
+    @override
+    def apply(self, block: MLPBlock) -> Attached:
+        product = self.form == "product" and block.gated
+        function = block.activation.function
+        if function is None:
+            raise NotApplicable("its φ is not known by name")
+        if product and (block.between or not block.same_input):
+            raise NotApplicable(
+                "something stands between the product and down: take form='gate', or leave it out"
+            )
+        up = block.up.module
+        if BUFFER in up._buffers:
+            raise ValueError(f"block {block.name!r} drops small activations already")
+        site = site_of(block)
+        phi = LargeAlone(block, function, product)
+        try:
+            site.replace_activation(phi)
+        except ValueError as error:
+            site.release()
+            raise NotApplicable(str(error)) from None
+        zeros = torch.zeros(block.d_hidden, device=block.up.weight.device)
+        up.register_buffer(BUFFER, zeros)
+        what = "|φ(z)·u|" if product else "|φ(z)|"
+        return _Dropping(site, f"{function} where {what} > t, a threshold for each unit", phi)
+
+
+class LargeAlone:
+    """φ(z) where it is above its unit's threshold; of products the mask comes before down."""
+
+    function = None  # no name: it has a number for each unit
+
+    def __init__(self, block: MLPBlock, function: str, product: bool) -> None:
+        self.block, self.own_function, self.product = block, function, product
+
+    @property
+    def cut(self) -> Cut:
+        """What decides which activations are kept."""
+        threshold = self.block.up.module._buffers[BUFFER]
+        assert threshold is not None
+        return Cut(self.own_function, threshold, self.product)
+
+    def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """[..., H]."""
+        a = own(z)
+        return a if self.product else self.cut.keep(a)
+
+    def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+        """φ′(z) where φ(z) is kept, else 0: [..., H]."""
+        slope = own(z)
+        return slope if self.product else torch.where(self.cut.drops(self._value(z)), 0, slope)
+
+    def _value(self, z: Tensor) -> Tensor:
+        return named(self.own_function).value(z)
+
+
+class _Dropping(Attached):
+    def __init__(self, site: Site, note: str, phi: LargeAlone) -> None:
+        super().__init__(site, note)
+        self.phi = phi
+
+    @override
+    def remove(self) -> None:
+        self.site.release(self.phi)
+        self.site.block.up.module._buffers.pop(BUFFER, None)
+
+
+def set_thresholds(model: nn.Module, thresholds: Mapping[str, Tensor]) -> None:
+    """Set the thresholds of blocks that :class:`DropSmall` is attached to.
+
+    Args:
+        model: the model that ``sparsify`` got.
+        thresholds: t [H] of |φ(z)| or |φ(z)·u|, at least 0, by the name of the block.
+
+    Raises:
+        ValueError: the model has no such block, or values that are not H numbers of at least 0.
+
+    >>> from actsparse import sparsify
+    >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 8))
+    >>> handle = sparsify(mlp, DropSmall(), inputs=torch.randn(2, 8))
+    >>> set_thresholds(mlp, {handle.blocks[0].name: torch.full((32,), 0.1)})
+    >>> mlp[0].activation_threshold.shape
+    torch.Size([32])
+    """
+    known = {block.name: block for block in dropping_blocks(model)}
+    for name, values in thresholds.items():
+        if name not in known:
+            raise ValueError(
+                f"no block {name!r} drops small activations; known: {', '.join(known) or 'none'}"
+            )
+        units = known[name].d_hidden
+        if values.shape != (units,) or not bool((values >= 0).all()):
+            raise ValueError(
+                f"thresholds of block {name!r}: shape {list(values.shape)}, least "
+                f"{float(values.min()) if values.numel() else None}; expected {units} numbers ≥ 0"
+            )
+    for name, values in thresholds.items():
+        buffer = known[name].up.module._buffers[BUFFER]
+        assert buffer is not None
+        with torch.no_grad():
+            buffer.copy_(values)
+
+
+def dropping_blocks(model: nn.Module) -> Blocks:
+    """The blocks of a model that :class:`DropSmall` is attached to; none where there is no handle.
+
+    Args:
+        model: any model.
+
+    Returns:
+        The blocks, in order of execution.
+
+    >>> dropping_blocks(nn.Linear(2, 2))
+    []
+    """
+    handle = unwrap(model).__dict__.get(HANDLE)
+    if handle is None:
+        return Blocks()
+    own = [block for block in handle.blocks if BUFFER in block.up.module._buffers]
+    return Blocks(own, inputs=handle.blocks.inputs)

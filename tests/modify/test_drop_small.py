@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from actsparse import DropSmall, load, observe, save, set_thresholds, sparsify
+from actsparse.modify.drop_small import dropping_blocks
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def thresholds(model: nn.Module, at: float) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {b.name: at * torch.rand(b.d_hidden) for b in dropping_blocks(model)}
+
+
+def by_hand(mlp: nn.Module, x: Tensor, t: Tensor, product: bool) -> Tensor:
+    """The block of LLaMA, written out."""
+    z, u = F.linear(x, mlp.gate_proj.weight), F.linear(x, mlp.up_proj.weight)
+    f = F.silu(z)
+    kept = ~((f * u).abs() <= t) if product else ~(f.abs() <= t)
+    return F.linear(f * u * kept, mlp.down_proj.weight)
+
+
+@pytest.mark.parametrize("form", ["gate", "product"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gated_block_is_the_formula_and_gradients_are_its_gradients(
+    form: str, dtype: torch.dtype
+) -> None:
+    model = llama().to(dtype)
+    handle = sparsify(model, DropSmall(form), inputs=IDS)  # type: ignore[arg-type]
+    mlp = model.model.layers[0].mlp
+    t = torch.rand(48) * (0.02 if form == "gate" else 0.002)
+    set_thresholds(model, {handle.blocks[0].name: t})
+    t = mlp.up_proj.activation_threshold.clone()
+    x = torch.randn(3, 5, 16, dtype=dtype, requires_grad=True)
+    y, expected = mlp(x), by_hand(mlp, x, t, form == "product")
+    assert torch.equal(y, expected)
+    assert 0.05 < (F.silu(F.linear(x, mlp.gate_proj.weight)).abs() <= t).float().mean() < 0.95 or (
+        form == "product"
+    )
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, *mlp.parameters()], upstream)
+    wanted = torch.autograd.grad(expected, [x, *mlp.parameters()], upstream)
+    assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("form", ["gate", "product"])
+def test_zero_thresholds_change_nothing_and_remove_leaves_nothing(form: str) -> None:
+    model = llama()
+    before, keys = model(IDS).logits, list(model.state_dict())
+    handle = sparsify(model, DropSmall(form), inputs=IDS)  # type: ignore[arg-type]
+    assert torch.equal(model(IDS).logits, before)
+    set_thresholds(model, thresholds(model, 0.05))
+    assert not torch.equal(model(IDS).logits, before)
+    handle.remove()
+    assert torch.equal(model(IDS).logits, before)
+    assert list(model.state_dict()) == keys
+
+
+def test_ungated_gelu_keeps_both_signs_and_its_density_is_counted() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
+    handle = sparsify(model, DropSmall(), inputs=IDS)
+    mlp = model.transformer.h[0].mlp
+    t = torch.rand(64) * 0.2
+    set_thresholds(model, {handle.blocks[0].name: t})
+    x = torch.randn(7, 16)
+    a = mlp.act(mlp.c_fc(x))
+    own = torch.nn.functional.gelu(mlp.c_fc(x), approximate="tanh")
+    assert torch.equal(a, torch.where(own.abs() <= t, 0, own))
+    assert (a < 0).any()
+    with observe(model, inputs=IDS) as seen, torch.no_grad():
+        mlp(x)
+    block = seen.summary("inference")["blocks"][0]
+    assert block["density"] == pytest.approx(float((a != 0).float().mean()))
+    assert block["derivative_density"] == pytest.approx(float((a != 0).float().mean()))
+
+
+def test_observe_sees_products_as_down_gets_them() -> None:
+    model = llama()
+    handle = sparsify(model, DropSmall("product"), inputs=IDS)
+    mlp = model.model.layers[0].mlp
+    t = torch.full((48,), 0.0005)
+    set_thresholds(model, {handle.blocks[0].name: t})
+    x = torch.randn(9, 16)
+    a = F.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
+    with observe(model, inputs=IDS) as seen, torch.no_grad():
+        mlp(x)
+    found = seen.summary("inference")["blocks"][0]["density"]
+    assert found == pytest.approx(float((a.abs() > t).float().mean()))
+    assert 0 < found < 1
+
+
+def test_nan_is_kept() -> None:
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 4))
+    handle = sparsify(mlp, DropSmall(), inputs=torch.randn(2, 4))
+    set_thresholds(mlp, {handle.blocks[0].name: torch.full((8,), 1e9)})
+    assert torch.equal(mlp(torch.randn(3, 4)), mlp[2].bias.expand(3, 4))
+    assert mlp(torch.full((3, 4), float("nan"))).isnan().all()
+
+
+@pytest.mark.parametrize("form", ["gate", "product"])
+def test_saved_thresholds_load_and_copies_have_their_own(form: str, tmp_path) -> None:
+    model = llama()
+    sparsify(model, DropSmall(form), inputs=IDS)  # type: ignore[arg-type]
+    set_thresholds(model, thresholds(model, 0.02))
+    logits = model(IDS).logits
+    again = load(save(model, tmp_path / "saved"))
+    assert torch.equal(again(IDS).logits, logits)
+    twin = copy.deepcopy(model)
+    set_thresholds(twin, {name: t * 0 for name, t in thresholds(model, 1).items()})
+    assert torch.equal(model(IDS).logits, logits)
+    assert not torch.equal(twin(IDS).logits, logits)
+    model.save_pretrained(tmp_path / "hf")
+    assert torch.equal(load(tmp_path / "hf")(IDS).logits, logits)
+
+
+def test_compiled_code_sees_new_thresholds() -> None:
+    model = llama()
+    sparsify(model, DropSmall(), inputs=IDS)
+    compiled = torch.compile(model, backend="eager")
+    for at in (0.0, 0.02, 0.1):
+        set_thresholds(model, thresholds(model, at))
+        assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-6)
+
+
+def test_refused_by_name() -> None:
+    model = llama()
+    handle = sparsify(model, DropSmall(), inputs=IDS)
+    name = handle.blocks[0].name
+    with pytest.raises(ValueError, match=r"expected 48 numbers ≥ 0"):
+        set_thresholds(model, {name: torch.zeros(47)})
+    with pytest.raises(ValueError, match=r"expected 48 numbers ≥ 0"):
+        set_thresholds(model, {name: torch.full((48,), float("nan"))})
+    with pytest.raises(ValueError, match="no block 'nowhere'"):
+        set_thresholds(model, {"nowhere": torch.zeros(48)})
+    with pytest.raises(ValueError, match="form='up'"):
+        DropSmall("up")  # type: ignore[arg-type]
+    t5 = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0,
+        )
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="stands between the product and down"):
+        sparsify(t5, DropSmall("product"), inputs={"input_ids": IDS, "decoder_input_ids": IDS})
+    sparsify(t5, DropSmall(), inputs={"input_ids": IDS, "decoder_input_ids": IDS})
