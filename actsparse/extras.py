@@ -9,6 +9,7 @@ _INSTALL = {
     "transformers": 'pip install "actsparse[train]"',
     "accelerate": 'pip install "actsparse[train]"',
     "peft": 'pip install "actsparse[finetune]"',
+    "gguf": 'pip install "actsparse[convert]"',
     "matplotlib": "pip install matplotlib",
     **dict.fromkeys(
         "actsparse_lab datasets jinja2 PIL scipy sentencepiece sklearn tensorboard".split(),

@@ -68,14 +68,14 @@ def whole_folder(path: str | os.PathLike[str], files: Collection[str]) -> Iterat
         OSError: the disk refuses; what was there before is still there.
     """
     target = Path(path).resolve()
-    _check_free(target, files)
+    check_free(target, files)
     make_folder(target.parent)
     with beside(target) as work:
         new = work / _NEW
         new.mkdir()
         yield new
         sync_tree(new)
-        _check_free(target, files)  # writing may have taken long
+        check_free(target, files)  # writing may have taken long
         _take_place(new, target)
         sync(target.parent)  # before the old one is deleted
 
@@ -140,7 +140,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_free(target: Path, files: Collection[str]) -> None:
+def check_free(target: Path, files: Collection[str]) -> None:
+    """Raise `FileExistsError` where a folder of ``files`` cannot take the place of ``target``."""
     if not target.exists():
         return
     if not target.is_dir():

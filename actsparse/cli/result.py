@@ -90,3 +90,13 @@ def write_result(out: Path, text: str) -> None:
         files.write(out, text.encode())
     except OSError as error:
         raise ValueError(files.refusal(out, error)) from error
+
+
+def table_of(rows: Sequence[dict[str, str]]) -> Any:
+    """A table of the terminal: cells by column, the same columns in each row."""
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    return table

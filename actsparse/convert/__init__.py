@@ -1,7 +1,34 @@
-"""Convert a dense checkpoint into a sparse one: calibrate, distil, judge, save."""
+"""Convert a dense checkpoint into a sparse one: calibrate, distil, choose, judge, save."""
 
 from __future__ import annotations
 
+from actsparse.convert.certificate import Certificate, certify, largest_certified
+from actsparse.convert.distillation import Distillation, distil
+from actsparse.convert.judgement import Judgement, judge
+from actsparse.convert.losses import document_losses, mean_loss
+from actsparse.convert.pipeline import Conversion, Split, convert
 from actsparse.convert.scores import Calibration, calibrate
+from actsparse.convert.share import Choice, choose
+from actsparse.convert.text import Windows, read_documents, windows_of
 
-__all__ = ["Calibration", "calibrate"]
+__all__ = [
+    "Calibration",
+    "Certificate",
+    "Choice",
+    "Conversion",
+    "Distillation",
+    "Judgement",
+    "Split",
+    "Windows",
+    "calibrate",
+    "certify",
+    "choose",
+    "convert",
+    "distil",
+    "document_losses",
+    "judge",
+    "largest_certified",
+    "mean_loss",
+    "read_documents",
+    "windows_of",
+]

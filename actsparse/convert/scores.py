@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from actsparse.blocks.site import Site, site_of
 from actsparse.modify.drop_small import dropping_blocks, set_thresholds
 from actsparse.observe.magnitudes import bins_of, ends
 
+ROWS = 256  # tokens of a pass whose scores are counted, evenly spread: counting takes long
 Form = Literal["gate", "product"]
 
 
@@ -63,6 +65,14 @@ class Calibration:
     def __init__(self, model: nn.Module, blocks: Mapping[str, BlockScores]) -> None:
         self.model, self.blocks = model, dict(blocks)
 
+    def copy(self) -> Calibration:
+        """Another one of the same model, which changes by itself.
+
+        Returns:
+            The copy.
+        """
+        return Calibration(self.model, copy.deepcopy(self.blocks))
+
     def put(self, share: float | Mapping[str, float]) -> None:
         """Set the thresholds that drop a share of the activations that were seen.
 
@@ -85,16 +95,18 @@ def calibrate(
     model: nn.Module,
     batches: Sequence[Any],
     run: Callable[[nn.Module, Any], object] | None = None,
+    dense: bool = True,
 ) -> Calibration:
     """See how large the activations are, of all blocks that :class:`actsparse.DropSmall` is in.
 
-    The model runs twice on the batches, in evaluation mode and without thresholds: once for the
-    scale of each unit, once for the histogram of scores. Some thousand tokens are enough.
+    The model runs twice on the batches, in evaluation mode: once for the scale of each unit, once
+    for the histogram of scores. Some thousand tokens are enough.
 
     Args:
         model: the model that ``sparsify`` got.
         batches: inputs; the same objects are used twice.
         run: runs the model on one of them; None: ``model(batch)``, or ``model(**batch)``.
+        dense: take thresholds away first, and leave them away; else they stay in force.
 
     Returns:
         The calibration; ``put`` sets thresholds.
@@ -105,7 +117,8 @@ def calibrate(
     blocks = dropping_blocks(model)
     if not blocks:
         raise ValueError("no block drops small activations: sparsify(model, DropSmall()) first")
-    set_thresholds(model, {block.name: torch.zeros(block.d_hidden) for block in blocks})
+    if dense:
+        set_thresholds(model, {block.name: torch.zeros(block.d_hidden) for block in blocks})
     scores = {block.name: _Scores(block) for block in blocks}
     mode = model.training
     model.eval()
@@ -155,8 +168,10 @@ class _Scores:
             self.scale = (self.squares / self.rows).sqrt().float()
 
     def tally(self, site: Site, stages: dict[str, Tensor]) -> None:
-        score = named(self.cut.function).value(stages["z"]).abs()
-        score = score * (stages["u"].abs() if self.cut.product else self.scale)
+        rows = {name: stages[name].flatten(0, -2) for name in self.stages}
+        few = slice(None, None, max(1, len(rows["z"]) // ROWS))
+        score = named(self.cut.function).value(rows["z"][few]).abs()
+        score = score * (rows["u"][few].abs() if self.cut.product else self.scale)
         if not bool(score.isfinite().all()):
             raise ValueError(f"block {self.name!r}: its activations are not finite on this data")
         self.counts += torch.bincount(bins_of(score).flatten(), minlength=len(self.counts))

@@ -78,7 +78,7 @@ def read_documents(files: Iterable[str | Path]) -> list[str]:
                 else open(file, encoding="utf-8") as stream
             ):
                 found += _lines(file, stream) if ".jsonl" in file.suffixes else _articles(stream)
-        except (UnicodeDecodeError, lzma.LZMAError) as error:
+        except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
             raise BadValue(f"{file} is not UTF-8 text: {error}") from error
     kept = [text for text in found if text.strip()]
     if not kept:

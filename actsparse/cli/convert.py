@@ -1,0 +1,177 @@
+"""``actsparse convert``: make a dense checkpoint sparse, at a stated cost in quality."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A folder of Hugging Face with a causal language model, or a .gguf."),
+    ],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="A file of text: .txt, .jsonl or .jsonl.xz. Give it several times."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    budget: Annotated[
+        str, typer.Option(help="How much perplexity may be lost, of the dense model's.")
+    ] = "3%",
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Where thresholds stand: gate (spares rows of up and columns of down) or "
+            "product (spares columns of down)."
+        ),
+    ] = "gate",
+    tokens: Annotated[
+        str, typer.Option(help="Tokens to distil on, as 2M or 300k; 0: weights stay as they are.")
+    ] = "0",
+    minutes: Annotated[
+        float,
+        typer.Option(help="Stop distilling after so many minutes.", min=0, show_default="no limit"),
+    ] = float("inf"),
+    share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of activations that distillation aims at.",
+            show_default="0.25 above what the budget allows without it",
+        ),
+    ] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="A file of another kind of text to judge on too.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
+    lr: Annotated[float, typer.Option(help="Learning rate of distillation.")] = 1e-4,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 or float32: judged in it, and saved in it.")
+    ] = "bfloat16",
+    delta: Annotated[
+        float, typer.Option(help="Probability with which the certificate may be wrong.")
+    ] = 0.1,
+    eval_tokens: Annotated[
+        int, typer.Option(help="Validation and test text have at most about so many tokens.")
+    ] = 100_000,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Make a dense checkpoint sparse, at a stated cost in quality.
+
+    It calibrates thresholds on the activations, distils the model on its own dense logits with
+    thresholds in force, chooses how much to drop on validation text, and judges on text that took
+    no part. The folder has the model, its tokenizer, a card and conversion.json.
+
+    An interrupted distillation goes on where it was when the same command is given again.
+
+    Examples:
+
+      actsparse convert my_model --text corpus.jsonl.xz --out my_model-sparse
+
+      actsparse convert my_model --text corpus.jsonl --budget 10% --tokens 2M --out my_model-sparse
+
+      actsparse convert model.gguf --text a.txt --text b.txt --form product --out my_model-sparse
+    """
+    from json import dumps
+
+    import torch
+
+    from actsparse.cli.progress import Progressing
+    from actsparse.convert.card import card_of, rows_of
+    from actsparse.convert.checkpoint import (
+        check_place,
+        encoder,
+        load_checkpoint,
+        write_checkpoint,
+    )
+    from actsparse.convert.pipeline import Split
+    from actsparse.convert.pipeline import convert as convert_model
+    from actsparse.convert.share import nats
+    from actsparse.convert.text import read_documents, windows_of
+    from actsparse.environment import environment
+    from actsparse.terminal import Terminal
+
+    log = Terminal(stderr=True)
+    share_of_perplexity, count = percentage(budget), number(tokens)
+    nats(share_of_perplexity)
+    if form not in ("gate", "product"):
+        raise ValueError(f"--form {form}: expected gate or product")
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"--dtype {dtype}: expected bfloat16 or float32")
+    check_place(out)
+    documents = read_documents(text)
+    others = {each.stem: read_documents([each]) for each in also or []}
+    model, tokenizer = load_checkpoint(checkpoint)
+
+    encode = encoder(tokenizer)
+    split = Split.of(windows_of(documents, encode, window), eval_tokens)
+    more = {name: windows_of(each, encode, window, eval_tokens) for name, each in others.items()}
+    parts = {"train": split.train, "validation": split.validation, "test": split.test, **more}
+    for name, windows in parts.items():
+        log.print(f"{name}: {windows.documents} documents, {windows.tokens:,} tokens")
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if count:
+        log.print(f"distillation keeps about {22 * size / 1e9:.1f} GB in memory")
+    keep = out.with_name(f"{out.name}.distilling")
+    with Progressing(log, "steps") as told:
+        done = convert_model(
+            model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
+            share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
+            lr=lr, folder=keep if count else None, told=told,
+        )  # fmt: skip
+    done.extra = {
+        "source": checkpoint.name,
+        "text": {name: [w.documents, w.tokens] for name, w in parts.items()},
+        "window": window,
+        **environment(torch.get_num_threads()),
+    }
+    record = done.to_json()
+    write_checkpoint(out, done.model, tokenizer, record, card_of(done, checkpoint.name))
+    forget(keep)
+    if json:
+        typer.echo(dumps(record, indent=1, allow_nan=False))
+        return
+    console = Terminal()
+    from actsparse.cli.result import table_of
+
+    console.print(table_of(rows_of(done)))
+    console.print(f"chosen: {done.choice.share:.1%} of activations dropped; {done.certificate}")
+    console.print(f"written: {out}", soft_wrap=True)
+
+
+def percentage(text: str) -> float:
+    """A share, given as ``3%`` or ``0.03``.
+
+    >>> percentage("3%"), percentage("0.1")
+    (0.03, 0.1)
+    """
+    try:
+        return float(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"{text!r}: expected a share, as 3% or 0.03") from None
+
+
+def number(text: str) -> int:
+    """A count, given as ``2M``, ``300k`` or in digits.
+
+    >>> number("2M"), number("1.5k"), number("42")
+    (2000000, 1500, 42)
+    """
+    factors = {"k": 10**3, "M": 10**6, "B": 10**9}
+    factor = factors.get(text[-1:], 1)
+    try:
+        found = float(text[:-1] if factor > 1 else text) * factor
+    except ValueError:
+        found = -1.0
+    if not (found >= 0 and found == int(found)):
+        raise ValueError(f"{text!r}: expected a number of tokens, as 2M, 300k or 5000")
+    return int(found)
+
+
+def forget(folder: Path) -> None:
+    """Take away the kept state of a distillation that has ended."""
+    from shutil import rmtree
+
+    rmtree(folder, ignore_errors=True)

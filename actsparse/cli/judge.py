@@ -1,0 +1,71 @@
+"""``actsparse judge``: what a converted checkpoint costs and spares, on text of your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def judge(
+    folder: Annotated[Path, typer.Argument(help="A folder that actsparse convert wrote.")],
+    text: Annotated[
+        list[Path],
+        typer.Option(help="A file of text: .txt, .jsonl or .jsonl.xz; a row for each."),
+    ],
+    dense: Annotated[
+        Path | None,
+        typer.Option(help="The checkpoint before conversion, for excess loss and agreement."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
+    eval_tokens: Annotated[
+        int, typer.Option(help="Judge on at most so many tokens of each text.")
+    ] = 100_000,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Judge a converted checkpoint: loss, agreement with the dense model, density, bytes read.
+
+    Examples:
+
+      actsparse judge my_model-sparse --text held_out.txt
+
+      actsparse judge my_model-sparse --text a.txt --text b.jsonl --dense my_model --json
+    """
+    from json import dumps
+
+    import torch
+
+    from actsparse import load
+    from actsparse.cli.progress import Progressing
+    from actsparse.cli.result import table_of
+    from actsparse.convert.card import judged_row
+    from actsparse.convert.checkpoint import encoder, load_checkpoint, tokenizer_of
+    from actsparse.convert.judgement import judge as judge_model
+    from actsparse.convert.text import read_documents, windows_of
+    from actsparse.environment import environment
+    from actsparse.terminal import Terminal
+
+    documents = {each.stem: read_documents([each]) for each in text}
+    encode = encoder(tokenizer_of(folder))
+    model = load(folder).eval()
+    plain = None
+    if dense is not None:
+        plain = load_checkpoint(dense)[0].to(next(model.parameters()).dtype)
+    found = []
+    with Progressing(Terminal(stderr=True), "tokens") as told:
+        for name, each in documents.items():
+            windows = windows_of(each, encode, window, eval_tokens)
+            read = 0
+
+            def more(count: int, name: str = name, total: int = windows.tokens) -> None:
+                nonlocal read
+                read += count
+                told(name, read, (1 if plain is None else 2) * total)
+
+            found.append(judge_model(model, windows, name, plain, more)[0].to_json())
+    if json:
+        record = {"kind": "judgement", "schema": 1, "judgements": found}
+        typer.echo(dumps(record | environment(torch.get_num_threads()), indent=1, allow_nan=False))
+    else:
+        Terminal().print(table_of([judged_row(each) for each in found]))

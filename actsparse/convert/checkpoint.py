@@ -1,0 +1,156 @@
+"""Load a checkpoint of a causal language model with its tokenizer; write the converted one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actsparse import files
+from actsparse.blocks.block import unwrap
+from actsparse.convert.text import Encode
+from actsparse.extras import needed
+from actsparse.modify.foreign_config import model_class
+from actsparse.modify.pretrained import pretrained
+from actsparse.modify.sidecar import SIDECAR, describe, write_sidecar
+from actsparse.untrusted import check_regular
+from actsparse.values import BadValue
+
+CARD, RECORD = "README.md", "conversion.json"
+# what transformers writes of a causal language model and a tokenizer
+_OWN = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", SIDECAR, CARD, RECORD,
+}  # fmt: skip
+
+
+def load_checkpoint(path: Path) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer, in float32 and evaluation mode.
+
+    Args:
+        path: a folder of Hugging Face (config.json, safetensors, tokenizer), or a ``.gguf`` file,
+            whose weights are dequantised.
+
+    Returns:
+        The model and the tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded, is no causal language model, has no tokenizer, or the
+            tokenizer has more tokens than the model's vocabulary.
+    """
+    if path.suffix == ".gguf":
+        model, tokenizer = _gguf(path)
+    else:
+        model, tokenizer = pretrained(path), tokenizer_of(path)
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise BadValue(f"{path} holds a {type(model).__name__}: expected a causal language model")
+    vocabulary = model.config.get_text_config().vocab_size
+    if len(tokenizer) > vocabulary:
+        raise BadValue(
+            f"{path}: its tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: it is "
+            f"another model's"
+        )
+    return model.eval(), tokenizer
+
+
+def tokenizer_of(folder: Path, **how: Any) -> Any:
+    """The tokenizer of a folder.
+
+    Args:
+        folder: where its files lie.
+        **how: more for ``AutoTokenizer.from_pretrained``.
+
+    Returns:
+        The tokenizer of transformers.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded.
+    """
+    transformers = needed("transformers", "a tokenizer")
+    if not how and not any((folder / name).is_file() for name in _OWN if "tokenizer" in name):
+        raise BadValue(f"{folder} holds no tokenizer (tokenizer.json, or tokenizer.model)")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **how
+        )
+    except Exception as error:  # whatever a stranger's folder does wrong
+        raise BadValue(f"cannot load the tokenizer of {folder}: {error}") from error
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """What gives the token ids of a text, without a warning of its length.
+
+    Args:
+        tokenizer: of transformers.
+
+    Returns:
+        A function from text to ids, with the special tokens that the tokenizer adds.
+    """
+    return lambda text: tokenizer(text, verbose=False)["input_ids"]
+
+
+def _gguf(path: Path) -> tuple[Any, Any]:
+    """The model of a GGUF file, dequantised into a plain one."""
+    transformers = needed("transformers", "a GGUF checkpoint")
+    needed("gguf", "a GGUF checkpoint")
+    check_regular(path)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    where = {"gguf_file": path.name}
+    try:
+        read = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, local_files_only=True, trust_remote_code=False, **where
+        )
+        config = read.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.dtype = torch.float32
+        model = model_class(str(path), type(read).__name__)(config)
+        model.load_state_dict({name: value.float() for name, value in read.state_dict().items()})
+        model.tie_weights()
+    except Exception as error:  # whatever a stranger's file does wrong
+        raise BadValue(f"cannot load {path}: {error}") from error
+    return model, tokenizer_of(path.parent, **where)
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that :func:`write_checkpoint` would not replace, before any work is done.
+
+    Args:
+        folder: where to write.
+
+    Raises:
+        FileExistsError: it is a file, or holds other files.
+    """
+    files.check_free(folder, _OWN)
+
+
+def write_checkpoint(
+    folder: Path, model: Any, tokenizer: Any, record: dict[str, Any], card: str
+) -> None:
+    """Write a converted model whole or not at all, as ``actsparse.load`` and people expect it.
+
+    The folder has config, generation config, safetensors, tokenizer and chat template as
+    ``save_pretrained`` writes them, the sidecar of ``actsparse.load``, the record and a model card.
+    Loaders that do not know actsparse refuse it, by a note in the config.
+
+    Args:
+        folder: where to; a folder that this wrote before is replaced.
+        model: the model, with its thresholds.
+        tokenizer: its tokenizer.
+        record: what was done and found, for JSON.
+        card: the text of README.md.
+
+    Raises:
+        OSError: the folder cannot be written, or holds other files.
+    """
+    with files.whole_folder(folder, _OWN) as new:
+        model.save_pretrained(new, max_shard_size="1TB")
+        tokenizer.save_pretrained(new)
+        text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+        (new / RECORD).write_text(text, encoding="utf-8")
+        (new / CARD).write_text(card, encoding="utf-8")
+        write_sidecar(new, describe(unwrap(model), "convert"))

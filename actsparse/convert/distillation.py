@@ -1,0 +1,277 @@
+"""Distil: train a model with thresholds in force to give its dense teacher's answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from actsparse import files
+from actsparse.convert.losses import logits_of
+from actsparse.convert.scores import Calibration, calibrate
+from actsparse.convert.text import Windows
+from actsparse.untrusted import read_json
+from actsparse.values import AtLeast0, BadValue, Positive, Rule, check, check_fields
+
+STATE, WEIGHTS = "distil.json", "distil.safetensors"
+_Share = Annotated[float, Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)]
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How to distil; the values that are not given suit a model of some hundred million parameters.
+
+    Args:
+        share: which share of the activations is dropped at the end.
+        tokens: how many tokens are trained on.
+        start: the share dropped at the first step.
+        ramp: over which part of all steps the share rises from ``start`` to ``share``.
+        lr: the learning rate of AdamW after warm-up; a cosine takes it to a tenth.
+        batch: tokens of a step.
+        loss: ``"logits"``: KL(teacher ‖ student) of each token; ``"text"``: the text's own
+            cross-entropy, the control.
+        train: ``"all"`` parameters, or those of the ``"blocks"`` alone.
+        seed: of the order of windows.
+
+    Raises:
+        ValueError: a value is none of these.
+
+    >>> Distillation(share=0.6, tokens=10_000).steps
+    20
+    """
+
+    share: _Share
+    tokens: Positive
+    start: _Share = 0.3
+    ramp: _Share = 0.4
+    lr: AtLeast0 = 1e-4
+    batch: Positive = 512
+    loss: Literal["logits", "text"] = "logits"
+    train: Literal["all", "blocks"] = "all"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, form="Distillation({}={})")
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps."""
+        return math.ceil(self.tokens / self.batch)
+
+    def share_at(self, step: int) -> float:
+        """The share dropped at a step, from 0.
+
+        Args:
+            step: the number of steps done.
+
+        Returns:
+            The share, between ``start`` and ``share``.
+
+        >>> Distillation(share=0.6, tokens=5120, start=0.2).share_at(2)
+        0.4
+        """
+        over = self.ramp * self.steps
+        done = 1.0 if over == 0 else min(1.0, step / over)
+        start = min(self.start, self.share)
+        return start + (self.share - start) * done
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, from 0.
+
+        Args:
+            step: the number of steps done.
+
+        Returns:
+            It rises over the first 2 % of steps, then follows a cosine to a tenth.
+
+        >>> round(Distillation(share=0.6, tokens=51200, lr=1.0).lr_at(99), 2)
+        0.1
+        """
+        warm = max(1, self.steps // 50)
+        cosine = 0.5 * (1 + math.cos(math.pi * (step + 1) / self.steps))
+        return self.lr * min(1.0, (step + 1) / warm) * (0.1 + 0.9 * cosine)
+
+
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: Windows,
+    how: Distillation,
+    *,
+    calibration: Calibration,
+    dtype: torch.dtype = torch.float32,
+    folder: Path | None = None,
+    minutes: float = math.inf,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> int:
+    """Train ``student`` in place, with its thresholds in force, on the teacher's logits.
+
+    The share that is dropped rises as ``how`` says. Thresholds follow the student: at the end of
+    the rise and ten times afterwards they are calibrated anew, with thresholds in force.
+
+    Args:
+        student: a causal language model with :class:`actsparse.DropSmall`, in float32.
+        teacher: the dense model; not changed.
+        windows: the text to train on.
+        how: what is trained, how long.
+        calibration: of the student; its thresholds are those of the end on return.
+        dtype: of the products (autocast); float32 or bfloat16.
+        folder: where the state is kept every five minutes and on an interrupt; if it has one of the
+            same distillation, that is gone on with. None: nowhere.
+        minutes: stop after so long, though there are steps left. The schedule is that of all.
+        progress: called after each step with the steps done, all steps and what is known.
+
+    Returns:
+        The number of steps done in all.
+
+    Raises:
+        ValueError: the loss is not finite, or ``folder`` has the state of another distillation.
+    """
+    parameters = _learning(student, calibration, how)
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=how.lr, weight_decay=0.0, betas=(0.9, 0.98)
+    )
+    step = _resume(folder, how, student, optimizer, parameters, calibration)
+    fresh = {int(how.steps * (how.ramp + (1 - how.ramp) * part / 10)) for part in range(10)}
+    batches = _batches(windows, how, step)
+    kept = began = time.monotonic()
+    student.train()
+    teacher.eval()
+    try:
+        while step < how.steps and time.monotonic() - began < 60 * minutes:
+            ids, there = next(batches)
+            if step in fresh and step:
+                calibration.blocks.update(calibrate(student, [ids], logits_of, dense=False).blocks)
+            calibration.put(how.share_at(step))
+            for group in optimizer.param_groups:
+                group["lr"] = how.lr_at(step)
+            with torch.autocast(ids.device.type, dtype, enabled=dtype is not torch.float32):
+                loss = _loss(student, teacher, ids, there, how.loss)
+            if not bool(loss.isfinite()):
+                raise ValueError(
+                    f"the loss of step {step} is {loss.item()}: lower the learning rate "
+                    f"({how.lr:g}), or look at the text"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            step += 1
+            if progress is not None:
+                known = {"loss": loss.item(), "share": how.share_at(step), "gradient": float(norm)}
+                progress(step, how.steps, known)
+            if time.monotonic() - kept > 300:
+                _keep(folder, how, step, optimizer, parameters, calibration)
+                kept = time.monotonic()
+    finally:
+        student.eval()
+        _keep(folder, how, step, optimizer, parameters, calibration)
+    return step
+
+
+def _learning(
+    student: nn.Module, calibration: Calibration, how: Distillation
+) -> dict[str, nn.Parameter]:
+    blocks = tuple(f"{name}." for name in calibration.blocks)
+    learning = {}
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(how.train == "all" or name.startswith(blocks))
+        if parameter.requires_grad:
+            learning[name] = parameter
+    return learning
+
+
+def _loss(student: nn.Module, teacher: nn.Module, ids: Tensor, there: Tensor, kind: str) -> Tensor:
+    """The mean over predicted tokens, in nats."""
+    own = logits_of(student, ids)[:, :-1].float().log_softmax(-1)
+    if kind == "text":
+        lost = F.nll_loss(own.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    else:
+        with torch.no_grad():
+            wanted = logits_of(teacher, ids)[:, :-1].float().log_softmax(-1)
+        lost = F.kl_div(own, wanted, reduction="none", log_target=True).sum(-1).flatten()
+    mask = there[:, 1:].flatten()
+    return torch.where(mask, lost, 0).sum() / mask.sum()
+
+
+def _batches(windows: Windows, how: Distillation, done: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of about ``how.batch`` tokens without end; the first ``done`` are passed over."""
+    generator = torch.Generator().manual_seed(how.seed)
+    ids: list[Tensor] = []
+    while True:
+        for index in torch.randperm(len(windows.ids), generator=generator).tolist():
+            ids.append(windows.ids[index])
+            if sum(map(len, ids)) < how.batch:
+                continue
+            if (done := done - 1) < 0:
+                lengths = torch.tensor([len(piece) for piece in ids])
+                padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+                yield padded, torch.arange(padded.shape[1]) < lengths[:, None]
+            ids = []
+
+
+def _keep(
+    folder: Path | None,
+    how: Distillation,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    calibration: Calibration,
+) -> None:
+    if folder is None:
+        return
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}|{key}"] = value
+    for name, block in calibration.blocks.items():
+        tensors |= {f"{name}|scale": block.scale, f"{name}|counts": block.counts}
+    with files.whole_folder(folder, {STATE, WEIGHTS}) as new:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / WEIGHTS)
+        said = {"how": asdict(how), "step": step, "sha256": files.sha256(new / WEIGHTS)}
+        (new / STATE).write_text(json.dumps(said), encoding="utf-8")
+
+
+def _resume(
+    folder: Path | None,
+    how: Distillation,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    calibration: Calibration,
+) -> int:
+    """The step to go on from: 0 where nothing was kept."""
+    if folder is None or not (folder / STATE).is_file():
+        return 0
+    said = read_json(folder / STATE)
+    check(str(folder / STATE), said, {"how": dict, "step": AtLeast0, "sha256": str})
+    if said["how"] != asdict(how):
+        raise BadValue(
+            f"{folder} holds another distillation, {said['how']}: this one is {asdict(how)}; give "
+            f"another folder"
+        )
+    if files.sha256(folder / WEIGHTS) != said["sha256"]:
+        raise BadValue(f"{folder / WEIGHTS} is not what was kept: its SHA-256 differs")
+    tensors = load_file(folder / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+            state: dict[str, Any] = {
+                key.rpartition("|")[2]: value
+                for key, value in tensors.items()
+                if key.rpartition("|")[0] == name
+            }
+            if state:
+                optimizer.state[parameter] = state
+    for name, block in calibration.blocks.items():
+        block.scale, block.counts = tensors[f"{name}|scale"], tensors[f"{name}|counts"]
+    return int(said["step"])

@@ -1,0 +1,180 @@
+"""Judge a model with thresholds: loss against the dense one, agreement, density, bytes read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actsparse.convert.losses import PASS, batches_of, document_losses, logits_of
+from actsparse.convert.text import Windows
+from actsparse.modify.drop_small import dropping_blocks
+from actsparse.observe import observe
+
+DRAWS = 2000  # of the bootstrap over documents
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one text says of a model.
+
+    Losses are in nats for each token. ``density`` is the share of activations that are not zero,
+    ``bytes_read`` the share of the blocks' weight bytes that one token needs, both by block and
+    altogether. What needs the dense model is None without it.
+
+    Args:
+        text: what the text is called.
+        documents: how many documents it has.
+        tokens: how many tokens were predicted.
+        loss: of the model.
+        dense_loss: of the dense model.
+        excess: loss above the dense one's, over all tokens.
+        interval: the 95 % interval of ``excess``, by a bootstrap over documents.
+        agreement: the share of positions where both models find the same token most likely.
+        density: of all blocks together.
+        bytes_read: of all blocks together.
+        blocks: a row for each block: ``block``, ``density``, ``bytes_read``.
+
+    >>> Judgement("x", 1, 9, 3.0, None, None, None, None, 0.5, 2 / 3, ()).perplexity
+    20.085536923187668
+    """
+
+    text: str
+    documents: int
+    tokens: int
+    loss: float
+    dense_loss: float | None
+    excess: float | None
+    interval: tuple[float, float] | None
+    agreement: float | None
+    density: float
+    bytes_read: float
+    blocks: tuple[dict[str, Any], ...]
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON.
+
+        Returns:
+            All fields by name, and ``perplexity``.
+        """
+        return {**asdict(self), "perplexity": self.perplexity}
+
+
+def judge(
+    model: nn.Module,
+    windows: Windows,
+    text: str,
+    dense: nn.Module | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Judgement, Tensor | None]:
+    """Judge a model that :class:`actsparse.DropSmall` is attached to.
+
+    Args:
+        model: the model, in evaluation mode.
+        windows: the text.
+        text: what to call it.
+        dense: the model before conversion.
+        progress: called with the number of tokens that each pass has read.
+
+    Returns:
+        The judgement; and, with ``dense``, the excess of each document in nats for each token.
+
+    Raises:
+        ValueError: no block drops small activations; a loss is not finite.
+    """
+    blocks = dropping_blocks(model)
+    if not blocks:
+        raise ValueError("no block drops small activations: nothing to judge")
+    with observe(model, blocks=blocks) as seen:
+        sums, counts = document_losses(model, windows, progress)
+        found = seen.summary("inference")
+    assert found is not None
+    rows = []
+    for row, block in zip(found["blocks"], blocks, strict=True):
+        product = block.gated and _is_product(block)
+        rows.append(
+            {
+                "block": block.name,
+                "density": row["density"],
+                "bytes_read": bytes_read(row["density"], block.gated, product),
+            }
+        )
+    excess = interval = agreement = dense_loss = each = None
+    if dense is not None:
+        dense_sums, _ = document_losses(dense, windows, progress)
+        dense_loss = float(dense_sums.sum() / counts.sum())
+        excess = float((sums - dense_sums).sum() / counts.sum())
+        interval = _interval(sums - dense_sums, counts)
+        each = (sums - dense_sums) / counts
+        agreement = _agreement(model, dense, windows)
+    sizes = [block.d_hidden for block in blocks]
+    judgement = Judgement(
+        text,
+        windows.documents,
+        int(counts.sum()),
+        float(sums.sum() / counts.sum()),
+        dense_loss,
+        excess,
+        interval,
+        agreement,
+        found["density"],
+        sum(row["bytes_read"] * n for row, n in zip(rows, sizes, strict=True)) / sum(sizes),
+        tuple(rows),
+    )
+    return judgement, each
+
+
+def bytes_read(density: float, gated: bool, product: bool) -> float:
+    """The share of a block's weight bytes that a token needs, at a density of activations.
+
+    Args:
+        density: d, the share of activations that are not zero.
+        gated: whether the block has a gate.
+        product: whether the threshold is on the product.
+
+    Returns:
+        ``1/3 + 2d/3`` for thresholds on the gate's side, ``2/3 + d/3`` on the product, and
+        ``1/2 + d/2`` without a gate.
+
+    >>> bytes_read(0.25, True, False), bytes_read(0.25, True, True), bytes_read(0.25, False, False)
+    (0.5, 0.75, 0.625)
+    """
+    if not gated:
+        return (1 + density) / 2
+    return (2 + density) / 3 if product else (1 + 2 * density) / 3
+
+
+def _is_product(block: Any) -> bool:
+    from actsparse.blocks.site import site_of
+
+    cut = site_of(block).cut
+    return cut is not None and cut.product
+
+
+def _interval(excess: Tensor, counts: Tensor) -> tuple[float, float] | None:
+    """95 % of Σ excess / Σ counts over documents drawn with replacement; None for one document."""
+    if len(excess) < 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(excess), (DRAWS, len(excess)), generator=generator)
+    means = excess[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return low, high
+
+
+@torch.no_grad()
+def _agreement(model: nn.Module, dense: nn.Module, windows: Windows) -> float:
+    same = total = 0
+    for _, ids, there in batches_of(windows, PASS):
+        most = [logits_of(each, ids).argmax(-1) for each in (model, dense)]
+        same += int(((most[0] == most[1]) & there).sum())
+        total += int(there.sum())
+    return same / total

@@ -1,0 +1,268 @@
+"""The whole conversion: calibrate, distil, choose within the budget, judge on unseen text."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from actsparse.convert.certificate import Certificate, certify
+from actsparse.convert.distillation import Distillation, distil
+from actsparse.convert.judgement import Judgement, judge
+from actsparse.convert.losses import mean_loss
+from actsparse.convert.scores import Calibration, Form, calibrate
+from actsparse.convert.share import Choice, choose, nats
+from actsparse.convert.text import Windows
+from actsparse.modify.apply import sparsify
+from actsparse.modify.drop_small import BUFFER, DropSmall
+
+CALIBRATE = 8192  # tokens
+Told = Callable[[str, int, int], None]  # stage, done, in all
+
+
+@dataclass(frozen=True)
+class Split:
+    """Text in three parts that share no document: to train and calibrate on, to choose, to judge.
+
+    Args:
+        train: for calibration and distillation.
+        validation: for the choice of the share.
+        test: for the judgement and the certificate.
+
+    >>> windows = Windows([torch.arange(9)] * 20, list(range(20)))
+    >>> parts = Split.of(windows)
+    >>> [part.documents for part in (parts.train, parts.validation, parts.test)]
+    [12, 4, 4]
+    """
+
+    train: Windows
+    validation: Windows
+    test: Windows
+
+    @classmethod
+    def of(cls, windows: Windows, tokens: int = 100_000) -> Split:
+        """Split by document, in an order drawn once: a fifth to choose, a fifth to judge.
+
+        Where there are fewer than ten documents, windows are split as if they were documents.
+
+        Args:
+            windows: the text.
+            tokens: validation and test have at most about so many.
+
+        Returns:
+            The parts.
+
+        Raises:
+            ValueError: fewer than five windows.
+        """
+        if len(windows.ids) < 5:
+            raise ValueError(
+                f"the text has {len(windows.ids)} windows; five at least are needed to train, "
+                f"choose and judge on different ones: give more text, or a smaller --window"
+            )
+        if windows.documents < 10:
+            windows = Windows(windows.ids, list(range(len(windows.ids))))
+        numbers = sorted(set(windows.document))
+        order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0)).tolist()
+        lengths = dict.fromkeys(numbers, 0)
+        for ids, number in zip(windows.ids, windows.document, strict=True):
+            lengths[number] += len(ids)
+        parts: list[list[int]] = []
+        for _ in range(2):
+            part: list[int] = []
+            held = 0
+            while order and len(part) < max(1, len(numbers) // 5) and held < tokens:
+                part.append(numbers[order.pop()])
+                held += lengths[part[-1]]
+            parts.append(part)
+        rest = [numbers[place] for place in order]
+        return cls(windows.take(rest), windows.take(parts[0]), windows.take(parts[1]))
+
+
+@dataclass
+class Conversion:
+    """What a conversion did and found; ``model`` is the sparse model.
+
+    Args:
+        model: in evaluation mode, in the dtype it was judged in.
+        budget: of perplexity, as 0.03.
+        form: "gate" or "product".
+        choice: the share chosen on validation text.
+        before: the same choice without distillation; None where nothing was distilled.
+        distillation: what was trained; None if nothing.
+        trained: the tokens trained on.
+        judgements: one for each text that was judged.
+        certificate: of the first text.
+
+    The example of :func:`convert` shows it.
+    """
+
+    model: nn.Module
+    budget: float
+    form: Form
+    choice: Choice
+    before: Choice | None
+    distillation: Distillation | None
+    trained: int
+    judgements: list[Judgement]
+    certificate: Certificate
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON.
+
+        Returns:
+            All fields but the model, by name.
+        """
+        return {
+            "kind": "conversion",
+            "schema": 1,
+            "budget": self.budget,
+            "budget_nats": nats(self.budget),
+            "form": self.form,
+            "choice": asdict(self.choice),
+            "before": None if self.before is None else asdict(self.before),
+            "distillation": None if self.distillation is None else asdict(self.distillation),
+            "trained_tokens": self.trained,
+            "judgements": [each.to_json() for each in self.judgements],
+            "certificate": {**asdict(self.certificate), "holds": self.certificate.holds},
+            **self.extra,
+        }
+
+
+def convert(
+    model: nn.Module,
+    text: Split,
+    *,
+    budget: float = 0.03,
+    form: Form = "gate",
+    tokens: int = 0,
+    share: float | None = None,
+    minutes: float = math.inf,
+    dtype: torch.dtype = torch.bfloat16,
+    delta: float = 0.1,
+    also: dict[str, Windows] | None = None,
+    lr: float = 1e-4,
+    folder: Path | None = None,
+    told: Told = lambda stage, done, total: None,
+) -> Conversion:
+    """Make a causal language model drop as many activations as a budget of perplexity allows.
+
+    It calibrates thresholds, distils the model on its own dense logits with thresholds in force (if
+    ``tokens`` is above 0), chooses the share to drop on validation text and judges on test text.
+    Where distillation gains nothing, the weights stay as they were.
+
+    Args:
+        model: a causal language model in float32; it is changed in place.
+        text: the text, in three parts.
+        budget: the perplexity that may be lost, as a share of the dense model's: 0.03 is 3 %.
+        form: where thresholds stand, see :class:`actsparse.DropSmall`.
+        tokens: how many to distil on; 0: none, the weights stay as they are.
+        share: of activations that distillation aims at; None: 0.25 above what the budget allows
+            without it.
+        minutes: stop distilling after so long.
+        dtype: in which the model is judged and returned, and of the products in training.
+        delta: the probability with which the certificate may be wrong.
+        also: more texts to judge on, by name.
+        lr: the learning rate of distillation.
+        folder: where distillation keeps its state, to go on after an interrupt.
+        told: called with the stage, what is done and what there is.
+
+    Returns:
+        The conversion.
+
+    Raises:
+        ValueError: a model without such blocks, text that does not fit the model, or a budget
+            that is not above 0.
+
+    >>> class Tiny(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.embed = nn.Embedding(8, 8)
+    ...         self.up, self.act, self.down = nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)
+    ...
+    ...     def forward(self, ids):
+    ...         return self.down(self.act(self.up(self.embed(ids))))
+    >>> windows = Windows([torch.randint(0, 8, (8,)) for _ in range(40)], list(range(40)))
+    >>> found = convert(Tiny(), Split.of(windows), budget=0.05, dtype=torch.float32)
+    >>> found.choice.share > 0.2, found.choice.excess <= 0.05
+    (True, True)
+    """
+    allowed = nats(budget)
+    model.eval()
+    dense = copy.deepcopy(model).to(dtype)
+    sparsify(model, DropSmall(form), inputs=text.train.ids[0][None])
+    told("dense loss", 0, 1)
+    loss = mean_loss(dense, text.validation)
+    _check_fits(loss, text.validation)
+    batches, seen = [], 0
+    for ids in text.train.ids:
+        if seen >= CALIBRATE:
+            break
+        batches.append(ids[None])
+        seen += len(ids)
+    told("calibrate", 0, 1)
+    calibration = calibrate(model, batches)
+
+    def chosen(stage: str, found: Calibration, *starts: float) -> Choice | None:
+        ready = copy.deepcopy(model).to(dtype)
+        looked = itertools.count()
+
+        def loss_at(share: float) -> float:
+            told(stage, next(looked), 7)
+            Calibration(ready, found.blocks).put(share)
+            return mean_loss(ready, text.validation)
+
+        return choose(loss_at, loss, allowed, starts)
+
+    choice = chosen("choose", calibration, 0.0)
+    assert choice is not None  # at 0 nothing is dropped
+    before, how, steps = None, None, 0
+    if tokens:
+        aim = min(0.95, choice.share + 0.25) if share is None else share
+        how = Distillation(share=aim, tokens=tokens, start=min(choice.share, aim), lr=lr)
+        followed = calibration.copy()
+        steps = distil(
+            model, dense, text.train, how, calibration=followed, dtype=dtype, folder=folder,
+            minutes=minutes, progress=lambda done, total, known: told("distil", done, total),
+        )  # fmt: skip
+        before, again = choice, chosen("choose again", followed, aim, choice.share)
+        if again is not None and again.share > choice.share:
+            choice, calibration = again, followed
+        else:  # the dense weights do better
+            own = {name: value for name, value in model.state_dict().items() if BUFFER in name}
+            model.load_state_dict({**dense.state_dict(), **own})
+            steps = 0
+    calibration.put(choice.share)
+    model.to(dtype)
+    judgements, first = [], None
+    for name, windows in {"test": text.test, **(also or {})}.items():
+        told(f"judge on {name}", 0, 1)
+        judgement, each = judge(model, windows, name, dense)
+        judgements.append(judgement)
+        first = each if first is None else first
+    assert first is not None
+    return Conversion(
+        model, budget, form, choice, before, how, steps * how.batch if how else 0, judgements,
+        certify(first, allowed, delta),
+    )  # fmt: skip
+
+
+def _check_fits(loss: float, windows: Windows) -> None:
+    """Refuse text that the model predicts worse than the frequencies of its own tokens."""
+    counts = torch.cat(windows.ids).bincount().double()
+    share = counts[counts > 0] / counts.sum()
+    entropy = float(-(share * share.log()).sum())
+    if loss > entropy + 0.5:
+        raise ValueError(
+            f"the dense model's loss on this text is {loss:.2f} nats a token, more than guessing "
+            f"by frequency ({entropy:.2f}): is the tokenizer another model's, or the text of "
+            f"another kind?"
+        )

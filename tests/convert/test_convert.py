@@ -1,0 +1,175 @@
+"""A checkpoint becomes a sparse one by the command, and by the function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from actsparse import load, observe
+from actsparse.cli.main import app
+from actsparse.convert.checkpoint import load_checkpoint
+from actsparse.convert.losses import mean_loss
+from actsparse.convert.text import read_documents, windows_of
+from actsparse.modify.drop_small import dropping_blocks
+from tests.convert.checkpoints import tokenizer, trained, write_text
+
+
+@pytest.fixture(scope="module", params=["gelu", "swiglu"])
+def checkpoint(request, tmp_path_factory) -> Path:
+    return trained(request.param, tmp_path_factory.mktemp("checkpoint"))
+
+
+def run(*words: str | Path) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_the_command_converts_judges_and_saves(checkpoint: Path, tmp_path: Path) -> None:
+    text, out = checkpoint.parent / "text.jsonl", tmp_path / "out"
+    words = ["convert", checkpoint, "--text", text, "--window", "64", "--out", out, "--json"]
+    words += ["--dtype", "float32", "--tokens", "20k", "--lr", "1e-3", "--budget", "10%"]
+    code, said, err = run(*words)
+    assert code == 0, err
+    record = json.loads(said)
+    assert record == json.loads((out / "conversion.json").read_text())
+    assert record["choice"]["loss"] - record["choice"]["dense"] <= record["budget_nats"]
+    assert not out.with_name("out.distilling").exists()
+    names = {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert names <= {path.name for path in out.iterdir()}
+    card = (out / "README.md").read_text()
+    assert f"{record['judgements'][0]['density']:.1%}" in card
+
+    model = load(out)
+    assert len(dropping_blocks(model)) == 2
+    windows = windows_of(read_documents([text]), lambda t: tokenizer()(t)["input_ids"], 64)
+    with observe(model, blocks=dropping_blocks(model)) as seen:
+        loss = mean_loss(model, windows)
+    density = seen.summary("inference")["density"]
+    assert density == pytest.approx(record["judgements"][0]["density"], abs=0.05)
+    code, said, err = run(
+        "judge", out, "--text", text, "--dense", checkpoint, "--window", "64", "--json"
+    )
+    assert code == 0, err
+    judged = json.loads(said)["judgements"][0]
+    assert judged["loss"] == pytest.approx(loss, abs=1e-5)
+    assert judged["density"] == pytest.approx(density, abs=1e-9)
+    assert judged["excess"] == pytest.approx(judged["loss"] - judged["dense_loss"])
+    assert judged["interval"][0] <= judged["excess"] <= judged["interval"][1]
+    code, said, _ = run("judge", out, "--text", text, "--window", "64")
+    assert code == 0
+    assert "MLP bytes read" in said
+
+
+def test_other_loaders_refuse_the_folder(checkpoint: Path, tmp_path: Path) -> None:
+    text, out = checkpoint.parent / "text.jsonl", tmp_path / "out"
+    code, _, err = run(
+        "convert", checkpoint, "--text", text, "--window", "64", "--out", out, "--dtype", "bfloat16"
+    )
+    assert code == 0, err
+    with pytest.raises(Exception, match="actsparse"):
+        AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out)("a")["input_ids"] == tokenizer()("a")["input_ids"]
+    model = load(out)
+    assert model.dtype == torch.bfloat16
+    ids = torch.tensor([tokenizer()("The ")["input_ids"]])
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 8)
+
+
+def test_an_interrupted_distillation_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+    text = checkpoint.parent / "text.jsonl"
+
+    def words(name: str, *more: str) -> list[str | Path]:
+        return [
+            "convert", checkpoint, "--text", text, "--window", "64", "--out", tmp_path / name,
+            "--dtype", "float32", "--tokens", "10k", "--lr", "1e-3", "--json", "--budget", "30%",
+            "--share", "0.9", *more,
+        ]  # fmt: skip
+
+    _, whole, _ = run(*words("whole"))
+    from actsparse.convert import distillation
+
+    real, calls = distillation._loss, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "_loss", interrupted)
+        run(*words("again"))
+    assert (tmp_path / "again.distilling" / "distil.json").is_file()
+    assert not (tmp_path / "again").exists()
+    calls.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation, "_loss", lambda *a: (calls.append(1), real(*a))[1])
+        code, again, err = run(*words("again"))
+    assert code == 0, err
+    assert len(calls) == 20 - 7
+    one, two = json.loads(whole), json.loads(again)
+    assert one["choice"] == two["choice"]
+    assert one["judgements"] == two["judgements"]
+
+
+REFUSED = {
+    "no tokenizer": (["--out", "x"], "holds no tokenizer"),
+    "budget": (["--out", "x", "--budget", "0%"], "expected a share of perplexity above 0"),
+    "words for a budget": (["--out", "x", "--budget", "a lot"], "expected a share, as 3% or 0.03"),
+    "tokens": (["--out", "x", "--tokens", "1.5"], "as 2M, 300k or 5000"),
+    "form": (["--out", "x", "--form", "up"], "expected gate or product"),
+    "dtype": (["--out", "x", "--dtype", "int8"], "expected bfloat16 or float32"),
+    "a full folder": (["--out", "full"], "holds other files"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused_before_any_work(kind: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    options, message = REFUSED[kind]
+    text = write_text(tmp_path, 12)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    model = tmp_path / "model"
+    from tests.convert.checkpoints import plain
+
+    plain("gelu").save_pretrained(model)
+    if kind != "no tokenizer":
+        tokenizer().save_pretrained(model)
+    code, _, err = run("convert", model, "--text", text, *options)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_text_and_tokenizers_that_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def error(text: str, *more: str) -> str:
+        (tmp_path / "text.txt").write_text(text)
+        code, _, err = run(
+            "convert", checkpoint, "--text", tmp_path / "text.txt", "--out", out, *more
+        )
+        assert code == 2
+        assert not out.exists()
+        return err
+
+    assert "no text in" in error("  \n")
+    assert "five at least" in error("a short text")
+    assert "is the tokenizer another model's" in error("zq\x7fxj" * 3000, "--window", "64")
+    (tmp_path / "bad.jsonl").write_text('{"words": "x"}\n')
+    code, _, err = run("convert", checkpoint, "--text", tmp_path / "bad.jsonl", "--out", out)
+    assert code == 2
+    assert 'line 1: expected {"text": "..."}' in err
+    wrong = tokenizer()
+    wrong.add_tokens([f"<more {i}>" for i in range(9)])
+    wrong.save_pretrained(tmp_path / "wrong")
+    model, _ = load_checkpoint(checkpoint)
+    model.save_pretrained(tmp_path / "wrong")
+    with pytest.raises(ValueError, match="tokenizer has 266 tokens, the model 257"):
+        load_checkpoint(tmp_path / "wrong")
