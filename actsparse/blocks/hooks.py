@@ -236,9 +236,8 @@ class Wiring:
         now.expects_phi = False
         if now.detours:  # the executor knows more
             return None
-        d, cut = args[0], self.site.cut
-        if cut is not None and cut.product:
-            d = cut.keep(d)
+        mask = getattr(self.site.phi, "mask_product", None)
+        d = args[0] if mask is None else mask(args[0])
         kept = {"a": d, **now.kept, "d": d}
         asked = self.site.asked
         norms = [name for name in NORMS if name in asked]

@@ -89,6 +89,7 @@ class LargeAlone:
 
     def __init__(self, block: MLPBlock, function: str, product: bool) -> None:
         self.block, self.own_function, self.product = block, function, product
+        self.mask_product = self._keep if product else None
 
     @property
     def cut(self) -> Cut:
@@ -100,7 +101,10 @@ class LargeAlone:
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., H]."""
         a = own(z)
-        return a if self.product else self.cut.keep(a)
+        return a if self.product else self._keep(a)
+
+    def _keep(self, a: Tensor) -> Tensor:
+        return self.cut.keep(a)
 
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """φ′(z) where φ(z) is kept, else 0: [..., H]."""

@@ -14,6 +14,8 @@ from actsparse.modify.modification import Attached, Modification, NotApplicable,
 from actsparse.modify.schedule import Over, Ramp, ramp_note
 from actsparse.values import Above0
 
+LIFT = 3  # times the median scale of a trained RMSNorm
+
 
 @dataclass(frozen=True)
 class NormFloor(Modification):
@@ -28,6 +30,10 @@ class NormFloor(Modification):
     A larger input norm is one of the factors that lower density. Source: arXiv 2309.03004,
     restricted LayerNorm; 2605.25612.
 
+    Trained RMSNorm models often have scales far below 1 (language models 0.1 to 0.3), and lifting
+    them to 1 destroys the model. In finetuning a floor of more than 3 times the median scale of an
+    RMSNorm is refused.
+
     Args:
         floor: f, above 0.
         uplift: for finetuning: over how many optimizer steps (int), or over which fraction of all
@@ -36,6 +42,9 @@ class NormFloor(Modification):
             which the floor changes too. Without it such a block is left alone.
         before: raise the scale before each step instead of after it, as the papers' authors'
             program does (cdgyp/sparsity at ae2ff7b). A step can then leave it below the floor.
+
+    Raises:
+        ValueError: the floor is far above the scales of a trained RMSNorm.
 
     >>> import torch
     >>> from actsparse import sparsify
@@ -71,8 +80,22 @@ class NormFloor(Modification):
                 f"{norm.name} also feeds {others}, which the floor would change; "
                 f"NormFloor(shared=True) allows it"
             )
+        if self.uplift is not None and norm.bias is None:
+            self._check_lift(block, norm)
         note = f"{norm.name}.{norm.scale} ≥ {self.floor:g}{ramp_note(self.ramps())}"
         return _Floored(site_of(block), note, self, norm)
+
+    def _check_lift(self, block: MLPBlock, norm: Norm) -> None:
+        weight = norm.parameter("scale")
+        assert weight is not None
+        scale = float((weight.detach().float() + norm.offset).abs().median())
+        if self.floor > LIFT * scale:
+            times = self.floor / max(scale, 1e-9)
+            raise ValueError(
+                f"block {block.name!r}: NormFloor(floor={self.floor:g}) would lift the scale of "
+                f"{norm.name}, an RMSNorm of median {scale:.2g}, {times:.3g} times, which destroys a trained model; give a floor of at most "
+                f"{LIFT * scale:.2g}, or leave the floor out"
+            )
 
 
 class _Floored(Attached):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class TopK(Modification):
 
     It works in training and in evaluation, so k bounds the density of every token. Of equal values
     enough are kept to make up the number. Only what is kept has a gradient. In gated blocks the
-    choice depends on φ(z_gate) alone, not on up. φ under top-k has no name, so its blocks run by
-    their own layers under :func:`actsparse.accelerate`.
+    choice depends on φ(z_gate) alone, unless ``by="product"`` ranks ``|φ(z)·u|``. φ under top-k
+    has no name, so its blocks run by their own layers under :func:`actsparse.accelerate`.
 
     Source: Li et al. 2022 (arXiv 2210.06313), the Top-k Transformer, on ReLU.
 
@@ -38,6 +38,7 @@ class TopK(Modification):
             TopK cannot be combined with :class:`SwapActivation`.
         ramp: over how many optimizer steps (int), or over which fraction of all steps (float up to
             1), the share falls linearly from 1 to k. None: it is k from the start.
+        by: what is ranked in gated blocks: ``"gate"``, |φ(z)|, or ``"product"``, |φ(z)·u|.
 
     Raises:
         ValueError: ``k`` is not in (0, 1], or ``to`` is no activation's name.
@@ -55,6 +56,7 @@ class TopK(Modification):
     k: Annotated[float, Rule("a share of the units, in (0, 1]", lambda k: 0 < k <= 1)] = 0.05
     to: str | None = None
     ramp: Over | None = None
+    by: Literal["gate", "product"] = "gate"
 
     @override
     def __post_init__(self) -> None:
@@ -69,7 +71,10 @@ class TopK(Modification):
     @override
     def apply(self, block: MLPBlock) -> Attached:
         site = site_of(block)
-        phi = LargestActivations(block, self.to, kept(self.k, block.d_hidden))
+        product = self.by == "product" and block.gated
+        if product and (block.between or not block.same_input):
+            raise NotApplicable("something stands between the product and down: take by='gate'")
+        phi = LargestActivations(block, self.to, kept(self.k, block.d_hidden), product)
         try:
             site.replace_activation(phi)
         except ValueError as error:
@@ -94,8 +99,9 @@ class LargestActivations:
 
     function = None  # no name: it is no function of one number
 
-    def __init__(self, block: MLPBlock, to: str | None, last: int) -> None:
+    def __init__(self, block: MLPBlock, to: str | None, last: int, product: bool) -> None:
         self.block, self.last = block, last
+        self.mask_product = self._keep if product else None
         self.to = None if to is None else named(to)
         self.done = False  # whether count has come down to ``last``
         with torch.inference_mode(False):
@@ -105,11 +111,16 @@ class LargestActivations:
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., H]; NaN counts as large."""
         a = own(z) if self.to is None else self.to.value(z)
+        return self._keep(a) if self.mask_product is None else a
+
+    def _keep(self, a: Tensor) -> Tensor:
         return torch.where(self._largest(a), a, 0)
 
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """φ′(z) where φ(z) is kept, else 0: [..., H]."""
         slope = own(z) if self.to is None else self.to.derivative(z)
+        if self.mask_product is not None:
+            return slope
         with torch.no_grad():
             a = self._own_value(z) if self.to is None else self.to.value(z)
             return torch.where(self._largest(a), slope, 0)

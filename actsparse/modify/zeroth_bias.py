@@ -18,6 +18,7 @@ from actsparse.modify.modification import Attached, Modification, NotApplicable,
 from actsparse.values import Above0, Positive
 
 CHILD = "actsparse"  # the submodule of up that holds the table; peft: modules_to_save=["actsparse"]
+_LARGE = 2**20  # entries of a table that are few in any case
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -37,7 +38,8 @@ class ZerothBias(Modification):
         clip: the bound on |d| as a multiple of |s|, above 0.
         at: ``"input"``, or ``"output"`` to add d to the MLP's output, as the authors' program does.
         length: the number of positions. None: the maximum that the config names, else the length of
-            the inputs with which the blocks were found.
+            the inputs with which the blocks were found; this too where a table of the maximum has
+            more than 2²⁰ entries and more than up (8192 positions would double a SmolLM2-135M).
         finetune: allow a norm bias that is not zero, and keep its value. From scratch it must be
             zero.
 
@@ -65,6 +67,8 @@ class ZerothBias(Modification):
             )
         length, origin = (self.length, "as given") if self.length else _length(block)
         norm, notes = block.norm, [f"{length} positions ({origin})"]
+        if length * block.d_model > _LARGE:
+            notes.append(f"{length * block.d_model:,} parameters")
         bias = norm.parameter("bias") if norm else None
         freeze = False
         if norm is not None and bias is not None:
@@ -194,7 +198,10 @@ def _length(block: MLPBlock) -> tuple[int, str]:
         seen = block.input_shape[0]
     maximum, source = _configured(block)
     if maximum is not None and maximum >= (seen or 0):
-        return maximum, source
+        large = maximum * block.d_model
+        if seen is None or large <= max(_LARGE, block.d_model * block.d_hidden):
+            return maximum, source
+        return seen, f"the length seen in inputs; {source} would take {large:,} parameters"
     if seen is None:
         raise NotApplicable(
             f"its input of shape {block.input_shape} has no token axis and no config names a "

@@ -10,11 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from actsparse import Handle, Recipe, SwapActivation, TopK, load, observe, save, sparsify
+from actsparse import (
+    Handle,
+    Recipe,
+    SwapActivation,
+    TopK,
+    handle_of,
+    load,
+    observe,
+    save,
+    sparsify,
+)
 from actsparse.activations import named
 from actsparse.blocks.site import site_of
 from actsparse.modify.modification import Modification
@@ -240,3 +252,21 @@ def test_a_k_that_is_no_share_is_named(k: float) -> None:
 def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(ValueError, match="unknown activation 'reglu'"):
         TopK(to="reglu")
+
+
+def test_products_are_ranked_where_asked() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config).eval(), torch.arange(12)[None]
+    sparsify(model, TopK(0.25, by="product"), inputs=ids)
+    mlp, x = model.model.layers[0].mlp, torch.randn(5, 16)
+    a = F.silu(F.linear(x, mlp.gate_proj.weight)) * F.linear(x, mlp.up_proj.weight)
+    kept = torch.zeros_like(a).scatter(-1, a.abs().topk(12).indices, 1)
+    assert torch.equal(mlp(x), F.linear(a * kept, mlp.down_proj.weight))
+    by_gate = copy.deepcopy(model)
+    handle_of(by_gate).remove()
+    sparsify(by_gate, TopK(0.25), inputs=ids)
+    assert not torch.equal(by_gate.model.layers[0].mlp(x), mlp(x))

@@ -1,0 +1,138 @@
+"""Time a converted checkpoint beside the dense one it was made of: decoding and prefill."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actsparse import find_mlp_blocks
+from actsparse.bench.model import CUT, amdahl, cut_out
+from actsparse.bench.timing import interleaved, ratio
+from actsparse.kernels import accelerate, build
+
+DENSE = ("layers", "dense programs")
+WORK = ("decode", "generate", "prefill")
+
+
+def bench_checkpoint(
+    dense: Any,
+    sparse: Any,
+    prompt: Tensor,
+    tokens: int = 32,
+    prefill: int = 512,
+    rounds: int = 7,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Time decoding and prefill of a model with thresholds beside the dense model, in turn.
+
+    Dense is the faster of the dense model's own layers and ``accelerate(mode="dense")``. The limit
+    is the dense model with MLPs that hand on their input. All at batch 1, on torch's threads.
+
+    Args:
+        dense: the dense causal language model of transformers, in evaluation mode.
+        sparse: the converted one, in the same dtype; it is accelerated and released again.
+        prompt: token ids [1, T] to decode after.
+        tokens: how many to decode.
+        prefill: tokens of the text that prefill reads; the prompt is repeated for it.
+        rounds: how often each program is timed.
+        progress: called with what is being done.
+
+    Returns:
+        For ``decode`` (a bare greedy loop with a static cache), ``generate`` and ``prefill``:
+        ``seconds`` of each program, ``best_dense``, ``ratios`` of the best dense to the accelerated
+        model and to the model without MLPs, and for the first two ``tokens_a_second``; ``expected``
+        of the decode loop, what the blocks' own gain lets expect by Amdahl; ``same_tokens``:
+        whether the accelerated model decodes what the same model decodes by its layers.
+    """
+    blocks = find_mlp_blocks(dense, prompt)
+    models = {"layers": dense, "dense programs": copy.deepcopy(dense), CUT: copy.deepcopy(dense)}
+    accelerate(models["dense programs"], inputs=prompt, mode="dense")
+    cut_out(models[CUT], prompt)
+    by_layers = _decode(sparse, prompt, tokens)
+    handle = accelerate(sparse, inputs=prompt)
+    models["accelerated"] = sparse
+    long = prompt.repeat(1, -(-prefill // prompt.shape[1]))[:, :prefill]
+    result: dict[str, Any] = {"benchmark": "checkpoint", "blocks": len(blocks)}
+    for work, run in zip(
+        WORK,
+        (
+            lambda model: _decode(model, prompt, tokens),
+            lambda model: _generate(model, prompt, tokens),
+            lambda model: _prefill(model, long),
+        ),
+        strict=True,
+    ):
+        progress(f"{work}: {', '.join(models)}")
+        times = interleaved({name: partial(run, each) for name, each in models.items()}, rounds)
+        result[work] = _found(times, tokens if work != "prefill" else None)
+    result["same_tokens"] = bool(torch.equal(_decode(sparse, prompt, tokens), by_layers))
+    result["ran"] = handle.lines()
+    handle.remove()
+    result["decode"]["expected"] = _expected(result["decode"], dense, sparse, prompt)
+    return result | {
+        "tokens": tokens, "prompt": prompt.shape[1], "prefill_tokens": prefill, "rounds": rounds,
+        "dtype": str(next(dense.parameters()).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(), "kernels": build.level(),
+    }  # fmt: skip
+
+
+def _found(times: dict[str, list[float]], tokens: int | None) -> dict[str, Any]:
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    best = min(DENSE, key=seconds.__getitem__)
+    times["dense"], seconds["dense"] = times[best], seconds[best]
+    found = {
+        "best_dense": best,
+        "seconds": seconds,
+        "ratios": [asdict(ratio(times, "dense", name)) for name in ("accelerated", CUT)],
+    }
+    if tokens is not None:
+        found["tokens_a_second"] = {name: tokens / value for name, value in seconds.items()}
+    return found
+
+
+def _expected(found: dict[str, Any], dense: nn.Module, sparse: nn.Module, prompt: Tensor) -> float:
+    """Amdahl's gain of the decode loop, by the time of the first block alone at one token."""
+    first = [find_mlp_blocks(model, prompt)[0] for model in (dense, sparse)]
+    modules = dict(
+        zip(("dense", "sparse"), (each.path[each.around - 1] for each in first), strict=True)
+    )
+    x = torch.randn(1, 1, first[0].d_model, dtype=next(dense.parameters()).dtype)
+    with torch.inference_mode():
+        times = interleaved({"dense": partial(dense_mlp, x), "sparse": partial(sparse_mlp, x)}, 21)
+    del x
+    gain = statistics.median(times["dense"]) / statistics.median(times["sparse"])
+    share = 1 - found["seconds"][CUT] / found["seconds"]["dense"]
+    return amdahl(share, gain)
+
+
+@torch.inference_mode()
+def _decode(model: Any, prompt: Tensor, tokens: int) -> Tensor:
+    """Greedy tokens [1, tokens] by a bare loop with a static cache."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + tokens)
+    ids, found = prompt, []
+    for _ in range(tokens):
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+        found.append(ids)
+    return torch.cat(found, 1)
+
+
+def _generate(model: Any, prompt: Tensor, tokens: int) -> Tensor:
+    made: Tensor = model.generate(
+        prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )
+    return made
+
+
+@torch.inference_mode()
+def _prefill(model: Any, ids: Tensor) -> None:
+    model(ids, logits_to_keep=1)
