@@ -100,9 +100,7 @@ def _found(times: dict[str, list[float]], tokens: int | None) -> dict[str, Any]:
 def _expected(found: dict[str, Any], dense: nn.Module, sparse: nn.Module, prompt: Tensor) -> float:
     """Amdahl's gain of the decode loop, by the time of the first block alone at one token."""
     first = [find_mlp_blocks(model, prompt)[0] for model in (dense, sparse)]
-    modules = dict(
-        zip(("dense", "sparse"), (each.path[each.around - 1] for each in first), strict=True)
-    )
+    dense_mlp, sparse_mlp = (each.path[each.around - 1] for each in first)
     x = torch.randn(1, 1, first[0].d_model, dtype=next(dense.parameters()).dtype)
     with torch.inference_mode():
         times = interleaved({"dense": partial(dense_mlp, x), "sparse": partial(sparse_mlp, x)}, 21)

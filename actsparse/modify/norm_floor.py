@@ -93,7 +93,8 @@ class NormFloor(Modification):
             times = self.floor / max(scale, 1e-9)
             raise ValueError(
                 f"block {block.name!r}: NormFloor(floor={self.floor:g}) would lift the scale of "
-                f"{norm.name}, an RMSNorm of median {scale:.2g}, {times:.3g} times, which destroys a trained model; give a floor of at most "
+                f"{norm.name}, an RMSNorm of median {scale:.2g}, {times:.3g} times, "
+                f"which destroys a trained model; give a floor of at most "
                 f"{LIFT * scale:.2g}, or leave the floor out"
             )
 
