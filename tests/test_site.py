@@ -60,3 +60,13 @@ def test_every_room_has_a_page_with_its_constants() -> None:
             page = (DOCS / "api" / f"{path.parent.name}.md").read_text(encoding="utf-8")
             value = getattr(room, name)  # mkdocstrings shows classes and functions
             assert callable(value) or f"`{name}`" in page, name
+
+
+def test_a_page_of_the_site_links_each_example() -> None:
+    files = {path.name for path in (ROOT / "examples").glob("*.py")}
+    table = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    assert files == set(re.findall(r"\]\((\w+\.py)\)", table))
+    assert "](../examples/README.md)" in TEXTS["index"]
+    for text in TEXTS.values():
+        for name in re.findall(r"\]\((?:\.\./)+examples/([^)]+)\)", text):
+            assert (ROOT / "examples" / name).is_file(), name
