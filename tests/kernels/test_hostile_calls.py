@@ -79,7 +79,19 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "actsparse_cpu::fingerprint": (up, rows, second),
         "actsparse_cpu::screen": (x, up, bias, *codes, 1, 0.1),
         "actsparse_cpu::candidates": (x, up, bias, *codes, 0.1),
-        "actsparse_cpu::forward": (z, x, second, bias, rows, down_bias, D, 2, 0.1),
+        "actsparse_cpu::forward": (z, None, x, second, bias, rows, down_bias, D, 2, 0.1),
+        "actsparse_cpu::forward (threshold)": (
+            z,
+            drawn(H).float(),
+            x,
+            second,
+            bias,
+            rows,
+            down_bias,
+            D,
+            0,
+            0.0,
+        ),
         "actsparse_cpu::forward_screened": (
             x,
             up,
@@ -219,6 +231,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "wanted": (4, 7, 2**40),
     "activation": ("", "gelu", "nothing", "relu(threshold=nan)", "relu(threshold=-1)", None),
     "turned": ("yes",),
+    "threshold": (1.0,),
 }
 
 

@@ -83,16 +83,19 @@ Tensor output(const Tensor& x, Packed p, Shape s, int64_t inner, const Second& s
   return y;
 }
 
-Tensor forward(const Tensor& z, const Tensor& x, const Maybe& second, const Maybe& second_bias,
-               const Tensor& rows, const Maybe& down_bias, int64_t d, int64_t act, double floor) {
+// With a threshold [H] z is φ(z) already: entries whose size is above it count.
+Tensor forward(const Tensor& z, const Maybe& threshold, const Tensor& x, const Maybe& second,
+               const Maybe& second_bias, const Tensor& rows, const Maybe& down_bias, int64_t d,
+               int64_t act, double floor) {
   const Phi phi(act, floor);
   return by_dtype("z", z, [&](auto e) {
     using E = decltype(e);
     const int64_t units = rows_of(rows), inner = x.dim() ? x.size(-1) : 0;
     const Shape s{tokens_of<E>("z", z, units), units};
     if (tokens_of<E>("x", x, inner) != s.tokens) refuse("x", Type<E>::name, "tokens like z's", x);
-    return output<E>(z, pack_dense<E>(z, s, phi), s, inner, {second, second_bias}, x, rows,
-                     down_bias, d);
+    require<float>("threshold", threshold, units);
+    return output<E>(z, pack_dense<E>(z, s, phi, data<float>(threshold)), s, inner,
+                     {second, second_bias}, x, rows, down_bias, d);
   });
 }
 
@@ -163,8 +166,8 @@ STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
         "int act, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("candidates(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds, "
         "float floor) -> (Tensor, Tensor)");
-  m.def("forward(Tensor z, Tensor x, Tensor? second, Tensor? second_bias, Tensor rows, "
-        "Tensor? down_bias, int d, int act, float floor) -> Tensor");
+  m.def("forward(Tensor z, Tensor? threshold, Tensor x, Tensor? second, Tensor? second_bias, "
+        "Tensor rows, Tensor? down_bias, int d, int act, float floor) -> Tensor");
   m.def("forward_screened(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, "
         "Tensor bounds, Tensor? second, Tensor? second_bias, Tensor rows, Tensor? down_bias, "
         "int d, int act, float floor) -> Tensor");
