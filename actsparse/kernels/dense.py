@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
+from actsparse.kernels import backends
 
-CLEAR = 1.1  # oneDNN's product takes the place of PyTorch's where it is faster by this much
+CLEAR = 1.1  # another product takes the place of PyTorch's where it is faster by this much
 
 
 @functools.cache
@@ -70,22 +71,46 @@ def onednn_is_faster() -> bool:
     if not has_onednn():
         return False
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x, weight = torch.ones(128, 512), torch.ones(1024, 512)
-        best = {}
-        for name, product in (("torch", F.linear), ("onednn", onednn)):
-            product(x, weight, None)
-            seconds = []
-            for _ in range(5):
-                start = time.perf_counter()
-                product(x, weight, None)
-                seconds.append(time.perf_counter() - start)
-            best[name] = min(seconds)
-    return best["torch"] > CLEAR * best["onednn"]
+        return _gain(onednn, torch.ones(128, 512), torch.ones(1024, 512)) > CLEAR
+
+
+def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weightᵀ + bias`` of one token by the compiled kernels, at the speed of memory."""
+    bias = bias if bias is None else bias.contiguous()
+    return backends.compiled().linear(x.contiguous(), weight, bias)
+
+
+@functools.cache
+def rows_are_faster() -> bool:
+    """Whether :func:`by_rows` beats PyTorch's bfloat16 product on this machine: timed once."""
+    if not backends.loaded():
+        return False
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, weight = (torch.ones(n, 512, dtype=torch.bfloat16) for n in (1, 1024))
+        return _gain(by_rows, x, weight) > CLEAR
+
+
+def _gain(product: Callable[..., Tensor], x: Tensor, weight: Tensor) -> float:
+    """How much faster ``product`` is than PyTorch's."""
+    best = []
+    for each in (F.linear, product):
+        each(x, weight, None)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            each(x, weight, None)
+            seconds.append(time.perf_counter() - start)
+        best.append(min(seconds))
+    return best[0] / best[1]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x weightᵀ + bias`` by whichever of the two is faster here, without gradients."""
-    if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not x.is_cpu:
+    """``x weightᵀ + bias`` by whichever product is fastest here, without gradients."""
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    if x.dtype is torch.bfloat16 and x.numel() == x.shape[-1] and weight.is_contiguous():
+        return by_rows(x, weight, bias) if rows_are_faster() else F.linear(x, weight, bias)
+    if x.dtype is not torch.float32:
         return F.linear(x, weight, bias)
     if onednn_is_faster():
         return onednn(x, weight, bias)
