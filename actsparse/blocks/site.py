@@ -31,6 +31,7 @@ from actsparse.blocks.stages import (
     KNOWN_AT,
     NORMS,
     STAGES,
+    Cut,
     Executor,
     GradientTap,
     InputTransform,
@@ -145,6 +146,11 @@ class Site:
     def function(self) -> str | None:
         """The name of the φ in force, None if it has none."""
         return self.block.activation.function if self.phi is None else self.phi.function
+
+    @property
+    def cut(self) -> Cut | None:
+        """The function and thresholds of a φ that cuts; its ``function`` is None then."""
+        return getattr(self.phi, "cut", None)
 
     @property
     def modified(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +36,14 @@ class Phi(Protocol):
 
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor], /) -> Tensor:
         """φ′(z), any shape."""
+
+
+class Cut(NamedTuple):
+    """φ of a block cut at thresholds: 0 where ``|φ(z)|`` of a unit is at or below its own."""
+
+    function: str  # φ, by its name in actsparse.activations
+    threshold: Tensor  # [H], float32
+    product: bool  # in gated blocks: whether ``|φ(z) ⊙ u|`` is compared instead
 
 
 class Plan(Protocol):

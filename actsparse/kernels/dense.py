@@ -117,6 +117,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def cut(v: Tensor, threshold: Tensor) -> Tensor:
+    """v [..., H] with 0 where ``|v|`` is at or below the threshold [H] of its unit.
+
+    >>> cut(torch.tensor([[-3.0, 1.0, torch.nan]]), torch.tensor([2.0, 2.0, 2.0]))
+    tensor([[-3., 0., nan]])
+    """
+    return v.masked_fill(v.abs() <= threshold, 0)
+
+
+def hidden_layer(
+    function: ActivationFunction,
+    first: Tensor,
+    second: Tensor | None,
+    threshold: Tensor | None,
+    product: bool,
+) -> Tensor:
+    """a of z and, in gated blocks, u, both [..., H]; the threshold as for ``sparse_mlp``."""
+    a = function.value(first)
+    if threshold is not None and not product:
+        a = cut(a, threshold)
+    a = a if second is None else a * second
+    return cut(a, threshold) if threshold is not None and product else a
+
+
 def dense_mlp(
     x: Tensor,
     up: Tensor,
@@ -127,6 +151,8 @@ def dense_mlp(
     activation: str | ActivationFunction,
     gate: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    of_product: bool = False,
     between: Callable[[Tensor], Tensor] | None = None,
     weights: Callable[[str, int], Tensor] | None = None,
     on_hidden: Callable[[Tensor], None] = lambda hidden: None,
@@ -135,6 +161,7 @@ def dense_mlp(
 
     Args:
         x: the tokens [..., D].
+        of_product: as ``product`` of ``sparse_mlp``.
         weights: gives the packed copy of ``first`` (gate in gated blocks, else up), ``second`` (up
             in gated blocks) and ``down`` for so many tokens; None multiplies by the weights.
         on_hidden: is called with the hidden layer [N, H] before ``between``.
@@ -154,10 +181,11 @@ def dense_mlp(
         return Linear.apply(x, weight, bias)
 
     if gate is None:
-        hidden = function.value(product("first", tokens, up, bias))
+        first, second = product("first", tokens, up, bias), None
     else:
-        hidden = function.value(product("first", tokens, gate, gate_bias))
-        hidden = hidden * product("second", tokens, up, bias)
+        first = product("first", tokens, gate, gate_bias)
+        second = product("second", tokens, up, bias)
+    hidden = hidden_layer(function, first, second, threshold, of_product)
     on_hidden(hidden)
     hidden = hidden if between is None else between(hidden)
     return product("down", hidden, down, down_bias).view(*x.shape[:-1], down.shape[0])
