@@ -37,6 +37,9 @@ def accelerate(
     a kind (training or not, about so many tokens). Blocks of equal size, with densities within
     25 %, share one timing. They are timed again when the density has moved by more than that.
 
+    *Activations that are never zero.* A block with SiLU, GELU or the like can run sparse while
+    thresholds cut its activation. The dense programs cut it at the same thresholds.
+
     *When the layers run.* The block's own layers run, and print says why, while something needs all
     of the hidden layer (``observe``, a hook of yours); where a layer was exchanged or wrapped;
     under ``torch.func`` and ``torch.jit.trace``, and on a GPU under autocast; and for dtypes other

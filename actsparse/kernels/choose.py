@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import named
-from actsparse.blocks.stages import NORMS, token_norm
-from actsparse.kernels.programs import Weights, run
+from actsparse.blocks.stages import NORMS, Cut, token_norm
+from actsparse.kernels.dense import hidden_layer
+from actsparse.kernels.programs import Weights, parts_of, run
 
 NEAR = 1.25  # densities within this factor of each other share a trial
 MARGIN = 1.03  # a program takes over from dense where it is faster by this much, leaves below 1
 CEILING = 0.5  # sparse products cost about 3.75 × density of dense ones: nothing to time above
+CEILING_CUT = 0.8  # of a cut at few tokens: the time is that of reading the weights
 CACHE = 2**26  # bytes of other weights after which a block's own lie in no cache
 TIMED = 2048  # tokens at most in a trial; all larger calls are taken for alike
 LONG, ROUNDS = 0.05, (3, 15)  # seconds that a program's turns may take; least and most rounds
@@ -127,7 +129,7 @@ def _seconds(program: Callable[[], object], between: Tensor | None, device: torc
 def programs_of(
     names: Iterable[str],
     weights: Weights,
-    function: str,
+    function: str | Cut,
     x: Tensor,
     training: bool,
     norms: bool = False,
@@ -142,14 +144,14 @@ def programs_of(
     )
     copied = not (training or any(t is not None and t.is_inference() for t in leaves))
     prepared = leaves.prepare() if copied else None
-    act = named(function)
+    name, threshold, product = parts_of(function)
+    act = named(name)
 
     def dense() -> list[Tensor]:
         up, bias, down, down_bias, gate, gate_bias = leaves
-        if gate is None:
-            a = act.value(F.linear(x, up, bias))
-        else:
-            a = act.value(F.linear(x, gate, gate_bias)) * F.linear(x, up, bias)
+        second = None if gate is None else F.linear(x, up, bias)
+        first = F.linear(x, up, bias) if gate is None else F.linear(x, gate, gate_bias)
+        a = hidden_layer(act, first, second, threshold, product)
         y = F.linear(a, down, down_bias)
         return [y, *(token_norm(a, order) for order in NORMS.values() if norms)]
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
+from actsparse.kernels import backends
 
-CLEAR = 1.1  # oneDNN's product takes the place of PyTorch's where it is faster by this much
+CLEAR = 1.1  # another product takes the place of PyTorch's where it is faster by this much
 
 
 @functools.cache
@@ -70,26 +71,74 @@ def onednn_is_faster() -> bool:
     if not has_onednn():
         return False
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x, weight = torch.ones(128, 512), torch.ones(1024, 512)
-        best = {}
-        for name, product in (("torch", F.linear), ("onednn", onednn)):
-            product(x, weight, None)
-            seconds = []
-            for _ in range(5):
-                start = time.perf_counter()
-                product(x, weight, None)
-                seconds.append(time.perf_counter() - start)
-            best[name] = min(seconds)
-    return best["torch"] > CLEAR * best["onednn"]
+        return _gain(onednn, torch.ones(128, 512), torch.ones(1024, 512)) > CLEAR
+
+
+def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x weightᵀ + bias`` of one token by the compiled kernels, at the speed of memory."""
+    bias = bias if bias is None else bias.contiguous()
+    return backends.compiled().linear(x.contiguous(), weight, bias)
+
+
+@functools.cache
+def rows_are_faster() -> bool:
+    """Whether :func:`by_rows` beats PyTorch's bfloat16 product on this machine: timed once."""
+    if not backends.loaded():
+        return False
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, weight = (torch.ones(n, 512, dtype=torch.bfloat16) for n in (1, 1024))
+        return _gain(by_rows, x, weight) > CLEAR
+
+
+def _gain(product: Callable[..., Tensor], x: Tensor, weight: Tensor) -> float:
+    """How much faster ``product`` is than PyTorch's."""
+    best = []
+    for each in (F.linear, product):
+        each(x, weight, None)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            each(x, weight, None)
+            seconds.append(time.perf_counter() - start)
+        best.append(min(seconds))
+    return best[0] / best[1]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x weightᵀ + bias`` by whichever of the two is faster here, without gradients."""
-    if torch.compiler.is_compiling() or x.dtype is not torch.float32 or not x.is_cpu:
+    """``x weightᵀ + bias`` by whichever product is fastest here, without gradients."""
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return F.linear(x, weight, bias)
+    if x.dtype is torch.bfloat16 and x.numel() == x.shape[-1] and weight.is_contiguous():
+        return by_rows(x, weight, bias) if rows_are_faster() else F.linear(x, weight, bias)
+    if x.dtype is not torch.float32:
         return F.linear(x, weight, bias)
     if onednn_is_faster():
         return onednn(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def cut(v: Tensor, threshold: Tensor) -> Tensor:
+    """v [..., H] with 0 where ``|v|`` is at or below the threshold [H] of its unit.
+
+    >>> cut(torch.tensor([[-3.0, 1.0, torch.nan]]), torch.tensor([2.0, 2.0, 2.0]))
+    tensor([[-3., 0., nan]])
+    """
+    return v.masked_fill(v.abs() <= threshold, 0)
+
+
+def hidden_layer(
+    function: ActivationFunction,
+    first: Tensor,
+    second: Tensor | None,
+    threshold: Tensor | None,
+    product: bool,
+) -> Tensor:
+    """a of z and, in gated blocks, u, both [..., H]; the threshold as for ``sparse_mlp``."""
+    a = function.value(first)
+    if threshold is not None and not product:
+        a = cut(a, threshold)
+    a = a if second is None else a * second
+    return cut(a, threshold) if threshold is not None and product else a
 
 
 def dense_mlp(
@@ -102,6 +151,8 @@ def dense_mlp(
     activation: str | ActivationFunction,
     gate: Tensor | None = None,
     gate_bias: Tensor | None = None,
+    threshold: Tensor | None = None,
+    of_product: bool = False,
     between: Callable[[Tensor], Tensor] | None = None,
     weights: Callable[[str, int], Tensor] | None = None,
     on_hidden: Callable[[Tensor], None] = lambda hidden: None,
@@ -110,6 +161,7 @@ def dense_mlp(
 
     Args:
         x: the tokens [..., D].
+        of_product: as ``product`` of ``sparse_mlp``.
         weights: gives the packed copy of ``first`` (gate in gated blocks, else up), ``second`` (up
             in gated blocks) and ``down`` for so many tokens; None multiplies by the weights.
         on_hidden: is called with the hidden layer [N, H] before ``between``.
@@ -129,10 +181,11 @@ def dense_mlp(
         return Linear.apply(x, weight, bias)
 
     if gate is None:
-        hidden = function.value(product("first", tokens, up, bias))
+        first, second = product("first", tokens, up, bias), None
     else:
-        hidden = function.value(product("first", tokens, gate, gate_bias))
-        hidden = hidden * product("second", tokens, up, bias)
+        first = product("first", tokens, gate, gate_bias)
+        second = product("second", tokens, up, bias)
+    hidden = hidden_layer(function, first, second, threshold, of_product)
     on_hidden(hidden)
     hidden = hidden if between is None else between(hidden)
     return product("down", hidden, down, down_bias).view(*x.shape[:-1], down.shape[0])

@@ -29,6 +29,7 @@ class Met:
     program: str = "dense"
     density: float | None = None  # of the last calls
     decided_at: float | None = None  # the density when ``program`` was chosen
+    ceiling: float = CEILING  # the density above which there is nothing to choose
     trial: Trial | None = None
     reason: str | None = None  # why the layers run, where that was not the outcome of a trial
     calls: dict[str, int] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Met:
         density, then = self.density, self.decided_at
         if density is None or then is None:
             return False
-        return min(density, then) > CEILING or apart(density, then) <= NEAR
+        return min(density, then) > self.ceiling or apart(density, then) <= NEAR
 
     def row(self) -> dict[str, Any]:
         """As :meth:`Accelerated.table` says."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
 from actsparse.kernels import backends, dense, ops
+from actsparse.kernels.cut import check_threshold, infer_cut, pack_cut
 from actsparse.kernels.forms import FEW, Form, form_of
 from actsparse.kernels.prepared import Prepared, laid, prepare
 from actsparse.kernels.row_norms import row_norms
@@ -32,6 +33,8 @@ def sparse_mlp(
     gate_bias: Tensor | None = None,
     screen: bool = False,
     between: Callable[[Tensor], Tensor] | None = None,
+    threshold: Tensor | None = None,
+    product: bool = False,
     prepared: Prepared | None = None,
     on_active: Callable[[int], None] | None = None,
     on_norms: Callable[[dict[str, Tensor]], None] | None = None,
@@ -68,6 +71,12 @@ def sparse_mlp(
             for more than 16 tokens.
         between: what stands between φ and down, such as dropout. It gets the packed values [nnz],
             so it must act on each by itself and keep zeros.
+        threshold: a number t for each unit, float32 [H], at which any activation is cut: where
+            ``|φ(z)| ≤ t`` the activation is 0, and the rows of up (in gated blocks) and of downᵀ
+            are not read. It is compared with φ(z) as the dense layers compute it in the dtype of x.
+            NaN is kept. There is no gradient of t. ``screen`` is ignored then.
+        product: compare the whole activation ``|φ(z) (x Uᵀ + b)|`` of gated blocks with the
+            threshold instead. It needs all of up.
         prepared: what :func:`prepare` returned, for weights that do not change between calls.
         on_active: called with the number of entries that were packed.
         on_norms: called with a dict of ‖a‖₁ and ‖a‖₂ of each token, ``l1`` and ``l2`` [..., 1],
@@ -78,7 +87,8 @@ def sparse_mlp(
         y [..., D].
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or the activation has no such name.
+        ValueError: shapes or dtypes do not fit, the activation has no such name, or ``product``
+            is given without a gate or a threshold.
 
     >>> x, up, down = torch.ones(1, 2), torch.eye(3, 2) - 0.5, torch.ones(2, 3)
     >>> sparse_mlp(x, up, None, down)
@@ -90,11 +100,15 @@ def sparse_mlp(
         with torch.autocast(x.device.type, enabled=False):
             return sparse_mlp(
                 x, up, bias, down, down_bias, activation=activation, gate=gate,
-                gate_bias=gate_bias, screen=screen, between=between, prepared=prepared,
-                on_active=on_active, on_norms=on_norms,
+                gate_bias=gate_bias, screen=screen, between=between, threshold=threshold,
+                product=product, prepared=prepared, on_active=on_active, on_norms=on_norms,
             )  # fmt: skip
+    if product and (gate is None or threshold is None):
+        missing = "gate" if gate is None else "threshold"
+        raise ValueError(f"product=True compares the product of a gated block; {missing} is None")
     name = activation if isinstance(activation, str) else activation.name
-    form = form_of(name)
+    form = form_of(name) if threshold is None else None
+    function = named(activation) if isinstance(activation, str) else activation
     weights = (up, bias, down, down_bias, gate, gate_bias)
     if prepared is not None and prepared.gated != (gate is not None):
         made = "with a gate" if prepared.gated else "without a gate"
@@ -104,6 +118,19 @@ def sparse_mlp(
     plain = between is None and on_active is None and on_norms is None
     first, first_bias = (up, bias) if gate is None else (gate, gate_bias)
     second, second_bias = (None, None) if gate is None else (up, bias)
+    if threshold is not None:
+        threshold = threshold.detach()
+        check_threshold(threshold, up)
+        if plain and backends.native(x, up) and not _learns(x, *weights):
+            copies = prepare(down, up, gate) if prepared is None else prepared
+            try:
+                return infer_cut(
+                    x, first, first_bias, second, second_bias, down, down_bias,
+                    function, threshold, product, copies,
+                )  # fmt: skip
+            except RuntimeError:
+                _check(x, *weights)
+                raise
     if plain and form is not None and not _learns(x, *weights):
         if form.act is not None and backends.native(x, up):
             copies = prepare(down, up, gate) if prepared is None else prepared
@@ -125,17 +152,19 @@ def sparse_mlp(
         codes = tuple(ops.quantise(first.detach())) if prepared is None else prepared.codes()
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     if form is not None:
-        entries = ops.pack(tokens, first, _flat(first_bias), list(codes), name)
+        pointer, index, value, _ = ops.pack(tokens, first, _flat(first_bias), list(codes), name)
+    elif threshold is not None:
+        pointer, index, value = pack_cut(
+            tokens, first, first_bias, second, second_bias, function, threshold, product
+        )
     else:
-        function = named(activation) if isinstance(activation, str) else activation
         with torch.no_grad():
             z = F.linear(tokens, first, first_bias)
             a, slope = function.value(z), function.derivative(z)
-        entries = ops.pack_values(tokens, first, first_bias, a, slope)
-    pointer, index, value, _ = entries
+        pointer, index, value, _ = ops.pack_values(tokens, first, first_bias, a, slope)
     if on_active is not None:
         on_active(index.shape[0])
-    if gate is not None:
+    if gate is not None and threshold is None:
         value = value * ops.sample(pointer, index, tokens, laid(up), bias)
     if on_norms is not None:
         one, two = (n.view(*x.shape[:-1], 1) for n in row_norms(pointer, value, tokens.shape[0]))
@@ -165,7 +194,7 @@ def infer(
     rest = (other, _flat(second_bias), rows, _flat(down_bias), down.shape[0], *form[:2])
     kernels = backends.compiled()
     if not codes:
-        return kernels.forward(dense.linear(x, first, first_bias), x, *rest)
+        return kernels.forward(dense.linear(x, first, first_bias), None, x, *rest)
     return kernels.forward_screened(x, up, _flat(first_bias), *codes, *rest)
 
 

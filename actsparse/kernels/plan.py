@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.replace_forward import foreign_mode
 from actsparse.blocks.site import Site
-from actsparse.blocks.stages import OnNorms, Plan
+from actsparse.blocks.stages import Cut, OnNorms, Plan
 from actsparse.kernels import backends, build
-from actsparse.kernels.choose import CEILING, TIMED, Trial, Trials, programs_of
+from actsparse.kernels.choose import CEILING, CEILING_CUT, TIMED, Trial, Trials, programs_of
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
 from actsparse.kernels.met import EVERY, RESTING, Known, Met
 from actsparse.kernels.prepared import Prepared, fingerprint
-from actsparse.kernels.programs import DENSE, Weights, copies, known, run
+from actsparse.kernels.programs import DENSE, Weights, copies, function_at, known, run
 
 Mode = Literal["auto", "dense", "sparse", "screened"]
 TIMED_MODES = ("auto", "dense")  # the others are the name of the program
@@ -66,12 +66,13 @@ class CallPlan:
         if block.between:
             dropouts = [part.module for part in block.between if part.module is not None]
             active = [module for module in dropouts if module.training]
-        assert site.function is not None
+        function = function_at(site)
+        assert function is not None
         return run(
             self.program,
             x,
             weights,
-            site.function,
+            function,
             between=nn.Sequential(*active) if active else None,
             prepared=prepared,
             on_active=count,
@@ -218,7 +219,9 @@ class SparseRun:
         if self.mode not in TIMED_MODES:
             met.program = self.mode
             return
-        density, function, block = met.density, site.function, self.block
+        density, function, block = met.density, function_at(site), self.block
+        cuts = isinstance(function, Cut)
+        met.ceiling = CEILING_CUT if cuts and met.tokens <= FEW else CEILING
         if density is None or met.decided or not _timing.acquire(blocking=False):
             return  # another thread is at it: until then as before
         try:
@@ -226,7 +229,9 @@ class SparseRun:
             shapes = (block.up.weight.shape, block.down.weight.shape, block.gated)
             x = x.to(met.dtype)
             names = self._tried(met, function, x, density)
-            alike = (kind, shapes, function, *names)
+            # a cut without its thresholds, which may change between calls
+            what = function if isinstance(function, str) else (function.function, function.product)
+            alike = (kind, shapes, what, *names)
             trial = self.trials.near(alike, density)
             if trial is None:
                 trial = self._try(met, alike, names, site, x)
@@ -237,22 +242,23 @@ class SparseRun:
         finally:
             _timing.release()
 
-    def _tried(self, met: Met, function: str, x: Tensor, density: float) -> list[str]:
+    def _tried(self, met: Met, function: str | Cut, x: Tensor, density: float) -> list[str]:
         """The programs worth timing, whose copies there is room for."""
         room = self.room * Weights.of(self.block).nbytes
         return [
             name
             for name in known(x, function, met.training)
-            if ((density <= CEILING and self.mode == "auto") or name in DENSE)
+            if ((density <= met.ceiling and self.mode == "auto") or name in DENSE)
             and (met.training or sum(self._needed(met, name).values()) <= room)
         ]
 
     def _try(self, met: Met, alike: Hashable, names: list[str], site: Site, x: Tensor) -> Trial:
         assert met.density is not None
-        assert site.function is not None
+        function = function_at(site)
+        assert function is not None
         weights = Weights.of(self.block).to(met.dtype)
         cold = met.tokens <= FEW and not met.training
-        programs = programs_of(names, weights, site.function, x, met.training, site.wants_norms)
+        programs = programs_of(names, weights, function, x, met.training, site.wants_norms)
         return self.trials.run(alike, met.density, programs, cold, x.device)
 
     def _needed(self, other: Met | None = None, program: str = "dense") -> dict[str, int]:
@@ -299,7 +305,7 @@ def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
     """Why this call is for the layers, or None."""
     if site.needs_layers:
         return "what is attached reads or changes the hidden layer"
-    if site.function is None:
+    if site.function is None and site.cut is None:
         return "its φ is being mixed, or has no name"
     weight, dtype = up.weight, _dtype_of(x)
     cast = torch.is_autocast_enabled(x.device.type)

@@ -8,9 +8,12 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from actsparse.activations import named
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.stages import NORMS, OnNorms, token_norm
+from actsparse.blocks.site import Site
+from actsparse.blocks.stages import NORMS, Cut, OnNorms, token_norm
 from actsparse.kernels import backends, dense
+from actsparse.kernels.cut import infer_cut
 from actsparse.kernels.forms import FEW, form_of
 from actsparse.kernels.mlp import infer, sparse_mlp
 from actsparse.kernels.prepared import Prepared, prepare
@@ -51,11 +54,22 @@ class Weights(NamedTuple):
         return prepare(self.down, self.up, self.gate)
 
 
+def function_at(site: Site) -> str | Cut | None:
+    """What the kernels need to know of the φ in force; None if it has no name and is no cut."""
+    cut = site.cut
+    return site.function if cut is None else cut
+
+
+def parts_of(function: str | Cut) -> tuple[str, Tensor | None, bool]:
+    """The name of φ, its thresholds, and whether they are of the product."""
+    return function if isinstance(function, Cut) else (function, None, False)
+
+
 def run(
     program: str,
     x: Tensor,
     weights: Weights,
-    function: str,
+    function: str | Cut,
     *,
     between: Callable[[Tensor], Tensor] | None = None,
     prepared: Prepared | None = None,
@@ -80,11 +94,12 @@ def run(
                 program, x, weights, function, between=between, prepared=prepared,
                 on_active=on_active, on_norms=on_norms,
             )  # fmt: skip
+    name, threshold, product = parts_of(function)
     if program not in DENSE:
         return sparse_mlp(
-            x, *weights[:4], activation=function, gate=weights.gate, gate_bias=weights.gate_bias,
-            screen=program == "screened", between=between, prepared=prepared, on_active=on_active,
-            on_norms=on_norms,
+            x, *weights[:4], activation=name, gate=weights.gate, gate_bias=weights.gate_bias,
+            screen=program == "screened", between=between, threshold=threshold, product=product,
+            prepared=prepared, on_active=on_active, on_norms=on_norms,
         )  # fmt: skip
 
     def look(hidden: Tensor) -> None:
@@ -96,29 +111,35 @@ def run(
 
     copies = weights.prepare() if prepared is None and program == "packed" else prepared
     return dense.dense_mlp(
-        x, *weights[:4], activation=function, gate=weights.gate, gate_bias=weights.gate_bias,
-        between=between, on_hidden=look,
+        x, *weights[:4], activation=name, gate=weights.gate, gate_bias=weights.gate_bias,
+        threshold=threshold, of_product=product, between=between, on_hidden=look,
         weights=copies.packed if program == "packed" and copies is not None else None,
     )  # fmt: skip
 
 
 def infer_at_once(
-    x: Tensor, weights: Weights, function: str, screen: bool, prepared: Prepared
+    x: Tensor, weights: Weights, function: str | Cut, screen: bool, prepared: Prepared
 ) -> Tensor | None:
     """What ``sparse_mlp`` gives without gradients, in 6 µs less; None where it is to be asked."""
     up, bias, down, down_bias, gate, gate_bias = weights
-    form = form_of(function)
-    if form is None or form.act is None or not backends.native(x, up):
+    if not backends.native(x, up):
         return None
+    first: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] = up, bias, None, None
+    if gate is not None:
+        first = gate, gate_bias, up, bias
     try:
-        if gate is None:
-            return infer(x, up, bias, None, None, down, down_bias, form, screen, prepared)
-        return infer(x, gate, gate_bias, up, bias, down, down_bias, form, screen, prepared)
+        if isinstance(function, Cut):
+            name, threshold, product = function
+            return infer_cut(x, *first, down, down_bias, named(name), threshold, product, prepared)
+        form = form_of(function)
+        if form is None or form.act is None:
+            return None
+        return infer(x, *first, down, down_bias, form, screen, prepared)
     except RuntimeError:  # it names what does not fit
         return None
 
 
-def known(x: Tensor, function: str, training: bool) -> list[str]:
+def known(x: Tensor, function: str | Cut, training: bool) -> list[str]:
     """The programs that there are for such a call, beside the block's own layers."""
     names = []
     if x.is_cpu and dense.has_onednn():
@@ -127,7 +148,8 @@ def known(x: Tensor, function: str, training: bool) -> list[str]:
     names.append("sparse")
     few = x.shape[:-1].numel() <= FEW
     # a GPU screens when it decodes
-    if form_of(function) is not None and (x.is_cpu or (not training and few)):
+    silent = isinstance(function, str) and form_of(function) is not None
+    if silent and (x.is_cpu or (not training and few)):
         names.append("screened")
     return names
 

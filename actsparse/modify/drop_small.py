@@ -96,7 +96,7 @@ class LargeAlone:
         """What decides which activations are kept."""
         threshold = self.block.up.module._buffers[BUFFER]
         assert threshold is not None
-        return Cut(self.own_function, threshold, self.product)
+        return Cut(self.own_function, threshold.float(), self.product)
 
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., H]."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from actsparse.kernels import accelerate, dense, prepare
+from actsparse.kernels import accelerate, backends, dense, prepare
 from actsparse.kernels.programs import DENSE, Weights, copies, known, run
 
 pytestmark = pytest.mark.skipif(not dense.has_onednn(), reason="this PyTorch has no oneDNN")
@@ -120,3 +120,23 @@ def test_dense_mode_and_no_memory_leave_dense_programs() -> None:
             handle.remove()
     with pytest.raises(ValueError, match="max_extra_memory is -1; it must be 0 or more"):
         accelerate(model, inputs=x, max_extra_memory=-1)
+
+
+@pytest.mark.skipif(not backends.loaded(), reason="no compiled kernels here")
+@pytest.mark.parametrize("dtype", backends.CPU)
+@pytest.mark.parametrize("sizes", [(1, 5, 3), (1, 0, 3), (0, 5, 3), (1, 5, 0), (3, 800, 130)])
+def test_the_product_by_rows_is_linear(
+    way: str, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> None:
+    if way == "reference":
+        return
+    n, h, d = sizes
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*size).to(dtype) for size in ((n, d), (h, d), (h,)))
+    for threads, plus in ((1, bias), (2, None)):
+        torch.set_num_threads(threads)
+        exact = F.linear(x.double(), weight.double(), None if plus is None else plus.double())
+        eps = torch.finfo(dtype).eps
+        z = dense.by_rows(x, weight, plus)
+        torch.testing.assert_close(z.double(), exact, rtol=eps, atol=1e-5)
+        assert torch.equal(dense.by_rows(x[None], weight, plus), z[None])

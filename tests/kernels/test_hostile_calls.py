@@ -74,12 +74,25 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "actsparse_cpu::multiply": (pointer, index, value, rows, down_bias, N, D, True),
         "actsparse_cpu::multiply (panels)": (pointer, index, value, panels, down_bias, N, D, False),
         "actsparse_cpu::pack": (z, 1, 0.1),
+        "actsparse_cpu::linear": (x, up, bias),
         "actsparse_cpu::panels": (rows,),
         "actsparse_cpu::quantise": (up,),
         "actsparse_cpu::fingerprint": (up, rows, second),
         "actsparse_cpu::screen": (x, up, bias, *codes, 1, 0.1),
         "actsparse_cpu::candidates": (x, up, bias, *codes, 0.1),
-        "actsparse_cpu::forward": (z, x, second, bias, rows, down_bias, D, 2, 0.1),
+        "actsparse_cpu::forward": (z, None, x, second, bias, rows, down_bias, D, 2, 0.1),
+        "actsparse_cpu::forward (threshold)": (
+            z,
+            drawn(H).float(),
+            x,
+            second,
+            bias,
+            rows,
+            down_bias,
+            D,
+            0,
+            0.0,
+        ),
         "actsparse_cpu::forward_screened": (
             x,
             up,
@@ -98,7 +111,13 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
 
 
 # what no other argument says: another number there is another right call
-FREE_ROWS = {("pack", "x"), ("screen", "x"), ("candidates", "x"), ("forward_screened", "x")}
+FREE_ROWS = {
+    ("linear", "x"),
+    ("pack", "x"),
+    ("screen", "x"),
+    ("candidates", "x"),
+    ("forward_screened", "x"),
+}
 FREE_SIZES = {("panels", "matrix"), ("quantise", "up"), ("pack", "z")} | {
     ("fingerprint", name) for name in ("weight", "second", "third")
 }
@@ -164,7 +183,8 @@ def wrong(op: str, name: str, t: Tensor) -> Iterator[tuple[str, Any]]:
         if dtype is not t.dtype and not wider and not (free and t.is_floating_point()):
             yield str(dtype), t.to(dtype)
     yield "a scalar", t.flatten()[0].clone()
-    if bare not in ("forward", "forward_screened", "candidates", "screen") or name not in "xz":
+    any_rank = ("linear", "forward", "forward_screened", "candidates", "screen")
+    if bare not in any_rank or name not in "xz":
         yield "one dimension more", t[None].clone()
     if t.dim() == 2:
         yield "flat", t.flatten()
@@ -219,6 +239,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "wanted": (4, 7, 2**40),
     "activation": ("", "gelu", "nothing", "relu(threshold=nan)", "relu(threshold=-1)", None),
     "turned": ("yes",),
+    "threshold": (1.0,),
 }
 
 

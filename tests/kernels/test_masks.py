@@ -389,11 +389,13 @@ def test_every_operator_passes_opcheck() -> None:
             torch.library.opcheck(operator, each, test_utils=checks)
     if backends.loaded():
         kernels, checks = torch.ops.actsparse_cpu, {"test_utils": static[:2]}
+        torch.library.opcheck(kernels.linear.default, (x.detach(), fixed, bias.detach()), **checks)
         for act in range(len(forms.FUSED)):
             flat, b = x.detach(), bias.detach()
             for second in ((None, None), (fixed, b)):
                 rest = (*second, ops.panels(rows), down_bias.detach(), 6, act, 0.1)
-                each = (flat @ fixed.t(), flat, *rest)
-                torch.library.opcheck(kernels.forward.default, each, **checks)
+                for threshold in (None, b.float()):
+                    each = (flat @ fixed.t(), threshold, flat, *rest)
+                    torch.library.opcheck(kernels.forward.default, each, **checks)
                 each = (flat, fixed, b, *codes, *rest)
                 torch.library.opcheck(kernels.forward_screened.default, each, **checks)

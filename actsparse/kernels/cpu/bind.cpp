@@ -83,16 +83,19 @@ Tensor output(const Tensor& x, Packed p, Shape s, int64_t inner, const Second& s
   return y;
 }
 
-Tensor forward(const Tensor& z, const Tensor& x, const Maybe& second, const Maybe& second_bias,
-               const Tensor& rows, const Maybe& down_bias, int64_t d, int64_t act, double floor) {
+// With a threshold [H] z is φ(z) already: entries whose size is above it count.
+Tensor forward(const Tensor& z, const Maybe& threshold, const Tensor& x, const Maybe& second,
+               const Maybe& second_bias, const Tensor& rows, const Maybe& down_bias, int64_t d,
+               int64_t act, double floor) {
   const Phi phi(act, floor);
   return by_dtype("z", z, [&](auto e) {
     using E = decltype(e);
     const int64_t units = rows_of(rows), inner = x.dim() ? x.size(-1) : 0;
     const Shape s{tokens_of<E>("z", z, units), units};
     if (tokens_of<E>("x", x, inner) != s.tokens) refuse("x", Type<E>::name, "tokens like z's", x);
-    return output<E>(z, pack_dense<E>(z, s, phi), s, inner, {second, second_bias}, x, rows,
-                     down_bias, d);
+    require<float>("threshold", threshold, units);
+    return output<E>(z, pack_dense<E>(z, s, phi, data<float>(threshold)), s, inner,
+                     {second, second_bias}, x, rows, down_bias, d);
   });
 }
 
@@ -151,6 +154,7 @@ STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
   m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n, "
         "int d, bool turned) -> Tensor");
   m.def("sample(Tensor pointer, Tensor index, Tensor x, Tensor up, Tensor? bias) -> Tensor");
+  m.def("linear(Tensor x, Tensor up, Tensor? bias) -> Tensor");
   m.def("by_unit(Tensor pointer, Tensor index, Tensor value, int n, int units) "
         "-> (Tensor, Tensor, Tensor)");
   m.def("row_sums(Tensor pointer, Tensor value, int n) -> Tensor");
@@ -163,8 +167,8 @@ STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
         "int act, float floor) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("candidates(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, Tensor bounds, "
         "float floor) -> (Tensor, Tensor)");
-  m.def("forward(Tensor z, Tensor x, Tensor? second, Tensor? second_bias, Tensor rows, "
-        "Tensor? down_bias, int d, int act, float floor) -> Tensor");
+  m.def("forward(Tensor z, Tensor? threshold, Tensor x, Tensor? second, Tensor? second_bias, "
+        "Tensor rows, Tensor? down_bias, int d, int act, float floor) -> Tensor");
   m.def("forward_screened(Tensor x, Tensor up, Tensor? bias, Tensor codes, Tensor shift, "
         "Tensor bounds, Tensor? second, Tensor? second_bias, Tensor rows, Tensor? down_bias, "
         "int d, int act, float floor) -> Tensor");
@@ -179,6 +183,7 @@ STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("multiply", TORCH_BOX(&multiply));
   m.impl("sample", TORCH_BOX(&sample));
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("by_unit", TORCH_BOX(&by_unit));
   m.impl("row_sums", TORCH_BOX(&row_sums));
   m.impl("row_norms", TORCH_BOX(&row_norms));

@@ -87,8 +87,8 @@ struct Products {
   // value[k] = ⟨left[r], rows[index[k]]⟩ of whole rows that come from memory
   void (*dots)(Entries a, Range r, Range blocks, const E* left, const E* rows, int64_t d,
                float* value);
-  // words[w] bit h: z is not <= floor (NaN counts as active)
-  void (*mask)(const E* z, int64_t units, float floor, uint64_t* words);
+  // words[w] bit h: z is not <= floor (NaN counts as active); with `limits`, |z| not <= limits[h]
+  void (*mask)(const E* z, int64_t units, float floor, const float* limits, uint64_t* words);
   // units and values z + bias, rounded to E, of the n sums whose value is not <= floor; returns how
   // many, and may write up to 16 more
   int64_t (*keep)(const float* z, const int32_t* index, int64_t n, const float* bias, float floor,

@@ -200,6 +200,30 @@ Tensor sample(const Tensor& pointer, const Tensor& index, const Tensor& x, const
   });
 }
 
+// x upᵀ + bias of few tokens x [..., d]: rows of up come from memory one after the other.
+Tensor linear(const Tensor& x, const Tensor& up, const Maybe& bias) {
+  return by_dtype("x", x, [&](auto e) {
+    using E = decltype(e);
+    const auto [units, d] = sizes_of("up", up);
+    const int64_t n = tokens_of<E>("x", x, d);
+    require<E>("up", up, {units, d});
+    require<E>("bias", bias, units);
+    const Shape s{n, units};
+    const auto pointer = scratch<int64_t>(s.segments() + 1);
+    const auto index = scratch<int32_t>(n * units);
+    for (int64_t i = 0; i <= s.segments(); i++)
+      pointer[i] = i / s.blocks() * units + i % s.blocks() * kBlock;
+    for (int64_t k = 0; k < n * units; k++) index[k] = static_cast<int32_t>(k % units);
+    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+    sizes.back() = units;
+    Tensor z = torch::stable::empty(sizes, x.scalar_type());
+    const auto plus = floats<E>(bias, units, units);
+    sample_into({pointer.get(), index.get(), s.blocks()}, data<E>(x), n, "up", up, units, d,
+                get(plus), data<E>(z));
+    return z;
+  });
+}
+
 // A copy of a matrix [rows, d] in panels.
 Tensor panels(const Tensor& matrix) {
   return by_dtype("matrix", matrix, [&](auto e) {

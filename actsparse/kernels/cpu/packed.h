@@ -75,14 +75,15 @@ Tensor activate(E* z, int64_t n, int64_t act) {
   return slope;
 }
 
-// The entries of φ(z); z is contiguous [s.tokens, s.units].
+// The entries of φ(z); z is contiguous [s.tokens, s.units]. With `limits` [s.units] those of z
+// itself whose size is above their unit's limit.
 template <class E>
-Packed pack_dense(const Tensor& z, Shape s, Phi phi) {
+Packed pack_dense(const Tensor& z, Shape s, Phi phi, const float* limits = nullptr) {
   const E* in = data<E>(z);
   const auto mask = scratch<uint64_t>(s.tokens * s.words());
   split(s.tokens, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t++)
-      by<E>().mask(in + t * s.units, s.units, phi.floor, &mask[t * s.words()]);
+      by<E>().mask(in + t * s.units, s.units, phi.floor, limits, &mask[t * s.words()]);
   }, kSmall);
   Packed p{empty<int64_t>({s.segments() + 1}), Tensor(), Tensor(), Tensor()};
   int64_t* pointer = data<int64_t>(p.pointer);
