@@ -40,7 +40,7 @@ class Cut(NamedTuple):
 
     def keep(self, values: Tensor) -> Tensor:
         """``values`` [..., H], 0 where they are dropped."""
-        return torch.where(self.drops(values), 0, values)
+        return values.masked_fill(self.drops(values), 0)
 
 
 class Phi(Protocol):

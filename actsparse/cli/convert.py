@@ -54,7 +54,7 @@ def convert(
         float, typer.Option(help="Probability with which the certificate may be wrong.")
     ] = 0.1,
     eval_tokens: Annotated[
-        int, typer.Option(help="Validation and test text have at most about so many tokens.")
+        int, typer.Option(help="Test text has at most about so many tokens.")
     ] = 100_000,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

@@ -61,7 +61,7 @@ def judge(
             def more(count: int, name: str = name, total: int = windows.tokens) -> None:
                 nonlocal read
                 read += count
-                told(name, read, (1 if plain is None else 2) * total)
+                told(name, read, total)
 
             found.append(judge_model(model, windows, name, plain, more)[0].to_json())
     if json:

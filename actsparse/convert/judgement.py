@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actsparse.convert.losses import PASS, batches_of, document_losses, logits_of
+from actsparse.convert.losses import document_losses
 from actsparse.convert.text import Windows
 from actsparse.modify.drop_small import dropping_blocks
 from actsparse.observe import observe
@@ -94,9 +94,11 @@ def judge(
     if not blocks:
         raise ValueError("no block drops small activations: nothing to judge")
     with observe(model, blocks=blocks) as seen:
-        sums, counts = document_losses(model, windows, progress)
+        models = [model] if dense is None else [model, dense]
+        losses = document_losses(models, windows, progress)
         found = seen.summary("inference")
     assert found is not None
+    sums, counts = losses.sums, losses.counts
     rows = []
     for row, block in zip(found["blocks"], blocks, strict=True):
         product = block.gated and _is_product(block)
@@ -109,18 +111,16 @@ def judge(
         )
     excess = interval = agreement = dense_loss = each = None
     if dense is not None:
-        dense_sums, _ = document_losses(dense, windows, progress)
-        dense_loss = float(dense_sums.sum() / counts.sum())
-        excess = float((sums - dense_sums).sum() / counts.sum())
-        interval = _interval(sums - dense_sums, counts)
-        each = (sums - dense_sums) / counts
-        agreement = _agreement(model, dense, windows)
+        more = sums[0] - sums[1]
+        dense_loss = float(sums[1].sum() / counts.sum())
+        excess = float(more.sum() / counts.sum())
+        interval, agreement, each = _interval(more, counts), losses.same, more / counts
     sizes = [block.d_hidden for block in blocks]
     judgement = Judgement(
         text,
         windows.documents,
         int(counts.sum()),
-        float(sums.sum() / counts.sum()),
+        float(sums[0].sum() / counts.sum()),
         dense_loss,
         excess,
         interval,
@@ -168,13 +168,3 @@ def _interval(excess: Tensor, counts: Tensor) -> tuple[float, float] | None:
     means = excess[drawn].sum(1) / counts[drawn].sum(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return low, high
-
-
-@torch.no_grad()
-def _agreement(model: nn.Module, dense: nn.Module, windows: Windows) -> float:
-    same = total = 0
-    for _, ids, there in batches_of(windows, PASS):
-        most = [logits_of(each, ids).argmax(-1) for each in (model, dense)]
-        same += int(((most[0] == most[1]) & there).sum())
-        total += int(there.sum())
-    return same / total

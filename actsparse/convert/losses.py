@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,61 +36,83 @@ def batches_of(windows: Windows, size: int = PASS) -> Iterator[tuple[list[int], 
         yield taken, ids, torch.arange(ids.shape[1]) < lengths[:, None]
 
 
+class Losses(NamedTuple):
+    """Losses by document, in the order of the documents' numbers, float64.
+
+    ``sums`` [models, documents] in nats, ``counts`` [documents] of predicted tokens; ``same``: the
+    share of positions where all models find the same token most likely.
+    """
+
+    sums: Tensor
+    counts: Tensor
+    same: float
+
+
 @torch.no_grad()
 def document_losses(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     windows: Windows,
     progress: Callable[[int], None] | None = None,
     size: int = PASS,
-) -> tuple[Tensor, Tensor]:
-    """Measure the loss of each document in nats.
+) -> Losses:
+    """Measure the loss of each document in nats, of one model or of several side by side.
 
     ``Σ −log p(token | those before it in its window)``, by documents.
 
     Args:
-        model: gives logits [B, T, vocabulary] of ids [B, T], or an output with ``logits``; it
-            stays in its mode, which should be evaluation.
+        models: each gives logits [B, T, vocabulary] of ids [B, T], or an output with ``logits``;
+            they stay in their mode, which should be evaluation.
         windows: the text.
         progress: called with the number of tokens that each pass has read.
         size: the tokens of a pass.
 
     Returns:
-        The sums of losses and the numbers of predicted tokens, float64 [documents], by the order of
-        the documents' numbers.
+        The losses.
 
     Raises:
-        ValueError: a loss is not finite, or an id is beyond the model's vocabulary.
+        ValueError: a loss is not finite, or an id is beyond a model's vocabulary.
     """
     numbers = {number: place for place, number in enumerate(sorted(set(windows.document)))}
-    sums = torch.zeros(len(numbers), dtype=torch.float64)
-    counts = torch.zeros_like(sums)
-    device = next(model.parameters()).device
+    sums = torch.zeros(len(models), len(numbers), dtype=torch.float64)
+    counts = torch.zeros(len(numbers), dtype=torch.float64)
+    same = read = 0
+    device = next(models[0].parameters()).device
     for taken, ids, there in batches_of(windows, size):
-        logits = logits_of(model, ids.to(device))
-        if int(ids.max()) >= logits.shape[-1]:
-            raise ValueError(
-                f"token {int(ids.max())} is beyond the model's vocabulary of {logits.shape[-1]}: "
-                f"the tokenizer is another model's"
-            )
-        loss = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten().to(device), reduction="none"
-        ).view(len(ids), -1)
-        loss = torch.where(there[:, 1:], loss.cpu(), 0).double().sum(1)
         place = torch.tensor([numbers[windows.document[index]] for index in taken])
-        sums.index_add_(0, place, loss)
         counts.index_add_(0, place, there[:, 1:].sum(1).double())
+        most: list[Tensor] = []
+        for row, model in enumerate(models):
+            logits = logits_of(model, ids.to(device))
+            loss = _loss_of(logits, ids.to(device)).cpu()
+            sums[row].index_add_(0, place, torch.where(there[:, 1:], loss, 0).double().sum(1))
+            if len(models) > 1:
+                most.append(logits.argmax(-1).cpu())
+        alike = [(each == most[0]) & there for each in most[1:]]
+        same += int(torch.stack(alike).all(0).sum()) if alike else int(there.sum())
+        read += int(there.sum())
         if progress is not None:
             progress(int(there.sum()))
     if not bool(sums.isfinite().all()):
         raise ValueError("the model's loss on this text is not finite")
-    return sums, counts
+    return Losses(sums, counts, same / read)
+
+
+def _loss_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """[B, T − 1], in float32."""
+    if int(ids.max()) >= logits.shape[-1]:
+        raise ValueError(
+            f"token {int(ids.max())} is beyond the model's vocabulary of {logits.shape[-1]}: "
+            f"the tokenizer is another model's"
+        )
+    rows = zip(logits[:, :-1], ids[:, 1:], strict=True)  # a copy of all in float32 would be large
+    return torch.stack([F.cross_entropy(row.float(), to, reduction="none") for row, to in rows])
 
 
 def mean_loss(model: nn.Module, windows: Windows, size: int = PASS) -> float:
     """The loss in nats for each token, all documents together.
 
     Args:
-        model: as for :func:`document_losses`.
+        model: one of those that :func:`document_losses` takes.
         windows: the text.
         size: the tokens of a pass.
 
@@ -99,5 +122,5 @@ def mean_loss(model: nn.Module, windows: Windows, size: int = PASS) -> float:
     Raises:
         ValueError: as :func:`document_losses`.
     """
-    sums, counts = document_losses(model, windows, size=size)
-    return float(sums.sum() / counts.sum())
+    found = document_losses([model], windows, size=size)
+    return float(found.sums.sum() / found.counts.sum())

@@ -24,6 +24,7 @@ from actsparse.modify.apply import sparsify
 from actsparse.modify.drop_small import BUFFER, DropSmall
 
 CALIBRATE = 8192  # tokens
+VALIDATE = 20_000  # tokens at most, read about ten times
 Told = Callable[[str, int, int], None]  # stage, done, in all
 
 
@@ -54,7 +55,7 @@ class Split:
 
         Args:
             windows: the text.
-            tokens: validation and test have at most about so many.
+            tokens: test has at most about so many, validation so many or 20,000.
 
         Returns:
             The parts.
@@ -75,10 +76,10 @@ class Split:
         for ids, number in zip(windows.ids, windows.document, strict=True):
             lengths[number] += len(ids)
         parts: list[list[int]] = []
-        for _ in range(2):
+        for most in (min(tokens, VALIDATE), tokens):
             part: list[int] = []
             held = 0
-            while order and len(part) < max(1, len(numbers) // 5) and held < tokens:
+            while order and len(part) < max(1, len(numbers) // 5) and held < most:
                 part.append(numbers[order.pop()])
                 held += lengths[part[-1]]
             parts.append(part)

@@ -109,7 +109,7 @@ class LargeAlone:
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """φ′(z) where φ(z) is kept, else 0: [..., H]."""
         slope = own(z)
-        return slope if self.product else torch.where(self.cut.drops(self._value(z)), 0, slope)
+        return slope if self.product else slope.masked_fill(self.cut.drops(self._value(z)), 0)
 
     def _value(self, z: Tensor) -> Tensor:
         return named(self.own_function).value(z)

@@ -25,6 +25,7 @@ from actsparse.convert import (
     read_documents,
     windows_of,
 )
+from actsparse.convert.distillation import _Divergence
 from actsparse.convert.judgement import judge
 from tests.convert.checkpoints import plain
 
@@ -37,7 +38,7 @@ def some_windows(count: int = 12, documents: int = 5) -> Windows:
 
 def test_losses_are_those_of_each_window_alone() -> None:
     model, windows = plain("swiglu").double().eval(), some_windows()
-    sums, counts = document_losses(model, windows, size=40)
+    (sums,), counts, _ = document_losses([model], windows, size=40)
     expected = torch.zeros(5, dtype=torch.float64)
     tokens = torch.zeros(5, dtype=torch.float64)
     for ids, number in zip(*windows, strict=True):
@@ -62,11 +63,11 @@ def test_losses_refuse_ids_beyond_the_vocabulary_and_nan() -> None:
             return self.weight.expand(*ids.shape, 8)
 
     with pytest.raises(ValueError, match="beyond the model's vocabulary of 8"):
-        document_losses(Short(), some_windows())
+        document_losses([Short()], some_windows())
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
-        document_losses(model, some_windows())
+        document_losses([model], some_windows())
 
 
 @pytest.mark.parametrize("form", ["gate", "product"])
@@ -211,6 +212,21 @@ def test_distillation_lowers_its_loss(loss: str, to: float) -> None:
     )  # fmt: skip
     assert done == len(seen) == 40
     assert sum(seen[-5:]) < to * sum(seen[:5])
+
+
+def test_divergence_and_its_gradient_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    own, wanted = (3 * torch.randn(37, 50, dtype=torch.float64) for _ in range(2))
+    own.requires_grad_()
+    weights = torch.rand(37)
+    expected = F.kl_div(
+        own.log_softmax(-1), wanted.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    (slope,) = torch.autograd.grad((expected * weights).sum(), own)
+    found = _Divergence.apply(own.float(), wanted.float())
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    (own_slope,) = torch.autograd.grad((_Divergence.apply(own, wanted) * weights).sum(), own)
+    assert torch.allclose(own_slope, slope, atol=1e-6)
 
 
 def test_distillation_of_the_blocks_leaves_the_rest() -> None:
