@@ -131,10 +131,12 @@ def programs_of(
     x: Tensor,
     training: bool,
     norms: bool = False,
+    asks: Callable[[], object] = lambda: None,
 ) -> Mapping[str, Callable[[], object]]:
     """A block's computation by its own layers and by each program, on these tokens.
 
-    ``norms``: those of a are read too, and learnt from in training.
+    ``norms``: those of a are read too, and learnt from in training. ``asks``: what a call through
+    the block asks before a program may take its layers' place, which is a part of its time.
     """
     x = x.detach().reshape(-1, x.shape[-1])[:TIMED].requires_grad_(training and x.requires_grad)
     leaves = Weights._make(
@@ -156,6 +158,8 @@ def programs_of(
     def other(name: str) -> list[Tensor]:
         read: dict[str, Tensor] = {}
         told = read.update if norms else None
+        if training or name != "packed":  # whose layers stay where they are
+            asks()
         y = run(name, x, leaves, function, prepared=prepared, on_norms=told)
         return [y, *read.values()]
 
