@@ -16,7 +16,7 @@ from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.stages import OnNorms, Plan
 from actsparse.kernels import backends, build
 from actsparse.kernels.at_once import OwnLayers, PackedLayers
-from actsparse.kernels.choose import CEILING, TIMED, Trial, Trials, programs_of
+from actsparse.kernels.choose import CEILING, COLD, TIMED, Trial, Trials, programs_of
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
 from actsparse.kernels.met import EVERY, RESTING, Known, Last, Met
@@ -261,15 +261,14 @@ class SparseRun:
         assert met.density is not None
         assert site.function is not None
         weights = Weights.of(self.block).to(met.dtype)
-        cold = met.tokens <= FEW and not met.training
-        own, dtype = Weights.of(self.block), met.dtype
+        cold = met.tokens <= COLD and not met.training
+        norms, dtype = site.wants_norms, met.dtype
 
         def asks() -> None:
             self._questions(site, x)
             if not met.training:
-                self.prepared(dtype, own)
+                self.prepared(dtype, Weights.of(self.block))
 
-        norms = site.wants_norms
         programs = programs_of(names, weights, site.function, x, met.training, norms, asks)
         return self.trials.run(alike, met.density, programs, cold, x.device)
 
