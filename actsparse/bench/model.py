@@ -48,13 +48,13 @@ def bench_model(
     """Time a model dense, accelerated and with its MLPs cut out, in turn, on torch's threads.
 
     Dense is the faster of its own layers and ``accelerate(mode="dense")``. ``vit-b`` and ``gpt2``
-    do a training step (zero_grad, forward, backward, AdamW), ``t5-base`` decodes greedily after a
+    do a training step (zero_grad, forward, backward, AdamW), the others decode greedily after a
     prompt. Weights are random, arranged for the densities and the dtype
     (:func:`actsparse.bench.models_at_density.arranged`, which also takes ``sizes``; T ≥ 197 in
     training).
     Without MLPs a block hands on what its norm gives, and AdamW works on all weights as before.
-    ``mlp_ratio`` is of one MLP alone, :func:`bench_mlp`'s better sparse program; in decoding of
-    prompt and tokens together, each by its number of calls.
+    ``mlp_ratio`` is of one MLP alone, without a gate, :func:`bench_mlp`'s better sparse program; in
+    decoding of prompt and tokens together, each by its number of calls.
 
     Returns:
         ``rows``, of each density: the measured ``density``, of ``blocks`` too, and ``after`` the
@@ -190,6 +190,9 @@ def cut_out(model: nn.Module, inputs: Any) -> list[Tensor]:
     idle: list[Tensor] = []
     for block in find_mlp_blocks(model, inputs):
         parts = [block.activation.module, *(part.module for part in block.between)]
+        if block.gate is not None:  # as a factor of 1
+            idle += list(block.gate.module.parameters())
+            block.gate.module.forward = _one
         for module in (block.up.module, *parts, block.down.module):
             if module is not None:
                 idle += list(module.parameters())
@@ -319,6 +322,10 @@ def _infer(infer: Callable[[nn.Module], object], model: nn.Module) -> None:
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def _one(x: Tensor) -> Tensor:
+    return x.new_ones(1)
 
 
 def _error(subject: Subject, fast: nn.Module) -> dict[str, float]:

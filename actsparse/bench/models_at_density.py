@@ -8,6 +8,7 @@ figures say what a density is worth, not which density training gives.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,18 @@ T5_BASE: dict[str, Any] = {
     "feed_forward_proj": "relu",
     "decoder_start_token_id": 0,
 }
+LLAMA_135M: dict[str, Any] = {
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+    "hidden_act": "relu",
+    "mlp_bias": True,  # the gate's are arranged; Llama's own have none
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}
 CLOSE = 2**-16  # of z's standard deviation; five times what float32 errs in GPT-2 small
 PASSES = 10  # at most, of arranging a decoder on what it wrote itself
 MEAN = 0.25  # of a T5 token's channels in the residual stream, whose standard deviation is 1
@@ -92,14 +105,15 @@ def arranged(name: str, density: float, dtype: str = "float32", **sizes: int) ->
     """The model called ``name``, its random weights arranged so that each block has ``density``.
 
     ``vit-b`` trains on 8 random images of 224 px, T = 1576, ``gpt2`` on 1 × 512 random ids, both
-    without dropout; ``t5-base`` writes 32 tokens after 64 random ones. ``sizes`` replace settings
-    of the Hugging Face config, ``batch``, ``prompt`` and ``length`` those numbers.
+    without dropout; ``t5-base`` writes 32 tokens after 64 random ones, and so does ``llama-135m``,
+    in a loop over a static cache, and by ``generate`` as ``llama-135m-generate``. ``sizes`` replace
+    settings of the Hugging Face config, ``batch``, ``prompt`` and ``length`` those numbers.
 
-    Biases of up are set to minus a quantile of z. T5 has none: there each token's channels have a
-    mean of 0.25 in the residual stream, which no layer changes, and each row of up reads as much
-    of this mean as its bias would be. A norm divides the mean and the other channels by the same
-    number, so the quantile is of z over the mean. Its output layer is the embedding with the
-    vocabulary shuffled: with random weights it would else repeat one token.
+    Biases of up, or of the gate, are set to minus a quantile of z. T5 has none: there each token's
+    channels have a mean of 0.25 in the residual stream, which no layer changes, and each row of up
+    reads as much of this mean as its bias would be. A norm divides the mean and the other channels
+    by the same number, so the quantile is of z over the mean. Its output layer is the embedding
+    with the vocabulary shuffled: with random weights it would else repeat one token.
 
     ``dtype`` "bfloat16": what trains has float32 parameters and runs under autocast, as most
     training does; what decodes has parameters in bfloat16.
@@ -194,19 +208,7 @@ def _t5_base(density: float, prompt: int = 64, length: int = 32, **sizes: int) -
     _carry_mean(model)
     ids = torch.randint(2, model.config.vocab_size, (1, prompt))
 
-    def run(model: nn.Module) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode():
-            out = model.generate(  # type: ignore[operator]
-                ids,
-                do_sample=False,
-                num_beams=1,
-                min_new_tokens=length,  # no early end
-                max_new_tokens=length,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        return torch.stack(out.logits, dim=1), out.sequences
-
+    run = partial(_generated, ids, length)
     inputs = {"input_ids": ids, "decoder_input_ids": torch.zeros(1, 1, dtype=torch.int64)}
     settings |= {"prompt": prompt, "length": length}
     subject = Subject(model, inputs, run, False, [], settings)
@@ -214,14 +216,78 @@ def _t5_base(density: float, prompt: int = 64, length: int = 32, **sizes: int) -
     decoder = [block for block in subject.blocks(model) if block.name.startswith("decoder")]
     subject.mlps += [(len(encoder), prompt), (len(decoder) * length, 1)]
     arrange(encoder, density, lambda: model(**inputs))
+    _arrange_on_own_text(
+        subject, decoder, density, lambda own: model(input_ids=ids, decoder_input_ids=own)
+    )
+    return subject
+
+
+def _llama_135m(
+    density: float, by_generate: bool = False, prompt: int = 64, length: int = 32, **sizes: int
+) -> Subject:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = {**LLAMA_135M, **sizes}
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**settings, **ends)).eval()
+    ids = torch.randint(1, model.config.vocab_size, (1, prompt))
+    run = partial(_generated if by_generate else _looped, ids, length)
+    settings |= {"prompt": prompt, "length": length}
+    subject = Subject(model, {"input_ids": ids}, run, False, [], settings)
+    blocks = subject.blocks(model)
+    subject.mlps += [(len(blocks), prompt), (len(blocks) * (length - 1), 1)]
+    _arrange_on_own_text(
+        subject,
+        blocks,
+        density,
+        lambda own: model(input_ids=torch.cat([ids, own[:, 1:]], 1), use_cache=False),
+    )
+    return subject
+
+
+def _generated(ids: Tensor, length: int, model: Any) -> tuple[Tensor, Tensor]:
+    """Logits and tokens of ``generate``, the tokens from the one before the first that is new."""
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=length,  # no early end
+            max_new_tokens=length,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+    return torch.stack(out.logits, dim=1), out.sequences[:, -length - 1 :]
+
+
+def _looped(ids: Tensor, length: int, model: Any) -> tuple[Tensor, Tensor]:
+    """The same by a bare loop over a static cache."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + length)
+    # transformers 5.24 calls it cache, and warns of the name before
+    names = inspect.signature(model.forward).parameters
+    held = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+    tokens, logits, token = [ids[:, -1:]], [], ids
+    with torch.inference_mode():
+        for _ in range(length):
+            logits.append(model(input_ids=token, logits_to_keep=1, **held).logits[:, -1])
+            token = logits[-1].argmax(-1, keepdim=True)
+            tokens.append(token)
+    return torch.stack(logits, dim=1), torch.cat(tokens, dim=1)
+
+
+def _arrange_on_own_text(
+    subject: Subject, blocks: list[MLPBlock], density: float, read: Callable[[Tensor], object]
+) -> None:
+    """Arrange ``blocks`` on the text that the model writes, which ``read(tokens)`` reads again."""
     before = None
     for _ in range(PASSES):  # other thresholds may let it write another text
-        tokens = run(model)[1][:, :-1].clone()
+        tokens = subject.run(subject.model)[1][:, :-1].clone()
         if before is not None and tokens.equal(before):
             break
         before = tokens
-        arrange(decoder, density, partial(model, input_ids=ids, decoder_input_ids=tokens))
-    return subject
+        arrange(blocks, density, partial(read, tokens))
 
 
 @torch.no_grad()
@@ -242,7 +308,8 @@ def arrange(blocks: Iterable[MLPBlock], density: float, run: Callable[[], object
     A block's are set before it hands on its output, so that later ones see what they will see.
     """
     hooks = [
-        block.up.module.register_forward_hook(partial(_arrange, block, density)) for block in blocks
+        block.pre_activation.module.register_forward_hook(partial(_arrange, block, density))
+        for block in blocks
     ]
     try:
         with torch.no_grad():
@@ -256,7 +323,7 @@ def _arrange(
     block: MLPBlock, density: float, module: nn.Module, args: tuple[Tensor], z: Tensor
 ) -> Tensor:
     (x,) = args
-    weight, bias = block.up.weight, block.up.bias
+    weight, bias = block.pre_activation.weight, block.pre_activation.bias
     if bias is not None:
         bias -= thresholds(z.flatten(0, -2), density)
     else:
@@ -289,4 +356,10 @@ def thresholds(z: Tensor, density: float) -> Tensor:
     return torch.where(close, edges[1:], edges[:2]).mean(0)
 
 
-MODELS: dict[str, Callable[..., Subject]] = {"vit-b": _vit_b, "gpt2": _gpt2, "t5-base": _t5_base}
+MODELS: dict[str, Callable[..., Subject]] = {
+    "vit-b": _vit_b,
+    "gpt2": _gpt2,
+    "t5-base": _t5_base,
+    "llama-135m": _llama_135m,
+    "llama-135m-generate": partial(_llama_135m, by_generate=True),
+}

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.pass_state import Passes, Running, asleep, unreadable
@@ -26,9 +27,10 @@ from actsparse.blocks.replace_forward import (
     NoNestedTensors,
     NoReplicas,
     Replacement,
-)
+)  # fmt: skip
 from actsparse.blocks.stages import NORMS, token_norm
 from actsparse.blocks.tokens import Tokens, tokens_of
+from actsparse.blocks.ways import Ways, executed_alone
 
 Way = Callable[[Detour, Tensor], Tensor]
 
@@ -47,7 +49,8 @@ class Wiring:
         self.tokens: Tokens | None = None
         self._hooks: list[Any] = []
         self._shape: tuple[bool, ...] = ()
-        self._alone = False  # an executor stands here without hooks
+        self.alone = False  # an executor stands here without hooks
+        self.ways = Ways(self.passes)
 
     # -- attaching ------------------------------------------------------------------------------
 
@@ -69,8 +72,8 @@ class Wiring:
             return
         self.detach()
         self._shape = shape
-        self._alone = executed_alone(self.block, follows, shape[-1])
-        if self._alone:
+        self.alone = executed_alone(self.block, follows, shape[-1])
+        if self.alone:
             self._attach_executor(self._enter_alone, self._leave_alone)
             self._hooks.append(NoReplicas(self.block.up.module, self.block.name))
             self._attach_activation(exchanged, caught)
@@ -124,6 +127,7 @@ class Wiring:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.ways.clear()
         self._shape = ()
         if self.tokens is not None:
             self.tokens.detach()
@@ -191,7 +195,7 @@ class Wiring:
 
     def takes_phi(self) -> bool:
         """Whether the next activation call is this block's; asked by exchanged activations."""
-        return self.passes.now.expects_phi and not asleep()
+        return self.passes.frames[-1].expects_phi and not asleep()
 
     def compute_phi(self, z: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         """φ(z) as replaced, or the model's own."""
@@ -302,7 +306,7 @@ class Wiring:
                 f"run sparse; call accelerate after attaching them"
             )
         width = self.block.up.width
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return x.new_full((1,), float("nan")).expand(*x.shape[:-1], width)
         return self._ghosts.like(x, width, now)
 
@@ -310,6 +314,8 @@ class Wiring:
         """What :meth:`_on_input`, :meth:`_enter` and :meth:`_on_layer` do, without hooks."""
         if asleep() or self.site.executor is None:
             return layer.original(x)
+        if not is_compiling() and (way := self.ways.of(layer, x)) is not None:
+            return way.product(layer, x)
         module, now = layer.module, self.passes.now
         if now.x is not x or module in now.entered:
             now = self.passes.begin()
@@ -340,7 +346,10 @@ class Wiring:
 
     def _leave_alone(self, down: Detour, d: Tensor) -> Tensor:
         """What :meth:`_on_down_input`, :meth:`_leave` and :meth:`_on_down` do, without hooks."""
-        now = self.passes.now
+        now = self.passes.frames[-1]
+        way, now.at_once = now.at_once, None
+        if way is not None and not is_compiling():
+            return way.product(down, d)
         plan, x = now.plan, now.changed
         if plan is None or x is None or asleep():
             return down.original(d)
@@ -355,7 +364,7 @@ class Wiring:
 
     def _check_ghost(self, d: Tensor, now: Running) -> None:
         """Refuse d if it is not the untouched tensor of NaN that stands for this pass's a."""
-        if torch.compiler.is_compiling():  # which sees strides alone: what was computed has some
+        if is_compiling():  # which sees strides alone: what was computed has some
             real = d.stride(-1) > 0 and not self.block.gated
         else:
             real = getattr(d, "of", None) is not now
@@ -380,15 +389,6 @@ class Wiring:
             if reading is not None:
                 output = read_gradient(output, reading, rows)
         return output
-
-
-def executed_alone(block: MLPBlock, follows: bool, executed: bool) -> bool:
-    """Whether a block with an executor, where tokens are followed or not, needs no hooks.
-
-    torch's encoder has a fast path past its layers, which only hooks keep it from.
-    """
-    encoders = nn.TransformerEncoder | nn.TransformerEncoderLayer
-    return executed and not follows and not any(isinstance(m, encoders) for m in block.path)
 
 
 def is_own(hook: Any) -> bool:

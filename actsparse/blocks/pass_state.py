@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from actsparse.blocks.stages import Plan
+from actsparse.blocks.stages import AtOnce, Plan
 
 
 def on_stack(module: nn.Module, calls: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -38,7 +38,9 @@ def running_calls(module: nn.Module) -> int:
 class Running:
     """One pass through a block, from the input of up to the output of down."""
 
-    __slots__ = ("changed", "detours", "entered", "expects_phi", "kept", "plan", "x")
+    __slots__ = (
+        "at_once", "changed", "detours", "entered", "expects_phi", "first", "kept", "plan", "x",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.x: Tensor | None = None  # as it came; None where no pass runs
@@ -48,6 +50,8 @@ class Running:
         self.plan: Plan | None = None
         self.detours = False  # whether an executor runs this pass in the layers' place
         self.expects_phi = False  # whether the next activation call is this block's
+        self.at_once: AtOnce | None = None  # how the layers run this pass, without a plan
+        self.first: object = None  # the layer that asked whether they may
 
 
 class OfThread(threading.local):

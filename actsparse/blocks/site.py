@@ -31,6 +31,7 @@ from actsparse.blocks.stages import (
     KNOWN_AT,
     NORMS,
     STAGES,
+    AtOnce,
     Cut,
     Executor,
     GradientTap,
@@ -214,6 +215,13 @@ class Site:
             raise ValueError(f"block {block.name!r} cannot have an executor: {reason}")
         self.executor = executor
         self.refresh()
+
+    def at_once(self, x: Tensor | None, way: AtOnce | None = None) -> None:
+        """Let the layers run by ``way`` in calls on an x of this shape, while nothing is attached.
+
+        ``x`` None: in no calls.
+        """
+        self._wiring.ways.keep(x, way if self._wiring.alone else None)
 
     def tap(self, tap: Tap, stages: Stages, in_training: bool = False) -> None:
         """Call ``tap(site, {stage: tensor})`` once in each pass through the block.

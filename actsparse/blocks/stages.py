@@ -74,6 +74,16 @@ class Plan(Protocol):
         """The layers ran, and down's input was d [..., H]."""
 
 
+class AtOnce(Protocol):
+    """What the layers of a block do in calls on an x of one shape, with no plan."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether this call may run so: asked before the first layer, by any thread."""
+
+    def product(self, layer: Any, x: Tensor) -> Tensor:
+        """The output of up, gate or down, a :class:`Detour`; it may differ by rounding."""
+
+
 class Executor(Protocol):
     """Computes a block's y from x in one go, with the same numbers as its layers."""
 

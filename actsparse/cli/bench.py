@@ -13,6 +13,7 @@ from actsparse.cli.result import cells, keep_record, ratio_text, tell, telling
 from actsparse.extras import how_to_install
 from actsparse.terminal import Terminal
 
+DECODE = "t5-base, llama-135m or llama-135m-generate"
 Width = Annotated[int, typer.Option("--d-model", min=1, help="Width D of the model.")]
 Hidden = Annotated[int, typer.Option("--d-hidden", min=1, help="Number H of hidden units.")]
 Tokens = Annotated[str, typer.Option(help="Numbers of tokens T, separated by commas.")]
@@ -167,7 +168,7 @@ def here(threads: Threads = None, out: Out = None, json: Json = False) -> None:
 @bench.command()
 def model(
     name: Annotated[
-        str | None, typer.Argument(help="vit-b or gpt2 (training steps), or t5-base (decoding).")
+        str | None, typer.Argument(help=f"vit-b or gpt2 (training steps), {DECODE} (decoding).")
     ] = None,
     run: Annotated[
         Path | None,
@@ -199,7 +200,7 @@ def model(
     from actsparse.bench.model import bench_model, bench_trained
 
     if (name is None) == (run is None):
-        raise ValueError("give a model (vit-b, gpt2 or t5-base), or --run with a run's folder")
+        raise ValueError(f"give a model (vit-b, gpt2, {DECODE}), or --run with a run's folder")
     if threads is not None:
         torch.set_num_threads(threads)
     if run is not None:

@@ -68,8 +68,8 @@ def accelerate(
         inputs: for finding the blocks, as :func:`actsparse.find_mlp_blocks` takes them.
         blocks: the blocks to run, instead. A model that ``sparsify`` has modified needs neither.
         mode: ``"auto"`` times the programs. ``"dense"`` times those that multiply all of it: the
-            best that could be run instead, to compare with. ``"sparse"`` and ``"screened"`` run
-            that program at any density and size.
+            best that could be run instead, to compare with, for any φ. ``"sparse"`` and
+            ``"screened"`` run that program at any density and size.
         max_extra_memory: what copies of a block's weights may take in inference, as a multiple of
             those weights. ``"auto"`` does not try programs whose copies would take more; 0 leaves
             those that need none.
@@ -92,7 +92,7 @@ def accelerate(
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}; known: {', '.join(get_args(Mode))}")
     chosen = blocks_of(model, inputs, blocks, "accelerate")
-    reasons = {block.up.name: Fit(block).refusal() for block in chosen}
+    reasons = {block.up.name: Fit(block, mode == "dense").refusal() for block in chosen}
     fit = [block for block in chosen if reasons[block.up.name] is None]
     if not fit:
         said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

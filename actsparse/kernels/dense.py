@@ -36,7 +36,12 @@ def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # the operator takes its operands for contiguous, whatever their strides say
     weight = weight if weight.is_mkldnn else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return product(x.contiguous(), weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of operands that are contiguous."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def packed(weight: Tensor, tokens: int) -> Tensor:

@@ -35,10 +35,11 @@ class Fit:
     """Whether the kernels may run one block, asked anew before each call.
 
     Looking is cheap: :meth:`reason` looks closely only where something differs from the last time.
+    ``dense``: all products are to be computed, so φ need not have zeros.
     """
 
-    def __init__(self, block: MLPBlock) -> None:
-        self.block = block
+    def __init__(self, block: MLPBlock, dense: bool = False) -> None:
+        self.block, self.dense = block, dense
         self.standing = block.standing or Standing(block)
         self._seen: list[Any] | None = None
         self._reason: str | None = None
@@ -104,7 +105,7 @@ class Fit:
         function = function_of(block)
         if function is None and (site is None or site.phi is None):
             return "its activation has no known name"
-        if function is not None and not is_silent(function):
+        if function is not None and not (self.dense or is_silent(function)):
             return f"{function} is never exactly zero"
         return None
 

@@ -47,16 +47,16 @@ class Met:
             self.calls[program] = before + 1
         return before
 
-    def rests(self) -> bool:
-        """Whether the layers run this call without a question; it is counted then.
+    def rests(self, program: str = "dense") -> bool:
+        """Whether the layers run this call without a question; it is counted as ``program`` then.
 
         A look at the density, and the call after it, which may decide anew, ask all of them.
         """
         with _counting:
-            before = self.calls.get("dense", 0)
+            before = self.calls.get(program, 0)
             if before % EVERY < 2:
                 return False
-            self.calls["dense"] = before + 1
+            self.calls[program] = before + 1
         return True
 
     @property
@@ -82,6 +82,13 @@ class Met:
         if self.reason is not None:
             return f"{what}, T = {self.tokens}: its layers, {self.reason} ({calls})"
         return f"{what}, T = {self.tokens}: {self.program} at density {density}{gain} ({calls})"
+
+
+@dataclass(slots=True)
+class Last:
+    """The program of a block's last call, which compiled code keeps to."""
+
+    program: str = "dense"
 
 
 class Known(NamedTuple):

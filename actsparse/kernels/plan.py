@@ -12,13 +12,22 @@ from torch import Tensor, nn
 
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.replace_forward import foreign_mode
-from actsparse.blocks.site import Site
+from actsparse.blocks.site import Site, site_of
 from actsparse.blocks.stages import Cut, OnNorms, Plan
 from actsparse.kernels import backends, build
-from actsparse.kernels.choose import CEILING, CEILING_CUT, TIMED, Trial, Trials, programs_of
+from actsparse.kernels.at_once import OwnLayers, PackedLayers
+from actsparse.kernels.choose import (
+    CEILING,
+    CEILING_CUT,
+    COLD,
+    TIMED,
+    Trial,
+    Trials,
+    programs_of,
+)
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
-from actsparse.kernels.met import EVERY, RESTING, Known, Met
+from actsparse.kernels.met import EVERY, RESTING, Known, Last, Met
 from actsparse.kernels.prepared import Prepared, fingerprint
 from actsparse.kernels.programs import DENSE, Weights, copies, function_at, known, run
 
@@ -68,6 +77,9 @@ class CallPlan:
             active = [module for module in dropouts if module.training]
         function = function_at(site)
         assert function is not None
+        if self.program == "packed" and prepared is not None and met is not None:
+            way = PackedLayers.of(block, self.of.last, met, prepared, x.shape[:-1].numel())
+            site.at_once(x, way)
         return run(
             self.program,
             x,
@@ -101,10 +113,10 @@ class SparseRun:
 
     def __init__(self, block: MLPBlock, mode: Mode, trials: Trials, room: float) -> None:
         self.block, self.mode, self.trials, self.room = block, mode, trials, room
-        self.fit = Fit(block)
+        self.fit = Fit(block, dense=mode == "dense")
         self._met: dict[Hashable, Met] = {}
         self.proven = False  # whether a call in training mode ran by the kernels, not compiled
-        self._last = "dense"  # the program of the last call, which compiled code keeps to
+        self.last = Last()
         self._promised: dict[Hashable, str] = {}
         self._known: dict[Hashable, Known] = {}  # by what tells calls apart
         self._ready: dict[torch.dtype, tuple[tuple[int, ...], Prepared]] = {}
@@ -117,7 +129,7 @@ class SparseRun:
         """How this call is to run."""
         if torch.compiler.is_compiling():  # compiled code keeps to what it met
             keeps = self._fixed_reason() or self._unproven() or _unfit_call(site, x, self.block.up)
-            fixed = self._last if self.mode in TIMED_MODES else self.mode
+            fixed = self.last.program if self.mode in TIMED_MODES else self.mode
             return CallPlan(self, "dense" if keeps else fixed, _dtype_of(x))
         recomputing = site.recomputing
         like = (
@@ -127,18 +139,17 @@ class SparseRun:
         known = None if recomputing else self._known.get(like)
         # where the layers won they run at once, whatever hangs on them: they are always right
         if known is not None and known.rests and known.met.rests():
-            known.met.tokens, self._last = known.tokens, "dense"
+            known.met.tokens, self.last.program = known.tokens, "dense"
+            if not known.met.training:
+                site.at_once(x, OwnLayers(self.last, known.met, known.tokens))
             return RESTING
-        if foreign_mode():
-            keeps = "under a TorchFunctionMode or TorchDispatchMode, which would miss operations"
-        else:
-            keeps = self.fit.reason() or _unfit_call(site, x, self.block.up)
+        keeps = self._questions(site, x)
         if known is not None and keeps is None and not known.rests:
             met = known.met
             self._decide(met, known.kind, site, x)
             if met.program != "dense":
                 met.tokens = known.tokens
-                self._promised[known.kind] = self._last = met.program
+                self._promised[known.kind] = self.last.program = met.program
                 return CallPlan(self, met.program, met.dtype, met)
         return self._plan_anew(site, x, like, keeps, recomputing)
 
@@ -167,7 +178,7 @@ class SparseRun:
                 not capturing or self.mode not in TIMED_MODES
             ):  # a graph keeps to what was met before
                 self._decide(met, kind, site, x)
-            program = self._promised[kind] = self._last = met.program
+            program = self._promised[kind] = self.last.program = met.program
         forward = program != "dense" and not (torch.is_grad_enabled() or x.is_cuda)
         rests = program == "dense" and (small is not None or (keeps is None and met.decided))
         if (forward or rests) and not recomputing:
@@ -177,6 +188,12 @@ class SparseRun:
         elif not recomputing:
             self._known.pop(like, None)
         return CallPlan(self, program, dtype, met, looks=not capturing)
+
+    def _questions(self, site: Site, x: Tensor) -> str | None:
+        """Why this call, which nobody compiles, is for the layers, or None."""
+        if foreign_mode():
+            return "under a TorchFunctionMode or TorchDispatchMode, which would miss operations"
+        return self.fit.reason() or _unfit_call(site, x, self.block.up)
 
     def _fixed_reason(self) -> str | None:
         return self.fit.reason()
@@ -239,6 +256,7 @@ class SparseRun:
             met.trial, met.decided_at = trial, density
             if not met.training:  # copies that only another program needed
                 self._ready.clear()
+                site.at_once(None)
         finally:
             _timing.release()
 
@@ -257,8 +275,15 @@ class SparseRun:
         function = function_at(site)
         assert function is not None
         weights = Weights.of(self.block).to(met.dtype)
-        cold = met.tokens <= FEW and not met.training
-        programs = programs_of(names, weights, function, x, met.training, site.wants_norms)
+        cold = met.tokens <= COLD and not met.training
+        norms, dtype = site.wants_norms, met.dtype
+
+        def asks() -> None:
+            self._questions(site, x)
+            if not met.training:
+                self.prepared(dtype, Weights.of(self.block))
+
+        programs = programs_of(names, weights, function, x, met.training, norms, asks)
         return self.trials.run(alike, met.density, programs, cold, x.device)
 
     def _needed(self, other: Met | None = None, program: str = "dense") -> dict[str, int]:
@@ -288,6 +313,7 @@ class SparseRun:
         ready = self._ready.get(dtype)
         if ready is None or now != ready[0]:
             ready = self._ready[dtype] = now, weights.to(dtype).prepare()
+            site_of(self.block).at_once(None)  # which holds the copies of before
         return ready[1]
 
     def __str__(self) -> str:

@@ -23,7 +23,13 @@ TINY: dict[str, dict[str, Any]] = {
         "prompt": 30, "length": 12, "d_model": 32, "num_layers": 2, "num_decoder_layers": 2,
         "num_heads": 2, "d_kv": 16, "d_ff": 64, "vocab_size": 400,
     },
+    "llama-135m": {
+        "prompt": 30, "length": 12, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64,
+        "vocab_size": 400,
+    },
 }  # fmt: skip
+TINY["llama-135m-generate"] = TINY["llama-135m"]
 
 
 def tolerance(tokens: int, units: int) -> float:
@@ -45,10 +51,11 @@ def test_each_block_has_the_wanted_density(name: str, density: float) -> None:
     units = 64
     for block, value in found["blocks"].items():
         tokens = subject.mlps[0][1] if not block.startswith("decoder") else 12
+        tokens += 11 if name.startswith("llama") else 0
         assert abs(value - density) <= tolerance(tokens, units), block
     low, high = min(found["blocks"].values()), max(found["blocks"].values())
     assert low <= found["density"] <= high
-    assert len(found["blocks"]) == {"vit-b": 2, "gpt2": 3, "t5-base": 4}[name]
+    assert len(found["blocks"]) == {"gpt2": 3, "t5-base": 4}.get(name, 2)
 
 
 def test_density_is_measured_not_remembered() -> None:
@@ -77,6 +84,20 @@ def test_a_decoder_is_arranged_on_what_it_writes() -> None:
     limit = 100 * torch.finfo(torch.float32).eps
     assert all(float((mean - 0.25).abs().max()) < limit for mean in means)
     assert len(means) == 2 + 2 * 12
+
+
+def test_a_loop_and_generate_write_the_same() -> None:
+    logits, tokens = zip(
+        *(
+            (subject := arranged(name, 0.1, **TINY[name])).run(subject.model)
+            for name in ("llama-135m", "llama-135m-generate")
+        ),
+        strict=True,
+    )
+    assert logits[0].shape == (1, 12, 400)
+    assert logits[0].argmax(-1).equal(tokens[0][:, 1:])
+    assert tokens[0].equal(tokens[1])
+    assert torch.allclose(*logits, atol=1e-4)
 
 
 @given(st.integers(4, 300), st.integers(1, 80), st.floats(0.001, 0.9), st.integers(0, 2**32 - 1))
@@ -111,7 +132,11 @@ def test_arranging_needs_no_second_pass() -> None:
 @pytest.mark.parametrize(
     ("name", "density", "message"),
     [
-        ("vit", 0.1, "unknown model 'vit'; known: vit-b, gpt2, t5-base"),
+        (
+            "vit",
+            0.1,
+            "unknown model 'vit'; known: vit-b, gpt2, t5-base, llama-135m, llama-135m-generate",
+        ),
         ("gpt2", 0.0, "density=0.0: expected a number between 0 and 1"),
         ("gpt2", 1.0, "density=1.0: expected a number between 0 and 1"),
     ],

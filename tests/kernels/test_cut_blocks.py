@@ -189,3 +189,17 @@ def test_what_is_no_threshold_is_refused() -> None:
         model(x)
     with torch.no_grad(), pytest.raises(ValueError, match="threshold must be"):
         model(x)
+
+
+@pytest.mark.parametrize("function", [nn.SiLU, nn.GELU])
+def test_dense_mode_runs_a_phi_without_zeros_and_auto_refuses_it(function: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(64, 512), function(), nn.Linear(512, 64)).eval()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        y = mlp(x)
+        with accelerate(mlp, inputs=x, mode="dense"):
+            for _ in range(4):
+                torch.testing.assert_close(mlp(x), y)
+        with pytest.raises(ValueError, match="never exactly zero"):
+            accelerate(mlp, inputs=x)

@@ -1,0 +1,51 @@
+"""How the layers of a block run at once, in calls on an x of a known shape, without a plan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.pass_state import Passes
+from actsparse.blocks.stages import AtOnce
+
+SHAPES = 256  # more of x are met anew
+
+
+class Ways:
+    """The ways of one block; ``passes`` are its own."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        self._ways: dict[torch.Size, AtOnce] = {}
+
+    def clear(self) -> None:
+        """Keep none."""
+        self._ways.clear()
+
+    def keep(self, x: Tensor | None, way: AtOnce | None) -> None:
+        """Run the layers by ``way`` on tensors like x; ``x`` None: keep none."""
+        if x is None or len(self._ways) >= SHAPES:
+            self._ways.clear()
+        if x is not None and way is not None:
+            self._ways[x.shape] = way
+
+    def of(self, layer: object, x: Tensor) -> AtOnce | None:
+        """How up or gate runs at once, if so: the first of them decides for the pass."""
+        now = self._passes.frames[-1]
+        if now.plan is not None:  # gate has asked for one, or a pass was broken off
+            return None
+        if now.at_once is None or now.first is layer:
+            way = self._ways.get(x.shape)
+            now.at_once = way if way is not None and way.takes(x) else None
+            now.first = layer
+        return now.at_once
+
+
+def executed_alone(block: MLPBlock, follows: bool, executed: bool) -> bool:
+    """Whether a block with an executor, where tokens are followed or not, needs no hooks.
+
+    torch's encoder has a fast path past its layers, which only hooks keep it from.
+    """
+    encoders = nn.TransformerEncoder | nn.TransformerEncoderLayer
+    return executed and not follows and not any(isinstance(m, encoders) for m in block.path)
