@@ -128,6 +128,9 @@ def cut(v: Tensor, threshold: Tensor) -> Tensor:
     >>> cut(torch.tensor([[-3.0, 1.0, torch.nan]]), torch.tensor([2.0, 2.0, 2.0]))
     tensor([[-3., 0., nan]])
     """
+    learns = torch.is_grad_enabled() and v.requires_grad
+    if backends.native(v) and not learns and threshold.dtype is torch.float32 and v.dim():
+        return backends.compiled().cut(v.contiguous(), threshold.detach().contiguous())
     return v.masked_fill(v.abs() <= threshold, 0)
 
 

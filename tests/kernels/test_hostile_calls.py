@@ -74,6 +74,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
         "actsparse_cpu::multiply": (pointer, index, value, rows, down_bias, N, D, True),
         "actsparse_cpu::multiply (panels)": (pointer, index, value, panels, down_bias, N, D, False),
         "actsparse_cpu::pack": (z, 1, 0.1),
+        "actsparse_cpu::cut": (z, drawn(H).float()),
         "actsparse_cpu::linear": (x, up, bias),
         "actsparse_cpu::panels": (rows,),
         "actsparse_cpu::quantise": (up,),
@@ -112,6 +113,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Any, ...]]:
 
 # what no other argument says: another number there is another right call
 FREE_ROWS = {
+    ("cut", "v"),
     ("linear", "x"),
     ("pack", "x"),
     ("screen", "x"),
@@ -121,7 +123,7 @@ FREE_ROWS = {
 FREE_SIZES = {("panels", "matrix"), ("quantise", "up"), ("pack", "z")} | {
     ("fingerprint", name) for name in ("weight", "second", "third")
 }
-FREE_DTYPES = {"by_unit", "row_sums", "row_norms"}  # of PyTorch's own operators
+FREE_DTYPES = {"cut", "by_unit", "row_sums", "row_norms"}  # of PyTorch's own operators
 COMPILED = (torch.float32, torch.bfloat16)
 
 
@@ -183,8 +185,8 @@ def wrong(op: str, name: str, t: Tensor) -> Iterator[tuple[str, Any]]:
         if dtype is not t.dtype and not wider and not (free and t.is_floating_point()):
             yield str(dtype), t.to(dtype)
     yield "a scalar", t.flatten()[0].clone()
-    any_rank = ("linear", "forward", "forward_screened", "candidates", "screen")
-    if bare not in any_rank or name not in "xz":
+    any_rank = ("cut", "linear", "forward", "forward_screened", "candidates", "screen")
+    if bare not in any_rank or name not in "xzv":
         yield "one dimension more", t[None].clone()
     if t.dim() == 2:
         yield "flat", t.flatten()

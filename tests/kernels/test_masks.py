@@ -389,6 +389,7 @@ def test_every_operator_passes_opcheck() -> None:
             torch.library.opcheck(operator, each, test_utils=checks)
     if backends.loaded():
         kernels, checks = torch.ops.actsparse_cpu, {"test_utils": static[:2]}
+        torch.library.opcheck(kernels.cut.default, (slope, bias.detach()), **checks)
         torch.library.opcheck(kernels.linear.default, (x.detach(), fixed, bias.detach()), **checks)
         for act in range(len(forms.FUSED)):
             flat, b = x.detach(), bias.detach()

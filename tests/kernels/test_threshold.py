@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actsparse.activations import named
 from actsparse.kernels import prepare, sparse_mlp
+from actsparse.kernels.dense import cut
 
 PHIS = ["silu", "gelu", "gelu_tanh", "relu"]
 FORMS = ["plain", "gate", "product"]
@@ -212,3 +213,21 @@ def test_norms_and_what_stands_between_see_what_is_kept() -> None:
     a = torch.where(keep, a, 0)
     torch.testing.assert_close(read["l1"], a.abs().sum(-1, keepdim=True))
     torch.testing.assert_close(y, F.linear(2 * a, w["down"], w["down_bias"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(5, 77), (70, 800), (2, 3, 16), (0, 8), (4, 0)])
+def test_cut_keeps_every_bit_of_what_is_above(
+    way: str, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> None:
+    torch.manual_seed(6)
+    v, t = torch.randn(sizes).to(dtype), torch.rand(sizes[-1]) * 2
+    if v.numel():
+        v.view(-1)[:4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-39]).to(dtype)
+        t[:3] = torch.tensor([0.0, torch.inf, torch.nan])
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for laid in (v, torch.stack([v, v], -1)[..., 0]):
+            right = laid.masked_fill(laid.abs() <= t, 0)
+            assert torch.equal(cut(laid, t).nan_to_num(7.0), right.nan_to_num(7.0))
+            assert torch.equal(cut(laid, t).isnan(), right.isnan())

@@ -154,6 +154,7 @@ STABLE_TORCH_LIBRARY(actsparse_cpu, m) {
   m.def("multiply(Tensor pointer, Tensor index, Tensor value, Tensor rows, Tensor? bias, int n, "
         "int d, bool turned) -> Tensor");
   m.def("sample(Tensor pointer, Tensor index, Tensor x, Tensor up, Tensor? bias) -> Tensor");
+  m.def("cut(Tensor v, Tensor threshold) -> Tensor");
   m.def("linear(Tensor x, Tensor up, Tensor? bias) -> Tensor");
   m.def("by_unit(Tensor pointer, Tensor index, Tensor value, int n, int units) "
         "-> (Tensor, Tensor, Tensor)");
@@ -183,6 +184,7 @@ STABLE_TORCH_LIBRARY_IMPL(actsparse_cpu, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("multiply", TORCH_BOX(&multiply));
   m.impl("sample", TORCH_BOX(&sample));
+  m.impl("cut", TORCH_BOX(&cut));
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("by_unit", TORCH_BOX(&by_unit));
   m.impl("row_sums", TORCH_BOX(&row_sums));

@@ -89,6 +89,8 @@ struct Products {
                float* value);
   // words[w] bit h: z is not <= floor (NaN counts as active); with `limits`, |z| not <= limits[h]
   void (*mask)(const E* z, int64_t units, float floor, const float* limits, uint64_t* words);
+  // out[h] = z[h], or 0 where |z[h]| <= limits[h]
+  void (*cut)(const E* z, int64_t units, const float* limits, E* out);
   // units and values z + bias, rounded to E, of the n sums whose value is not <= floor; returns how
   // many, and may write up to 16 more
   int64_t (*keep)(const float* z, const int32_t* index, int64_t n, const float* bias, float floor,

@@ -101,6 +101,23 @@ Packed pack_dense(const Tensor& z, Shape s, Phi phi, const float* limits = nullp
   return p;
 }
 
+// v [..., H] with 0 where its size is at or below the threshold [H] of its unit.
+Tensor cut(const Tensor& v, const Tensor& threshold) {
+  return by_dtype("v", v, [&](auto e) {
+    using E = decltype(e);
+    const int64_t units = v.dim() ? v.size(-1) : 0, n = tokens_of<E>("v", v, units);
+    require<float>("threshold", threshold, {units});
+    std::vector<int64_t> sizes(v.sizes().begin(), v.sizes().end());
+    Tensor out = torch::stable::empty(sizes, v.scalar_type());
+    split(n, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; t++)
+        by<E>().cut(data<E>(v) + t * units, units, data<float>(threshold),
+                    data<E>(out) + t * units);
+    }, kSmall);
+    return out;
+  });
+}
+
 bool few(int64_t rows) { return rows < 4 * threads(); }
 
 // ---- entries that are handed in -------------------------------------------------------------
