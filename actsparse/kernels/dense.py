@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
+from actsparse.blocks.stages import FASTER, keep_above
 from actsparse.kernels import backends
 
 CLEAR = 1.1  # another product takes the place of PyTorch's where it is faster by this much
@@ -122,16 +123,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def cut(v: Tensor, threshold: Tensor) -> Tensor:
-    """v [..., H] with 0 where ``|v|`` is at or below the threshold [H] of its unit.
+def _keep_above(values: Tensor, threshold: Tensor) -> Tensor | None:
+    """What :func:`keep_above` gives without gradients; None where there is no kernel for it."""
+    if backends.native(values) and threshold.dtype is torch.float32 and values.dim():
+        kept: Tensor = backends.compiled().cut(values.contiguous(), threshold.detach().contiguous())
+        return kept
+    return None
 
-    >>> cut(torch.tensor([[-3.0, 1.0, torch.nan]]), torch.tensor([2.0, 2.0, 2.0]))
-    tensor([[-3., 0., nan]])
-    """
-    learns = torch.is_grad_enabled() and v.requires_grad
-    if backends.native(v) and not learns and threshold.dtype is torch.float32 and v.dim():
-        return backends.compiled().cut(v.contiguous(), threshold.detach().contiguous())
-    return v.masked_fill(v.abs() <= threshold, 0)
+
+FASTER.append(_keep_above)
 
 
 def hidden_layer(
@@ -144,9 +144,9 @@ def hidden_layer(
     """a of z and, in gated blocks, u, both [..., H]; the threshold as for ``sparse_mlp``."""
     a = function.value(first)
     if threshold is not None and not product:
-        a = cut(a, threshold)
+        a = keep_above(a, threshold)
     a = a if second is None else a * second
-    return cut(a, threshold) if threshold is not None and product else a
+    return keep_above(a, threshold) if threshold is not None and product else a
 
 
 def dense_mlp(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from actsparse import load, observe
+from actsparse import accelerate, load, observe
 from actsparse.cli.main import app
 from actsparse.convert.checkpoint import load_checkpoint
 from actsparse.convert.losses import mean_loss
@@ -51,6 +51,13 @@ def test_the_command_converts_judges_and_saves(checkpoint: Path, tmp_path: Path)
         loss = mean_loss(model, windows)
     density = seen.summary("inference")["density"]
     assert density == pytest.approx(record["judgements"][0]["density"], abs=0.05)
+    ids = windows.ids[0][None]
+    with torch.no_grad():
+        logits = model(ids).logits
+        handle = accelerate(model, inputs=ids, mode="sparse")
+        torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids[:, :1]).logits, logits[:, :1], rtol=1e-4, atol=1e-4)
+    assert {row["program"] for row in handle.table()} == {"sparse"}
     code, said, err = run(
         "judge", out, "--text", text, "--dense", checkpoint, "--window", "64", "--json"
     )

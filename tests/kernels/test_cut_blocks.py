@@ -50,7 +50,7 @@ class CutPhi:
 
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         v = own(z)
-        return v if self.cut.product else dense.cut(v, self.cut.threshold)
+        return v if self.cut.product else keep_above(v, self.cut.threshold)
 
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         return own(z).masked_fill(named("silu").value(z).abs() <= self.cut.threshold, 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actsparse.activations import named
 from actsparse.kernels import prepare, sparse_mlp
-from actsparse.kernels.dense import cut
+from actsparse.blocks.stages import keep_above as cut
 
 PHIS = ["silu", "gelu", "gelu_tanh", "relu"]
 FORMS = ["plain", "gate", "product"]
