@@ -9,7 +9,7 @@ figures say what a density is worth, not which density training gives.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -105,9 +105,10 @@ def arranged(name: str, density: float, dtype: str = "float32", **sizes: int) ->
     """The model called ``name``, its random weights arranged so that each block has ``density``.
 
     ``vit-b`` trains on 8 random images of 224 px, T = 1576, ``gpt2`` on 1 × 512 random ids, both
-    without dropout; ``t5-base`` writes 32 tokens after 64 random ones, and so does ``llama-135m``,
-    in a loop over a static cache, and by ``generate`` as ``llama-135m-generate``. ``sizes`` replace
-    settings of the Hugging Face config, ``batch``, ``prompt`` and ``length`` those numbers.
+    without dropout; ``t5-base`` writes 32 tokens after 64 random ones. ``llama-135m`` decodes 32
+    after 64 of a known random text, on which its density holds, in a loop over a static cache, and
+    by ``generate`` as ``llama-135m-generate``. ``sizes`` replace settings of the Hugging Face
+    config, ``batch``, ``prompt`` and ``length`` those numbers.
 
     Biases of up, or of the gate, are set to minus a quantile of z. T5 has none: there each token's
     channels have a mean of 0.25 in the residual stream, which no layer changes, and each row of up
@@ -216,9 +217,13 @@ def _t5_base(density: float, prompt: int = 64, length: int = 32, **sizes: int) -
     decoder = [block for block in subject.blocks(model) if block.name.startswith("decoder")]
     subject.mlps += [(len(encoder), prompt), (len(decoder) * length, 1)]
     arrange(encoder, density, lambda: model(**inputs))
-    _arrange_on_own_text(
-        subject, decoder, density, lambda own: model(input_ids=ids, decoder_input_ids=own)
-    )
+    before = None
+    for _ in range(PASSES):  # other thresholds may let it write another text
+        tokens = run(model)[1][:, :-1].clone()
+        if before is not None and tokens.equal(before):
+            break
+        before = tokens
+        arrange(decoder, density, partial(model, input_ids=ids, decoder_input_ids=tokens))
     return subject
 
 
@@ -230,22 +235,20 @@ def _llama_135m(
     settings = {**LLAMA_135M, **sizes}
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     model = LlamaForCausalLM(LlamaConfig(**settings, **ends)).eval()
-    ids = torch.randint(1, model.config.vocab_size, (1, prompt))
-    run = partial(_generated if by_generate else _looped, ids, length)
+    text = torch.randint(1, model.config.vocab_size, (1, prompt + length))
+    run = partial(_generated_text if by_generate else _looped, text, prompt)
+    inputs = {"input_ids": text[:, :prompt]}
     settings |= {"prompt": prompt, "length": length}
-    subject = Subject(model, {"input_ids": ids}, run, False, [], settings)
+    subject = Subject(model, inputs, run, False, [], settings)
     blocks = subject.blocks(model)
     subject.mlps += [(len(blocks), prompt), (len(blocks) * (length - 1), 1)]
-    _arrange_on_own_text(
-        subject,
-        blocks,
-        density,
-        lambda own: model(input_ids=torch.cat([ids, own[:, 1:]], 1), use_cache=False),
-    )
+    arrange(blocks, density, lambda: model(input_ids=text[:, :-1], use_cache=False))
     return subject
 
 
-def _generated(ids: Tensor, length: int, model: Any) -> tuple[Tensor, Tensor]:
+def _generated(
+    ids: Tensor, length: int, model: Any, processors: Sequence[Any] = ()
+) -> tuple[Tensor, Tensor]:
     """Logits and tokens of ``generate``, the tokens from the one before the first that is new."""
     with torch.inference_mode():
         out = model.generate(
@@ -256,38 +259,37 @@ def _generated(ids: Tensor, length: int, model: Any) -> tuple[Tensor, Tensor]:
             max_new_tokens=length,
             return_dict_in_generate=True,
             output_logits=True,
+            logits_processor=list(processors),
         )
     return torch.stack(out.logits, dim=1), out.sequences[:, -length - 1 :]
 
 
-def _looped(ids: Tensor, length: int, model: Any) -> tuple[Tensor, Tensor]:
+def _generated_text(text: Tensor, prompt: int, model: Any) -> tuple[Tensor, Tensor]:
+    """The same where ``generate`` is told each next token [1, prompt + length]."""
+
+    def told(ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, text[0, ids.shape[1]]] = float("inf")
+        return scores
+
+    logits, _ = _generated(text[:, :prompt], text.shape[1] - prompt, model, [told])
+    return logits, torch.cat([text[:, prompt - 1 : prompt], logits.argmax(-1)], dim=1)
+
+
+def _looped(text: Tensor, prompt: int, model: Any) -> tuple[Tensor, Tensor]:
     """The same by a bare loop over a static cache."""
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1] + length)
+    cache = StaticCache(config=model.config, max_cache_len=text.shape[1])
     # transformers 5.24 calls it cache, and warns of the name before
     names = inspect.signature(model.forward).parameters
     held = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
-    tokens, logits, token = [ids[:, -1:]], [], ids
+    tokens, logits, token = [text[:, prompt - 1 : prompt]], [], text[:, :prompt]
     with torch.inference_mode():
-        for _ in range(length):
+        for at in range(prompt, text.shape[1]):
             logits.append(model(input_ids=token, logits_to_keep=1, **held).logits[:, -1])
-            token = logits[-1].argmax(-1, keepdim=True)
-            tokens.append(token)
+            tokens.append(logits[-1].argmax(-1, keepdim=True))
+            token = text[:, at : at + 1]
     return torch.stack(logits, dim=1), torch.cat(tokens, dim=1)
-
-
-def _arrange_on_own_text(
-    subject: Subject, blocks: list[MLPBlock], density: float, read: Callable[[Tensor], object]
-) -> None:
-    """Arrange ``blocks`` on the text that the model writes, which ``read(tokens)`` reads again."""
-    before = None
-    for _ in range(PASSES):  # other thresholds may let it write another text
-        tokens = subject.run(subject.model)[1][:, :-1].clone()
-        if before is not None and tokens.equal(before):
-            break
-        before = tokens
-        arrange(blocks, density, partial(read, tokens))
 
 
 @torch.no_grad()

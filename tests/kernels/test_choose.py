@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actsparse.kernels import build
-from actsparse.kernels.choose import MARGIN, NEAR, ROUNDS, Trial, Trials, apart
+from actsparse.kernels.choose import MARGIN, NEAR, ROUNDS, Trial, Trials, apart, programs_of
+from actsparse.kernels.dense import has_onednn
+from actsparse.kernels.programs import Weights
 from actsparse_lab.bench.auto import bench_auto
 
 densities = st.floats(0, 1)
@@ -43,6 +45,38 @@ def test_a_long_program_is_timed_few_times() -> None:
 
     Trials(0).run("kind", 0.1, {"dense": long}, cold=False, device=torch.device("cpu"))
     assert len(calls) == 1 + ROUNDS[0]
+
+
+def test_a_trial_goes_on_until_the_fastest_is_clear_of_the_second() -> None:
+    rounds: dict[str, int] = {}
+    for name, seconds in (("near", 0.0102), ("far", 0.03)):
+        calls: list[int] = []
+
+        def dense(calls: list[int] = calls) -> None:
+            calls.append(1)
+            time.sleep(0.05)
+
+        def second(seconds: float = seconds) -> None:
+            time.sleep(seconds)
+
+        programs = {"dense": dense, "packed": lambda: time.sleep(0.01), "sparse": second}
+        Trials(0).run("kind", 0.1, programs, cold=False, device=torch.device("cpu"))
+        rounds[name] = len(calls) - 1
+    assert rounds["far"] < rounds["near"] == ROUNDS[1]
+
+
+def test_a_trial_asks_what_calls_ask() -> None:
+    asked: list[int] = []
+    weights = Weights(torch.ones(4, 2), None, torch.ones(2, 4), None)
+    x = torch.ones(3, 2)
+    programs = programs_of(
+        ["sparse", "packed"], weights, "relu", x, False, False, lambda: asked.append(1)
+    )
+    with torch.no_grad():
+        for count, name in enumerate(("dense", "packed", "sparse")):
+            if name != "packed" or has_onednn():
+                programs[name]()
+            assert len(asked) == count // 2
 
 
 @given(st.lists(densities, min_size=1, max_size=6), densities)
