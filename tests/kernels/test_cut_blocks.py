@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from actsparse import find_mlp_blocks
 from actsparse.activations import named
 from actsparse.blocks.site import site_of
-from actsparse.blocks.stages import Cut
+from actsparse.blocks.stages import Cut, keep_above
 from actsparse.kernels import Accelerated, accelerate, backends, dense
 from actsparse.kernels.choose import Trials
 from actsparse.kernels.programs import Weights, run

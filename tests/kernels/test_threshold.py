@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from actsparse.activations import named
-from actsparse.kernels import prepare, sparse_mlp
 from actsparse.blocks.stages import keep_above as cut
+from actsparse.kernels import prepare, sparse_mlp
 
 PHIS = ["silu", "gelu", "gelu_tanh", "relu"]
 FORMS = ["plain", "gate", "product"]
