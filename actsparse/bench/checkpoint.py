@@ -118,7 +118,7 @@ def _decode(model: Any, prompt: Tensor, tokens: int) -> Tensor:
     cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + tokens)
     ids, found = prompt, []
     for _ in range(tokens):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         found.append(ids)
     return torch.cat(found, 1)

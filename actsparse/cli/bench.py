@@ -224,6 +224,70 @@ def model(
         _print_trained(result) if run is not None else _print_model(result)
 
 
+@bench.command()
+def checkpoint(
+    folder: Annotated[Path, typer.Argument(help="A folder that actsparse convert wrote.")],
+    dense: Annotated[Path, typer.Option(help="The checkpoint it was made of.")],
+    prompt: Annotated[
+        str, typer.Option(help="Text to decode after.")
+    ] = "The history of the city begins in the twelfth century, when",
+    tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to decode.")] = 32,
+    prefill: Annotated[int, typer.Option(min=2, help="Number of tokens that prefill reads.")] = 512,
+    rounds: Annotated[int, typer.Option(min=3, help="Number of timed rounds.")] = 7,
+    threads: Threads = None,
+    out: Out = None,
+    json: Json = False,
+) -> None:
+    """Time a converted checkpoint: the best dense time ÷ accelerated time, decoding and prefill.
+
+    Dense is the checkpoint before conversion, in the same dtype, by the faster of its own layers
+    and accelerate(mode="dense"). Decoding is a bare greedy loop with a static cache, and generate.
+
+    Examples:
+
+      actsparse bench checkpoint my_model-sparse --dense my_model --threads 1
+    """
+    import torch
+
+    from actsparse import load
+    from actsparse.bench.checkpoint import bench_checkpoint
+    from actsparse.convert.checkpoint import load_checkpoint
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    sparse = load(folder).eval()
+    plain, tokenizer = load_checkpoint(dense)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    plain = plain.to(next(sparse.parameters()).dtype)
+    result = bench_checkpoint(plain, sparse, ids, tokens, prefill, rounds, tell)
+    if not keep_record(result, out, json):
+        _print_checkpoint(result)
+
+
+def _print_checkpoint(result: dict[str, Any]) -> None:
+    from actsparse.cli.result import table_of
+
+    rows = []
+    for work in ("decode", "generate", "prefill"):
+        found = result[work]
+        speeds = found.get("tokens_a_second", {})
+        rows.append(
+            {
+                "": work,
+                "best dense": f"{found['seconds']['dense']:.3g} s, {found['best_dense']}",
+                "dense ÷ accelerated": ratio_text(found["ratios"][0]),
+                "limit": f"{found['ratios'][1]['value']:.2f}",
+                "expected": f"{found['expected']:.2f}" if "expected" in found else "",
+                "tokens a second": f"{speeds['dense']:.1f} → {speeds['accelerated']:.1f}"
+                if speeds
+                else "",
+            }
+        )
+    Terminal().print(table_of(rows))
+    same = "the same tokens" if result["same_tokens"] else "other tokens (rounding)"
+    Terminal().print(f"accelerated decodes {same} as by the layers")
+
+
 def _print_model(result: dict[str, Any]) -> None:
     from rich.table import Table
 

@@ -1,0 +1,51 @@
+"""A converted checkpoint is timed beside the dense one, and decodes the same tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from typer.testing import CliRunner
+
+from actsparse import DropSmall, set_thresholds, sparsify
+from actsparse.bench.checkpoint import bench_checkpoint
+from actsparse.cli.main import app
+from actsparse.convert.checkpoint import write_checkpoint
+from tests.convert.checkpoints import plain, tokenizer
+
+
+def converted(folder: Path) -> tuple[Path, Path]:
+    dense, sparse = plain("swiglu").eval(), plain("swiglu").eval()
+    dense.save_pretrained(folder / "dense")
+    tokenizer().save_pretrained(folder / "dense")
+    handle = sparsify(sparse, DropSmall(), inputs=torch.arange(8)[None])
+    set_thresholds(sparse, {b.name: torch.full((b.d_hidden,), 1e-3) for b in handle.blocks})
+    write_checkpoint(folder / "sparse", sparse, tokenizer(), {}, "a card")
+    return folder / "dense", folder / "sparse"
+
+
+def test_the_command_prints_and_keeps_what_it_timed(tmp_path: Path) -> None:
+    dense, sparse = converted(tmp_path)
+    words = ["bench", "checkpoint", str(sparse), "--dense", str(dense), "--tokens", "3"]
+    words += ["--prefill", "16", "--rounds", "3", "--out", str(tmp_path / "record.json")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    for said in ("decode", "generate", "prefill", "the same tokens", "expected"):
+        assert said in done.stdout
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["same_tokens"]
+    assert record["decode"]["ratios"][1]["to"] == "without MLPs"
+    for work in ("decode", "generate", "prefill"):
+        assert min(record[work]["seconds"].values()) > 0
+
+
+def test_models_are_as_before(tmp_path: Path) -> None:
+    dense, sparse = plain("gelu").eval(), plain("gelu").eval()
+    ids = torch.arange(6)[None]
+    sparsify(sparse, DropSmall(), inputs=ids)
+    with torch.no_grad():
+        before = dense(ids).logits, sparse(ids).logits
+        bench_checkpoint(dense, sparse, ids, tokens=2, prefill=8, rounds=3)
+        assert torch.equal(dense(ids).logits, before[0])
+        assert torch.equal(sparse(ids).logits, before[1])
