@@ -55,8 +55,10 @@ def test_the_cost_of_measures_is_the_record() -> None:
 
 MLPS = ["mlp-1-thread", "mlp-bfloat16", "mlp-2-threads", "mlp-zipf", "mlp-d-2048", "mlp-jsrelu"]
 MODELS = [
-    f"model-{name}{dtype}" for name in ("vit-b", "gpt2", "t5-base") for dtype in ("", "-bfloat16")
-] + ["model-llama-135m"]
+    f"model-{name}{dtype}"
+    for name in ("vit-b", "gpt2", "t5-base", "llama-135m")
+    for dtype in ("", "-bfloat16")
+]
 
 
 def record(name: str) -> dict[str, Any]:
