@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actsparse import find_mlp_blocks
 from actsparse.bench.model import CUT, amdahl, cut_out
 from actsparse.bench.timing import interleaved, ratio
+from actsparse.blocks.block import Blocks
 from actsparse.kernels import accelerate, build
+from actsparse.modify.drop_small import dropping_blocks
 
 DENSE = ("layers", "dense programs")
 WORK = ("decode", "generate", "prefill")
@@ -51,7 +53,7 @@ def bench_checkpoint(
         of the decode loop, what the blocks' own gain lets expect by Amdahl; ``same_tokens``:
         whether the accelerated model decodes what the same model decodes by its layers.
     """
-    blocks = find_mlp_blocks(dense, prompt)
+    blocks, thresholded = find_mlp_blocks(dense, prompt), dropping_blocks(sparse)
     models = {"layers": dense, "dense programs": copy.deepcopy(dense), CUT: copy.deepcopy(dense)}
     accelerate(models["dense programs"], inputs=prompt, mode="dense")
     cut_out(models[CUT], prompt)
@@ -74,8 +76,8 @@ def bench_checkpoint(
         result[work] = _found(times, tokens if work != "prefill" else None)
     result["same_tokens"] = bool(torch.equal(_decode(sparse, prompt, tokens), by_layers))
     result["ran"] = handle.lines()
+    result["decode"]["expected"] = _expected(result["decode"], blocks, thresholded)
     handle.remove()
-    result["decode"]["expected"] = _expected(result["decode"], dense, sparse, prompt)
     return result | {
         "tokens": tokens, "prompt": prompt.shape[1], "prefill_tokens": prefill, "rounds": rounds,
         "dtype": str(next(dense.parameters()).dtype).removeprefix("torch."),
@@ -97,14 +99,17 @@ def _found(times: dict[str, list[float]], tokens: int | None) -> dict[str, Any]:
     return found
 
 
-def _expected(found: dict[str, Any], dense: nn.Module, sparse: nn.Module, prompt: Tensor) -> float:
-    """Amdahl's gain of the decode loop, by the time of the first block alone at one token."""
-    first = [find_mlp_blocks(model, prompt)[0] for model in (dense, sparse)]
-    dense_mlp, sparse_mlp = (each.path[each.around - 1] for each in first)
-    x = torch.randn(1, 1, first[0].d_model, dtype=next(dense.parameters()).dtype)
+def _expected(found: dict[str, Any], dense: Blocks, sparse: Blocks) -> float:
+    """Amdahl's gain of the decode loop, by all blocks one after another at one token."""
+    weight = dense[0].up.weight
+    x = torch.randn(1, 1, dense[0].d_model, dtype=weight.dtype, device=weight.device)
+
+    def in_turn(blocks: Blocks) -> Callable[[], object]:  # so that no cache holds the next one
+        modules = [block.path[block.around - 1] for block in blocks]
+        return lambda: [module(x) for module in modules]
+
     with torch.inference_mode():
-        times = interleaved({"dense": partial(dense_mlp, x), "sparse": partial(sparse_mlp, x)}, 21)
-    del x
+        times = interleaved({"dense": in_turn(dense), "sparse": in_turn(sparse)}, 21)
     gain = statistics.median(times["dense"]) / statistics.median(times["sparse"])
     share = 1 - found["seconds"][CUT] / found["seconds"]["dense"]
     return amdahl(share, gain)

@@ -330,7 +330,10 @@ class SparseRun:
 def _unfit_call(site: Site, x: Tensor, up: Layer) -> str | None:
     """Why this call is for the layers, or None."""
     if site.needs_layers:
-        return "what is attached reads or changes the hidden layer"
+        return (
+            "what is attached reads or changes the hidden layer (an open session of observe, until "
+            "its close(), or a penalty in training)"
+        )
     if site.function is None and site.cut is None:
         return "its φ is being mixed, or has no name"
     weight, dtype = up.weight, _dtype_of(x)

@@ -88,7 +88,9 @@ def options_of(measures: Names, known: Iterable[str]) -> dict[str, dict[str, Any
     given = measures if isinstance(measures, Mapping) else {name: {} for name in measures}
     for name in given:
         if name not in (names := sorted(known)):
-            raise ValueError(f"unknown measure {name!r}; known: {', '.join(names)}")
+            columns = {key: at for at, m in MEASURES.items() for key, _ in m.columns.values()}
+            hint = f" ({name} is a column of {columns[name]})" if name in columns else ""
+            raise ValueError(f"unknown measure {name!r}{hint}; known: {', '.join(names)}")
         if not isinstance(given[name], Mapping):
             raise ValueError(f"{name} has options {given[name]!r}; expected a mapping")
     return {name: dict(options) for name, options in given.items()}

@@ -321,6 +321,7 @@ def never(model: nn.Module, batch: Batch) -> Batch:
     ("changes", "said"),
     [
         ({"measures": ["flatnes"]}, "unknown measure 'flatnes'; known: covering, density, flatn"),
+        ({"measures": ["derivative_density"]}, "(derivative_density is a column of density)"),
         ({"measures": []}, "measures is empty; known: covering, density"),
         ({"labels": "foo"}, """labels must be "data" or "model", got 'foo'"""),
         ({"reduction": "foo"}, """reduction must be "mean" or "sum" over positions, got 'foo'"""),
