@@ -53,15 +53,15 @@ def bench_checkpoint(
         of the decode loop, what the blocks' own gain lets expect by Amdahl; ``same_tokens``:
         whether the accelerated model decodes what the same model decodes by its layers.
     """
-    blocks, thresholded = find_mlp_blocks(dense, prompt), dropping_blocks(sparse)
     models = {"layers": dense, "dense programs": copy.deepcopy(dense), CUT: copy.deepcopy(dense)}
-    accelerate(models["dense programs"], inputs=prompt, mode="dense")
+    blocks = {name: find_mlp_blocks(models[name], prompt) for name in DENSE}
+    accelerate(models["dense programs"], blocks=blocks["dense programs"], mode="dense")
     cut_out(models[CUT], prompt)
     by_layers = _decode(sparse, prompt, tokens)
     handle = accelerate(sparse, inputs=prompt)
     models["accelerated"] = sparse
     long = prompt.repeat(1, -(-prefill // prompt.shape[1]))[:, :prefill]
-    result: dict[str, Any] = {"benchmark": "checkpoint", "blocks": len(blocks)}
+    result: dict[str, Any] = {"benchmark": "checkpoint", "blocks": len(blocks["layers"])}
     for work, run in zip(
         WORK,
         (
@@ -76,7 +76,8 @@ def bench_checkpoint(
         result[work] = _found(times, tokens if work != "prefill" else None)
     result["same_tokens"] = bool(torch.equal(_decode(sparse, prompt, tokens), by_layers))
     result["ran"] = handle.lines()
-    result["decode"]["expected"] = _expected(result["decode"], blocks, thresholded)
+    best = blocks[result["decode"]["best_dense"]]
+    result["decode"]["expected"] = _expected(result["decode"], best, dropping_blocks(sparse))
     handle.remove()
     return result | {
         "tokens": tokens, "prompt": prompt.shape[1], "prefill_tokens": prefill, "rounds": rounds,
