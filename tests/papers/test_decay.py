@@ -39,7 +39,7 @@ def test_the_full_form_asks_of_sums_that_the_quick_one_does_not_train() -> None:
     quick, full = (words(world(), whole) for whole in (False, True))
     assert set(quick) < set(full)
     assert all(any(f"= {total}:" in text for total in QUICK) for text in quick)
-    assert [sum(f"= {at}:" in text for text in full) for at in LEVELS] == [4, 7, 7, 7]
+    assert [sum(f"= {at}:" in text for text in full) for at in LEVELS] == [4, 7, 4]
 
 
 def test_planted_claims_hold_and_their_reversal_does_not() -> None:
@@ -54,6 +54,5 @@ def test_an_effect_by_hand() -> None:
     assert first.effects[3] == pytest.approx(math.log(0.1 * 1.03 / 0.3))
 
 
-def test_pictures() -> None:
-    for picture in (plot.over_decay, plot.parts):
-        assert_drawn(picture, world(seeds=2))
+def test_a_picture() -> None:
+    assert_drawn(plot.over_decay, world(seeds=2))

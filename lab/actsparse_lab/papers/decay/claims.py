@@ -16,7 +16,7 @@ from dataclasses import replace
 from actsparse_lab.analysis.findings import Asked
 from actsparse_lab.papers.questions import quality_kept, sparser
 
-LEVELS = (2, 8, 30, 80)  # Σ lr·decay
+LEVELS = (2, 8, 30)  # Σ lr·decay
 QUICK = LEVELS[:2]
 PARTS = ("bias", "floor", "jsrelu")
 CONTROL = "vanilla-no-1d-decay"
@@ -34,7 +34,7 @@ def arm(name: str, total: int) -> str:
 
 def parts_at(total: int) -> tuple[str, ...]:
     """The parts of the recipe that the full form trains alone at a sum."""
-    return () if total == LEVELS[0] else PARTS
+    return PARTS if total == 8 else ()
 
 
 def _asked(total: int) -> dict[str, Asked]:
