@@ -130,7 +130,7 @@ browser:
 # come first in the process, and the build before them. Memory that nobody wrote is NaN.
 .PHONY: sanitize
 SOAK ?= 120
-SANITIZED := hostile_calls soak products row_norms screen masks exactness mlp
+SANITIZED := hostile_calls soak products row_norms screen masks exactness mlp threshold cut_blocks at_once
 
 sanitize: $(VENV)/.dev  ## kernel tests and a soak under ASan and UBSan (g++); SOAK=120 seconds
 	@export ACTSPARSE_SANITIZE=1 ACTSPARSE_SOAK=$(SOAK) OMP_WAIT_POLICY=passive; \
