@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -73,9 +73,9 @@ def read_documents(files: Iterable[str | Path]) -> list[str]:
         check_regular(file)
         try:
             with (
-                lzma.open(file, "rt", encoding="utf-8")
+                lzma.open(file, "rt", encoding="utf-8-sig")
                 if file.suffix == ".xz"
-                else open(file, encoding="utf-8") as stream
+                else open(file, encoding="utf-8-sig") as stream
             ):
                 found += _lines(file, stream) if ".jsonl" in file.suffixes else _articles(stream)
         except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
@@ -84,6 +84,32 @@ def read_documents(files: Iterable[str | Path]) -> list[str]:
     if not kept:
         raise BadValue(f"no text in {', '.join(map(str, files)) or 'no files'}")
     return kept
+
+
+def read_texts(files: Iterable[Path], taken: Collection[str] = ()) -> dict[str, list[str]]:
+    """Read each file as a text of its own.
+
+    Args:
+        files: their paths.
+        taken: names that other texts have.
+
+    Returns:
+        The documents by the name of the text. It is the name of the file without endings, or the
+        whole path where two texts would have one name.
+
+    Raises:
+        ValueError: as :func:`read_documents`, or a file given twice.
+        OSError: a file that cannot be opened.
+    """
+    files = list(files)
+    short = [file.name.split(".")[0] for file in files]
+    found: dict[str, list[str]] = {}
+    for file, name in zip(files, short, strict=True):
+        name = name if name and short.count(name) == 1 and name not in taken else str(file)
+        if name in found or name in taken:
+            raise BadValue(f"{file} is given twice, or has the name of another text")
+        found[name] = read_documents([file])
+    return found
 
 
 def _lines(file: Path, stream: IO[str]) -> Iterator[str]:
