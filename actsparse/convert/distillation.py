@@ -158,7 +158,9 @@ def distil(
             ids, there = next(batches)
             calibration.put(how.share_at(step))
             if step in fresh and step:
-                calibration.blocks.update(calibrate(student, [ids], logits_of, dense=False).blocks)
+                pieces = [row[held][None] for row, held in zip(ids, there, strict=True)]
+                seen = calibrate(student, pieces, logits_of, dense=False)
+                calibration.blocks.update(seen.blocks)
                 calibration.put(how.share_at(step))
             for group in optimizer.param_groups:
                 group["lr"] = how.lr_at(step)

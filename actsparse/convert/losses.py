@@ -64,20 +64,19 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def batches_of(windows: Windows, size: int = PASS) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Windows of like length together: their numbers, ids [B, T] and where there are ids [B, T].
+def batches_of(windows: Windows, size: int = PASS) -> Iterator[tuple[list[int], Tensor]]:
+    """Windows of one length together: their numbers, and ids [B, T].
 
-    Short ones are filled up at their end, which a causal model cannot see from before.
+    Nothing is filled up, since what measures the model would count it.
     """
-    order = sorted(range(len(windows.ids)), key=lambda index: len(windows.ids[index]))
-    while order:
-        longest = len(windows.ids[order[-1]])
-        taken = order[-max(1, size // longest) :]
-        del order[-len(taken) :]
-        pieces = [windows.ids[index] for index in taken]
-        ids = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        yield taken, ids, torch.arange(ids.shape[1]) < lengths[:, None]
+    lengths: dict[int, list[int]] = {}
+    for number, ids in enumerate(windows.ids):
+        lengths.setdefault(len(ids), []).append(number)
+    for length in sorted(lengths, reverse=True):
+        numbers, many = lengths[length], max(1, size // length)
+        for start in range(0, len(numbers), many):
+            taken = numbers[start : start + many]
+            yield taken, torch.stack([windows.ids[number] for number in taken])
 
 
 class Losses(NamedTuple):
@@ -122,21 +121,21 @@ def document_losses(
     sums = torch.zeros(len(models), len(numbers), dtype=torch.float64)
     counts = torch.zeros(len(numbers), dtype=torch.float64)
     same = read = 0
-    for taken, ids, there in batches_of(windows, size):
+    for taken, ids in batches_of(windows, size):
         place = torch.tensor([numbers[windows.document[index]] for index in taken])
-        counts.index_add_(0, place, there[:, 1:].sum(1).double())
+        counts.index_add_(0, place, torch.full(place.shape, ids.shape[1] - 1.0).double())
         most: list[Tensor] = []
         for row, model in enumerate(models):
             logits = logits_of(model, ids)
             loss = _loss_of(logits, ids.to(logits.device)).cpu()
-            sums[row].index_add_(0, place, torch.where(there[:, 1:], loss, 0).double().sum(1))
+            sums[row].index_add_(0, place, loss.double().sum(1))
             if len(models) > 1:
                 most.append(logits.argmax(-1).cpu())
-        alike = [(each == most[0]) & there for each in most[1:]]
-        same += int(torch.stack(alike).all(0).sum()) if alike else int(there.sum())
-        read += int(there.sum())
+        alike = [each == most[0] for each in most[1:]]
+        same += int(torch.stack(alike).all(0).sum()) if alike else ids.numel()
+        read += ids.numel()
         if progress is not None:
-            progress(int(there.sum()))
+            progress(ids.numel())
     if not bool(sums.isfinite().all()):
         raise ValueError("the model's loss on this text is not finite")
     return Losses(sums, counts, same / read)

@@ -51,6 +51,24 @@ def test_losses_are_those_of_each_window_alone() -> None:
     assert windows.tokens == int(counts.sum())
 
 
+def test_density_counts_the_tokens_of_the_text_alone() -> None:
+    model, windows = plain("swiglu").eval(), some_windows()
+    handle = sparsify(model, DropSmall(), inputs=windows.ids[0][None])
+    calibrate(model, [ids[None] for ids in windows.ids]).put(0.5)
+    kept: list[Tensor] = []
+    for block in handle.blocks:
+        block.down.module.register_forward_pre_hook(
+            lambda module, args: kept.append((args[0] != 0).flatten())
+        )
+    judgement, _ = judge(model, windows, "x")
+    together = judgement.density
+    kept.clear()
+    with torch.no_grad():
+        for ids in windows.ids:
+            model(ids[None])
+    assert together == pytest.approx(float(torch.cat(kept).double().mean()), abs=1e-12)
+
+
 def test_losses_refuse_ids_beyond_the_vocabulary_and_nan() -> None:
     model = plain("gelu").eval()
 
