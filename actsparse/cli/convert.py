@@ -84,6 +84,7 @@ def convert(
         check_place,
         check_space,
         encoder,
+        first_of,
         load_checkpoint,
         write_checkpoint,
     )
@@ -112,8 +113,11 @@ def convert(
     model, tokenizer = load_checkpoint(checkpoint)
 
     encode = encoder(tokenizer)
-    split = Split.of(windows_of(documents, encode, window), eval_tokens)
-    more = {name: windows_of(each, encode, window, eval_tokens) for name, each in others.items()}
+    first = first_of(tokenizer)
+    split = Split.of(windows_of(documents, encode, window, first=first), eval_tokens)
+    more = {
+        name: windows_of(each, encode, window, eval_tokens, first) for name, each in others.items()
+    }
     parts = {"train": split.train, "validation": split.validation, "test": split.test, **more}
     for name, windows in parts.items():
         log.print(f"{name}: {windows.documents} documents, {windows.tokens:,} tokens")

@@ -40,7 +40,7 @@ def judge(
     from actsparse.cli.progress import Progressing
     from actsparse.cli.result import table_of
     from actsparse.convert.card import judged_row
-    from actsparse.convert.checkpoint import encoder, load_checkpoint, tokenizer_of
+    from actsparse.convert.checkpoint import encoder, first_of, load_checkpoint, tokenizer_of
     from actsparse.convert.judgement import check_same
     from actsparse.convert.judgement import judge as judge_model
     from actsparse.convert.text import read_texts, windows_of
@@ -51,7 +51,8 @@ def judge(
     if not (folder / SIDECAR).is_file():
         raise ValueError(f"{folder} has no {SIDECAR}: expected a folder of actsparse convert")
     documents = read_texts(text)
-    encode = encoder(tokenizer_of(folder))
+    tokenizer = tokenizer_of(folder)
+    encode, first = encoder(tokenizer), first_of(tokenizer)
     model = load(folder).eval()
     plain = None
     if dense is not None:
@@ -60,7 +61,7 @@ def judge(
     found = []
     with Progressing(Terminal(stderr=True), "tokens") as told:
         for name, each in documents.items():
-            windows = windows_of(each, encode, window, eval_tokens)
+            windows = windows_of(each, encode, window, eval_tokens, first)
             read = 0
 
             def more(count: int, name: str = name, total: int = windows.tokens) -> None:

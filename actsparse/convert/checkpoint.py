@@ -95,6 +95,19 @@ def encoder(tokenizer: Any) -> Encode:
     return lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 
+def first_of(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer begins a text with, if any; each window begins with it.
+
+    Args:
+        tokenizer: of transformers.
+
+    Returns:
+        One id, or none.
+    """
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and encoder(tokenizer)("a")[:1] == [begin] else []
+
+
 def _gguf(path: Path) -> tuple[Any, Any]:
     """The model of a GGUF file, dequantised into a plain one."""
     transformers = needed("transformers", "a GGUF checkpoint")

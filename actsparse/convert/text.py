@@ -133,7 +133,11 @@ def _articles(stream: IO[str]) -> list[str]:
 
 
 def windows_of(
-    documents: Iterable[str], encode: Encode, window: int, tokens: int | None = None
+    documents: Iterable[str],
+    encode: Encode,
+    window: int,
+    tokens: int | None = None,
+    first: Sequence[int] = (),
 ) -> Windows:
     """Cut documents into windows of at most ``window`` tokens.
 
@@ -142,6 +146,8 @@ def windows_of(
         encode: gives the token ids of a text.
         window: the most tokens of a window, at least 2.
         tokens: stop after so many; None: take all.
+        first: what each window begins with, such as a token for the beginning of text, without
+            which some models predict badly; documents may begin with it already.
 
     Returns:
         The windows. A rest of a single token is left out.
@@ -153,11 +159,16 @@ def windows_of(
     [tensor([0, 1, 2]), tensor([3, 4])]
     """
     made = Windows([], [])
-    left = tokens
+    left, lead = tokens, torch.tensor(list(first), dtype=torch.int64)
+    if window <= len(lead):
+        raise BadValue(f"window={window}: expected more than the {len(lead)} tokens of first")
     for number, text in enumerate(documents):
         ids = torch.tensor(list(encode(text)), dtype=torch.int64)
+        if len(lead) and torch.equal(ids[: len(lead)], lead):
+            ids = ids[len(lead) :]
         ids = ids if left is None else ids[:left]
-        for piece in ids.split(window):
+        for rest in ids.split(window - len(lead)):
+            piece = torch.cat([lead, rest])
             if len(piece) > 1:
                 made.ids.append(piece)
                 made.document.append(number)
