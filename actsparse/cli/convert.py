@@ -19,7 +19,8 @@ def convert(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     budget: Annotated[
-        str, typer.Option(help="How much perplexity may be lost, of the dense model's.")
+        str,
+        typer.Option(help="By how much perplexity may rise: 3% is 1.03 times the dense model's."),
     ] = "3%",
     form: Annotated[
         str,
@@ -127,22 +128,27 @@ def convert(
     if count:
         log.print(f"distillation keeps about {22 * size / 1e9:.1f} GB in memory")
     check_space(out, size * (getattr(torch, dtype).itemsize + (24 if count else 0)))
-    with alone(out.resolve()), Progressing(log, "steps") as told:
-        done = convert_model(
-            model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
-            share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
-            lr=lr, folder=keep if count else None, told=told,
-        )  # fmt: skip
-        done.extra = {
-            "source": checkpoint.name,
-            "text": {name: [w.documents, w.tokens] for name, w in parts.items()},
-            "window": window,
-            **environment(torch.get_num_threads()),
-        }
-        record = done.to_json()
-        write_checkpoint(out, done.model, tokenizer, record, card_of(done, checkpoint.name))
-        if count:
-            forget_state(keep)
+    try:
+        with alone(out.resolve()), Progressing(log, "steps") as told:
+            done = convert_model(
+                model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
+                share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
+                lr=lr, folder=keep if count else None, told=told,
+            )  # fmt: skip
+            done.extra = {
+                "source": checkpoint.name,
+                "text": {name: [w.documents, w.tokens] for name, w in parts.items()},
+                "window": window,
+                **environment(torch.get_num_threads()),
+            }
+            record = done.to_json()
+            write_checkpoint(out, done.model, tokenizer, record, card_of(done, checkpoint.name))
+            if count:
+                forget_state(keep)
+    except BaseException:
+        if count and keep.is_dir():
+            log.print(f"{keep} holds the distillation so far; the same command goes on with it")
+        raise
     for each in done.left_out:
         log.print(f"left as they were: {each}", soft_wrap=True)
     if json:

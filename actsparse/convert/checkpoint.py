@@ -73,6 +73,7 @@ def tokenizer_of(folder: Path, **how: Any) -> Any:
         ValueError: there is none, or it cannot be loaded.
     """
     transformers = needed("transformers", "a tokenizer")
+    transformers.logging.disable_progress_bar()
     if not how and not any((folder / name).is_file() for name in _OWN if "tokenizer" in name):
         raise BadValue(f"{folder} holds no tokenizer (tokenizer.json, or tokenizer.model)")
     try:
