@@ -93,6 +93,32 @@ def beside(target: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a place for this process as long as the block runs; it ends with the process.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
+    try:
+        with suppress(ModuleNotFoundError):  # no locks there
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    except BlockingIOError as error:
+        raise FileExistsError(
+            f"another process writes {path}: wait for it, or give another place"
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
 def sweep(target: Path) -> None:
     """Take away what dead processes left beside ``target``, and put back what they had moved."""
     left = re.compile(re.escape(f".{target.name}.") + r"[0-9a-f]{12}\.tmp")

@@ -19,7 +19,8 @@ def convert(
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     budget: Annotated[
-        str, typer.Option(help="How much perplexity may be lost, of the dense model's.")
+        str,
+        typer.Option(help="By how much perplexity may rise: 3% is 1.03 times the dense model's."),
     ] = "3%",
     form: Annotated[
         str,
@@ -54,7 +55,7 @@ def convert(
         float, typer.Option(help="Probability with which the certificate may be wrong.")
     ] = 0.1,
     eval_tokens: Annotated[
-        int, typer.Option(help="Test text has at most about so many tokens.")
+        int, typer.Option(help="Test text has at most about so many tokens.", min=2)
     ] = 100_000,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -82,54 +83,74 @@ def convert(
     from actsparse.convert.card import card_of, rows_of
     from actsparse.convert.checkpoint import (
         check_place,
+        check_space,
         encoder,
+        first_of,
         load_checkpoint,
         write_checkpoint,
     )
-    from actsparse.convert.pipeline import Split
+    from actsparse.convert.distillation import check_state, forget_state
+    from actsparse.convert.pipeline import DTYPES, Split, check_settings
     from actsparse.convert.pipeline import convert as convert_model
-    from actsparse.convert.share import nats
-    from actsparse.convert.text import read_documents, windows_of
+    from actsparse.convert.text import read_documents, read_texts, windows_of
     from actsparse.environment import environment
+    from actsparse.files import alone
     from actsparse.terminal import Terminal
 
     log = Terminal(stderr=True)
     share_of_perplexity, count = percentage(budget), number(tokens)
-    nats(share_of_perplexity)
-    if form not in ("gate", "product"):
-        raise ValueError(f"--form {form}: expected gate or product")
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"--dtype {dtype}: expected bfloat16 or float32")
-    check_place(out)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
+    check_settings(
+        budget=share_of_perplexity, form=form, tokens=count, share=share, minutes=minutes,
+        dtype=getattr(torch, dtype), delta=delta, lr=lr,
+    )  # fmt: skip
+    check_place(out, checkpoint)
+    keep = out.with_name(f"{out.name}.distilling")
+    if count:
+        check_state(keep)
     documents = read_documents(text)
-    others = {each.stem: read_documents([each]) for each in also or []}
+    others = read_texts(also or [], taken=("train", "validation", "test"))
     model, tokenizer = load_checkpoint(checkpoint)
 
     encode = encoder(tokenizer)
-    split = Split.of(windows_of(documents, encode, window), eval_tokens)
-    more = {name: windows_of(each, encode, window, eval_tokens) for name, each in others.items()}
+    first = first_of(tokenizer)
+    split = Split.of(windows_of(documents, encode, window, first=first), eval_tokens)
+    more = {
+        name: windows_of(each, encode, window, eval_tokens, first) for name, each in others.items()
+    }
     parts = {"train": split.train, "validation": split.validation, "test": split.test, **more}
     for name, windows in parts.items():
         log.print(f"{name}: {windows.documents} documents, {windows.tokens:,} tokens")
+    if split.pieces:
+        log.print("fewer than ten documents: windows stand for documents, also in the certificate")
     size = sum(parameter.numel() for parameter in model.parameters())
     if count:
         log.print(f"distillation keeps about {22 * size / 1e9:.1f} GB in memory")
-    keep = out.with_name(f"{out.name}.distilling")
-    with Progressing(log, "steps") as told:
-        done = convert_model(
-            model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
-            share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
-            lr=lr, folder=keep if count else None, told=told,
-        )  # fmt: skip
-    done.extra = {
-        "source": checkpoint.name,
-        "text": {name: [w.documents, w.tokens] for name, w in parts.items()},
-        "window": window,
-        **environment(torch.get_num_threads()),
-    }
-    record = done.to_json()
-    write_checkpoint(out, done.model, tokenizer, record, card_of(done, checkpoint.name))
-    forget(keep)
+    check_space(out, size * (getattr(torch, dtype).itemsize + (24 if count else 0)))
+    try:
+        with alone(out.resolve()), Progressing(log, "steps") as told:
+            done = convert_model(
+                model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
+                share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
+                lr=lr, folder=keep if count else None, told=told,
+            )  # fmt: skip
+            done.extra = {
+                "source": checkpoint.name,
+                "text": {name: [w.documents, w.tokens] for name, w in parts.items()},
+                "window": window,
+                **environment(torch.get_num_threads()),
+            }
+            record = done.to_json()
+            write_checkpoint(out, done.model, tokenizer, record, card_of(done, checkpoint.name))
+            if count:
+                forget_state(keep)
+    except BaseException:
+        if count and keep.is_dir():
+            log.print(f"{keep} holds the distillation so far; the same command goes on with it")
+        raise
+    for each in done.left_out:
+        log.print(f"left as they were: {each}", soft_wrap=True)
     if json:
         typer.echo(dumps(record, indent=1, allow_nan=False))
         return
@@ -168,10 +189,3 @@ def number(text: str) -> int:
     if not (found >= 0 and found == int(found)):
         raise ValueError(f"{text!r}: expected a number of tokens, as 2M, 300k or 5000")
     return int(found)
-
-
-def forget(folder: Path) -> None:
-    """Take away the kept state of a distillation that has ended."""
-    from shutil import rmtree
-
-    rmtree(folder, ignore_errors=True)

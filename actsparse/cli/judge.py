@@ -20,7 +20,7 @@ def judge(
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
     eval_tokens: Annotated[
-        int, typer.Option(help="Judge on at most so many tokens of each text.")
+        int, typer.Option(help="Judge on at most so many tokens of each text.", min=2)
     ] = 100_000,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -40,22 +40,28 @@ def judge(
     from actsparse.cli.progress import Progressing
     from actsparse.cli.result import table_of
     from actsparse.convert.card import judged_row
-    from actsparse.convert.checkpoint import encoder, load_checkpoint, tokenizer_of
+    from actsparse.convert.checkpoint import encoder, first_of, load_checkpoint, tokenizer_of
+    from actsparse.convert.judgement import check_same
     from actsparse.convert.judgement import judge as judge_model
-    from actsparse.convert.text import read_documents, windows_of
+    from actsparse.convert.text import read_texts, windows_of
     from actsparse.environment import environment
+    from actsparse.modify.sidecar import SIDECAR
     from actsparse.terminal import Terminal
 
-    documents = {each.stem: read_documents([each]) for each in text}
-    encode = encoder(tokenizer_of(folder))
+    if not (folder / SIDECAR).is_file():
+        raise ValueError(f"{folder} has no {SIDECAR}: expected a folder of actsparse convert")
+    documents = read_texts(text)
+    tokenizer = tokenizer_of(folder)
+    encode, first = encoder(tokenizer), first_of(tokenizer)
     model = load(folder).eval()
     plain = None
     if dense is not None:
         plain = load_checkpoint(dense)[0].to(next(model.parameters()).dtype)
+        check_same(model, plain)
     found = []
     with Progressing(Terminal(stderr=True), "tokens") as told:
         for name, each in documents.items():
-            windows = windows_of(each, encode, window, eval_tokens)
+            windows = windows_of(each, encode, window, eval_tokens, first)
             read = 0
 
             def more(count: int, name: str = name, total: int = windows.tokens) -> None:

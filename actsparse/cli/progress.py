@@ -60,7 +60,7 @@ class Progressing:
         if name not in self._tasks:
             self._tasks[name] = self._bar.add_task(name, total=total)
             self._lefts[name], self._said[name] = TimeLeft(), time.monotonic()
-            self._line(f"{name}: {total} {self._unit}")
+            self._line(f"{name}: {total} {self._unit}" if total > 1 else name)
         self._bar.update(self._tasks[name], completed=done)
         if time.monotonic() - self._said[name] > QUIET and done < total:
             self._said[name] = time.monotonic()

@@ -35,8 +35,10 @@ def judged_row(judgement: dict[str, Any]) -> dict[str, str]:
         "perplexity": f"{judgement['perplexity']:.2f}",
     }
     if judgement["excess"] is not None:
-        low, high = judgement["interval"] or (float("nan"), float("nan"))
-        row["excess nats a token"] = f"{judgement['excess']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        row["excess nats a token"] = f"{judgement['excess']:+.4f}"
+        if judgement["interval"] is not None:
+            low, high = judgement["interval"]
+            row["excess nats a token"] += f" [{low:+.4f}, {high:+.4f}]"
         row["same best token"] = f"{judgement['agreement']:.1%}"
     row["active units"] = f"{judgement['density']:.1%}"
     row["MLP bytes read"] = f"{judgement['bytes_read']:.1%}"
@@ -79,6 +81,13 @@ def card_of(conversion: Conversion, source: str) -> str:
         for choice in [conversion.choice]
         for share, loss in choice.seen
     ]
+    kind = "It speaks of new documents of that kind."
+    if conversion.pieces:
+        kind = (
+            "The text had fewer than ten documents, so windows of them stand for documents: it "
+            "speaks of other windows of these documents."
+        )
+    left = "".join(f"\nBlocks left as they were: {each}.\n" for each in conversion.left_out)
     return f"""---
 library_name: actsparse
 ---
@@ -91,9 +100,8 @@ not above the unit's threshold. Distillation on the dense model's logits: {train
 
 {markdown(rows_of(conversion))}
 
-The certificate, on the test text: {conversion.certificate}. It speaks of new documents of that
-kind.
-
+The certificate, on the test text: {conversion.certificate}. {kind}
+{left}
 Shares of activations looked at on validation text:
 
 {markdown(points)}

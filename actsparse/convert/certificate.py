@@ -86,8 +86,7 @@ def certify(excess: Tensor, budget: float, delta: float = 0.1) -> Certificate:
     """
     if not bool(excess.isfinite().all()):
         raise ValueError("an excess loss is not finite")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta={delta!r}: expected a probability between 0 and 1")
+    check_delta(delta)
     if not budget > 0:
         raise ValueError(f"budget={budget!r}: expected nats above 0")
     clip = CLIP * budget
@@ -97,6 +96,16 @@ def certify(excess: Tensor, budget: float, delta: float = 0.1) -> Certificate:
     mean = float(clipped.mean()) if len(excess) else 0.0
     count = int((excess.abs() > clip).sum())
     return Certificate(budget, delta, len(excess), mean, p_value, count)
+
+
+def check_delta(delta: float) -> None:
+    """Refuse a probability of being wrong that is not between 0 and 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta={delta!r}: expected a probability between 0 and 1")
 
 
 def _p_value(losses: Sequence[float], m: float, delta: float) -> float:

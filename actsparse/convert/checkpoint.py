@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def load_checkpoint(path: Path) -> tuple[Any, Any]:
         ValueError: it cannot be loaded, is no causal language model, has no tokenizer, or the
             tokenizer has more tokens than the model's vocabulary.
     """
+    if (path / SIDECAR).is_file():
+        raise BadValue(f"{path} was converted already: give the checkpoint that it was made of")
     if path.suffix == ".gguf":
         model, tokenizer = _gguf(path)
     else:
@@ -70,6 +73,7 @@ def tokenizer_of(folder: Path, **how: Any) -> Any:
         ValueError: there is none, or it cannot be loaded.
     """
     transformers = needed("transformers", "a tokenizer")
+    transformers.logging.disable_progress_bar()
     if not how and not any((folder / name).is_file() for name in _OWN if "tokenizer" in name):
         raise BadValue(f"{folder} holds no tokenizer (tokenizer.json, or tokenizer.model)")
     try:
@@ -90,6 +94,19 @@ def encoder(tokenizer: Any) -> Encode:
         A function from text to ids, with the special tokens that the tokenizer adds.
     """
     return lambda text: tokenizer(text, verbose=False)["input_ids"]
+
+
+def first_of(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer begins a text with, if any; each window begins with it.
+
+    Args:
+        tokenizer: of transformers.
+
+    Returns:
+        One id, or none.
+    """
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and encoder(tokenizer)("a")[:1] == [begin] else []
 
 
 def _gguf(path: Path) -> tuple[Any, Any]:
@@ -116,16 +133,55 @@ def _gguf(path: Path) -> tuple[Any, Any]:
     return model, tokenizer_of(path.parent, **where)
 
 
-def check_place(folder: Path) -> None:
-    """Refuse a folder that :func:`write_checkpoint` would not replace, before any work is done.
+def check_place(folder: Path, source: Path) -> None:
+    """Refuse a folder that :func:`write_checkpoint` could not write, before any work is done.
 
     Args:
-        folder: where to write.
+        folder: where to write; the folders above it are made.
+        source: the checkpoint that is converted, which must stay.
 
     Raises:
-        FileExistsError: it is a file, or holds other files.
+        FileExistsError: it is a file, or holds what no conversion wrote.
+        ValueError: it is the source, or in it.
+        OSError: the disk refuses.
     """
+    target, own = folder.resolve(), source.resolve()
+    if target == own or own in target.parents:
+        raise BadValue(f"{folder} is the checkpoint {source}, or in it: give another folder")
+    _check_replaceable(folder)
+    try:
+        files.make_folder(target.parent)
+        with files.beside(target):
+            pass  # a folder can be made here
+    except OSError as error:
+        raise OSError(files.refusal(folder, error)) from error
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Refuse a disk that has not room for what will be written.
+
+    Args:
+        folder: where it will be; the folder above it is there.
+        size: about how much, in bytes.
+
+    Raises:
+        OSError: there is less.
+    """
+    free = disk_usage(folder.resolve().parent).free
+    if free < size:
+        raise OSError(
+            f"{folder} and what is kept beside it need about {size / 1e9:.3g} GB, but the disk has "
+            f"{free / 1e9:.3g} GB left: free some space or choose another folder"
+        )
+
+
+def _check_replaceable(folder: Path) -> None:
     files.check_free(folder, _OWN)
+    if folder.exists() and any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise FileExistsError(
+            f"{folder} holds a model that no conversion wrote (it has no {RECORD}): give another "
+            f"folder"
+        )
 
 
 def write_checkpoint(
@@ -145,8 +201,9 @@ def write_checkpoint(
         card: the text of README.md.
 
     Raises:
-        OSError: the folder cannot be written, or holds other files.
+        OSError: the folder cannot be written, or holds what no conversion wrote.
     """
+    _check_replaceable(folder)
     with files.whole_folder(folder, _OWN) as new:
         model.save_pretrained(new, max_shard_size="1TB")
         tokenizer.save_pretrained(new)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actsparse import files
+from actsparse.blocks.site import site_of
 from actsparse.convert.losses import logits_of
 from actsparse.convert.scores import Calibration, calibrate
 from actsparse.convert.text import Windows
+from actsparse.modify.drop_small import dropping_blocks
 from actsparse.untrusted import read_json
-from actsparse.values import AtLeast0, BadValue, Positive, Rule, check, check_fields
+from actsparse.values import Above0, BadValue, Count, Positive, Rule, check, check_fields
 
 STATE, WEIGHTS = "distil.json", "distil.safetensors"
 _Share = Annotated[float, Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)]
@@ -53,7 +58,7 @@ class Distillation:
     tokens: Positive
     start: _Share = 0.3
     ramp: _Share = 0.4
-    lr: AtLeast0 = 1e-4
+    lr: Above0 = 1e-4
     batch: Positive = 512
     loss: Literal["logits", "text"] = "logits"
     train: Literal["all", "blocks"] = "all"
@@ -140,21 +145,26 @@ def distil(
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=how.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True
     )
-    step = _resume(folder, how, student, optimizer, parameters, calibration)
+    said = {"how": asdict(how), "of": _origin(student, teacher, windows, dtype)}
+    step = _resume(folder, said, optimizer, parameters, calibration)
     fresh = {int(how.steps * (how.ramp + (1 - how.ramp) * part / 10)) for part in range(10)}
     batches = _batches(windows, how, step)
     kept = began = time.monotonic()
-    student.train()
+    device = next(student.parameters()).device
+    student.eval()  # no dropout: thresholds are chosen without it, and a resumed run is the same
     teacher.eval()
     try:
         while step < how.steps and time.monotonic() - began < 60 * minutes:
             ids, there = next(batches)
-            if step in fresh and step:
-                calibration.blocks.update(calibrate(student, [ids], logits_of, dense=False).blocks)
             calibration.put(how.share_at(step))
+            if step in fresh and step:
+                pieces = [row[held][None] for row, held in zip(ids, there, strict=True)]
+                seen = calibrate(student, pieces, logits_of, dense=False)
+                calibration.blocks.update(seen.blocks)
+                calibration.put(how.share_at(step))
             for group in optimizer.param_groups:
                 group["lr"] = how.lr_at(step)
-            with torch.autocast(ids.device.type, dtype, enabled=dtype is not torch.float32):
+            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
                 loss = _loss(student, teacher, ids, there, how.loss)
             if not bool(loss.isfinite()):
                 raise ValueError(
@@ -170,12 +180,25 @@ def distil(
                 known = {"loss": loss.item(), "share": how.share_at(step), "gradient": float(norm)}
                 progress(step, how.steps, known)
             if time.monotonic() - kept > 300:
-                _keep(folder, how, step, optimizer, parameters, calibration)
+                _keep(folder, said, step, optimizer, parameters, calibration)
                 kept = time.monotonic()
     finally:
-        student.eval()
-        _keep(folder, how, step, optimizer, parameters, calibration)
+        _keep(folder, said, step, optimizer, parameters, calibration)
     return step
+
+
+def _origin(student: nn.Module, teacher: nn.Module, windows: Windows, dtype: torch.dtype) -> str:
+    """A digest of what is distilled on what; of large weights some thousand values each."""
+    digest = hashlib.sha256(str(dtype).encode())
+    for block in dropping_blocks(student):
+        cut = site_of(block).cut
+        digest.update(f"{block.name} {cut is not None and cut.product}".encode())
+    for name, parameter in teacher.named_parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)]
+        digest.update(name.encode() + values.float().cpu().numpy().tobytes())
+    for ids in windows.ids:
+        digest.update(len(ids).to_bytes(8) + ids.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _learning(
@@ -193,6 +216,7 @@ def _learning(
 def _loss(student: nn.Module, teacher: nn.Module, ids: Tensor, there: Tensor, kind: str) -> Tensor:
     """The mean over predicted tokens, in nats."""
     own = logits_of(student, ids)[:, :-1].flatten(0, 1)
+    ids, there = ids.to(own.device), there.to(own.device)
     if kind == "text":
         lost = F.cross_entropy(own.float(), ids[:, 1:].flatten(), reduction="none")
     else:
@@ -246,7 +270,7 @@ def _batches(windows: Windows, how: Distillation, done: int) -> Iterator[tuple[T
 
 def _keep(
     folder: Path | None,
-    how: Distillation,
+    said: dict[str, Any],
     step: int,
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
@@ -262,14 +286,36 @@ def _keep(
         tensors |= {f"{name}|scale": block.scale, f"{name}|counts": block.counts}
     with files.whole_folder(folder, {STATE, WEIGHTS}) as new:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / WEIGHTS)
-        said = {"how": asdict(how), "step": step, "sha256": files.sha256(new / WEIGHTS)}
-        (new / STATE).write_text(json.dumps(said), encoding="utf-8")
+        state = {**said, "step": step, "sha256": files.sha256(new / WEIGHTS)}
+        (new / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def check_state(folder: Path) -> None:
+    """Refuse a folder for the state of a distillation that holds anything else.
+
+    Args:
+        folder: where the state would be kept.
+
+    Raises:
+        FileExistsError: it is a file, or holds other files.
+    """
+    files.check_free(folder, {STATE, WEIGHTS})
+
+
+def forget_state(folder: Path) -> None:
+    """Delete the state of a distillation that has ended, and nothing else.
+
+    Args:
+        folder: where it was kept; it may be missing.
+    """
+    with suppress(FileNotFoundError):
+        check_state(folder)
+        rmtree(folder)
 
 
 def _resume(
     folder: Path | None,
-    how: Distillation,
-    student: nn.Module,
+    own: dict[str, Any],
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
     calibration: Calibration,
@@ -278,11 +324,16 @@ def _resume(
     if folder is None or not (folder / STATE).is_file():
         return 0
     said = read_json(folder / STATE)
-    check(str(folder / STATE), said, {"how": dict, "step": AtLeast0, "sha256": str})
-    if said["how"] != asdict(how):
+    check(str(folder / STATE), said, {"how": dict, "of?": str, "step": Count, "sha256": str})
+    remedy = "give another folder, or delete it to begin anew"
+    if said["how"] != own["how"]:
         raise BadValue(
-            f"{folder} holds another distillation, {said['how']}: this one is {asdict(how)}; give "
-            f"another folder"
+            f"{folder} holds another distillation, {said['how']}: this one is {own['how']}; "
+            f"{remedy}"
+        )
+    if said.get("of", own["of"]) != own["of"]:
+        raise BadValue(
+            f"{folder} holds the distillation of another model, form, dtype or text: {remedy}"
         )
     if files.sha256(folder / WEIGHTS) != said["sha256"]:
         raise BadValue(f"{folder / WEIGHTS} is not what was kept: its SHA-256 differs")

@@ -132,6 +132,24 @@ def judge(
     return judgement, each
 
 
+def check_same(model: nn.Module, dense: nn.Module) -> None:
+    """Refuse a dense model that a converted one cannot have been made of.
+
+    Args:
+        model: the converted model.
+        dense: the model to compare it with.
+
+    Raises:
+        ValueError: their parameters differ in name or shape.
+    """
+    own, other = ({n: p.shape for n, p in each.named_parameters()} for each in (model, dense))
+    if differ := sorted(name for name in own | other if own.get(name) != other.get(name)):
+        raise ValueError(
+            f"the dense model is not what this one was made of: {differ[0]} has shape "
+            f"{list(other.get(differ[0], ()))} there, {list(own.get(differ[0], ()))} here"
+        )
+
+
 def bytes_read(density: float, gated: bool, product: bool) -> float:
     """The share of a block's weight bytes that a token needs, at a density of activations.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +17,66 @@ PASS = 2048  # tokens in a pass at most, unless one window is longer
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [B, T, vocabulary] of ids [B, T]; a model may return them alone or in an output."""
-    made = model(ids)
+    made = model(ids.to(next(model.parameters()).device))
     return made if isinstance(made, Tensor) else made.logits
 
 
-def batches_of(windows: Windows, size: int = PASS) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Windows of like length together: their numbers, ids [B, T] and where there are ids [B, T].
+def check_windows(model: nn.Module, windows: Windows) -> None:
+    """Refuse windows that a model of transformers has too few positions or tokens for.
 
-    Short ones are filled up at their end, which a causal model cannot see from before.
+    Raises:
+        ValueError: a window is longer than the model's positions, or an id beyond its vocabulary.
     """
-    order = sorted(range(len(windows.ids)), key=lambda index: len(windows.ids[index]))
-    while order:
-        longest = len(windows.ids[order[-1]])
-        taken = order[-max(1, size // longest) :]
-        del order[-len(taken) :]
-        pieces = [windows.ids[index] for index in taken]
-        ids = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        yield taken, ids, torch.arange(ids.shape[1]) < lengths[:, None]
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    vocabulary = getattr(config, "vocab_size", None) or math.inf
+    if not windows.ids:
+        raise ValueError("a text has no windows")
+    longest = max(map(len, windows.ids))
+    if longest > positions:
+        raise ValueError(
+            f"a window has {longest} tokens, but the model {positions} positions: give a --window "
+            f"of at most {positions}"
+        )
+    if (last := max(int(ids.max()) for ids in windows.ids)) >= vocabulary:
+        raise ValueError(_beyond(last, int(vocabulary)))
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, ids: Tensor) -> None:
+    """Refuse a model whose answers depend on later tokens, as an encoder's do.
+
+    Args:
+        model: in evaluation mode.
+        ids: a window [T].
+
+    Raises:
+        ValueError: it is one.
+    """
+    other = ids.clone()
+    other[-1] = ids[0] if ids[-1] != ids[0] else (ids[0] + 1 if ids[0] == 0 else 0)
+    one, two = (logits_of(model, each[None])[0, :-1].float() for each in (ids, other))
+    if not torch.allclose(one, two, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"the answers of this {type(model).__name__} depend on later tokens: expected a causal "
+            f"language model"
+        )
+
+
+def batches_of(windows: Windows, size: int = PASS) -> Iterator[tuple[list[int], Tensor]]:
+    """Windows of one length together: their numbers, and ids [B, T].
+
+    Nothing is filled up, since what measures the model would count it.
+    """
+    lengths: dict[int, list[int]] = {}
+    for number, ids in enumerate(windows.ids):
+        lengths.setdefault(len(ids), []).append(number)
+    for length in sorted(lengths, reverse=True):
+        numbers, many = lengths[length], max(1, size // length)
+        for start in range(0, len(numbers), many):
+            taken = numbers[start : start + many]
+            yield taken, torch.stack([windows.ids[number] for number in taken])
 
 
 class Losses(NamedTuple):
@@ -72,38 +115,43 @@ def document_losses(
     Raises:
         ValueError: a loss is not finite, or an id is beyond a model's vocabulary.
     """
+    for model in models:
+        check_windows(model, windows)
     numbers = {number: place for place, number in enumerate(sorted(set(windows.document)))}
     sums = torch.zeros(len(models), len(numbers), dtype=torch.float64)
     counts = torch.zeros(len(numbers), dtype=torch.float64)
     same = read = 0
-    device = next(models[0].parameters()).device
-    for taken, ids, there in batches_of(windows, size):
+    for taken, ids in batches_of(windows, size):
         place = torch.tensor([numbers[windows.document[index]] for index in taken])
-        counts.index_add_(0, place, there[:, 1:].sum(1).double())
+        counts.index_add_(0, place, torch.full(place.shape, ids.shape[1] - 1.0).double())
         most: list[Tensor] = []
         for row, model in enumerate(models):
-            logits = logits_of(model, ids.to(device))
-            loss = _loss_of(logits, ids.to(device)).cpu()
-            sums[row].index_add_(0, place, torch.where(there[:, 1:], loss, 0).double().sum(1))
+            logits = logits_of(model, ids)
+            loss = _loss_of(logits, ids.to(logits.device)).cpu()
+            sums[row].index_add_(0, place, loss.double().sum(1))
             if len(models) > 1:
                 most.append(logits.argmax(-1).cpu())
-        alike = [(each == most[0]) & there for each in most[1:]]
-        same += int(torch.stack(alike).all(0).sum()) if alike else int(there.sum())
-        read += int(there.sum())
+        alike = [each == most[0] for each in most[1:]]
+        same += int(torch.stack(alike).all(0).sum()) if alike else ids.numel()
+        read += ids.numel()
         if progress is not None:
-            progress(int(there.sum()))
+            progress(ids.numel())
     if not bool(sums.isfinite().all()):
         raise ValueError("the model's loss on this text is not finite")
     return Losses(sums, counts, same / read)
 
 
+def _beyond(token: int, vocabulary: int) -> str:
+    return (
+        f"token {token} is beyond the model's vocabulary of {vocabulary}: the tokenizer is another "
+        f"model's"
+    )
+
+
 def _loss_of(logits: Tensor, ids: Tensor) -> Tensor:
     """[B, T − 1], in float32."""
     if int(ids.max()) >= logits.shape[-1]:
-        raise ValueError(
-            f"token {int(ids.max())} is beyond the model's vocabulary of {logits.shape[-1]}: "
-            f"the tokenizer is another model's"
-        )
+        raise ValueError(_beyond(int(ids.max()), logits.shape[-1]))
     rows = zip(logits[:, :-1], ids[:, 1:], strict=True)  # a copy of all in float32 would be large
     return torch.stack([F.cross_entropy(row.float(), to, reduction="none") for row, to in rows])
 

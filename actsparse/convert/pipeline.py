@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
@@ -13,10 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from actsparse.convert.certificate import Certificate, certify
+from actsparse.blocks.find import find_mlp_blocks
+from actsparse.blocks.refused import Refused
+from actsparse.blocks.refused import told as told_left
+from actsparse.convert.certificate import Certificate, certify, check_delta
 from actsparse.convert.distillation import Distillation, distil
 from actsparse.convert.judgement import Judgement, judge
-from actsparse.convert.losses import mean_loss
+from actsparse.convert.losses import check_causal, check_windows, logits_of, mean_loss
 from actsparse.convert.scores import Calibration, Form, calibrate
 from actsparse.convert.share import Choice, choose, nats
 from actsparse.convert.text import Windows
@@ -24,6 +28,7 @@ from actsparse.modify.apply import sparsify
 from actsparse.modify.drop_small import BUFFER, DropSmall
 
 CALIBRATE = 8192  # tokens
+DTYPES = ("bfloat16", "float32")
 VALIDATE = 20_000  # tokens at most, read about ten times
 Told = Callable[[str, int, int], None]  # stage, done, in all
 
@@ -36,8 +41,9 @@ class Split:
         train: for calibration and distillation.
         validation: for the choice of the share.
         test: for the judgement and the certificate.
+        pieces: whether windows of the same document are in several parts.
 
-    >>> windows = Windows([torch.arange(9)] * 20, list(range(20)))
+    >>> windows = Windows([torch.arange(9) + i for i in range(20)], list(range(20)))
     >>> parts = Split.of(windows)
     >>> [part.documents for part in (parts.train, parts.validation, parts.test)]
     [12, 4, 4]
@@ -46,12 +52,14 @@ class Split:
     train: Windows
     validation: Windows
     test: Windows
+    pieces: bool = False
 
     @classmethod
     def of(cls, windows: Windows, tokens: int = 100_000) -> Split:
         """Split by document, in an order drawn once: a fifth to choose, a fifth to judge.
 
-        Where there are fewer than ten documents, windows are split as if they were documents.
+        Of documents that are the same only the first is taken. Where there are fewer than ten
+        documents, windows are split as if they were documents; ``pieces`` says so then.
 
         Args:
             windows: the text.
@@ -63,13 +71,16 @@ class Split:
         Raises:
             ValueError: fewer than five windows.
         """
+        if tokens < 1:
+            raise ValueError(f"tokens {tokens!r}: expected 1 or more")
+        windows = _distinct(windows)
+        if pieces := windows.documents < 10:
+            windows = _distinct(Windows(windows.ids, list(range(len(windows.ids)))))
         if len(windows.ids) < 5:
             raise ValueError(
-                f"the text has {len(windows.ids)} windows; five at least are needed to train, "
-                f"choose and judge on different ones: give more text, or a smaller --window"
+                f"the text has {len(windows.ids)} windows that differ; five at least are needed to "
+                f"train, choose and judge on different ones: give more text, or a smaller --window"
             )
-        if windows.documents < 10:
-            windows = Windows(windows.ids, list(range(len(windows.ids))))
         numbers = sorted(set(windows.document))
         order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0)).tolist()
         lengths = dict.fromkeys(numbers, 0)
@@ -84,7 +95,18 @@ class Split:
                 held += lengths[part[-1]]
             parts.append(part)
         rest = [numbers[place] for place in order]
-        return cls(windows.take(rest), windows.take(parts[0]), windows.take(parts[1]))
+        return cls(windows.take(rest), windows.take(parts[0]), windows.take(parts[1]), pieces)
+
+
+def _distinct(windows: Windows) -> Windows:
+    """The first of those documents that are the same."""
+    contents: dict[int, list[bytes]] = {}
+    for ids, number in zip(windows.ids, windows.document, strict=True):
+        contents.setdefault(number, []).append(ids.numpy().tobytes())
+    first: dict[bytes, int] = {}
+    for number, pieces in contents.items():
+        first.setdefault(hashlib.sha256(b"".join(pieces)).digest(), number)
+    return windows.take(first.values())
 
 
 @dataclass
@@ -101,6 +123,8 @@ class Conversion:
         trained: the tokens trained on.
         judgements: one for each text that was judged.
         certificate: of the first text.
+        pieces: whether what are called documents are windows, see :class:`Split`.
+        left_out: blocks without thresholds, and why.
 
     The example of :func:`convert` shows it.
     """
@@ -114,6 +138,8 @@ class Conversion:
     trained: int
     judgements: list[Judgement]
     certificate: Certificate
+    pieces: bool = False
+    left_out: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +160,8 @@ class Conversion:
             "trained_tokens": self.trained,
             "judgements": [each.to_json() for each in self.judgements],
             "certificate": {**asdict(self.certificate), "holds": self.certificate.holds},
+            "split": "windows" if self.pieces else "documents",
+            "left_out": self.left_out,
             **self.extra,
         }
 
@@ -180,8 +208,8 @@ def convert(
         The conversion.
 
     Raises:
-        ValueError: a model without such blocks, text that does not fit the model, or a budget
-            that is not above 0.
+        ValueError: a model without such blocks or that sees later tokens, text that does not fit
+            the model, or a setting that is not what it should be.
 
     >>> class Tiny(nn.Module):
     ...     def __init__(self):
@@ -196,10 +224,21 @@ def convert(
     >>> found.choice.share > 0.2, found.choice.excess <= 0.05
     (True, True)
     """
-    allowed = nats(budget)
+    check_settings(budget, form, tokens, share, minutes, dtype, delta, lr)
+    allowed, texts = nats(budget), {"test": text.test, **(also or {})}
+    if also and "test" in also:
+        raise ValueError("also= has a text named 'test': that is the name of the test text")
+    for windows in (text.train, text.validation, *texts.values()):
+        check_windows(model, windows)
     model.eval()
+    longest = max(text.train.ids, key=len)
+    check_causal(model, longest)
     dense = copy.deepcopy(model).to(dtype)
-    sparsify(model, DropSmall(form), inputs=text.train.ids[0][None])
+    found = find_mlp_blocks(model, longest[None].to(next(model.parameters()).device))
+    handle = sparsify(model, DropSmall(form), blocks=found)
+    left = [
+        Refused(row["block"], row["left_alone"]) for row in handle.rows() if "left_alone" in row
+    ]
     told("dense loss", 0, 1)
     loss = mean_loss(dense, text.validation)
     _check_fits(loss, text.validation)
@@ -210,7 +249,7 @@ def convert(
         batches.append(ids[None])
         seen += len(ids)
     told("calibrate", 0, 1)
-    calibration = calibrate(model, batches)
+    calibration = calibrate(model, batches, logits_of)
 
     def chosen(stage: str, found: Calibration, *starts: float) -> Choice | None:
         ready = copy.deepcopy(model).to(dtype)
@@ -244,7 +283,7 @@ def convert(
     calibration.put(choice.share)
     model.to(dtype)
     judgements, first = [], None
-    for name, windows in {"test": text.test, **(also or {})}.items():
+    for name, windows in texts.items():
         told(f"judge on {name}", 0, 1)
         judgement, each = judge(model, windows, name, dense)
         judgements.append(judgement)
@@ -252,8 +291,38 @@ def convert(
     assert first is not None
     return Conversion(
         model, budget, form, choice, before, how, steps * how.batch if how else 0, judgements,
-        certify(first, allowed, delta),
+        certify(first, allowed, delta), text.pieces, told_left([*found.refused, *left]),
     )  # fmt: skip
+
+
+def check_settings(
+    budget: float,
+    form: str,
+    tokens: int,
+    share: float | None,
+    minutes: float,
+    dtype: torch.dtype,
+    delta: float,
+    lr: float,
+) -> None:
+    """Refuse settings that :func:`convert` cannot work with, before it does any work.
+
+    The arguments are those of :func:`convert`.
+
+    Raises:
+        ValueError: a setting is not what it should be.
+    """
+    nats(budget)
+    check_delta(delta)
+    if form not in ("gate", "product"):
+        raise ValueError(f"form {form!r}: expected gate or product")
+    if not tokens >= 0:
+        raise ValueError(f"tokens {tokens!r}: expected 0 or more")
+    if not minutes >= 0:
+        raise ValueError(f"minutes {minutes!r}: expected 0 or more")
+    if dtype not in (getattr(torch, each) for each in DTYPES):
+        raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
+    Distillation(share=0.5 if share is None else share, tokens=max(1, tokens), lr=lr)
 
 
 def _check_fits(loss: float, windows: Windows) -> None:

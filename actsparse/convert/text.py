@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -73,9 +73,9 @@ def read_documents(files: Iterable[str | Path]) -> list[str]:
         check_regular(file)
         try:
             with (
-                lzma.open(file, "rt", encoding="utf-8")
+                lzma.open(file, "rt", encoding="utf-8-sig")
                 if file.suffix == ".xz"
-                else open(file, encoding="utf-8") as stream
+                else open(file, encoding="utf-8-sig") as stream
             ):
                 found += _lines(file, stream) if ".jsonl" in file.suffixes else _articles(stream)
         except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
@@ -84,6 +84,32 @@ def read_documents(files: Iterable[str | Path]) -> list[str]:
     if not kept:
         raise BadValue(f"no text in {', '.join(map(str, files)) or 'no files'}")
     return kept
+
+
+def read_texts(files: Iterable[Path], taken: Collection[str] = ()) -> dict[str, list[str]]:
+    """Read each file as a text of its own.
+
+    Args:
+        files: their paths.
+        taken: names that other texts have.
+
+    Returns:
+        The documents by the name of the text. It is the name of the file without endings, or the
+        whole path where two texts would have one name.
+
+    Raises:
+        ValueError: as :func:`read_documents`, or a file given twice.
+        OSError: a file that cannot be opened.
+    """
+    files = list(files)
+    short = [file.name.split(".")[0] for file in files]
+    found: dict[str, list[str]] = {}
+    for file, name in zip(files, short, strict=True):
+        name = name if name and short.count(name) == 1 and name not in taken else str(file)
+        if name in found or name in taken:
+            raise BadValue(f"{file} is given twice, or has the name of another text")
+        found[name] = read_documents([file])
+    return found
 
 
 def _lines(file: Path, stream: IO[str]) -> Iterator[str]:
@@ -107,7 +133,11 @@ def _articles(stream: IO[str]) -> list[str]:
 
 
 def windows_of(
-    documents: Iterable[str], encode: Encode, window: int, tokens: int | None = None
+    documents: Iterable[str],
+    encode: Encode,
+    window: int,
+    tokens: int | None = None,
+    first: Sequence[int] = (),
 ) -> Windows:
     """Cut documents into windows of at most ``window`` tokens.
 
@@ -116,6 +146,8 @@ def windows_of(
         encode: gives the token ids of a text.
         window: the most tokens of a window, at least 2.
         tokens: stop after so many; None: take all.
+        first: what each window begins with, such as a token for the beginning of text, without
+            which some models predict badly; documents may begin with it already.
 
     Returns:
         The windows. A rest of a single token is left out.
@@ -127,11 +159,16 @@ def windows_of(
     [tensor([0, 1, 2]), tensor([3, 4])]
     """
     made = Windows([], [])
-    left = tokens
+    left, lead = tokens, torch.tensor(list(first), dtype=torch.int64)
+    if window <= len(lead):
+        raise BadValue(f"window={window}: expected more than the {len(lead)} tokens of first")
     for number, text in enumerate(documents):
         ids = torch.tensor(list(encode(text)), dtype=torch.int64)
+        if len(lead) and torch.equal(ids[: len(lead)], lead):
+            ids = ids[len(lead) :]
         ids = ids if left is None else ids[:left]
-        for piece in ids.split(window):
+        for rest in ids.split(window - len(lead)):
+            piece = torch.cat([lead, rest])
             if len(piece) > 1:
                 made.ids.append(piece)
                 made.document.append(number)

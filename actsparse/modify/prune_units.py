@@ -12,6 +12,7 @@ from actsparse.blocks.block import Layer, MLPBlock, on_meta, unwrap
 from actsparse.blocks.sharding import sharded
 from actsparse.blocks.site import site_at
 from actsparse.modify.config_note import note_changes
+from actsparse.modify.drop_small import BUFFER
 from actsparse.modify.handle import handle_of
 from actsparse.modify.observed_blocks import Seen, seen_blocks
 from actsparse.modify.swap_activation import MixedActivation
@@ -291,6 +292,8 @@ def _unfit(
         return "the model is sharded (FSDP); prune before sharding"
     if any(part.kind == "norm" for part in block.between):
         return "a norm over its hidden units stands before down, which counts dead ones too"
+    if BUFFER in block.up.module._buffers:
+        return "its units have thresholds (DropSmall), which pruning would not cut; prune before"
     phi = getattr(site_at(block), "phi", None)
     if phi is not None and not isinstance(phi, MixedActivation):
         return "a unit's activation depends on the others (TopK), and on how many there are"

@@ -110,7 +110,8 @@ def test_an_interrupted_distillation_goes_on(checkpoint: Path, tmp_path: Path) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "_loss", interrupted)
-        run(*words("again"))
+        _, _, err = run(*words("again"))
+    assert "the same command goes on with it" in err
     assert (tmp_path / "again.distilling" / "distil.json").is_file()
     assert not (tmp_path / "again").exists()
     calls.clear()

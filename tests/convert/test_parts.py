@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from actsparse import DropSmall, observe, sparsify
@@ -25,9 +26,10 @@ from actsparse.convert import (
     read_documents,
     windows_of,
 )
+from actsparse.convert.checkpoint import first_of
 from actsparse.convert.distillation import _Divergence
 from actsparse.convert.judgement import judge
-from tests.convert.checkpoints import plain
+from tests.convert.checkpoints import plain, tokenizer
 
 
 def some_windows(count: int = 12, documents: int = 5) -> Windows:
@@ -49,6 +51,24 @@ def test_losses_are_those_of_each_window_alone() -> None:
     assert torch.equal(counts, tokens)
     assert torch.allclose(sums, expected, rtol=1e-6)
     assert windows.tokens == int(counts.sum())
+
+
+def test_density_counts_the_tokens_of_the_text_alone() -> None:
+    model, windows = plain("swiglu").eval(), some_windows()
+    handle = sparsify(model, DropSmall(), inputs=windows.ids[0][None])
+    calibrate(model, [ids[None] for ids in windows.ids]).put(0.5)
+    kept: list[Tensor] = []
+    for block in handle.blocks:
+        block.down.module.register_forward_pre_hook(
+            lambda module, args: kept.append((args[0] != 0).flatten())
+        )
+    judgement, _ = judge(model, windows, "x")
+    together = judgement.density
+    kept.clear()
+    with torch.no_grad():
+        for ids in windows.ids:
+            model(ids[None])
+    assert together == pytest.approx(float(torch.cat(kept).double().mean()), abs=1e-12)
 
 
 def test_losses_refuse_ids_beyond_the_vocabulary_and_nan() -> None:
@@ -181,6 +201,18 @@ def test_windows_cover_the_text_once() -> None:
     assert windows.document == [0, 0]
     with pytest.raises(ValueError, match="fewer than two tokens"):
         windows_of(["a"], lambda text: [ord(c) for c in text], 3)
+
+
+def test_each_window_begins_as_the_tokenizer_begins_a_text() -> None:
+    made = windows_of(["abcd", "e"], lambda text: [0, *map(ord, text)], 3, first=[0])
+    assert [ids.tolist() for ids in made.ids] == [[0, 97, 98], [0, 99, 100], [0, 101]]
+    begins = tokenizer()
+    assert first_of(begins) == []
+    begins.add_special_tokens({"bos_token": "<begin>"})
+    begins.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<begin> $A", special_tokens=[("<begin>", begins.bos_token_id)]
+    )
+    assert first_of(begins) == [begins.bos_token_id]
 
 
 @given(st.integers(5, 80), st.integers(1, 40))

@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from actsparse import DropSmall, load, observe, save, set_thresholds, sparsify
+from actsparse import DropSmall, load, observe, prune_dead_units, save, set_thresholds, sparsify
 from actsparse.modify.drop_small import dropping_blocks
 
 IDS = torch.arange(24).view(2, 12)
@@ -145,6 +145,17 @@ def test_compiled_code_sees_new_thresholds() -> None:
     for at in (0.0, 0.02, 0.1):
         set_thresholds(model, thresholds(model, at))
         assert torch.allclose(compiled(IDS).logits, model(IDS).logits, atol=1e-6)
+
+
+def test_units_with_thresholds_are_not_pruned() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    nn.init.constant_(mlp[0].bias[:5], -99.0)
+    x = torch.randn(100, 8)
+    sparsify(mlp, DropSmall(), inputs=x)
+    with observe(mlp, inputs=x) as seen:
+        mlp(x)
+    with pytest.raises(ValueError, match="its units have thresholds"):
+        prune_dead_units(mlp, seen)
 
 
 def test_refused_by_name() -> None:
