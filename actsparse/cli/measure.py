@@ -30,7 +30,7 @@ def measure(
         str | None,
         typer.Option(
             help="Measure on data of your own: package.module:function, a function that "
-            "returns (loss_fn, batches) for actsparse.measure."
+            "returns (predict, batches). predict(model, batch) gives logits and targets."
         ),
     ] = None,
     measures: Annotated[
@@ -208,5 +208,5 @@ def batches_of(data: str) -> tuple[Any, Any, dict[str, Any], dict[str, Any]]:
 
     made = called(data)
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
-        raise ValueError(f"{data} returned {type(made).__name__}; expected (loss_fn, batches)")
+        raise ValueError(f"{data} returned {type(made).__name__}; expected (predict, batches)")
     return *made, {"data": data}, {}

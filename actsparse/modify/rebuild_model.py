@@ -52,7 +52,10 @@ def build(path: Path, spec: dict[str, Any] | None, shapes: Shapes) -> nn.Module:
         ValueError: no such model, or a config that cannot be, or that the weights do not fit.
     """
     if spec is None:
-        raise ValueError(f"{path} holds no config of a transformers model: pass load(path, model=)")
+        raise ValueError(
+            f"{path} holds no config of a transformers model: build the plain model in Python and "
+            "pass it, load(path, model=)"
+        )
     cls = model_class(str(path), spec["class"])
     where = f"{path}: cannot build {spec['class']} from its config"
     check_config(where, spec["config"], shapes)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,8 @@ def by_module_names(model: Any, state: dict[str, Tensor], source: str) -> dict[s
     numbers = {name: torch.tensor(float(i)) for i, name in enumerate(names)}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.save_pretrained(folder, state_dict=numbers)
+            with _no_bar():
+                model.save_pretrained(folder, state_dict=numbers)
             called = read_weights(weight_files(Path(folder)))
         except Exception as error:
             raise ValueError(
@@ -134,6 +137,20 @@ def by_module_names(model: Any, state: dict[str, Tensor], source: str) -> dict[s
             ) from error
     back = {there: names[int(number)] for there, number in called.items()}
     return {back.get(name, name): tensor for name, tensor in state.items()}
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without transformers' progress bar, whose other switches would change a user's choice."""
+    logging: Any = sys.modules.get("transformers.utils.logging")
+    if logging is None:
+        yield
+        return
+    shown, logging._tqdm_active = logging._tqdm_active, False
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
 
 
 def _place(name: str, tensor: Tensor) -> Any:

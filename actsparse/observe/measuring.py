@@ -177,7 +177,8 @@ def measure(
         probes: the number of draws for every estimate that has no option of its own.
         mask: which tokens count for density and covering, as for :func:`observe`.
         seed: of all draws.
-        progress: called with (measure, passes done, passes in all).
+        progress: called with (measure, passes done, passes in all); measures that share
+            passes come under one name, ``"density, flatness"``.
 
     Returns:
         The measures; print them for tables.
@@ -234,7 +235,8 @@ def measure(
     how: dict[str, Any] = {}
     if passive:
         draws = probes if labels == "model" and any(map(_of_gradients, passive)) else 1
-        surface = LossSurface(model, loss_fn, batches, chosen, reduction, draws, told("passes"))
+        names = ", ".join(passive)  # they share their passes
+        surface = LossSurface(model, loss_fn, batches, chosen, reduction, draws, told(names))
         right = correct_samples(surface) if correct else None
         summary, watched = observed(surface, found, passive, mask, labels, draws, seed, right)
         if "spectrum" in passive:

@@ -292,7 +292,7 @@ def test_a_wrong_word_is_an_error(trained: Path, words: list[str], said: str) ->
     ("function", "said"),
     [
         ("once", "batches must be a list, or a DataLoader with a length"),
-        ("nothing", "its_data:nothing returned list; expected (loss_fn, batches)"),
+        ("nothing", "its_data:nothing returned list; expected (predict, batches)"),
         ("gone", "cannot import 'its_data:gone'"),
     ],
 )

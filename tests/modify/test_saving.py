@@ -80,6 +80,23 @@ def test_a_transformers_model_comes_back_bit_for_bit_from_the_folder_alone(
     assert str(again) == str(handle)
 
 
+def test_loading_shows_no_bar_of_transformers_and_leaves_its_switch(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bars = hf.utils.logging
+    before = bars.is_progress_bar_enabled()
+    try:
+        bars.enable_progress_bar()
+        save(half_trained("gpt2")[0], tmp_path / "m")
+        capfd.readouterr()
+        load(tmp_path / "m")
+        assert capfd.readouterr().err == ""
+        assert bars.is_progress_bar_enabled()
+    finally:
+        if not before:
+            bars.disable_progress_bar()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_dtype_comes_back_too(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -135,6 +152,14 @@ def test_a_model_of_ones_own_comes_back_bit_for_bit_given_the_plain_one(
     assert twin is plain
     assert_same(model, twin, inputs)
     assert handle_of(twin).state_dict() == handle.state_dict()
+
+
+def test_a_model_of_ones_own_is_asked_for(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    sparsify(model, "vanilla", inputs=torch.ones(1, 4))
+    save(model, tmp_path / "m")
+    with pytest.raises(ValueError, match="build the plain model in Python and pass it"):
+        load(tmp_path / "m")
 
 
 def test_a_plain_model_with_norm_biases_may_take_in_one_trained_from_scratch(
