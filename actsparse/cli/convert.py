@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -169,9 +170,12 @@ def percentage(text: str) -> float:
     (0.03, 0.1)
     """
     try:
-        return float(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
+        share = float(text.removesuffix("%").strip()) / (100 if text.endswith("%") else 1)
     except ValueError:
-        raise ValueError(f"{text!r}: expected a share, as 3% or 0.03") from None
+        share = math.nan
+    if math.isnan(share) or (share >= 1 and not text.endswith("%")):
+        raise ValueError(f"{text!r}: expected a share, as 3% or 0.03")
+    return share
 
 
 def number(text: str) -> int:

@@ -128,6 +128,7 @@ def test_an_interrupted_distillation_goes_on(checkpoint: Path, tmp_path: Path) -
 REFUSED = {
     "no tokenizer": (["--out", "x"], "holds no tokenizer"),
     "budget": (["--out", "x", "--budget", "0%"], "expected a share of perplexity above 0"),
+    "a budget without %": (["--out", "x", "--budget", "3"], "expected a share, as 3% or 0.03"),
     "words for a budget": (["--out", "x", "--budget", "a lot"], "expected a share, as 3% or 0.03"),
     "tokens": (["--out", "x", "--tokens", "1.5"], "as 2M, 300k or 5000"),
     "form": (["--out", "x", "--form", "up"], "expected gate or product"),
