@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor
 
 from actsparse import find_mlp_blocks
-from actsparse.bench.model import CUT, amdahl, cut_out
-from actsparse.bench.timing import interleaved, ratio
+from actsparse.bench.model import CUT, Programs, amdahl, cut_out, timed
+from actsparse.bench.models_at_density import static_cache
+from actsparse.bench.timing import interleaved
 from actsparse.blocks.block import Blocks
 from actsparse.kernels import accelerate, build
 from actsparse.modify.drop_small import dropping_blocks
 
-DENSE = ("layers", "dense programs")
 WORK = ("decode", "generate", "prefill")
 
 
@@ -54,7 +53,7 @@ def bench_checkpoint(
         whether the accelerated model decodes what the same model decodes by its layers.
     """
     models = {"layers": dense, "dense programs": copy.deepcopy(dense), CUT: copy.deepcopy(dense)}
-    blocks = {name: find_mlp_blocks(models[name], prompt) for name in DENSE}
+    blocks = {name: find_mlp_blocks(models[name], prompt) for name in ("layers", "dense programs")}
     accelerate(models["dense programs"], blocks=blocks["dense programs"], mode="dense")
     cut_out(models[CUT], prompt)
     by_layers = _decode(sparse, prompt, tokens)
@@ -71,9 +70,11 @@ def bench_checkpoint(
         ),
         strict=True,
     ):
-        progress(f"{work}: {', '.join(models)}")
-        times = interleaved({name: partial(run, each) for name, each in models.items()}, rounds)
-        result[work] = _found(times, tokens if work != "prefill" else None)
+        programs: Programs = {name: partial(run, each) for name, each in models.items()}
+        result[work] = timed(programs, rounds, work, progress)
+        if work != "prefill":
+            seconds = result[work]["seconds"]
+            result[work]["tokens_a_second"] = {name: tokens / s for name, s in seconds.items()}
     result["same_tokens"] = bool(torch.equal(_decode(sparse, prompt, tokens), by_layers))
     result["ran"] = handle.lines()
     best = blocks[result["decode"]["best_dense"]]
@@ -84,20 +85,6 @@ def bench_checkpoint(
         "dtype": str(next(dense.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "kernels": build.level(),
     }  # fmt: skip
-
-
-def _found(times: dict[str, list[float]], tokens: int | None) -> dict[str, Any]:
-    seconds = {name: statistics.median(values) for name, values in times.items()}
-    best = min(DENSE, key=seconds.__getitem__)
-    times["dense"], seconds["dense"] = times[best], seconds[best]
-    found = {
-        "best_dense": best,
-        "seconds": seconds,
-        "ratios": [asdict(ratio(times, "dense", name)) for name in ("accelerated", CUT)],
-    }
-    if tokens is not None:
-        found["tokens_a_second"] = {name: tokens / value for name, value in seconds.items()}
-    return found
 
 
 def _expected(found: dict[str, Any], dense: Blocks, sparse: Blocks) -> float:
@@ -119,12 +106,10 @@ def _expected(found: dict[str, Any], dense: Blocks, sparse: Blocks) -> float:
 @torch.inference_mode()
 def _decode(model: Any, prompt: Tensor, tokens: int) -> Tensor:
     """Greedy tokens [1, tokens] by a bare loop with a static cache."""
-    from transformers import StaticCache
-
-    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + tokens)
+    held = static_cache(model, prompt.shape[1] + tokens)
     ids, found = prompt, []
     for _ in range(tokens):
-        logits = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids, logits_to_keep=1, **held).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         found.append(ids)
     return torch.cat(found, 1)

@@ -140,7 +140,7 @@ def bench_trained(
         for name, each in models.items()
     }
     result["inference"] = {"density": density("inference", infer)}
-    result["inference"] |= _times(programs, rounds, "inference", progress)
+    result["inference"] |= timed(programs, rounds, "inference", progress)
     with torch.inference_mode():
         result["score"] = {
             "dense": score(models["layers"]),
@@ -159,7 +159,7 @@ def bench_trained(
     with warnings.catch_warnings():  # a schedule that ended is to stand still
         warnings.filterwarnings("ignore", ".*(?:stand|stood) still")
         result["training"] = {"density": density("train", loss)}
-        result["training"] |= _times(programs, rounds, "training", progress)
+        result["training"] |= timed(programs, rounds, "training", progress)
         result["training"]["kept"] = {
             to: kept_for_backward(passes[name], models[name].parameters())
             for to, name in (("dense", "layers"), ("accelerated", "accelerated"))
@@ -220,7 +220,7 @@ def _row(
     programs = {
         name: _program(subject, each, idle if name == CUT else []) for name, each in models.items()
     }
-    row |= _times(programs, rounds, "steps" if subject.training else "decoding", progress)
+    row |= timed(programs, rounds, "steps" if subject.training else "decoding", progress)
     row["after"] = subject.densities()["density"]
     row["ran"] = handle.lines()
     progress("one MLP alone")
@@ -261,7 +261,8 @@ def _four(
     return models, cut_out(cut, inputs), handle
 
 
-def _times(programs: Programs, rounds: int, what: str, progress: Progress) -> dict[str, Any]:
+def timed(programs: Programs, rounds: int, what: str, progress: Progress) -> dict[str, Any]:
+    """Time programs in turn: seconds, the best dense one, and its ratios to the others."""
     progress(f"{what}: {', '.join(programs)}")
     left = TimeLeft()
 

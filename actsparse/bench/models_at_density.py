@@ -275,14 +275,19 @@ def _generated_text(text: Tensor, prompt: int, model: Any) -> tuple[Tensor, Tens
     return logits, torch.cat([text[:, prompt - 1 : prompt], logits.argmax(-1)], dim=1)
 
 
-def _looped(text: Tensor, prompt: int, model: Any) -> tuple[Tensor, Tensor]:
-    """The same by a bare loop over a static cache."""
+def static_cache(model: Any, length: int) -> dict[str, Any]:
+    """What a model of transformers is called with to keep a static cache of ``length`` tokens."""
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=text.shape[1])
+    cache = StaticCache(config=model.config, max_cache_len=length)
     # transformers 5.24 calls it cache, and warns of the name before
     names = inspect.signature(model.forward).parameters
-    held = {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+    return {"cache" if "cache" in names else "past_key_values": cache, "use_cache": True}
+
+
+def _looped(text: Tensor, prompt: int, model: Any) -> tuple[Tensor, Tensor]:
+    """The same by a bare loop over a static cache."""
+    held = static_cache(model, text.shape[1])
     tokens, logits, token = [text[:, prompt - 1 : prompt]], [], text[:, :prompt]
     with torch.inference_mode():
         for at in range(prompt, text.shape[1]):
