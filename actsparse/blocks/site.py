@@ -75,6 +75,13 @@ def no_executor(block: MLPBlock) -> str | None:
     return None if block.same_input else "gate and up do not get the same tensor"
 
 
+def no_product(block: MLPBlock) -> str | None:
+    """Why what enters down is not the product φ(z) ⊙ u of a gated block, to be masked; or None."""
+    if block.between or not block.same_input:
+        return "something stands between the product and down"
+    return None
+
+
 class Site:
     """What is asked of one block. Plain data and bound methods, so that models deep-copy."""
 

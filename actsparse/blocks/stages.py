@@ -24,6 +24,15 @@ STAGES = ("x", "z", "u", "a", *NORMS, "d", "y")
 KNOWN_AT = {"z": "x", "u": "x", "f": "xz", "y": "d"}  # place of a gradient → stages known there
 
 
+def drops(values: Tensor, threshold: Tensor) -> Tensor:
+    """Where ``values`` [..., H] are at or below the threshold [H] of their unit; never at NaN.
+
+    >>> drops(torch.tensor([[-3.0, 1.0, torch.nan]]), torch.tensor([2.0, 2.0, 2.0]))
+    tensor([[False,  True, False]])
+    """
+    return values.abs() <= threshold
+
+
 def keep_above(values: Tensor, threshold: Tensor) -> Tensor:
     """``values`` [..., H], 0 where they are at or below the threshold [H] of their unit.
 
@@ -35,7 +44,7 @@ def keep_above(values: Tensor, threshold: Tensor) -> Tensor:
         for faster in FASTER:
             if (kept := faster(values, threshold)) is not None:
                 return kept
-    return values.masked_fill(values.abs() <= threshold, 0)
+    return values.masked_fill(drops(values, threshold), 0)
 
 
 # the kernels' own pass, once they are imported: torch's takes five times as long
@@ -51,10 +60,6 @@ class Cut(NamedTuple):
     function: str
     threshold: Tensor
     product: bool
-
-    def drops(self, values: Tensor) -> Tensor:
-        """Where ``values`` [..., H] are dropped; NaN is kept."""
-        return values.abs() <= self.threshold
 
     def keep(self, values: Tensor) -> Tensor:
         """``values`` [..., H], 0 where they are dropped."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction
+from actsparse.blocks.stages import drops
 from actsparse.kernels import backends, dense, ops
 from actsparse.kernels.prepared import Prepared, laid
 
@@ -65,7 +66,7 @@ def pack_cut(
         if product and second is not None:
             u = dense.linear(tokens, second, second_bias)
             v = a * u
-        dropped = (v.abs() <= threshold) | ((a == 0) & (slope == 0))
+        dropped = drops(v, threshold) | ((a == 0) & (slope == 0))
         a, slope = a.masked_fill(dropped, 0), slope.masked_fill(dropped, 0)
     pointer, index, value, _ = ops.pack_values(tokens, first, first_bias, a, slope)
     if second is None:

@@ -13,8 +13,8 @@ from typing_extensions import override
 from actsparse.activations import named
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.resolve import HANDLE
-from actsparse.blocks.site import Site, site_of
-from actsparse.blocks.stages import Cut
+from actsparse.blocks.site import Site, no_product, site_of
+from actsparse.blocks.stages import Cut, drops
 from actsparse.modify.modification import Attached, Modification, NotApplicable
 
 BUFFER = "activation_threshold"  # on the up module
@@ -62,10 +62,8 @@ class DropSmall(Modification):
         function = block.activation.function
         if function is None:
             raise NotApplicable("its φ is not known by name")
-        if product and (block.between or not block.same_input):
-            raise NotApplicable(
-                "something stands between the product and down: take form='gate', or leave it out"
-            )
+        if product and (reason := no_product(block)) is not None:
+            raise NotApplicable(f"{reason}: take form='gate', or leave it out")
         up = block.up.module
         if BUFFER in up._buffers:
             raise ValueError(f"block {block.name!r} drops small activations already")
@@ -109,10 +107,10 @@ class LargeAlone:
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """φ′(z) where φ(z) is kept, else 0: [..., H]."""
         slope = own(z)
-        return slope if self.product else slope.masked_fill(self.cut.drops(self._value(z)), 0)
-
-    def _value(self, z: Tensor) -> Tensor:
-        return named(self.own_function).value(z)
+        if self.product:
+            return slope
+        function, threshold, _ = self.cut
+        return slope.masked_fill(drops(named(function).value(z), threshold), 0)
 
 
 class _Dropping(Attached):

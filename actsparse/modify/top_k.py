@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from actsparse.activations import named
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.site import Site, site_of
+from actsparse.blocks.site import Site, no_product, site_of
 from actsparse.modify.modification import Attached, Modification, NotApplicable, Progress
 from actsparse.modify.schedule import Over, Ramp, ramp_note
 from actsparse.values import Rule
@@ -72,8 +72,8 @@ class TopK(Modification):
     def apply(self, block: MLPBlock) -> Attached:
         site = site_of(block)
         product = self.by == "product" and block.gated
-        if product and (block.between or not block.same_input):
-            raise NotApplicable("something stands between the product and down: take by='gate'")
+        if product and (reason := no_product(block)) is not None:
+            raise NotApplicable(f"{reason}: take by='gate'")
         phi = LargestActivations(block, self.to, kept(self.k, block.d_hidden), product)
         try:
             site.replace_activation(phi)
