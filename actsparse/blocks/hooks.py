@@ -2,7 +2,7 @@
 
 All hooks that a reader may ever need are put on at once and ask the site anew in each pass. So
 something that is attached later works in compiled code too, whose guards see what hooks read but
-not that there are new ones. An executor that nothing else was ever attached beside needs none of
+not that there are new ones. An executor that nothing but a φ was ever attached beside needs none of
 them: layers without hooks are called 4 µs faster each, which is a part of a token's time.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,18 +67,21 @@ class Wiring:
         )
         # once somebody has followed the tokens we go on: a hook that comes and goes costs compiling
         follows = site.follows or (site.used and self.tokens is not None)
-        shape = (site.used, follows, exchanged, caught, site.executor is not None)
+        phi, executed = site.phi is not None, site.executor is not None
+        shape = (site.used, phi, follows, exchanged, caught, executed)
         if shape == self._shape:
             return
         self.detach()
         self._shape = shape
-        self.alone = executed_alone(self.block, follows, shape[-1])
+        self.alone = executed_alone(self.block, follows, executed)
         if self.alone:
+            if phi:  # a pass that is broken off must not leave the next φ, whose ever, to it
+                self._attach_around()
             self._attach_executor(self._enter_alone, self._leave_alone)
             self._hooks.append(NoReplicas(self.block.up.module, self.block.name))
             self._attach_activation(exchanged, caught)
         elif site.used:
-            self._attach(*shape[1:])
+            self._attach(*shape[2:])
         if "torch._dynamo" in sys.modules:  # compiled code does not notice new hooks by itself
             torch._dynamo.reset()
 
@@ -87,10 +90,7 @@ class Wiring:
         if follows:
             self.tokens = tokens_of(block.path, block.batch_first)
             self.tokens.attach()
-        if block.around:
-            around = block.path[block.around - 1]
-            add(around.register_forward_pre_hook(self._on_call))
-            add(around.register_forward_hook(self._on_return, always_call=True))
+        self._attach_around()
         for layer in self.entries():
             add(layer.module.register_forward_pre_hook(self._on_input))
             add(layer.module.register_forward_hook(self._on_layer))
@@ -102,6 +102,12 @@ class Wiring:
         for module in block.path:
             if isinstance(module, nn.TransformerEncoder):
                 add(NoNestedTensors(module))  # its eval fast path would pass all hooks by
+
+    def _attach_around(self) -> None:
+        if self.block.around:
+            around = self.block.path[self.block.around - 1]
+            self._hooks.append(around.register_forward_pre_hook(self._on_call))
+            self._hooks.append(around.register_forward_hook(self._on_return, always_call=True))
 
     def _attach_activation(self, exchanged: bool, caught: bool) -> None:
         activation, add = self.block.activation, self._hooks.append
@@ -235,13 +241,9 @@ class Wiring:
         if asleep():
             return None
         now = self.passes.now
-        if now.expects_phi and (self.site.phi is not None or now.detours):
-            self._refuse_without_phi()
-        now.expects_phi = False
+        d = self._after_phi(args[0], now)
         if now.detours:  # the executor knows more
             return None
-        mask = getattr(self.site.phi, "mask_product", None)
-        d = args[0] if mask is None else mask(args[0])
         kept = {"a": d, **now.kept, "d": d}
         asked = self.site.asked
         norms = [name for name in NORMS if name in asked]
@@ -253,12 +255,17 @@ class Wiring:
         self._hand_on(kept)
         return None if d is args[0] else (d, *args[1:])
 
-    def _refuse_without_phi(self) -> NoReturn:
-        raise RuntimeError(
-            f"block {self.block.name!r} ran without calling its activation "
-            f"{self.block.activation.name!r}, so what was attached had no effect; was the "
-            f"activation replaced since, or were the layers called one by one?"
-        )
+    def _after_phi(self, d: Tensor, now: Running) -> Tensor:
+        """Down's input, once φ was called: a φ may have to mask the product of gated blocks."""
+        phi, missing, now.expects_phi = self.site.phi, now.expects_phi, False
+        if missing and (phi is not None or now.detours):
+            raise RuntimeError(
+                f"block {self.block.name!r} ran without calling its activation "
+                f"{self.block.activation.name!r}, so what was attached had no effect; was the "
+                f"activation replaced since, or were the layers called one by one?"
+            )
+        mask = None if now.detours else getattr(phi, "mask_product", None)
+        return d if mask is None else mask(d)
 
     def _on_down(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if asleep():
@@ -314,16 +321,17 @@ class Wiring:
         """What :meth:`_on_input`, :meth:`_enter` and :meth:`_on_layer` do, without hooks."""
         if asleep() or self.site.executor is None:
             return layer.original(x)
+        module, now = layer.module, self.passes.frames[-1]
         if not is_compiling() and (way := self.ways.of(layer, x)) is not None:
-            return way.product(layer, x)
-        module, now = layer.module, self.passes.now
-        if now.x is not x or module in now.entered:
-            now = self.passes.begin()
-            now.x = now.changed = x
-        now.entered.append(module)
-        output = self._enter(layer, x)
-        if now.detours and module is self.block.pre_activation.module:
-            now.expects_phi = True
+            output = way.product(layer, x)
+        else:
+            if now.x is not x or module in now.entered:
+                now = self.passes.begin()
+                now.x = now.changed = x
+            now.entered.append(module)
+            output = self._enter(layer, x)
+        if module is self.block.pre_activation.module:
+            now.expects_phi = now.detours or self.site.phi is not None
         return output
 
     def _pass(self, part: Detour, a: Tensor) -> Tensor:
@@ -349,16 +357,16 @@ class Wiring:
         now = self.passes.frames[-1]
         way, now.at_once = now.at_once, None
         if way is not None and not is_compiling():
-            return way.product(down, d)
-        plan, x = now.plan, now.changed
-        if plan is None or x is None or asleep():
+            return way.product(down, self._after_phi(d, now))
+        if asleep():
+            return down.original(d)
+        d, plan, x = self._after_phi(d, now), now.plan, now.changed
+        if plan is None or x is None:
             return down.original(d)
         self.passes.begin()
         if not plan.runs:
             plan.passed(d)
             return down.original(d)
-        if now.expects_phi:
-            self._refuse_without_phi()
         self._check_ghost(d, now)
         return plan(self.site, x, None)
 

@@ -136,12 +136,13 @@ class Site:
     @property
     def follows(self) -> bool:
         """Whether something attached may ask for the running call's tokens."""
-        return bool(self.modified or self._taps or self._gradient_taps)
+        changes = self.inputs or self.layers or self.outputs
+        return bool(changes or self._taps or self._gradient_taps)
 
     @property
     def used(self) -> bool:
         """Whether anything is attached."""
-        return self.follows or self.executor is not None
+        return self.follows or self.phi is not None or self.executor is not None
 
     @property
     def recomputing(self) -> bool:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from actsparse.activations import named
 from actsparse.blocks.stages import keep_above as cut
@@ -231,3 +232,28 @@ def test_cut_keeps_every_bit_of_what_is_above(
             right = laid.masked_fill(laid.abs() <= t, 0)
             assert torch.equal(cut(laid, t).nan_to_num(7.0), right.nan_to_num(7.0))
             assert torch.equal(cut(laid, t).isnan(), right.isnan())
+
+
+def test_each_kind_of_derivative_goes_through_the_mask() -> None:
+    x, t = torch.randn(3, 5, dtype=torch.float32), torch.full((5,), 0.5)
+    x[0, 0], x[1, 1] = 0.2, 0.9
+
+    def cubes(v: Tensor) -> Tensor:
+        return cut(v, t).pow(3).sum()
+
+    want = torch.where(x.abs() <= t, 0, 3 * x.square())
+    tangent = torch.randn_like(x)
+    learning = x.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(cubes(learning), learning)[0], want)
+    assert torch.equal(torch.func.grad(cubes)(x), want)
+    assert torch.equal(torch.func.jacfwd(cubes)(x), want)
+    assert torch.allclose(torch.func.jvp(cubes, (x,), (tangent,))[1], (want * tangent).sum())
+    with forward_ad.dual_level():
+        moved = forward_ad.unpack_dual(cubes(forward_ad.make_dual(x, tangent))).tangent
+    assert torch.allclose(moved, (want * tangent).sum())
+    curvature = torch.autograd.functional.hessian(cubes, x).reshape(15, 15)
+    assert torch.allclose(curvature, torch.where(x.abs() <= t, 0, 6 * x).flatten().diag())
+    x[2, 2] = torch.nan
+    kept = cut(x.requires_grad_(), t)
+    assert kept[2, 2].isnan()
+    assert torch.autograd.grad(kept, x, torch.ones_like(x))[0][2, 2] == 1
