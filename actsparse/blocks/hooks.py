@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.pass_state import Passes, Running, asleep, unreadable
-from actsparse.blocks.placeholder import Ghosts
+from actsparse.blocks.placeholder import Ghosts, check_ghost
 from actsparse.blocks.read_gradients import read_gradient
 from actsparse.blocks.replace_forward import (
     IN_A_REPLICA,
@@ -152,8 +152,8 @@ class Wiring:
     def _on_call(self, *_: Any) -> None:
         self.passes.enter()
 
-    def _on_return(self, *_: Any) -> None:
-        self.passes.leave()
+    def _on_return(self, module: nn.Module, *_: Any) -> None:
+        self.passes.leave(module)
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if asleep():
@@ -323,7 +323,8 @@ class Wiring:
             return layer.original(x)
         module, now = layer.module, self.passes.frames[-1]
         if not is_compiling() and (way := self.ways.of(layer, x)) is not None:
-            output = way.product(layer, x)
+            now, width = self.passes.frames[-1], self.block.up.width
+            output = self._ghosts.like(x, width, now) if way.skips else way.product(layer, x)
         else:
             if now.x is not x or module in now.entered:
                 now = self.passes.begin()
@@ -345,7 +346,7 @@ class Wiring:
         if not plan.runs:
             plan.passed(d)
             return down.original(d)
-        self._check_ghost(d, now)
+        check_ghost(d, self.block, now)
         assert now.changed is not None
         kept, now.kept = now.kept, {}  # checkpointing may break off its second pass here
         y = plan(self.site, now.changed, kept.update if self.site.wants_norms else None)
@@ -357,7 +358,10 @@ class Wiring:
         now = self.passes.frames[-1]
         way, now.at_once = now.at_once, None
         if way is not None and not is_compiling():
-            return way.product(down, self._after_phi(d, now))
+            d, now.detours, x = self._after_phi(d, now), False, now.changed
+            if way.skips:
+                check_ghost(d, self.block, now)
+            return way.product(down, d if x is None or not way.skips else x)
         if asleep():
             return down.original(d)
         d, plan, x = self._after_phi(d, now), now.plan, now.changed
@@ -367,21 +371,8 @@ class Wiring:
         if not plan.runs:
             plan.passed(d)
             return down.original(d)
-        self._check_ghost(d, now)
+        check_ghost(d, self.block, now)
         return plan(self.site, x, None)
-
-    def _check_ghost(self, d: Tensor, now: Running) -> None:
-        """Refuse d if it is not the untouched tensor of NaN that stands for this pass's a."""
-        if is_compiling():  # which sees strides alone: what was computed has some
-            real = d.stride(-1) > 0 and not self.block.gated
-        else:
-            real = getattr(d, "of", None) is not now
-        if real:
-            raise RuntimeError(
-                f"block {self.block.name!r} runs sparse, without its hidden layer, but down "
-                f"gets another input than when the block was found: is that so in training mode "
-                f"only, or do two calls overlap? accelerate() does not support this block"
-            )
 
     def _read(
         self, place: str, output: Tensor, layer: Layer | None = None, **known: Tensor

@@ -39,7 +39,8 @@ class Running:
     """One pass through a block, from the input of up to the output of down."""
 
     __slots__ = (
-        "at_once", "changed", "detours", "entered", "expects_phi", "first", "kept", "plan", "x",
+        "at_once", "changed", "detours", "entered", "expects_phi", "first", "ghost", "kept", "plan",
+        "x",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class Running:
         self.detours = False  # whether an executor runs this pass in the layers' place
         self.expects_phi = False  # whether the next activation call is this block's
         self.at_once: AtOnce | None = None  # how the layers run this pass, without a plan
+        self.ghost: Any = None  # what stands for its hidden layer, where that is not computed
         self.first: object = None  # the layer that asked whether they may
 
 
@@ -92,10 +94,13 @@ class Passes(OfThread):
         """The module around the block is called."""
         self.frames.append(Running())
 
-    def leave(self) -> None:
+    def leave(self, module: nn.Module) -> None:
         """That call has ended, or an error ended it."""
         if len(self.frames) > 1:  # hooks may have come in the middle of a call
             self.frames.pop()
+        # a keyboard interrupt ends calls without hooks; their frames would take another block's φ
+        if len(self.frames) > 1 and not torch.compiler.is_compiling():
+            del self.frames[running_calls(module) :]
 
 
 class _Sleep(threading.local):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from actsparse.blocks.autograd_graph import MOVES, MULTIPLIES
+from actsparse.blocks.block import MLPBlock
 from actsparse.blocks.pass_state import Running
 
 _ASKS = {"dim", "ndimension", "size", "stride", "numel", "nelement", "is_floating_point"}
@@ -57,7 +58,9 @@ class Ghosts:
         self._last: tuple[Any, Tensor] | None = None
 
     def like(self, x: Tensor, width: int, of: Running) -> Ghost:
-        """In the place of a layer's output [..., width] on x."""
+        """In the place of a layer's output [..., width] on x: of gate and up the same one."""
+        if of.ghost is not None:
+            return of.ghost
         kind = x.shape, x.dtype, x.device, width
         last = self._last
         if last is None or last[0] != kind:
@@ -67,7 +70,22 @@ class Ghosts:
         # a view of the last NaN costs a third of making one
         ghost: Ghost = Tensor._make_subclass(Ghost, last[1])
         ghost.of, ghost.block = of, self._block
+        of.ghost = ghost
         return ghost
+
+
+def check_ghost(d: Tensor, block: MLPBlock, now: Running) -> None:
+    """Refuse down's input d if it is not the untouched ghost that stands for this pass's a."""
+    if torch.compiler.is_compiling():  # which sees strides alone: what was computed has some
+        real = d.stride(-1) > 0 and not block.gated
+    else:
+        real = getattr(d, "of", None) is not now
+    if real:
+        raise RuntimeError(
+            f"block {block.name!r} runs sparse, without its hidden layer, but down gets another "
+            f"input than when the block was found: is that so in training mode only, or do two "
+            f"calls overlap? accelerate() does not support this block"
+        )
 
 
 def _mark(result: Any, of: Running, block: str) -> Any:

@@ -108,7 +108,11 @@ class Plan(Protocol):
 
 
 class AtOnce(Protocol):
-    """What the layers of a block do in calls on an x of one shape, with no plan."""
+    """How a block runs in calls on an x of one shape, with no plan."""
+
+    @property
+    def skips(self) -> bool:
+        """Whether down's product is y of the block's x, and the layers before it do not run."""
 
     def takes(self, x: Tensor) -> bool:
         """Whether this call may run so: asked before the first layer, by any thread."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,10 @@ class Ways:
         self._passes = passes
         self._ways: dict[torch.Size, AtOnce] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a model keep none: a way knows the weights of this one."""
+        return {"_passes": self._passes, "_ways": {}}
+
     def clear(self) -> None:
         """Keep none."""
         self._ways.clear()
@@ -35,10 +41,15 @@ class Ways:
         now = self._passes.frames[-1]
         if now.plan is not None:  # gate has asked for one, or a pass was broken off
             return None
-        if now.at_once is None or now.first is layer:
+        if now.at_once is None or now.first is layer or now.changed is not x:
             way = self._ways.get(x.shape)
-            now.at_once = way if way is not None and way.takes(x) else None
-            now.first = layer
+            now.at_once = None
+            if way is None or not way.takes(x):
+                return None
+            if way.skips:
+                now = self._passes.begin()
+                now.detours = True
+            now.at_once, now.first, now.changed = way, layer, x
         return now.at_once
 
 

@@ -1,12 +1,15 @@
-"""What the layers of a block run at once, without a question to the block, in calls like the last.
+"""What the layers of a block run at once, with few questions or none, in calls like the last.
 
 Between two blocks of a large model the weights pass through the caches, so each line of Python and
 each object that a call touches comes from memory: the questions of a whole block take 0.2 ms there.
 A layer that multiplies by a packed copy of its weight takes nothing from anybody: the hidden layer
 is there, whatever hangs on it. So it asks only whether its product may differ from the layer's own.
+Sparse products skip the hidden layer, so that they ask who hangs on it too.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +24,26 @@ from actsparse.blocks.replace_forward import Detour
 from actsparse.kernels import backends, dense
 from actsparse.kernels.met import Last, Met
 from actsparse.kernels.prepared import Prepared, fingerprint
+from actsparse.kernels.programs import Weights, function_at, run
+
+
+def _plain_call() -> bool:
+    """Whether this call wants nothing but numbers: no gradients, no cast, nobody who looks on."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or _functions()
+        or _dispatches()
+        or _transforms()
+        or _tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 class OwnLayers:
     """The layers run: they won the trial, and between two looks at the density nothing is asked."""
+
+    skips = False
 
     def __init__(self, last: Last, met: Met, tokens: int) -> None:
         self.last, self.met, self.tokens = last, met, tokens
@@ -58,6 +77,8 @@ class Copy:
 class PackedLayers:
     """Each layer multiplies by a packed copy of its weight: dense products without gradients."""
 
+    skips = False
+
     def __init__(self, last: Last, met: Met, tokens: int, copies: dict[nn.Module, Copy]) -> None:
         self.last, self.met, self.tokens, self.copies = last, met, tokens, copies
         self.fresh = True  # no weight was found changed
@@ -80,13 +101,7 @@ class PackedLayers:
         """Whether oneDNN's products may stand for the layers' in this call."""
         if (
             not self.fresh
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or _functions()
-            or _dispatches()
-            or _transforms()
-            or _tracing()
-            or forward_ad._current_level >= 0
+            or not _plain_call()
             or torch.ops.actsparse_cpu.fingerprint(*self.weights) != self.entries
             or not self.met.rests("packed")
         ):
@@ -111,6 +126,41 @@ class PackedLayers:
             return dense.product(x.contiguous(), copy.packed, copy.bias)
         self.fresh = False
         return layer.original(x)
+
+
+class SparseLayers:
+    """The kernels compute y where down is called; the layers before it pass on placeholders."""
+
+    skips = True
+
+    def __init__(
+        self, run: Any, site: Any, met: Met, prepared: Prepared, x: Tensor, program: str
+    ) -> None:
+        self.run, self.site, self.met, self.prepared = run, site, met, prepared
+        self.program = program
+        self.dtype, self.tokens = x.dtype, x.shape[:-1].numel()
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels may stand for the layers in this call."""
+        if not (
+            x.__class__ is Tensor
+            and x.dtype is self.dtype
+            and x.is_cpu
+            and _plain_call()
+            and self.run.fit.reason() is None
+            and self.run.prepared(x.dtype, Weights.of(self.run.block)) is self.prepared
+            and not any(part.module.training for part in self.run.block.between)
+            and self.met.rests(self.program)
+        ):
+            return False
+        self.met.tokens, self.run.last.program = self.tokens, self.program
+        return True
+
+    def product(self, layer: Detour, x: Tensor) -> Tensor:
+        """y of the block's x."""
+        weights, function = Weights.of(self.run.block), function_at(self.site)
+        assert function is not None
+        return run(self.program, x, weights, function, prepared=self.prepared)
 
 
 def named_layers(block: MLPBlock) -> dict[nn.Module, str] | None:

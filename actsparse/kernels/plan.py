@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.replace_forward import foreign_mode
 from actsparse.blocks.site import Site, site_of
-from actsparse.blocks.stages import Cut, OnNorms, Plan
+from actsparse.blocks.stages import AtOnce, Cut, OnNorms, Plan
 from actsparse.kernels import backends, build
-from actsparse.kernels.at_once import OwnLayers, PackedLayers
+from actsparse.kernels.at_once import OwnLayers, PackedLayers, SparseLayers
 from actsparse.kernels.choose import (
     CEILING,
     CEILING_CUT,
@@ -77,9 +77,8 @@ class CallPlan:
             active = [module for module in dropouts if module.training]
         function = function_at(site)
         assert function is not None
-        if self.program == "packed" and prepared is not None and met is not None:
-            way = PackedLayers.of(block, self.of.last, met, prepared, x.shape[:-1].numel())
-            site.at_once(x, way)
+        if prepared is not None and met is not None and x.is_cpu:
+            self._at_once(site, x, met, prepared)
         return run(
             self.program,
             x,
@@ -90,6 +89,15 @@ class CallPlan:
             on_active=count,
             on_norms=on_norms,
         )
+
+    def _at_once(self, site: Site, x: Tensor, met: Met, prepared: Prepared) -> None:
+        """Let the calls to come that are like this one do without a plan."""
+        way: AtOnce | None
+        if self.program == "packed":
+            way = PackedLayers.of(self.of.block, self.of.last, met, prepared, x.shape[:-1].numel())
+        else:
+            way = SparseLayers(self.of, site, met, prepared, x, self.program)
+        site.at_once(x, way)
 
     def passed(self, d: Tensor) -> None:
         """The layers ran: count their zeros, now and then, where that may decide anything."""
