@@ -12,7 +12,9 @@ import typer
 def convert(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help="A folder of Hugging Face with a causal language model, or a .gguf."),
+        typer.Argument(
+            help="A folder of Hugging Face with a causal language model or an encoder, or a .gguf."
+        ),
     ],
     text: Annotated[
         list[Path],
@@ -21,7 +23,10 @@ def convert(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     budget: Annotated[
         str,
-        typer.Option(help="By how much perplexity may rise: 3% is 1.03 times the dense model's."),
+        typer.Option(
+            help="By how much perplexity may rise: 3% is 1.03 times the dense model's. Of an "
+            "encoder: the mean of 1 - cosine to the dense embeddings."
+        ),
     ] = "3%",
     form: Annotated[
         str,
@@ -62,9 +67,10 @@ def convert(
 ) -> None:
     """Make a dense checkpoint sparse, at a stated cost in quality.
 
-    It calibrates thresholds on the activations, distils the model on its own dense logits with
-    thresholds in force, chooses how much to drop on validation text, and judges on text that took
-    no part. The folder has the model, its tokenizer, a card and conversion.json.
+    It calibrates thresholds on the activations, distils the model on its own dense logits (of an
+    encoder, its embeddings) with thresholds in force, chooses how much to drop on validation text,
+    and judges on text that took no part. The folder has the model, its tokenizer, a card and
+    conversion.json.
 
     An interrupted distillation goes on where it was when the same command is given again.
 
@@ -75,6 +81,8 @@ def convert(
       actsparse convert my_model --text corpus.jsonl --budget 10% --tokens 2M --out my_model-sparse
 
       actsparse convert model.gguf --text a.txt --text b.txt --form product --out my_model-sparse
+
+      actsparse convert my_encoder --text sentences.jsonl --budget 1.5% --window 128 --out sparse
     """
     from json import dumps
 
@@ -83,11 +91,12 @@ def convert(
     from actsparse.cli.progress import Progressing
     from actsparse.convert.card import card_of, rows_of
     from actsparse.convert.checkpoint import (
+        around_of,
         check_place,
         check_space,
         encoder,
-        first_of,
         load_checkpoint,
+        pooling_of,
         write_checkpoint,
     )
     from actsparse.convert.distillation import check_state, forget_state
@@ -114,11 +123,11 @@ def convert(
     others = read_texts(also or [], taken=("train", "validation", "test"))
     model, tokenizer = load_checkpoint(checkpoint)
 
-    encode = encoder(tokenizer)
-    first = first_of(tokenizer)
-    split = Split.of(windows_of(documents, encode, window, first=first), eval_tokens)
+    pooling, encode = pooling_of(checkpoint, model), encoder(tokenizer)
+    ends = around_of(tokenizer, encodes=pooling is not None)
+    split = Split.of(windows_of(documents, encode, window, None, *ends), eval_tokens)
     more = {
-        name: windows_of(each, encode, window, eval_tokens, first) for name, each in others.items()
+        name: windows_of(each, encode, window, eval_tokens, *ends) for name, each in others.items()
     }
     parts = {"train": split.train, "validation": split.validation, "test": split.test, **more}
     for name, windows in parts.items():
@@ -134,7 +143,7 @@ def convert(
             done = convert_model(
                 model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
                 share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
-                lr=lr, folder=keep if count else None, told=told,
+                lr=lr, folder=keep if count else None, pooling=pooling, told=told,
             )  # fmt: skip
             done.extra = {
                 "source": checkpoint.name,

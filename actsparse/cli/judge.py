@@ -40,7 +40,13 @@ def judge(
     from actsparse.cli.progress import Progressing
     from actsparse.cli.result import table_of
     from actsparse.convert.card import judged_row
-    from actsparse.convert.checkpoint import encoder, first_of, load_checkpoint, tokenizer_of
+    from actsparse.convert.checkpoint import (
+        around_of,
+        encoder,
+        load_checkpoint,
+        pooling_of,
+        tokenizer_of,
+    )
     from actsparse.convert.judgement import check_same
     from actsparse.convert.judgement import judge as judge_model
     from actsparse.convert.text import read_texts, windows_of
@@ -51,17 +57,18 @@ def judge(
     if not (folder / SIDECAR).is_file():
         raise ValueError(f"{folder} has no {SIDECAR}: expected a folder of actsparse convert")
     documents = read_texts(text)
-    tokenizer = tokenizer_of(folder)
-    encode, first = encoder(tokenizer), first_of(tokenizer)
-    model = load(folder).eval()
-    plain = None
+    tokenizer, model, plain, pooling = tokenizer_of(folder), load(folder).eval(), None, None
     if dense is not None:
         plain = load_checkpoint(dense)[0].to(next(model.parameters()).dtype)
         check_same(model, plain)
+        pooling = pooling_of(dense, plain)
+    elif pooling_of(folder, model) is not None:
+        raise ValueError(f"{folder} holds an encoder: give --dense, the checkpoint it was made of")
+    encode, ends = encoder(tokenizer), around_of(tokenizer, encodes=pooling is not None)
     found = []
     with Progressing(Terminal(stderr=True), "tokens") as told:
         for name, each in documents.items():
-            windows = windows_of(each, encode, window, eval_tokens, first)
+            windows = windows_of(each, encode, window, eval_tokens, *ends)
             read = 0
 
             def more(count: int, name: str = name, total: int = windows.tokens) -> None:
@@ -69,7 +76,7 @@ def judge(
                 read += count
                 told(name, read, total)
 
-            found.append(judge_model(model, windows, name, plain, more)[0].to_json())
+            found.append(judge_model(model, windows, name, plain, more, pooling)[0].to_json())
     if json:
         record = {"kind": "judgement", "schema": 1, "judgements": found}
         typer.echo(dumps(record | environment(torch.get_num_threads()), indent=1, allow_nan=False))

@@ -6,6 +6,8 @@ from typing import Any
 
 from actsparse.convert.pipeline import Conversion
 
+_EXCESS = {False: "excess nats a token", True: "cosine distance"}
+
 
 def rows_of(conversion: Conversion) -> list[dict[str, str]]:
     """The judgements as rows of text, a column each.
@@ -32,14 +34,18 @@ def judged_row(judgement: dict[str, Any]) -> dict[str, str]:
         "text": judgement["text"],
         "documents": str(judgement["documents"]),
         "tokens": f"{judgement['tokens']:,}",
-        "perplexity": f"{judgement['perplexity']:.2f}",
     }
+    encodes = judgement.get("pooling") is not None
+    if not encodes:
+        row["perplexity"] = f"{judgement['perplexity']:.2f}"
     if judgement["excess"] is not None:
-        row["excess nats a token"] = f"{judgement['excess']:+.4f}"
+        excess = _EXCESS[encodes]
+        row[excess] = f"{judgement['excess']:+.4f}"
         if judgement["interval"] is not None:
             low, high = judgement["interval"]
-            row["excess nats a token"] += f" [{low:+.4f}, {high:+.4f}]"
-        row["same best token"] = f"{judgement['agreement']:.1%}"
+            row[excess] += f" [{low:+.4f}, {high:+.4f}]"
+        same = "same nearest neighbour" if encodes else "same best token"
+        row[same] = f"{judgement['agreement']:.1%}"
     row["active units"] = f"{judgement['density']:.1%}"
     row["MLP bytes read"] = f"{judgement['bytes_read']:.1%}"
     return row
@@ -74,10 +80,15 @@ def card_of(conversion: Conversion, source: str) -> str:
     Returns:
         Markdown.
     """
+    encodes = conversion.pooling is not None
+    learnt = "embeddings" if encodes else "logits"
+    excess, budget = _EXCESS[encodes], f"{conversion.budget:.1%} of perplexity"
+    if encodes:
+        budget = f"a mean cosine distance of {conversion.budget:g} to the dense model's embeddings"
     where = "the gate's output |φ(z)|" if conversion.form == "gate" else "the product |φ(z)·u|"
     trained = f"{conversion.trained:,} tokens" if conversion.trained else "no training"
     points = [
-        {"share dropped": f"{share:.1%}", "excess nats a token": f"{loss - choice.dense:+.4f}"}
+        {"share dropped": f"{share:.1%}", excess: f"{loss - choice.dense:+.4f}"}
         for choice in [conversion.choice]
         for share, loss in choice.seen
     ]
@@ -95,8 +106,8 @@ library_name: actsparse
 # {source}, with thresholds on its MLP activations
 
 Made by `actsparse convert`. In each MLP a unit is set to zero for a token where {where} is
-not above the unit's threshold. Distillation on the dense model's logits: {trained}. The budget was
-{conversion.budget:.1%} of perplexity.
+not above the unit's threshold. Distillation on the dense model's {learnt}: {trained}. The budget
+was {budget}.
 
 {markdown(rows_of(conversion))}
 

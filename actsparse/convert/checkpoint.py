@@ -1,4 +1,4 @@
-"""Load a checkpoint of a causal language model with its tokenizer; write the converted one."""
+"""Load a checkpoint, a language model or an encoder, with its tokenizer; write the converted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 
 from actsparse import files
 from actsparse.blocks.block import unwrap
+from actsparse.convert.embeddings import Pooling
 from actsparse.convert.text import Encode
 from actsparse.extras import needed
 from actsparse.modify.foreign_config import model_class
 from actsparse.modify.pretrained import pretrained
 from actsparse.modify.sidecar import SIDECAR, describe, write_sidecar
-from actsparse.untrusted import check_regular
+from actsparse.untrusted import check_regular, read_json
 from actsparse.values import BadValue
 
 CARD, RECORD = "README.md", "conversion.json"
@@ -29,7 +30,7 @@ _OWN = {
 
 
 def load_checkpoint(path: Path) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer, in float32 and evaluation mode.
+    """Load a causal language model or an encoder and its tokenizer, in float32 and evaluation mode.
 
     Args:
         path: a folder of Hugging Face (config.json, safetensors, tokenizer), or a ``.gguf`` file,
@@ -39,8 +40,8 @@ def load_checkpoint(path: Path) -> tuple[Any, Any]:
         The model and the tokenizer.
 
     Raises:
-        ValueError: it cannot be loaded, is no causal language model, has no tokenizer, or the
-            tokenizer has more tokens than the model's vocabulary.
+        ValueError: it cannot be loaded, is neither, has no tokenizer, or the tokenizer has more
+            tokens than the model's vocabulary.
     """
     if (path / SIDECAR).is_file():
         raise BadValue(f"{path} was converted already: give the checkpoint that it was made of")
@@ -48,8 +49,11 @@ def load_checkpoint(path: Path) -> tuple[Any, Any]:
         model, tokenizer = _gguf(path)
     else:
         model, tokenizer = pretrained(path), tokenizer_of(path)
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        raise BadValue(f"{path} holds a {type(model).__name__}: expected a causal language model")
+    if not type(model).__name__.endswith(_CAUSAL) and not _encodes(model):
+        raise BadValue(
+            f"{path} holds a {type(model).__name__}: expected a causal language model, as "
+            f"LlamaForCausalLM, or an encoder without a head, as BertModel"
+        )
     vocabulary = model.config.get_text_config().vocab_size
     if len(tokenizer) > vocabulary:
         raise BadValue(
@@ -57,6 +61,47 @@ def load_checkpoint(path: Path) -> tuple[Any, Any]:
             f"another model's"
         )
     return model.eval(), tokenizer
+
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+def _encodes(model: Any) -> bool:
+    config = model.config
+    both = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
+    headless = type(model).__name__.endswith("Model") and model.get_output_embeddings() is None
+    return headless and not both
+
+
+def pooling_of(folder: Path, model: Any) -> Pooling | None:
+    """How the embeddings of an encoder are pooled; None for a causal language model.
+
+    Args:
+        folder: the checkpoint's; with the 1_Pooling/config.json of sentence-transformers, if any.
+        model: what was loaded from it.
+
+    Returns:
+        ``"mean"`` where the folder does not say otherwise.
+
+    Raises:
+        ValueError: it asks for another pooling than mean or cls.
+    """
+    if type(model).__name__.endswith(_CAUSAL):
+        return None
+    file = folder / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "mean"
+    asked = [name for name, value in read_json(file).items() if value is True]
+    modes = [name for name in asked if name.startswith("pooling_mode_")]
+    known: dict[str, Pooling] = {
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_cls_token": "cls",
+    }
+    if len(modes) != 1 or modes[0] not in known:
+        raise BadValue(
+            f"{file} asks for {', '.join(modes) or 'no pooling'}: expected {' or '.join(known)}"
+        )
+    return known[modes[0]]
 
 
 def tokenizer_of(folder: Path, **how: Any) -> Any:
@@ -91,22 +136,26 @@ def encoder(tokenizer: Any) -> Encode:
         tokenizer: of transformers.
 
     Returns:
-        A function from text to ids, with the special tokens that the tokenizer adds.
+        A function from text to ids, without the special tokens that the tokenizer adds.
     """
-    return lambda text: tokenizer(text, verbose=False)["input_ids"]
+    return lambda text: tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
 
 
-def first_of(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer begins a text with, if any; each window begins with it.
+def around_of(tokenizer: Any, encodes: bool) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer begins and ends a text with; each window has them.
 
     Args:
         tokenizer: of transformers.
+        encodes: whether it is an encoder's; a language model's windows end without one.
 
     Returns:
-        One id, or none.
+        The ids before and after.
     """
-    begin = tokenizer.bos_token_id
-    return [begin] if begin is not None and encoder(tokenizer)("a")[:1] == [begin] else []
+    plain, whole = encoder(tokenizer)("a"), tokenizer("a", verbose=False)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :] if encodes else []
+    return [], []
 
 
 def _gguf(path: Path) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from actsparse import files
 from actsparse.blocks.site import site_of
+from actsparse.convert.embeddings import distance
 from actsparse.convert.losses import logits_of
 from actsparse.convert.scores import Calibration, calibrate
 from actsparse.convert.text import Windows
@@ -43,7 +44,7 @@ class Distillation:
         lr: the learning rate of AdamW after warm-up; a cosine takes it to a tenth.
         batch: tokens of a step.
         loss: ``"logits"``: KL(teacher ‖ student) of each token; ``"text"``: the text's own
-            cross-entropy, the control.
+            cross-entropy, the control; ``"embeddings"``: 1 − cos to the teacher, for encoders.
         train: ``"all"`` parameters, or those of the ``"blocks"`` alone.
         seed: of the order of windows.
 
@@ -60,7 +61,7 @@ class Distillation:
     ramp: _Share = 0.4
     lr: Above0 = 1e-4
     batch: Positive = 512
-    loss: Literal["logits", "text"] = "logits"
+    loss: Literal["logits", "text", "embeddings"] = "logits"
     train: Literal["all", "blocks"] = "all"
     seed: int = 0
 
@@ -124,7 +125,8 @@ def distil(
     the rise and ten times afterwards they are calibrated anew, with thresholds in force.
 
     Args:
-        student: a causal language model with :class:`actsparse.DropSmall`, in float32.
+        student: a causal language model, or an encoder, with :class:`actsparse.DropSmall`, in
+            float32.
         teacher: the dense model; not changed.
         windows: the text to train on.
         how: what is trained, how long.
@@ -159,7 +161,7 @@ def distil(
             calibration.put(how.share_at(step))
             if step in fresh and step:
                 pieces = [row[held][None] for row, held in zip(ids, there, strict=True)]
-                seen = calibrate(student, pieces, logits_of, dense=False)
+                seen = calibrate(student, pieces, dense=False)
                 calibration.blocks.update(seen.blocks)
                 calibration.put(how.share_at(step))
             for group in optimizer.param_groups:
@@ -214,7 +216,9 @@ def _learning(
 
 
 def _loss(student: nn.Module, teacher: nn.Module, ids: Tensor, there: Tensor, kind: str) -> Tensor:
-    """The mean over predicted tokens, in nats."""
+    """The mean over predicted tokens, in nats; of embeddings, over tokens and windows."""
+    if kind == "embeddings":
+        return distance(student, teacher, ids, there)
     own = logits_of(student, ids)[:, :-1].flatten(0, 1)
     ids, there = ids.to(own.device), there.to(own.device)
     if kind == "text":

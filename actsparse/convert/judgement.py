@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actsparse.convert.embeddings import Pooling, document_distances
 from actsparse.convert.losses import document_losses
 from actsparse.convert.text import Windows
 from actsparse.modify.drop_small import dropping_blocks
@@ -21,7 +22,8 @@ DRAWS = 2000  # of the bootstrap over documents
 class Judgement:
     """What one text says of a model.
 
-    Losses are in nats for each token. ``density`` is the share of activations that are not zero,
+    Losses are in nats for each token; of encoders, the cosine distance of an embedding to the dense
+    model's, and 0 for the dense model. ``density`` is the share of activations that are not zero,
     ``bytes_read`` the share of the blocks' weight bytes that one token needs, both by block and
     altogether. What needs the dense model is None without it.
 
@@ -33,10 +35,12 @@ class Judgement:
         dense_loss: of the dense model.
         excess: loss above the dense one's, over all tokens.
         interval: the 95 % interval of ``excess``, by a bootstrap over documents.
-        agreement: the share of positions where both models find the same token most likely.
+        agreement: the share of positions where both models find the same token most likely; of
+            encoders, of windows whose nearest neighbour is the same.
         density: of all blocks together.
         bytes_read: of all blocks together.
         blocks: a row for each block: ``block``, ``density``, ``bytes_read``.
+        pooling: of an encoder's embeddings; None for language models.
 
     >>> Judgement("x", 1, 9, 3.0, None, None, None, None, 0.5, 2 / 3, ()).perplexity
     20.085536923187668
@@ -53,10 +57,13 @@ class Judgement:
     density: float
     bytes_read: float
     blocks: tuple[dict[str, Any], ...]
+    pooling: Pooling | None = None
 
     @property
-    def perplexity(self) -> float:
-        """``exp(loss)``."""
+    def perplexity(self) -> float | None:
+        """``exp(loss)``; None for encoders."""
+        if self.pooling is not None:
+            return None
         return float(torch.tensor(self.loss, dtype=torch.float64).exp())
 
     def to_json(self) -> dict[str, Any]:
@@ -74,6 +81,7 @@ def judge(
     text: str,
     dense: nn.Module | None = None,
     progress: Callable[[int], None] | None = None,
+    pooling: Pooling | None = None,
 ) -> tuple[Judgement, Tensor | None]:
     """Judge a model that :class:`actsparse.DropSmall` is attached to.
 
@@ -83,19 +91,27 @@ def judge(
         text: what to call it.
         dense: the model before conversion.
         progress: called with the number of tokens that each pass has read.
+        pooling: of an encoder's embeddings, see :func:`document_distances`; None: it is a causal
+            language model.
 
     Returns:
         The judgement; and, with ``dense``, the excess of each document in nats for each token.
 
     Raises:
-        ValueError: no block drops small activations; a loss is not finite.
+        ValueError: no block drops small activations; a loss is not finite; an encoder without the
+            dense one.
     """
     blocks = dropping_blocks(model)
     if not blocks:
         raise ValueError("no block drops small activations: nothing to judge")
     with observe(model, blocks=blocks) as seen:
-        models = [model] if dense is None else [model, dense]
-        losses = document_losses(models, windows, progress)
+        if pooling is None:
+            models = [model] if dense is None else [model, dense]
+            losses = document_losses(models, windows, progress)
+        elif dense is None:
+            raise ValueError("embeddings are judged beside the dense model's: give it too")
+        else:
+            losses = document_distances(model, dense, windows, pooling, progress)
         found = seen.summary("inference")
     assert found is not None
     sums, counts = losses.sums, losses.counts
@@ -119,7 +135,7 @@ def judge(
     judgement = Judgement(
         text,
         windows.documents,
-        int(counts.sum()),
+        windows.tokens,
         float(sums[0].sum() / counts.sum()),
         dense_loss,
         excess,
@@ -128,6 +144,7 @@ def judge(
         found["density"],
         sum(row["bytes_read"] * n for row, n in zip(rows, sizes, strict=True)) / sum(sizes),
         tuple(rows),
+        pooling,
     )
     return judgement, each
 

@@ -19,8 +19,9 @@ from actsparse.blocks.refused import Refused
 from actsparse.blocks.refused import told as told_left
 from actsparse.convert.certificate import Certificate, certify, check_delta
 from actsparse.convert.distillation import Distillation, distil
+from actsparse.convert.embeddings import Pooling, mean_distance
 from actsparse.convert.judgement import Judgement, judge
-from actsparse.convert.losses import check_causal, check_windows, logits_of, mean_loss
+from actsparse.convert.losses import check_causal, check_windows, mean_loss
 from actsparse.convert.scores import Calibration, Form, calibrate
 from actsparse.convert.share import Choice, choose, nats
 from actsparse.convert.text import Windows
@@ -115,7 +116,7 @@ class Conversion:
 
     Args:
         model: in evaluation mode, in the dtype it was judged in.
-        budget: of perplexity, as 0.03.
+        budget: of perplexity, as 0.03; of encoders, the mean cosine distance.
         form: "gate" or "product".
         choice: the share chosen on validation text.
         before: the same choice without distillation; None where nothing was distilled.
@@ -125,6 +126,7 @@ class Conversion:
         certificate: of the first text.
         pieces: whether what are called documents are windows, see :class:`Split`.
         left_out: blocks without thresholds, and why.
+        pooling: of an encoder's embeddings; None for language models.
 
     The example of :func:`convert` shows it.
     """
@@ -140,6 +142,7 @@ class Conversion:
     certificate: Certificate
     pieces: bool = False
     left_out: list[str] = field(default_factory=list)
+    pooling: Pooling | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -152,7 +155,8 @@ class Conversion:
             "kind": "conversion",
             "schema": 1,
             "budget": self.budget,
-            "budget_nats": nats(self.budget),
+            "budget_nats": _allowed(self.budget, self.pooling),
+            "pooling": self.pooling,
             "form": self.form,
             "choice": asdict(self.choice),
             "before": None if self.before is None else asdict(self.before),
@@ -180,18 +184,22 @@ def convert(
     also: dict[str, Windows] | None = None,
     lr: float = 1e-4,
     folder: Path | None = None,
+    pooling: Pooling | None = None,
     told: Told = lambda stage, done, total: None,
 ) -> Conversion:
     """Make a causal language model drop as many activations as a budget of perplexity allows.
+
+    Or an encoder, as many as a mean cosine distance to the dense encoder's embeddings allows.
 
     It calibrates thresholds, distils the model on its own dense logits with thresholds in force (if
     ``tokens`` is above 0), chooses the share to drop on validation text and judges on test text.
     Where distillation gains nothing, the weights stay as they were.
 
     Args:
-        model: a causal language model in float32; it is changed in place.
+        model: a causal language model or an encoder in float32; it is changed in place.
         text: the text, in three parts.
-        budget: the perplexity that may be lost, as a share of the dense model's: 0.03 is 3 %.
+        budget: the perplexity that may be lost, as a share of the dense model's: 0.03 is 3 %; of an
+            encoder, the mean of 1 − cos over windows.
         form: where thresholds stand, see :class:`actsparse.DropSmall`.
         tokens: how many to distil on; 0: none, the weights stay as they are.
         share: of activations that distillation aims at; None: 0.25 above what the budget allows
@@ -202,6 +210,8 @@ def convert(
         also: more texts to judge on, by name.
         lr: the learning rate of distillation.
         folder: where distillation keeps its state, to go on after an interrupt.
+        pooling: of an encoder's embeddings, ``"mean"`` or ``"cls"``; None: it is a causal language
+            model.
         told: called with the stage, what is done and what there is.
 
     Returns:
@@ -225,23 +235,31 @@ def convert(
     (True, True)
     """
     check_settings(budget, form, tokens, share, minutes, dtype, delta, lr)
-    allowed, texts = nats(budget), {"test": text.test, **(also or {})}
+    allowed, texts = _allowed(budget, pooling), {"test": text.test, **(also or {})}
     if also and "test" in also:
         raise ValueError("also= has a text named 'test': that is the name of the test text")
     for windows in (text.train, text.validation, *texts.values()):
         check_windows(model, windows)
     model.eval()
     longest = max(text.train.ids, key=len)
-    check_causal(model, longest)
+    if pooling is None:
+        check_causal(model, longest)
     dense = copy.deepcopy(model).to(dtype)
     found = find_mlp_blocks(model, longest[None].to(next(model.parameters()).device))
     handle = sparsify(model, DropSmall(form), blocks=found)
     left = [
         Refused(row["block"], row["left_alone"]) for row in handle.rows() if "left_alone" in row
     ]
+
+    def loss_of(model: nn.Module) -> float:
+        if pooling is None:
+            return mean_loss(model, text.validation)
+        return mean_distance(model, dense, text.validation, pooling)
+
     told("dense loss", 0, 1)
-    loss = mean_loss(dense, text.validation)
-    _check_fits(loss, text.validation)
+    loss = loss_of(dense)
+    if pooling is None:
+        _check_fits(loss, text.validation)
     batches, seen = [], 0
     for ids in text.train.ids:
         if seen >= CALIBRATE:
@@ -249,7 +267,7 @@ def convert(
         batches.append(ids[None])
         seen += len(ids)
     told("calibrate", 0, 1)
-    calibration = calibrate(model, batches, logits_of)
+    calibration = calibrate(model, batches)
 
     def chosen(stage: str, found: Calibration, *starts: float) -> Choice | None:
         ready = copy.deepcopy(model).to(dtype)
@@ -258,7 +276,7 @@ def convert(
         def loss_at(share: float) -> float:
             told(stage, next(looked), 7)
             Calibration(ready, found.blocks).put(share)
-            return mean_loss(ready, text.validation)
+            return loss_of(ready)
 
         return choose(loss_at, loss, allowed, starts)
 
@@ -267,7 +285,10 @@ def convert(
     before, how, steps = None, None, 0
     if tokens:
         aim = min(0.95, choice.share + 0.25) if share is None else share
-        how = Distillation(share=aim, tokens=tokens, start=min(choice.share, aim), lr=lr)
+        how = Distillation(
+            share=aim, tokens=tokens, start=min(choice.share, aim), lr=lr,
+            loss="logits" if pooling is None else "embeddings",
+        )  # fmt: skip
         followed = calibration.copy()
         steps = distil(
             model, dense, text.train, how, calibration=followed, dtype=dtype, folder=folder,
@@ -285,13 +306,13 @@ def convert(
     judgements, first = [], None
     for name, windows in texts.items():
         told(f"judge on {name}", 0, 1)
-        judgement, each = judge(model, windows, name, dense)
+        judgement, each = judge(model, windows, name, dense, pooling=pooling)
         judgements.append(judgement)
         first = each if first is None else first
     assert first is not None
     return Conversion(
         model, budget, form, choice, before, how, steps * how.batch if how else 0, judgements,
-        certify(first, allowed, delta), text.pieces, told_left([*found.refused, *left]),
+        certify(first, allowed, delta), text.pieces, told_left([*found.refused, *left]), pooling,
     )  # fmt: skip
 
 
@@ -323,6 +344,11 @@ def check_settings(
     if dtype not in (getattr(torch, each) for each in DTYPES):
         raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
     Distillation(share=0.5 if share is None else share, tokens=max(1, tokens), lr=lr)
+
+
+def _allowed(budget: float, pooling: Pooling | None) -> float:
+    """The excess loss that a budget allows, in nats for each token; of encoders, the distance."""
+    return nats(budget) if pooling is None else budget
 
 
 def _check_fits(loss: float, windows: Windows) -> None:

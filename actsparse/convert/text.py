@@ -138,6 +138,7 @@ def windows_of(
     window: int,
     tokens: int | None = None,
     first: Sequence[int] = (),
+    last: Sequence[int] = (),
 ) -> Windows:
     """Cut documents into windows of at most ``window`` tokens.
 
@@ -148,6 +149,7 @@ def windows_of(
         tokens: stop after so many; None: take all.
         first: what each window begins with, such as a token for the beginning of text, without
             which some models predict badly; documents may begin with it already.
+        last: what each window ends with, as encoders want it.
 
     Returns:
         The windows. A rest of a single token is left out.
@@ -159,16 +161,17 @@ def windows_of(
     [tensor([0, 1, 2]), tensor([3, 4])]
     """
     made = Windows([], [])
-    left, lead = tokens, torch.tensor(list(first), dtype=torch.int64)
-    if window <= len(lead):
-        raise BadValue(f"window={window}: expected more than the {len(lead)} tokens of first")
+    left, lead, tail = tokens, *(torch.tensor(list(e), dtype=torch.int64) for e in (first, last))
+    around = len(lead) + len(tail)
+    if window <= around:
+        raise BadValue(f"window={window}: expected more than the {around} tokens around each text")
     for number, text in enumerate(documents):
         ids = torch.tensor(list(encode(text)), dtype=torch.int64)
         if len(lead) and torch.equal(ids[: len(lead)], lead):
             ids = ids[len(lead) :]
         ids = ids if left is None else ids[:left]
-        for rest in ids.split(window - len(lead)):
-            piece = torch.cat([lead, rest])
+        for rest in ids.split(window - around):
+            piece = torch.cat([lead, rest, tail])
             if len(piece) > 1:
                 made.ids.append(piece)
                 made.document.append(number)

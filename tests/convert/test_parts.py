@@ -26,7 +26,7 @@ from actsparse.convert import (
     read_documents,
     windows_of,
 )
-from actsparse.convert.checkpoint import first_of
+from actsparse.convert.checkpoint import around_of
 from actsparse.convert.distillation import _Divergence
 from actsparse.convert.judgement import judge
 from tests.convert.checkpoints import plain, tokenizer
@@ -207,12 +207,12 @@ def test_each_window_begins_as_the_tokenizer_begins_a_text() -> None:
     made = windows_of(["abcd", "e"], lambda text: [0, *map(ord, text)], 3, first=[0])
     assert [ids.tolist() for ids in made.ids] == [[0, 97, 98], [0, 99, 100], [0, 101]]
     begins = tokenizer()
-    assert first_of(begins) == []
+    assert around_of(begins, encodes=False) == ([], [])
     begins.add_special_tokens({"bos_token": "<begin>"})
     begins.backend_tokenizer.post_processor = TemplateProcessing(
         single="<begin> $A", special_tokens=[("<begin>", begins.bos_token_id)]
     )
-    assert first_of(begins) == [begins.bos_token_id]
+    assert around_of(begins, encodes=False) == ([begins.bos_token_id], [])
 
 
 @given(st.integers(5, 80), st.integers(1, 40))
