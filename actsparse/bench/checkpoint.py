@@ -1,4 +1,4 @@
-"""Time a converted checkpoint beside the dense one it was made of: decoding and prefill."""
+"""Time a converted checkpoint beside the dense one: decoding and prefill, or encoding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from actsparse.blocks.block import Blocks
 from actsparse.kernels import accelerate, build
 from actsparse.modify.drop_small import dropping_blocks
 
-WORK = ("decode", "generate", "prefill")
+ENCODED = (64, 128)  # texts and tokens of each, of an encoder
+Work = dict[str, Callable[[Any], object]]
 
 
 def bench_checkpoint(
@@ -33,11 +34,12 @@ def bench_checkpoint(
 ) -> dict[str, Any]:
     """Time decoding and prefill of a model with thresholds beside the dense model, in turn.
 
-    Dense is the faster of the dense model's own layers and ``accelerate(mode="dense")``. The limit
-    is the dense model with MLPs that hand on their input. All at batch 1, on torch's threads.
+    Of an encoder, the reading of 64 texts of 128 tokens. Dense is the faster of the dense model's
+    own layers and ``accelerate(mode="dense")``. The limit is the dense model with MLPs that hand on
+    their input. On torch's threads; decoding and prefill at batch 1.
 
     Args:
-        dense: the dense causal language model of transformers, in evaluation mode.
+        dense: the dense causal language model or encoder of transformers, in evaluation mode.
         sparse: the converted one, in the same dtype; it is accelerated and released again.
         prompt: token ids [1, T] to decode after.
         tokens: how many to decode.
@@ -50,47 +52,66 @@ def bench_checkpoint(
         ``seconds`` of each program, ``best_dense``, ``ratios`` of the best dense to the accelerated
         model and to the model without MLPs, and for the first two ``tokens_a_second``; ``expected``
         of the decode loop, what the blocks' own gain lets expect by Amdahl; ``same_tokens``:
-        whether the accelerated model decodes what the same model decodes by its layers.
+        whether the accelerated model decodes what the same model decodes by its layers. Of an
+        encoder, ``encode``, and ``error``: the largest difference of a hidden state to the same
+        model's by its layers.
     """
+    decodes = dense.get_output_embeddings() is not None
     models = {"layers": dense, "dense programs": copy.deepcopy(dense), CUT: copy.deepcopy(dense)}
     blocks = {name: find_mlp_blocks(models[name], prompt) for name in ("layers", "dense programs")}
     accelerate(models["dense programs"], blocks=blocks["dense programs"], mode="dense")
     cut_out(models[CUT], prompt)
-    by_layers = _decode(sparse, prompt, tokens)
+    work: Work
+    if decodes:
+        long = _repeated(prompt, 1, prefill)
+        work = {
+            "decode": lambda model: _decode(model, prompt, tokens),
+            "generate": lambda model: _generate(model, prompt, tokens),
+            "prefill": lambda model: _prefill(model, long),
+        }
+        sizes = {"tokens": tokens, "prompt": prompt.shape[1], "prefill_tokens": prefill}
+    else:
+        texts = _repeated(prompt, *ENCODED)
+        work = {"encode": lambda model: _encode(model, texts)}
+        sizes = {"texts": ENCODED[0], "text_tokens": ENCODED[1]}
+    first = next(iter(work))
+    by_layers: Any = work[first](sparse)
     handle = accelerate(sparse, inputs=prompt)
     models["accelerated"] = sparse
-    long = prompt.repeat(1, -(-prefill // prompt.shape[1]))[:, :prefill]
     result: dict[str, Any] = {"benchmark": "checkpoint", "blocks": len(blocks["layers"])}
-    for work, run in zip(
-        WORK,
-        (
-            lambda model: _decode(model, prompt, tokens),
-            lambda model: _generate(model, prompt, tokens),
-            lambda model: _prefill(model, long),
-        ),
-        strict=True,
-    ):
-        programs: Programs = {name: partial(run, each) for name, each in models.items()}
-        result[work] = timed(programs, rounds, work, progress)
-        if work != "prefill":
-            seconds = result[work]["seconds"]
-            result[work]["tokens_a_second"] = {name: tokens / s for name, s in seconds.items()}
-    result["same_tokens"] = bool(torch.equal(_decode(sparse, prompt, tokens), by_layers))
+    for name, run in work.items():
+        programs: Programs = {each: partial(run, model) for each, model in models.items()}
+        result[name] = timed(programs, rounds, name, progress)
+        if name in ("decode", "generate"):
+            seconds = result[name]["seconds"]
+            result[name]["tokens_a_second"] = {each: tokens / s for each, s in seconds.items()}
+    now: Any = work[first](sparse)
+    if decodes:
+        result["same_tokens"] = bool(torch.equal(now, by_layers))
+    else:
+        result["error"] = float((now - by_layers).abs().max())
     result["ran"] = handle.lines()
-    best = blocks[result["decode"]["best_dense"]]
-    result["decode"]["expected"] = _expected(result["decode"], best, dropping_blocks(sparse))
+    best = blocks[result[first]["best_dense"]]
+    shape = (1, 1) if decodes else ENCODED
+    result[first]["expected"] = _expected(result[first], best, dropping_blocks(sparse), shape)
     handle.remove()
-    return result | {
-        "tokens": tokens, "prompt": prompt.shape[1], "prefill_tokens": prefill, "rounds": rounds,
+    return result | sizes | {
+        "rounds": rounds,
         "dtype": str(next(dense.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "kernels": build.level(),
     }  # fmt: skip
 
 
-def _expected(found: dict[str, Any], dense: Blocks, sparse: Blocks) -> float:
-    """Amdahl's gain of the decode loop, by all blocks one after another at one token."""
+def _repeated(ids: Tensor, rows: int, length: int) -> Tensor:
+    return ids.repeat(rows, -(-length // ids.shape[1]))[:, :length]
+
+
+def _expected(
+    found: dict[str, Any], dense: Blocks, sparse: Blocks, shape: tuple[int, int]
+) -> float:
+    """Amdahl's gain, by all blocks one after another on so many texts and tokens."""
     weight = dense[0].up.weight
-    x = torch.randn(1, 1, dense[0].d_model, dtype=weight.dtype, device=weight.device)
+    x = torch.randn(*shape, dense[0].d_model, dtype=weight.dtype, device=weight.device)
 
     def in_turn(blocks: Blocks) -> Callable[[], object]:  # so that no cache holds the next one
         modules = [block.path[block.around - 1] for block in blocks]
@@ -125,3 +146,9 @@ def _generate(model: Any, prompt: Tensor, tokens: int) -> Tensor:
 @torch.inference_mode()
 def _prefill(model: Any, ids: Tensor) -> None:
     model(ids, logits_to_keep=1)
+
+
+@torch.inference_mode()
+def _encode(model: Any, ids: Tensor) -> Tensor:
+    states: Tensor = model(ids).last_hidden_state
+    return states.clone()

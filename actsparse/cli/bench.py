@@ -238,10 +238,11 @@ def checkpoint(
     out: Out = None,
     json: Json = False,
 ) -> None:
-    """Time a converted checkpoint: the best dense time ÷ accelerated time, decoding and prefill.
+    """Time a converted checkpoint: the best dense time ÷ accelerated time.
 
     Dense is the checkpoint before conversion, in the same dtype, by the faster of its own layers
-    and accelerate(mode="dense"). Decoding is a bare greedy loop with a static cache, and generate.
+    and accelerate(mode="dense"). Decoding is a bare greedy loop with a static cache, and generate;
+    prefill reads a prompt. An encoder reads 64 texts of 128 tokens.
 
     Examples:
 
@@ -268,8 +269,9 @@ def _print_checkpoint(result: dict[str, Any]) -> None:
     from actsparse.cli.result import table_of
 
     rows = []
-    for work in ("decode", "generate", "prefill"):
-        found = result[work]
+    for work in ("decode", "generate", "prefill", "encode"):
+        if (found := result.get(work)) is None:
+            continue
         speeds = found.get("tokens_a_second", {})
         rows.append(
             {
@@ -284,8 +286,11 @@ def _print_checkpoint(result: dict[str, Any]) -> None:
             }
         )
     Terminal().print(table_of(rows))
-    same = "the same tokens" if result["same_tokens"] else "other tokens (rounding)"
-    Terminal().print(f"accelerated decodes {same} as by the layers")
+    if "error" in result:
+        Terminal().print(f"states differ from those by the layers by {result['error']:.2g} at most")
+    else:
+        same = "the same tokens" if result["same_tokens"] else "other tokens (rounding)"
+        Terminal().print(f"accelerated decodes {same} as by the layers")
 
 
 def _print_model(result: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def judge(
         more = sums[0] - sums[1]
         dense_loss = float(sums[1].sum() / counts.sum())
         excess = float(more.sum() / counts.sum())
-        interval, agreement, each = _interval(more, counts), losses.same, more / counts
+        interval, agreement, each = excess_interval(more, counts), losses.same, more / counts
     sizes = [block.d_hidden for block in blocks]
     judgement = Judgement(
         text,
@@ -194,8 +194,16 @@ def _is_product(block: Any) -> bool:
     return cut is not None and cut.product
 
 
-def _interval(excess: Tensor, counts: Tensor) -> tuple[float, float] | None:
-    """95 % of Σ excess / Σ counts over documents drawn with replacement; None for one document."""
+def excess_interval(excess: Tensor, counts: Tensor) -> tuple[float, float] | None:
+    """The 95 % interval of Σ excess / Σ counts, by a bootstrap over documents.
+
+    Args:
+        excess: of each document, over all its tokens [documents].
+        counts: of its tokens [documents].
+
+    Returns:
+        Its ends; None for one document.
+    """
     if len(excess) < 2:
         return None
     generator = torch.Generator().manual_seed(0)

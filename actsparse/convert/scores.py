@@ -96,6 +96,7 @@ def calibrate(
     batches: Sequence[Any],
     run: Callable[[nn.Module, Any], object] | None = None,
     dense: bool = True,
+    by_unit: bool = True,
 ) -> Calibration:
     """See how large the activations are, of all blocks that :class:`actsparse.DropSmall` is in.
 
@@ -107,6 +108,8 @@ def calibrate(
         batches: inputs; the same objects are used twice.
         run: runs the model on one of them; None: ``model(batch)``, or ``model(**batch)``.
         dense: take thresholds away first, and leave them away; else they stay in force.
+        by_unit: weigh the units of the form "gate" by the scales of u; else all units of a block
+            have one threshold.
 
     Returns:
         The calibration; ``put`` sets thresholds.
@@ -119,7 +122,7 @@ def calibrate(
         raise ValueError("no block drops small activations: sparsify(model, DropSmall()) first")
     if dense:
         set_thresholds(model, {block.name: torch.zeros(block.d_hidden) for block in blocks})
-    scores = {block.name: _Scores(block) for block in blocks}
+    scores = {block.name: _Scores(block, by_unit) for block in blocks}
     mode = model.training
     model.eval()
     try:
@@ -147,10 +150,11 @@ def _run(model: nn.Module, batch: Any) -> None:
 
 
 class _Scores:
-    def __init__(self, block: MLPBlock) -> None:
+    def __init__(self, block: MLPBlock, by_unit: bool) -> None:
         cut = site_of(block).cut
         assert cut is not None
         self.name, self.cut, self.gated = block.name, cut, block.gated
+        self.weighs = by_unit and block.gated and not cut.product
         self.stages = ("z", "u") if block.gated else ("z",)
         device = cut.threshold.device
         self.squares = torch.zeros(block.d_hidden, dtype=torch.float64, device=device)
@@ -159,7 +163,7 @@ class _Scores:
         self.counts = torch.zeros(len(ends()) + 1, dtype=torch.int64, device=device)
 
     def measure(self, site: Site, stages: dict[str, Tensor]) -> None:
-        if self.gated and not self.cut.product:
+        if self.weighs:
             self.squares += stages["u"].double().square().flatten(0, -2).sum(0)
             self.rows += stages["u"].shape[:-1].numel()
 

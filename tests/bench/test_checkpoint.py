@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from actsparse import DropSmall, set_thresholds, sparsify
@@ -49,3 +51,26 @@ def test_models_are_as_before(tmp_path: Path) -> None:
         bench_checkpoint(dense, sparse, ids, tokens=2, prefill=8, rounds=3)
         assert torch.equal(dense(ids).logits, before[0])
         assert torch.equal(sparse(ids).logits, before[1])
+
+
+def test_an_encoder_is_timed_reading_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actsparse.bench.checkpoint.ENCODED", (2, 16))
+    config = BertConfig(
+        vocab_size=260, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = BertModel(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    handle = sparsify(dense, DropSmall(), inputs=torch.arange(8)[None])
+    set_thresholds(dense, {b.name: torch.full((64,), 1e-3) for b in handle.blocks})
+    write_checkpoint(tmp_path / "sparse", dense, tokenizer(), {}, "a card")
+    words = ["bench", "checkpoint", str(tmp_path / "sparse"), "--dense", str(tmp_path / "dense")]
+    done = CliRunner().invoke(app, [*words, "--rounds", "3", "--out", str(tmp_path / "r.json")])
+    assert done.exit_code == 0, done.stderr
+    assert "states differ" in done.stdout
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["error"] < 1e-5
+    assert record["text_tokens"] == 16
+    assert min(record["encode"]["seconds"].values()) > 0
