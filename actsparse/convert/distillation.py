@@ -90,6 +90,11 @@ class Distillation:
         start = min(self.start, self.share)
         return start + (self.share - start) * done
 
+    @property
+    def renewals(self) -> set[int]:
+        """The steps before which thresholds are calibrated anew: after the rise, and nine more."""
+        return {int(self.steps * (self.ramp + (1 - self.ramp) * part / 10)) for part in range(10)}
+
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, from 0.
 
@@ -149,7 +154,6 @@ def distil(
     )
     said = {"how": asdict(how), "of": _origin(student, teacher, windows, dtype)}
     step = _resume(folder, said, optimizer, parameters, calibration)
-    fresh = {int(how.steps * (how.ramp + (1 - how.ramp) * part / 10)) for part in range(10)}
     batches = _batches(windows, how, step)
     kept = began = time.monotonic()
     device = next(student.parameters()).device
@@ -159,7 +163,7 @@ def distil(
         while step < how.steps and time.monotonic() - began < 60 * minutes:
             ids, there = next(batches)
             calibration.put(how.share_at(step))
-            if step in fresh and step:
+            if step and step in how.renewals:
                 pieces = [row[held][None] for row, held in zip(ids, there, strict=True)]
                 seen = calibrate(student, pieces, dense=False)
                 calibration.blocks.update(seen.blocks)
@@ -226,9 +230,21 @@ def _loss(student: nn.Module, teacher: nn.Module, ids: Tensor, there: Tensor, ki
     else:
         with torch.no_grad():
             wanted = logits_of(teacher, ids)[:, :-1].flatten(0, 1)
-        lost = _Divergence.apply(own, wanted)
+        lost = divergence(own, wanted)
     mask = there[:, 1:].flatten()
     return torch.where(mask, lost, 0).sum() / mask.sum()
+
+
+def divergence(own: Tensor, wanted: Tensor) -> Tensor:
+    """``KL(wanted ‖ own)`` of each row of two logits [N, vocabulary], in nats: float32 [N].
+
+    ``wanted`` has no gradient.
+
+    >>> bool(divergence(torch.randn(2, 8), torch.randn(2, 8)).min() > 0)
+    True
+    """
+    lost: Tensor = _Divergence.apply(own, wanted)
+    return lost
 
 
 class _Divergence(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""A callback that trains a sparsified model with Hugging Face's Trainer.
+"""Callbacks that train or distil a sparsified model with Hugging Face's Trainer.
 
 ``from actsparse.train import SparsityCallback``. Names are imported when they are first used,
 because transformers takes seconds to import.
@@ -13,11 +13,15 @@ from actsparse.extras import needed
 
 if TYPE_CHECKING:
     from actsparse.train.callback import SparsityCallback
+    from actsparse.train.distillation import DistillationCallback
     from actsparse.train.loss import TrainingFailed
 
-__all__ = ["SparsityCallback", "TrainingFailed"]
+__all__ = ["DistillationCallback", "SparsityCallback", "TrainingFailed"]
 
-_HOMES = {"SparsityCallback": "callback", "TrainingFailed": "loss"}
+_HOMES = {
+    "DistillationCallback": "distillation", "SparsityCallback": "callback",
+    "TrainingFailed": "loss",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
