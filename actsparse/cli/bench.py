@@ -234,6 +234,10 @@ def checkpoint(
     tokens: Annotated[int, typer.Option(min=2, help="Number of tokens to decode.")] = 32,
     prefill: Annotated[int, typer.Option(min=2, help="Number of tokens that prefill reads.")] = 512,
     rounds: Annotated[int, typer.Option(min=3, help="Number of timed rounds.")] = 7,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled", help="Time torch.compile's decode loops too: takes minutes."),
+    ] = False,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -260,12 +264,13 @@ def checkpoint(
     plain, tokenizer = load_checkpoint(dense)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     plain = plain.to(next(sparse.parameters()).dtype)
-    result = bench_checkpoint(plain, sparse, ids, tokens, prefill, rounds, tell)
+    result = bench_checkpoint(plain, sparse, ids, tokens, prefill, rounds, compiled, tell)
     if not keep_record(result, out, json):
         _print_checkpoint(result)
 
 
 def _print_checkpoint(result: dict[str, Any]) -> None:
+    from actsparse.bench.model import CUT, OURS_COMPILED
     from actsparse.cli.result import table_of
 
     rows = []
@@ -273,12 +278,18 @@ def _print_checkpoint(result: dict[str, Any]) -> None:
         if (found := result.get(work)) is None:
             continue
         speeds = found.get("tokens_a_second", {})
+        ratios = {each["to"]: each for each in found["ratios"]}
         rows.append(
             {
                 "": work,
                 "best dense": f"{found['seconds']['dense']:.3g} s, {found['best_dense']}",
-                "dense ÷ accelerated": ratio_text(found["ratios"][0]),
-                "limit": f"{found['ratios'][1]['value']:.2f}",
+                "dense ÷ accelerated": ratio_text(ratios["accelerated"]),
+                **(
+                    {"compiled": ratio_text(ratios[OURS_COMPILED])}
+                    if OURS_COMPILED in ratios
+                    else {}
+                ),
+                "limit": f"{ratios[CUT]['value']:.2f}",
                 "expected": f"{found['expected']:.2f}" if "expected" in found else "",
                 "tokens a second": f"{speeds['dense']:.1f} → {speeds['accelerated']:.1f}"
                 if speeds

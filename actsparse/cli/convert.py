@@ -116,6 +116,8 @@ def convert(
         dtype=getattr(torch, dtype), delta=delta, lr=lr,
     )  # fmt: skip
     check_place(out, checkpoint)
+    if out.is_dir() and any(out.iterdir()):
+        log.print(f"{out} holds an earlier conversion, which this one replaces in the end")
     keep = out.with_name(f"{out.name}.distilling")
     if count:
         check_state(keep)
@@ -159,8 +161,6 @@ def convert(
         if count and keep.is_dir():
             log.print(f"{keep} holds the distillation so far; the same command goes on with it")
         raise
-    for each in done.left_out:
-        log.print(f"left as they were: {each}", soft_wrap=True)
     if json:
         typer.echo(dumps(record, indent=1, allow_nan=False))
         return

@@ -247,9 +247,12 @@ def convert(
     dense = copy.deepcopy(model).to(dtype)
     found = find_mlp_blocks(model, longest[None].to(next(model.parameters()).device))
     handle = sparsify(model, DropSmall(form), blocks=found)
-    left = [
+    refused = [
         Refused(row["block"], row["left_alone"]) for row in handle.rows() if "left_alone" in row
     ]
+    left = told_left([*found.refused, *refused])
+    for line in left:
+        told(f"left as it was: {line}", 0, 1)
 
     def loss_of(model: nn.Module) -> float:
         if pooling is None:
@@ -312,7 +315,7 @@ def convert(
     assert first is not None
     return Conversion(
         model, budget, form, choice, before, how, steps * how.batch if how else 0, judgements,
-        certify(first, allowed, delta), text.pieces, told_left([*found.refused, *left]), pooling,
+        certify(first, allowed, delta), text.pieces, left, pooling,
     )  # fmt: skip
 
 

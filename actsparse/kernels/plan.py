@@ -27,6 +27,7 @@ from actsparse.kernels.choose import (
 )
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
+from actsparse.kernels.in_compiled import Numbered, run_compiled
 from actsparse.kernels.met import EVERY, RESTING, Known, Last, Met
 from actsparse.kernels.prepared import Prepared, fingerprint
 from actsparse.kernels.programs import DENSE, Weights, copies, function_at, known, run
@@ -77,6 +78,9 @@ class CallPlan:
             active = [module for module in dropouts if module.training]
         function = function_at(site)
         assert function is not None
+        plain = not (torch.is_grad_enabled() or active or on_norms is not None)
+        if met is None and plain and x.is_cpu and not torch.is_autocast_enabled("cpu"):
+            return run_compiled(self.of, self.program, x, weights, function)
         if prepared is not None and met is not None and x.is_cpu:
             self._at_once(site, x, met, prepared)
         return run(
@@ -116,7 +120,7 @@ class CallPlan:
             met.count(round(active / kept) if kept else d.numel(), d.numel())
 
 
-class SparseRun:
+class SparseRun(Numbered):
     """The executor of one block: it makes a plan for each call."""
 
     def __init__(self, block: MLPBlock, mode: Mode, trials: Trials, room: float) -> None:

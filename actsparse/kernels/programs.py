@@ -109,7 +109,9 @@ def run(
             norms = {name: token_norm(hidden, order) for name, order in NORMS.items()}
             on_norms({name: n.view(*x.shape[:-1], 1) for name, n in norms.items()})
 
-    copies = weights.prepare() if prepared is None and program == "packed" else prepared
+    copies = prepared
+    if copies is None and program == "packed" and not torch.compiler.is_compiling():
+        copies = weights.prepare()  # which compiled code cannot, and would at each call
     return dense.dense_mlp(
         x, *weights[:4], activation=name, gate=weights.gate, gate_bias=weights.gate_bias,
         threshold=threshold, of_product=product, between=between, on_hidden=look,

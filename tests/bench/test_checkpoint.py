@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from actsparse import DropSmall, set_thresholds, sparsify
 from actsparse.bench.checkpoint import bench_checkpoint
+from actsparse.bench.model import COMPILED, CUT, OURS_COMPILED
 from actsparse.cli.main import app
 from actsparse.convert.checkpoint import write_checkpoint
 from tests.convert.checkpoints import plain, tokenizer
@@ -27,17 +29,25 @@ def converted(folder: Path) -> tuple[Path, Path]:
     return folder / "dense", folder / "sparse"
 
 
-def test_the_command_prints_and_keeps_what_it_timed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_command_prints_and_keeps_what_it_timed(
+    tmp_path: Path, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense, sparse = converted(tmp_path)
     words = ["bench", "checkpoint", str(sparse), "--dense", str(dense), "--tokens", "3"]
     words += ["--prefill", "16", "--rounds", "3", "--out", str(tmp_path / "record.json")]
+    words += ["--compiled"] if compiled else []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     for said in ("decode", "generate", "prefill", "the same tokens", "expected"):
         assert said in done.stdout
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["same_tokens"]
-    assert record["decode"]["ratios"][1]["to"] == "without MLPs"
+    ratios = {each["to"] for each in record["decode"]["ratios"]}
+    assert ratios == {"accelerated", CUT} | ({OURS_COMPILED} if compiled else set())
+    assert (COMPILED in record["decode"]["seconds"]) == compiled
+    assert (OURS_COMPILED in done.stdout or "compiled" in done.stdout) == compiled
     for work in ("decode", "generate", "prefill"):
         assert min(record[work]["seconds"].values()) > 0
 

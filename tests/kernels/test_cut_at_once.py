@@ -244,6 +244,30 @@ def test_a_copy_of_the_model_is_a_model_of_its_own(way: str) -> None:
         assert same(model(X), twin(X))
 
 
+@pytest.mark.parametrize(("make", "form"), MAKES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_compiled_code_sees_what_changes(
+    make: Callable[[], nn.Module], form: str, inference: bool
+) -> None:
+    torch._dynamo.reset()
+    model, twin = pair(make, form)
+    code = torch.compile(model, backend="aot_eager", fullgraph=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for step in range(4):
+        for each in (model, twin):
+            torch.manual_seed(step)
+            for module in each.modules():
+                if isinstance(module, nn.Linear) and step:
+                    module.weight.data.mul_(torch.rand(()) + 0.5)
+                    if "activation_threshold" in module._buffers:
+                        module._buffers["activation_threshold"].mul_(1.5)
+        with torch.inference_mode(inference):
+            x = torch.randn_like(X)
+            assert same(code(x), twin(x))
+            assert same(code(x), twin(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs + 2
+
+
 def test_training_mode_compiling_and_transforms_are_served() -> None:
     model, twin = pair(Gated, "gate")
     assert same(torch.func.vmap(model)(X[:, None])[:, 0], twin(X))
