@@ -17,6 +17,7 @@ from actsparse.extras import needed
 from actsparse.modify.foreign_config import model_class
 from actsparse.modify.pretrained import pretrained
 from actsparse.modify.sidecar import SIDECAR, describe, write_sidecar
+from actsparse.modify.weights import disk_refusals
 from actsparse.untrusted import check_regular, read_json
 from actsparse.values import BadValue
 
@@ -254,7 +255,8 @@ def write_checkpoint(
     """
     _check_replaceable(folder)
     with files.whole_folder(folder, _OWN) as new:
-        model.save_pretrained(new, max_shard_size="1TB")
+        with disk_refusals(folder):
+            model.save_pretrained(new, max_shard_size="1TB")
         tokenizer.save_pretrained(new)
         text = json.dumps(record, indent=1, allow_nan=False) + "\n"
         (new / RECORD).write_text(text, encoding="utf-8")

@@ -25,6 +25,7 @@ from actsparse.convert.losses import logits_of
 from actsparse.convert.scores import Calibration, calibrate
 from actsparse.convert.text import Windows
 from actsparse.modify.drop_small import dropping_blocks
+from actsparse.modify.weights import disk_refusals
 from actsparse.untrusted import read_json
 from actsparse.values import Above0, BadValue, Count, Positive, Rule, check, check_fields
 
@@ -305,7 +306,9 @@ def _keep(
     for name, block in calibration.blocks.items():
         tensors |= {f"{name}|scale": block.scale, f"{name}|counts": block.counts}
     with files.whole_folder(folder, {STATE, WEIGHTS}) as new:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new / WEIGHTS)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with disk_refusals(folder / WEIGHTS):
+            save_file(whole, new / WEIGHTS)
         state = {**said, "step": step, "sha256": files.sha256(new / WEIGHTS)}
         (new / STATE).write_text(json.dumps(state), encoding="utf-8")
 

@@ -42,6 +42,7 @@ from actsparse.modify.sidecar import (
     write_sidecar,
 )
 from actsparse.modify.thresholds import thresholds_of
+from actsparse.modify.weights import disk_refusals
 from actsparse.modify.zeroth_bias import CHILD
 from actsparse.untrusted import read_json, safetensors_shapes
 
@@ -206,7 +207,8 @@ def write_changes(model: nn.Module, handle: Handle, folder: Path, sidecar: dict[
         config["actsparse"] = "changed by actsparse: use actsparse.load_adapter(base, folder)"
         (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     changes = {name: tensor.detach().contiguous() for name, tensor in _changed(model, handle)}
-    save_file(changes, str(folder / CHANGES))
+    with disk_refusals(folder / CHANGES):
+        save_file(changes, str(folder / CHANGES))
     write_sidecar(folder, sidecar)
 
 

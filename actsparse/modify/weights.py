@@ -36,9 +36,16 @@ def write_weights(state: Mapping[str, Tensor], file: Path) -> None:
         tensor = state[name].contiguous()
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
         tensors[name] = tensor if whole else tensor.clone()
-    try:
+    with disk_refusals(file):
         save_file(tensors, str(file), metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk too comes as one
+
+
+@contextlib.contextmanager
+def disk_refusals(file: Path) -> Iterator[None]:
+    """Raise OSError where safetensors, inside, cannot write ``file``, as on a full disk."""
+    try:
+        yield
+    except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         if found is None:
             raise

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
 from typer.testing import CliRunner
 
 from actsparse import DropSmall, files, sparsify
@@ -275,3 +276,24 @@ def test_a_kept_distillation_of_something_else_is_refused(tmp_path: Path) -> Non
             distilled(windows, **other)  # type: ignore[arg-type]
     said = json.loads((folder / "distil.json").read_text())
     assert said["step"] == 2
+
+
+@pytest.mark.parametrize("where", ["the state", "the result"])
+def test_a_disk_that_is_full_later_is_named(
+    where: str, checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    def full(*_, **__) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    if where == "the state":
+        monkeypatch.setattr("actsparse.convert.distillation.save_file", full)
+    else:
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    text, out = checkpoint.parent / "text.jsonl", tmp_path / "o"
+    words = ["convert", checkpoint, "--text", text, "--window", "64", "--out", out]
+    code, _, err = run(*words, "--tokens", "1k", "--dtype", "float32")
+    assert code != 0
+    assert "No space left on device" in err
+    assert not out.exists()
+    if where == "the result":  # nothing of the work is lost
+        assert "the same command goes on with it" in err
