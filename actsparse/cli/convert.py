@@ -155,12 +155,21 @@ def convert(
             }
             record = done.to_json()
             write_checkpoint(out, done.model, tokenizer, record, card_of(done, checkpoint.name))
-            if count:
+            if done.trained:
                 forget_state(keep)
     except BaseException:
         if count and keep.is_dir():
             log.print(f"{keep} holds the distillation so far; the same command goes on with it")
         raise
+    if count and not done.trained:
+        points = ", ".join(
+            f"{loss - done.choice.dense:+.4f} at {s:.1%}" for s, loss in done.distilled
+        )
+        log.print(
+            f"the dense weights allow more than the distilled ones, which had an excess of "
+            f"{points}; {keep} holds their state",
+            soft_wrap=True,
+        )
     if json:
         typer.echo(dumps(record, indent=1, allow_nan=False))
         return

@@ -120,8 +120,9 @@ class Conversion:
         form: "gate" or "product".
         choice: the share chosen on validation text.
         before: the same choice without distillation; None where nothing was distilled.
+        distilled: (share, loss) of the distilled weights where they were looked at.
         distillation: what was trained; None if nothing.
-        trained: the tokens trained on.
+        trained: the tokens trained on; 0 where the dense weights allow more than the distilled.
         judgements: one for each text that was judged.
         certificate: of the first text.
         pieces: whether what are called documents are windows, see :class:`Split`.
@@ -136,6 +137,7 @@ class Conversion:
     form: Form
     choice: Choice
     before: Choice | None
+    distilled: tuple[tuple[float, float], ...]
     distillation: Distillation | None
     trained: int
     judgements: list[Judgement]
@@ -160,6 +162,7 @@ class Conversion:
             "form": self.form,
             "choice": asdict(self.choice),
             "before": None if self.before is None else asdict(self.before),
+            "distilled": self.distilled,
             "distillation": None if self.distillation is None else asdict(self.distillation),
             "trained_tokens": self.trained,
             "judgements": [each.to_json() for each in self.judgements],
@@ -272,6 +275,8 @@ def convert(
     told("calibrate", 0, 1)
     calibration = calibrate(model, batches)
 
+    points: dict[float, float] = {}  # share → loss, of the last choice
+
     def chosen(stage: str, found: Calibration, *starts: float) -> Choice | None:
         ready = copy.deepcopy(model).to(dtype)
         looked = itertools.count()
@@ -281,7 +286,8 @@ def convert(
             Calibration(ready, found.blocks).put(share)
             return loss_of(ready)
 
-        return choose(loss_at, loss, allowed, starts)
+        points.clear()
+        return choose(loss_at, loss, allowed, starts, points)
 
     choice = chosen("choose", calibration, 0.0)
     assert choice is not None  # at 0 nothing is dropped
@@ -314,7 +320,8 @@ def convert(
         first = each if first is None else first
     assert first is not None
     return Conversion(
-        model, budget, form, choice, before, how, steps * how.batch if how else 0, judgements,
+        model, budget, form, choice, before, tuple(sorted(points.items())) if how else (), how,
+        steps * how.batch if how else 0, judgements,
         certify(first, allowed, delta), text.pieces, left, pooling,
     )  # fmt: skip
 

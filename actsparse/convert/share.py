@@ -59,6 +59,7 @@ def choose(
     dense: float,
     budget: float,
     starts: Sequence[float] = (0.0,),
+    looked: dict[float, float] | None = None,
 ) -> Choice | None:
     """Find by bisection the largest share of activations whose loss is within a budget.
 
@@ -71,6 +72,7 @@ def choose(
         dense: the loss of the dense model.
         budget: of excess loss, in nats for each token.
         starts: shares to begin at, each rounded down to a multiple of 1/64.
+        looked: gets the loss at each share that was looked at, also where nothing is chosen.
 
     Returns:
         The choice, or None if none of ``starts`` is within the budget. ``loss_at`` was not
@@ -80,11 +82,18 @@ def choose(
     0.5
     """
     seen: dict[int, float] = {}
+
+    def look(step: int) -> float:
+        seen[step] = loss_at(step / STEPS)
+        if looked is not None:
+            looked[step / STEPS] = seen[step]
+        return seen[step]
+
     within, beyond = -1, STEPS
     for start in starts:
         step = int(start * STEPS)
         if step not in seen:
-            seen[step] = loss_at(step / STEPS)
+            look(step)
         if seen[step] <= dense + budget:
             within = step
             break
@@ -93,8 +102,7 @@ def choose(
         return None
     while beyond - within > 1:
         middle = (within + beyond) // 2
-        seen[middle] = loss_at(middle / STEPS)
-        if seen[middle] <= dense + budget:
+        if look(middle) <= dense + budget:
             within = middle
         else:
             beyond = middle

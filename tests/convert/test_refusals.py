@@ -297,3 +297,18 @@ def test_a_disk_that_is_full_later_is_named(
     assert not out.exists()
     if where == "the result":  # nothing of the work is lost
         assert "the same command goes on with it" in err
+
+
+def test_a_distillation_that_gains_nothing_is_told_and_kept(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    text, out = checkpoint.parent / "text.jsonl", tmp_path / "o"
+    words = ["convert", checkpoint, "--text", text, "--window", "64", "--out", out]
+    words += ["--tokens", "1k", "--lr", "0.5", "--share", "0.95", "--dtype", "float32"]
+    code, _, err = run(*words, "--budget", "0.5%")
+    assert code == 0, err
+    assert "the dense weights allow more than the distilled ones" in err
+    record = json.loads((out / "conversion.json").read_text())
+    assert record["trained_tokens"] == 0
+    assert record["distilled"][-1][1] - record["choice"]["dense"] > record["budget_nats"]
+    assert (tmp_path / "o.distilling" / "distil.json").is_file()
