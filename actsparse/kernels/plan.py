@@ -235,14 +235,15 @@ class SparseRun(Numbered):
         return None
 
     def _learns(self, x: Tensor) -> tuple[bool, ...] | None:
-        """Whether x, up and down learn, None if none of them does."""
+        """Whether x, up and down learn, None if neither they do nor anything else in the block."""
         if not torch.is_grad_enabled():
             return None
         weights = [
             each.module._parameters.get("weight") for each in (self.block.up, self.block.down)
         ]
         learns = tuple(t is not None and t.requires_grad for t in (x, *weights))
-        return learns if any(learns) else None
+        rest = (t is not None and t.requires_grad for t in Weights.of(self.block))
+        return learns if any(learns) or any(rest) else None
 
     def _decide(self, met: Met, kind: Hashable, site: Site, x: Tensor) -> None:
         if self.mode not in TIMED_MODES:
