@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from actsparse import DropSmall, accelerate, find_mlp_blocks, sparsify
 from actsparse.kernels import build, dense
 from actsparse.kernels.choose import Trial, Trials
+from actsparse.kernels.prepared import Prepared
+from actsparse.kernels.programs import Weights
 from actsparse.modify.drop_small import set_thresholds
 
 X = torch.randn(3, 16)
@@ -143,3 +145,35 @@ def test_an_activation_that_is_cut_changes(act: nn.Module, name: str, value: obj
     for each in (model, twin):
         setattr(each[1], name, value)
     assert torch.allclose(model(x), twin(x), atol=2e-6)
+
+
+def test_layers_that_are_compiled_one_by_one_keep_copies_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if build.level() == "reference":
+        pytest.skip("nothing compiled here")
+    torch._dynamo.reset()
+    model = nn.Sequential(*(mlp(nn.ReLU()) for _ in range(3)))
+    twin = copy.deepcopy(model)
+    accelerate(model, inputs=X, mode="sparse")
+    for layer in model:
+        layer.compile(backend="aot_eager")
+    made: list[Weights] = []
+    real = Weights.prepare
+
+    def prepare(weights: Weights) -> Prepared:
+        made.append(weights)
+        return real(weights)
+
+    monkeypatch.setattr(Weights, "prepare", prepare)
+    with torch.no_grad():
+        for changed in range(1, 3):
+            for each in (model, twin):
+                each[1][2].weight.fill_(changed)
+            for _ in range(3):
+                assert same(model(X), twin(X))
+            assert len(made) == 2 + changed
+        other = copy.deepcopy(model)
+        for _ in range(3):
+            assert same(other(X), twin(X))
+    assert len(made) <= 8
