@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from actsparse.blocks.block import Layer, MLPBlock
 from actsparse.blocks.pass_state import Passes, Running, asleep, unreadable
-from actsparse.blocks.placeholder import Ghosts, check_ghost
+from actsparse.blocks.placeholder import Ghosts, check_ghost, is_ghost
 from actsparse.blocks.read_gradients import read_gradient
 from actsparse.blocks.replace_forward import (
     IN_A_REPLICA,
@@ -199,9 +199,10 @@ class Wiring:
             now.kept["z"] = source.select(output)
         return output
 
-    def takes_phi(self) -> bool:
-        """Whether the next activation call is this block's; asked by exchanged activations."""
-        return self.passes.frames[-1].expects_phi and not asleep()
+    def takes_phi(self, z: Any) -> bool:
+        """Whether a call of the activation on z is this block's; asked by exchanged activations."""
+        now = self.passes.frames[-1]  # perhaps of a pass that was broken off, if z is no ghost
+        return now.expects_phi and not asleep() and (not now.detours or is_ghost(z, now))
 
     def compute_phi(self, z: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         """φ(z) as replaced, or the model's own."""
@@ -218,7 +219,7 @@ class Wiring:
         return self._take_activation(a, z)
 
     def _on_activation(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self.takes_phi():  # else called elsewhere
+        if self.takes_phi(args[0]):  # else called elsewhere
             self.passes.now.expects_phi = False
             return self._take_activation(output, args[0])
         return output
@@ -336,7 +337,7 @@ class Wiring:
         return output
 
     def _pass(self, part: Detour, a: Tensor) -> Tensor:
-        return a if self.passes.now.detours else part.original(a)
+        return a if is_ghost(a, self.passes.now) else part.original(a)
 
     def _leave(self, down: Detour, d: Tensor) -> Tensor:
         now = self.passes.now
@@ -355,15 +356,16 @@ class Wiring:
 
     def _leave_alone(self, down: Detour, d: Tensor) -> Tensor:
         """What :meth:`_on_down_input`, :meth:`_leave` and :meth:`_on_down` do, without hooks."""
+        if asleep():
+            return down.original(d)
         now = self.passes.frames[-1]
         way, now.at_once = now.at_once, None
         if way is not None and not is_compiling():
             d, now.detours, x = self._after_phi(d, now), False, now.changed
+            now.changed = None  # or the frame would keep the memory until the next pass
             if way.skips:
                 check_ghost(d, self.block, now)
             return way.product(down, d if x is None or not way.skips else x)
-        if asleep():
-            return down.original(d)
         d, plan, x = self._after_phi(d, now), now.plan, now.changed
         if plan is None or x is None:
             return down.original(d)

@@ -22,7 +22,7 @@ class Ghost(Tensor):
     would be wrong.
     """
 
-    of: Running
+    of: object  # the mark of its pass; not the pass, which holds a ghost: neither would be freed
     block: str
 
     @classmethod
@@ -69,9 +69,16 @@ class Ghosts:
             last = self._last = kind, nan
         # a view of the last NaN costs a third of making one
         ghost: Ghost = Tensor._make_subclass(Ghost, last[1])
-        ghost.of, ghost.block = of, self._block
+        ghost.of, ghost.block = object(), self._block
         of.ghost = ghost
         return ghost
+
+
+def is_ghost(value: Any, now: Running) -> bool:
+    """Whether ``value`` stands for the hidden layer of this pass, which an executor runs."""
+    if torch.compiler.is_compiling():
+        return now.detours
+    return now.ghost is not None and getattr(value, "of", None) is now.ghost.of
 
 
 def check_ghost(d: Tensor, block: MLPBlock, now: Running) -> None:
@@ -79,7 +86,7 @@ def check_ghost(d: Tensor, block: MLPBlock, now: Running) -> None:
     if torch.compiler.is_compiling():  # which sees strides alone: what was computed has some
         real = d.stride(-1) > 0 and not block.gated
     else:
-        real = getattr(d, "of", None) is not now
+        real = not is_ghost(d, now)
     if real:
         raise RuntimeError(
             f"block {block.name!r} runs sparse, without its hidden layer, but down gets another "
@@ -88,7 +95,7 @@ def check_ghost(d: Tensor, block: MLPBlock, now: Running) -> None:
         )
 
 
-def _mark(result: Any, of: Running, block: str) -> Any:
+def _mark(result: Any, of: object, block: str) -> Any:
     if not isinstance(result, Tensor):
         return result
     ghost = result.as_subclass(Ghost)

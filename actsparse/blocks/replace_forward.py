@@ -26,8 +26,8 @@ class User(Protocol):
 
     block: MLPBlock
 
-    def takes_phi(self) -> bool:
-        """Whether the next activation call is this block's."""
+    def takes_phi(self, z: Any) -> bool:
+        """Whether a call of the activation on z is this block's."""
 
     def compute_phi(self, z: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
         """φ(z) as replaced, or the model's own."""
@@ -75,7 +75,7 @@ class Replacement(Exchange):
     def run(self, z: Tensor) -> Tensor:
         """The forward in force: the φ of the block whose turn it is, else the module's own."""
         for user in self.users:
-            if user.takes_phi():
+            if user.takes_phi(z):
                 return user.compute_phi(z, self.original)
         return self.original(z)
 
@@ -115,7 +115,7 @@ class _CatchActivation(TorchFunctionMode):
                 return args[0]
         for user in self.users:
             steps = user.block.activation.steps
-            if user.takes_phi() and func == steps[0]:
+            if args and func == steps[0] and user.takes_phi(args[0]):
                 call = user.block.activation.call
                 assert call is not None
                 self.user, self.step = (user, 1) if len(steps) > 1 else (None, 0)

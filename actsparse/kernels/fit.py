@@ -28,6 +28,7 @@ _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = tuple(
 )
 _LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear)
 _DROPOUTS = (nn.Dropout, nn.Identity)  # others do more than keep or drop a value
+_NUMBERS = (float, int, str)  # and words, as GELU has one
 _PLAIN = (nn.Parameter, Tensor)
 
 
@@ -74,7 +75,7 @@ class Fit:
                         seen += (tensor.is_meta, tensor.layout)
         if self.block.activation.module is not None:  # its numbers are a part of φ
             for value in self.block.activation.module.__dict__.values():
-                if value.__class__ is float or value.__class__ is int:
+                if value.__class__ in _NUMBERS:
                     seen.append(value)
         for of_all in _GLOBAL_HOOKS:
             if of_all:
@@ -93,7 +94,8 @@ class Fit:
             if type(part.module) not in _DROPOUTS:
                 return f"{part.name} is a {type(part.module).__name__}, not nn.Dropout"
         site, activation = site_at(block), block.activation.module
-        if activation is not None and (site is None or site.phi is None):
+        own = site is None or site.phi is None or site.cut is not None  # a cut is of the own φ
+        if activation is not None and own:
             for training in (False, True):
                 probe = copy.copy(activation)
                 probe.training = training

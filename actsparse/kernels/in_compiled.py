@@ -1,32 +1,56 @@
 """A block in compiled code without gradients: one operator, which looks at the weights each call.
 
 Compiled code could keep copies of weights as constants, but would not see that a weight changes.
+It may also run for other blocks than the one it was made for: layers that are compiled one by one
+share it where they are alike. So the operator finds the copies by the weights that it gets.
 """
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakValueDictionary
+from typing import Any, Self
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.site import site_at
 from actsparse.blocks.stages import Cut
 from actsparse.kernels.programs import Weights, parts_of, run
 
-_known: WeakValueDictionary[int, Any] = WeakValueDictionary()  # executors, by their id
+_made: WeakSet[ByWeights] = WeakSet()
+_found: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by the address of down's weight
 
 
-class Numbered:
-    """What compiled code finds again by a number, a constant to the compiler."""
+class ByWeights:
+    """An executor, of a ``block``, that compiled code finds by the weights of the block."""
 
-    def number(self) -> int:
-        """The number."""
-        _known[id(self)] = self
-        return id(self)
+    block: MLPBlock
 
-    number._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def __new__(cls, *_: Any) -> Self:
+        """Copies and pickles come by here too."""
+        made = super().__new__(cls)
+        _made.add(made)
+        return made
+
+
+def executor_at(down: Tensor) -> Any:
+    """The executor of the block that has this weight, or None."""
+    address = down.data_ptr()
+    found = _found.get(address)
+    if found is None or not _runs(found, address):
+        found = next((each for each in list(_made) if _runs(each, address)), None)
+        if found is not None:
+            _found[address] = found
+    return found
+
+
+def _runs(executor: Any, address: int) -> bool:
+    block = executor.__dict__.get("block")  # not there yet while it is made
+    if block is None or block.down.weight.data_ptr() != address:
+        return False
+    return getattr(site_at(block), "executor", None) is executor
 
 
 @custom_op("actsparse::block", mutates_args=())
@@ -42,10 +66,9 @@ def _block(
     function: str,
     product: bool,
     program: str,
-    executor: int,
 ) -> Tensor:
     weights = Weights(up, bias, down, down_bias, gate, gate_bias)
-    known = _known.get(executor)
+    known = executor_at(down)
     prepared = None if known is None else known.prepared(x.dtype, weights)
     cut = function if threshold is None else Cut(function, threshold, product)
     return run(program, x, weights, cut, prepared=prepared)
@@ -56,10 +79,8 @@ def _like(x: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, *_: Any) -> 
     return x.new_empty(*x.shape[:-1], down.shape[0])
 
 
-def run_compiled(
-    executor: Numbered, program: str, x: Tensor, weights: Weights, function: str | Cut
-) -> Tensor:
-    """y of a block by ``program``, with the copies of weights that ``executor`` keeps."""
+def run_compiled(program: str, x: Tensor, weights: Weights, function: str | Cut) -> Tensor:
+    """y of a block by ``program``, with the copies of weights that its executor keeps."""
     name, threshold, product = parts_of(function)
-    y: Tensor = _block(x, *weights, threshold, name, product, program, executor.number())
+    y: Tensor = _block(x, *weights, threshold, name, product, program)
     return y

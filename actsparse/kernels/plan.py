@@ -27,7 +27,7 @@ from actsparse.kernels.choose import (
 )
 from actsparse.kernels.fit import Fit
 from actsparse.kernels.forms import FEW
-from actsparse.kernels.in_compiled import Numbered, run_compiled
+from actsparse.kernels.in_compiled import ByWeights, run_compiled
 from actsparse.kernels.met import EVERY, RESTING, Known, Last, Met
 from actsparse.kernels.prepared import Prepared, fingerprint
 from actsparse.kernels.programs import DENSE, Weights, copies, function_at, known, run
@@ -80,7 +80,7 @@ class CallPlan:
         assert function is not None
         plain = not (torch.is_grad_enabled() or active or on_norms is not None)
         if met is None and plain and x.is_cpu and not torch.is_autocast_enabled("cpu"):
-            return run_compiled(self.of, self.program, x, weights, function)
+            return run_compiled(self.program, x, weights, function)
         if prepared is not None and met is not None and x.is_cpu:
             self._at_once(site, x, met, prepared)
         return run(
@@ -120,7 +120,7 @@ class CallPlan:
             met.count(round(active / kept) if kept else d.numel(), d.numel())
 
 
-class SparseRun(Numbered):
+class SparseRun(ByWeights):
     """The executor of one block: it makes a plan for each call."""
 
     def __init__(self, block: MLPBlock, mode: Mode, trials: Trials, room: float) -> None:
@@ -235,14 +235,15 @@ class SparseRun(Numbered):
         return None
 
     def _learns(self, x: Tensor) -> tuple[bool, ...] | None:
-        """Whether x, up and down learn, None if none of them does."""
+        """Whether x, up and down learn, None if neither they do nor anything else in the block."""
         if not torch.is_grad_enabled():
             return None
         weights = [
             each.module._parameters.get("weight") for each in (self.block.up, self.block.down)
         ]
         learns = tuple(t is not None and t.requires_grad for t in (x, *weights))
-        return learns if any(learns) else None
+        rest = (t is not None and t.requires_grad for t in Weights.of(self.block))
+        return learns if any(learns) or any(rest) else None
 
     def _decide(self, met: Met, kind: Hashable, site: Site, x: Tensor) -> None:
         if self.mode not in TIMED_MODES:
