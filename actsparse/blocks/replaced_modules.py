@@ -15,12 +15,16 @@ class Standing:
     """The modules of one block, by name, as they were; looking at them is cheap.
 
     ``parts`` are what a program in their place would skip: layers, activation, dropouts.
+    ``between`` are modules that hold some of them: the hidden layer leaves one and enters another.
     """
 
     def __init__(self, block: MLPBlock) -> None:
         self.parts = dict(_parts(block))
         self._links = list(_links(block, self.parts))
-        inside = set(block.path[block.around - 1].modules()) if block.around else set()
+        around = block.path[block.around - 1] if block.around else None
+        inside = set() if around is None else set(around.modules())
+        own = {around, *self.parts.values()}
+        self.between = {n: m for _, n, m in self._links if m in inside and m not in own}
         callers = {parent for parent, _, _ in self._links if parent in inside}
         self._forwards = {module: forward_of(module) for module in callers}
 

@@ -56,7 +56,7 @@ class Fit:
         """All that the reasons depend on, as values to compare."""
         seen = [function_of(self.block), *self.standing.look()]
         add = seen.append
-        for module in self.standing.parts.values():
+        for module in (*self.standing.parts.values(), *self.standing.between.values()):
             own = module.__dict__
             kind = module.__class__
             seen += (kind, kind.forward, own.get("forward"))
@@ -115,10 +115,13 @@ class Fit:
         """Who else hangs on what would be skipped, or None."""
         if (reason := self.standing.changed()) is not None:
             return reason
-        for name, module in self.standing.parts.items():
+        if (site := site_at(self.block)) is not None and site.cut is None and not site.function:
+            return "its φ is being mixed, or has no name"
+        for name, module in {**self.standing.between, **self.standing.parts}.items():
             for hooks in _HOOKS:
                 if not all(is_own(hook) for hook in getattr(module, hooks).values()):
                     return f"{name} has a hook, which would miss its tensors"
+        for name, module in self.standing.parts.items():
             if forward_of(module)[1] is not None:
                 return f"{name} has a forward of its own on the instance"
         if any(_GLOBAL_HOOKS):

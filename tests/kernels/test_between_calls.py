@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from actsparse import DropSmall, accelerate, find_mlp_blocks, sparsify
+from actsparse import DropSmall, SwapActivation, accelerate, find_mlp_blocks, sparsify
+from actsparse.blocks.site import site_of
 from actsparse.kernels import build, dense
 from actsparse.kernels.choose import Trial, Trials
 from actsparse.kernels.prepared import Prepared
@@ -177,3 +179,45 @@ def test_layers_that_are_compiled_one_by_one_keep_copies_each(
         for _ in range(3):
             assert same(other(X), twin(X))
     assert len(made) <= 8
+
+
+class Halves(nn.Module):
+    """Its hidden layer leaves one module and enters another, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(16, 64), nn.ReLU())
+        self.two = nn.Sequential(nn.Dropout(0.1), nn.Linear(64, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.one(x))
+
+
+def test_a_hook_on_a_half_of_the_block_sees_the_hidden_layer() -> None:
+    model = Halves().eval()
+    accelerate(model, inputs=X, mode="sparse")
+    with torch.no_grad():
+        for _ in range(4):
+            model(X)
+        seen: list[Tensor] = []
+        with model.one.register_forward_hook(lambda module, args, out: seen.append(out.mean())):
+            model(X)
+        with model.two.register_forward_pre_hook(lambda module, args: seen.append(args[0].mean())):
+            model(X)
+        assert seen[0].isfinite()
+        assert seen[0] == seen[1]
+
+
+def test_a_swap_is_mixed_again_between_calls() -> None:
+    model = mlp(nn.GELU())
+    (block,) = sparsify(model, SwapActivation("relu"), inputs=X).blocks
+    accelerate(model, inputs=X, mode="sparse")
+    with torch.no_grad():
+        for _ in range(4):
+            model(X)
+        phi: Any = site_of(block).phi
+        phi.done = False  # as a schedule that begins again has it
+        phi.k.fill_(0.5)
+        z = F.linear(X, *model[0].parameters())
+        a = 0.5 * F.gelu(z) + 0.5 * z.relu()
+        assert same(model(X), F.linear(a, *model[2].parameters()))
