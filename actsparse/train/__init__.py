@@ -1,4 +1,4 @@
-"""Callbacks that train or distil a sparsified model with Hugging Face's Trainer.
+"""A callback that trains a sparsified model with Hugging Face's Trainer.
 
 ``from actsparse.train import SparsityCallback``. Names are imported when they are first used,
 because transformers takes seconds to import.
@@ -13,15 +13,11 @@ from actsparse.extras import needed
 
 if TYPE_CHECKING:
     from actsparse.train.callback import SparsityCallback
-    from actsparse.train.distillation import DistillationCallback
     from actsparse.train.loss import TrainingFailed
 
-__all__ = ["DistillationCallback", "SparsityCallback", "TrainingFailed"]
+__all__ = ["SparsityCallback", "TrainingFailed"]
 
-_HOMES = {
-    "DistillationCallback": "distillation", "SparsityCallback": "callback",
-    "TrainingFailed": "loss",
-}  # fmt: skip
+_HOMES = {"SparsityCallback": "callback", "TrainingFailed": "loss"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,8 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from actsparse import DropSmall, observe, sparsify
-from actsparse.convert import Distillation, calibrate
-from actsparse.train import DistillationCallback
+from actsparse.convert import Distillation, DistillationCallback, calibrate
 from tests.convert.checkpoints import plain
 
 ROWS = torch.randint(0, 256, (48, 24), generator=torch.Generator().manual_seed(0))
