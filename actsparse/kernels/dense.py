@@ -34,8 +34,11 @@ def has_onednn() -> bool:
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x weightᵀ + bias`` by oneDNN; x [N, D], weight [H, D] or what :func:`packed` made of it."""
-    # the operator takes its operands for contiguous, whatever their strides say
-    weight = weight if weight.is_mkldnn else weight.contiguous()
+    if not weight.is_mkldnn:
+        if 0 in x.shape or 0 in weight.shape:  # which some of oneDNN's products refuse
+            return F.linear(x, weight, bias)
+        # the operator takes its operands for contiguous, whatever their strides say
+        weight = weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     return product(x.contiguous(), weight, bias)
 

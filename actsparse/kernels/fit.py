@@ -42,6 +42,8 @@ class Fit:
     def __init__(self, block: MLPBlock, dense: bool = False) -> None:
         self.block, self.dense = block, dense
         self.standing = block.standing or Standing(block)
+        own = {} if block.activation.module is None else block.activation.module.__dict__
+        self._names = [name for name, value in own.items() if value.__class__ in _NUMBERS]
         self._seen: list[Any] | None = None
         self._reason: str | None = None
 
@@ -73,14 +75,16 @@ class Fit:
                     add(tensor.__class__)
                     if tensor.is_meta or tensor.layout is not torch.strided:
                         seen += (tensor.is_meta, tensor.layout)
-        if self.block.activation.module is not None:  # its numbers are a part of φ
-            for value in self.block.activation.module.__dict__.values():
-                if value.__class__ in _NUMBERS:
-                    seen.append(value)
+        seen += self.numbers()
         for of_all in _GLOBAL_HOOKS:
             if of_all:
                 seen += of_all
         return seen
+
+    def numbers(self) -> list[Any]:
+        """Those of the activation, which are a part of φ."""
+        module = self.block.activation.module
+        return [] if module is None else [getattr(module, name, None) for name in self._names]
 
     def refusal(self) -> str | None:
         """Why the kernels can do nothing for the block as it is made, or None."""

@@ -140,6 +140,7 @@ class SparseRun(ByWeights):
     def plan(self, site: Site, x: Tensor) -> Plan:
         """How this call is to run."""
         if torch.compiler.is_compiling():  # compiled code keeps to what it met
+            "".join(map(str, self.fit.numbers()))  # read, so that the compiler guards them
             keeps = self._fixed_reason() or self._unproven() or _unfit_call(site, x, self.block.up)
             fixed = self.last.program if self.mode in TIMED_MODES else self.mode
             return CallPlan(self, "dense" if keeps else fixed, _dtype_of(x))

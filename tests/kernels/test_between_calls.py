@@ -221,3 +221,24 @@ def test_a_swap_is_mixed_again_between_calls() -> None:
         z = F.linear(X, *model[0].parameters())
         a = 0.5 * F.gelu(z) + 0.5 * z.relu()
         assert same(model(X), F.linear(a, *model[2].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("act", "name", "value"), [(nn.ELU(), "alpha", 3.0), (nn.GELU(), "approximate", "tanh")]
+)
+def test_compiled_code_sees_that_a_number_of_phi_changed(
+    act: nn.Module, name: str, value: object
+) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(16, 64), copy.deepcopy(act), nn.Linear(64, 16)).eval()
+    handle = sparsify(model, DropSmall(), inputs=X)
+    set_thresholds(model, {handle.blocks[0].name: torch.full((64,), 0.1)})
+    twin = copy.deepcopy(model)
+    accelerate(model, inputs=X, mode="sparse")
+    code = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(code(X), twin(X), atol=1e-5)
+        for each in (model, twin):
+            setattr(each[1], name, value)
+        far = 4 * X
+        assert torch.allclose(code(far), twin(far), atol=1e-6)

@@ -140,3 +140,11 @@ def test_the_product_by_rows_is_linear(
         z = dense.by_rows(x, weight, plus)
         torch.testing.assert_close(z.double(), exact, rtol=eps, atol=1e-5)
         assert torch.equal(dense.by_rows(x[None], weight, plus), z[None])
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 6), (3, 4, 0), (3, 0, 6), (0, 0, 0)])
+def test_products_of_nothing(sizes: tuple[int, int, int]) -> None:
+    n, d, h = sizes
+    x, weight, bias = torch.ones(n, d), torch.ones(h, d), torch.ones(h)
+    with torch.no_grad():
+        assert torch.equal(dense.onednn(x, weight, bias), x @ weight.t() + bias)

@@ -307,7 +307,8 @@ def test_every_operator_is_called() -> None:
         if name.startswith(("actsparse::", "actsparse_cpu::"))
     }
     missing = registered - {name.split(" ")[0] for name in calls()}
-    assert missing <= {"actsparse::decode"}  # a GPU's
+    # a GPU's; and a whole block's, which calls the others
+    assert missing <= {"actsparse::decode", "actsparse::block"}
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from actsparse.activations import ActivationFunction, named, shifted_s_shape
-from actsparse.kernels import backends, forms, ops, prepare, row_norms, sparse_mlp
+from actsparse.kernels import backends, forms, in_compiled, ops, prepare, row_norms, sparse_mlp
 from actsparse.kernels import pack as packing
 from tests.kernels import reference
 
@@ -378,8 +378,10 @@ def test_every_operator_passes_opcheck() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("actsparse::")
     }
-    assert registered - {"decode"} == set(calls)  # a GPU's, see test_triton_decode.py
+    assert registered - {"decode", "block"} == set(calls)  # a GPU's, see test_triton_decode.py
     static = ("test_schema", "test_faketensor", "test_autograd_registration")
+    whole = (fixed, bias.detach(), down.detach(), None, None, None, None, "relu", False, "sparse")
+    torch.library.opcheck(in_compiled._block, (x.detach(), *whole), test_utils=static)
     for name, arguments in calls.items():
         # torch's fourth check adds floats to its first output, which is whole numbers here;
         # test_mlp compiles both
