@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -279,10 +278,9 @@ def convert(
 
     def chosen(stage: str, found: Calibration, *starts: float) -> Choice | None:
         ready = copy.deepcopy(model).to(dtype)
-        looked = itertools.count()
 
         def loss_at(share: float) -> float:
-            told(stage, next(looked), 7)
+            told(stage, len(points), 7)
             Calibration(ready, found.blocks).put(share)
             return loss_of(ready)
 
