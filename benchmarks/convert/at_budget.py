@@ -1,10 +1,12 @@
 """What the weights of a finished distillation of ``actsparse convert`` allow at another budget.
 
 The state is a copy of ``OUT.distilling``, made before the conversion that trained it ended. Text
-and window must be that conversion's.
+and window must be that conversion's. With ``--more`` the weights are distilled on so many tokens
+more first, in windows drawn anew; their state is kept in ``--keep``, for an interrupt and for
+another budget.
 
     python benchmarks/convert/at_budget.py CHECKPOINT --state FOLDER --text a.jsonl --text b.txt \\
-        --also wiki.txt --budget 0.03 --out FILE
+        --also wiki.txt --budget 0.03 --out FILE [--more 800000 --share 0.66 --keep FOLDER]
 """
 
 from __future__ import annotations
@@ -35,6 +37,12 @@ from actsparse.environment import environment
 from actsparse.files import write
 
 
+def told(done: int, total: int, known: dict[str, float]) -> None:
+    """Say every twentieth step."""
+    if done % 20 == 0:
+        print(f"{done} of {total}: {known}", flush=True)
+
+
 def main() -> None:
     """Choose, judge, and write the record."""
     parser = argparse.ArgumentParser()
@@ -44,6 +52,9 @@ def main() -> None:
     parser.add_argument("--also", type=Path, action="append", default=[])
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--budget", type=float, required=True)
+    parser.add_argument("--more", type=int, default=0)
+    parser.add_argument("--share", type=float)
+    parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     how = Distillation(**json.loads((given.state / "distil.json").read_text())["how"])
@@ -60,6 +71,14 @@ def main() -> None:
     steps = distil(
         model, dense, split.train, how, calibration=found, dtype=torch.bfloat16, folder=given.state
     )
+    trained = steps * how.batch
+    if given.more:
+        how = Distillation(share=given.share, tokens=given.more, start=how.share, seed=how.seed + 1)
+        steps = distil(
+            model, dense, split.train, how, calibration=found, dtype=torch.bfloat16,
+            folder=given.keep, progress=told,
+        )  # fmt: skip
+        trained += steps * how.batch
     model.bfloat16()
     allowed, loss = nats(given.budget), mean_loss(dense, split.validation)
 
@@ -75,7 +94,7 @@ def main() -> None:
     judged = [judge(model, windows, name, dense) for name, windows in texts.items()]
     certificate = certify(judged[0][1], allowed)
     done = Conversion(
-        model, given.budget, "gate", choice, None, choice.seen, how, steps * how.batch,
+        model, given.budget, "gate", choice, None, choice.seen, how, trained,
         [each for each, _ in judged], certificate, split.pieces,
     )  # fmt: skip
     done.extra = {
