@@ -75,6 +75,24 @@ class Layer:
         bias = self._read("bias")
         return bias if self.rows is None else bias[self.rows]
 
+    def tensors(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias, of plain layers in two look-ups: each call of a block asks.
+
+        Returns:
+            The tensors, as ``weight`` and ``bias``.
+
+        Raises:
+            ValueError: as for ``weight``.
+        """
+        own = self.module._parameters
+        weight = own.get("weight")
+        whole = self.rows is None and self.layout == "Linear" and not self.module._modules
+        if whole and weight is not None and "bias" in own and not weight.is_meta:
+            bias = own["bias"]
+            if bias is None or not bias.is_meta:
+                return weight, bias
+        return self.weight, self.bias
+
     @property
     def width(self) -> int:
         """How many outputs the module has, those of other layers in it included."""

@@ -13,7 +13,7 @@ from actsparse.cli.laboratory import VERBS as ITS_VERBS
 from actsparse.cli.laboratory import laboratory
 from actsparse.extras import how_to_install
 
-VERBS = ("blocks", "measure", "convert", "judge", "bench")
+VERBS = ("blocks", "measure", "convert", "judge", "chat", "bench")
 
 
 class Verbs(typer.core.TyperGroup):

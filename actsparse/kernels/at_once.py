@@ -24,7 +24,7 @@ from actsparse.blocks.replace_forward import Detour
 from actsparse.kernels import backends, dense
 from actsparse.kernels.met import Last, Met
 from actsparse.kernels.prepared import Prepared, fingerprint
-from actsparse.kernels.programs import Weights, function_at, run
+from actsparse.kernels.programs import DENSE, Weights, function_at, infer_at_once, run
 
 
 def _plain_call() -> bool:
@@ -137,8 +137,9 @@ class SparseLayers:
         self, run: Any, site: Any, met: Met, prepared: Prepared, x: Tensor, program: str
     ) -> None:
         self.run, self.site, self.met, self.prepared = run, site, met, prepared
-        self.program = program
+        self.program, self.screens = program, program == "screened"
         self.dtype, self.tokens = x.dtype, x.shape[:-1].numel()
+        self.between = [part.module for part in run.block.between]
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernels may stand for the layers in this call."""
@@ -149,10 +150,12 @@ class SparseLayers:
             and _plain_call()
             and self.run.fit.reason() is None
             and self.run.prepared(x.dtype, Weights.of(self.run.block)) is self.prepared
-            and not any(part.module.training for part in self.run.block.between)
             and self.met.rests(self.program)
         ):
             return False
+        for module in self.between:
+            if module.training:
+                return False
         self.met.tokens, self.run.last.program = self.tokens, self.program
         return True
 
@@ -160,6 +163,10 @@ class SparseLayers:
         """y of the block's x."""
         weights, function = Weights.of(self.run.block), function_at(self.site)
         assert function is not None
+        if self.program not in DENSE:
+            y = infer_at_once(x, weights, function, self.screens, self.prepared)
+            if y is not None:
+                return y
         return run(self.program, x, weights, function, prepared=self.prepared)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from actsparse.activations import ActivationFunction
 from actsparse.blocks.stages import drops
 from actsparse.kernels import backends, dense, ops
+from actsparse.kernels.forms import FEW
 from actsparse.kernels.prepared import Prepared, laid
 
 
@@ -32,11 +33,9 @@ def infer_cut(
     """y by the compiled kernels, without gradients; ``second``: up and its bias of gated blocks."""
     x = x.contiguous()
     v = function.value(dense.linear(x, first, first_bias))
-    other, rows = None, copies.rows()
+    _, _, other, rows = copies.for_inference(x.shape[:-1].numel() <= FEW, False)
     if product and second is not None:
-        v, second_bias = v * dense.linear(x, second, second_bias), None
-    elif second is not None:
-        other = copies.matrix("second", x.shape[:-1].numel())
+        v, other, second_bias = v * dense.linear(x, second, second_bias), None, None
     bias, down_bias = (b if b is None else b.contiguous() for b in (second_bias, down_bias))
     forward = backends.compiled().forward
     return forward(

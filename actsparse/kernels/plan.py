@@ -316,14 +316,13 @@ class SparseRun(ByWeights):
         None where changes leave no trace.
         """
         up, down, gate = weights.up, weights.down, weights.gate
-        if up.is_inference() or down.is_inference() or (gate is not None and gate.is_inference()):
+        try:
+            versions = up._version, down._version, 0 if gate is None else gate._version
+        except RuntimeError:  # made in inference mode
             return None
         # what tells of changes; those of ``weight.data`` have no new version
-        now: tuple[int, ...] = (
-            up._version, up.data_ptr(), down._version, down.data_ptr(), fingerprint(up, down, gate)
-        )  # fmt: skip
-        if gate is not None:
-            now += (gate._version, gate.data_ptr())
+        places = up.data_ptr(), down.data_ptr(), 0 if gate is None else gate.data_ptr()
+        now = *versions, *places, fingerprint(up, down, gate)
         ready = self._ready.get(dtype)
         if ready is None or now != ready[0]:
             ready = self._ready[dtype] = now, weights.to(dtype).prepare()

@@ -35,10 +35,8 @@ class Weights(NamedTuple):
     def of(cls, block: MLPBlock) -> Self:
         """Those that the block's layers have now."""
         gate = block.gate
-        return cls(
-            block.up.weight, block.up.bias, block.down.weight, block.down.bias,
-            None if gate is None else gate.weight, None if gate is None else gate.bias,
-        )  # fmt: skip
+        up, down = block.up.tensors(), block.down.tensors()
+        return cls(*up, *down) if gate is None else cls(*up, *down, *gate.tensors())
 
     @property
     def nbytes(self) -> int:

@@ -182,3 +182,25 @@ def test_text_and_tokenizers_that_do_not_fit_are_refused(checkpoint: Path, tmp_p
     model.save_pretrained(tmp_path / "wrong")
     with pytest.raises(ValueError, match="tokenizer has 266 tokens, the model 257"):
         load_checkpoint(tmp_path / "wrong")
+
+
+def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path) -> None:
+    text, out = checkpoint.parent / "text.jsonl", tmp_path / "out"
+    run("convert", checkpoint, "--text", text, "--window", "64", "--out", out)
+    code, said, err = run("chat", out, "--prompt", "The ", "--tokens", "8")
+    assert code == 0, err
+    assert " a second" in err
+    model, tokens = load(out), AutoTokenizer.from_pretrained(out)
+    ids = tokens("The ", return_tensors="pt")["input_ids"]
+    wanted = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert said.strip() == tokens.decode(wanted, skip_special_tokens=True).strip()
+    twice = CliRunner().invoke(app, ["chat", str(out), "--tokens", "70"], input="The \n\nA b\n")
+    assert twice.exit_code == 0, twice.stderr
+    assert twice.stderr.count(" a second") == 2
+    assert "no longer fit" in twice.stderr  # the model takes 128 tokens
+    code, _, err = run("chat", out, "--prompt", "The ", "--tokens", "400")
+    assert code == 2
+    assert "takes 1 to 128" in err
+    code, _, err = run("chat", checkpoint, "--prompt", "The ")
+    assert code == 2
+    assert "expected a folder of actsparse convert" in err

@@ -113,7 +113,7 @@ Tensor forward_screened(const Tensor& x, const Tensor& up, const Maybe& bias, co
   });
 }
 
-// The bits of 64 entries spread over each weight, mixed: tells most changes from no change.
+// The bits of 16 entries spread over each weight, mixed: tells most changes from no change.
 void mix(const char* name, const Tensor& t, uint64_t& mixed) {
   const auto [rows, columns] = sizes_of(name, t);
   by_dtype(name, t, [&, rows = rows, columns = columns](auto e) {

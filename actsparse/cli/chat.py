@@ -1,0 +1,97 @@
+"""``actsparse chat``: talk with a converted checkpoint, run by the sparse kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A folder that actsparse convert wrote.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this alone; else each line that you type.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 200,
+    own_layers: Annotated[
+        bool, typer.Option("--own-layers", help="Do not accelerate: run the model's own layers.")
+    ] = False,
+) -> None:
+    """Talk with a converted language model; each answer ends with its tokens a second.
+
+    A model with a chat template gets what was said so far; one without goes on with your line. How
+    tokens are drawn is as the folder's generation_config.json says.
+
+    Examples:
+
+      actsparse chat my_model-sparse
+
+      actsparse chat my_model-sparse --prompt "What is the capital of France?" --tokens 40
+    """
+    import time
+
+    import torch
+    from transformers import TextStreamer
+
+    from actsparse import accelerate, load
+    from actsparse.convert.checkpoint import pooling_of, tokenizer_of
+    from actsparse.modify.sidecar import SIDECAR
+
+    if not (folder / SIDECAR).is_file():
+        raise ValueError(f"{folder} has no {SIDECAR}: expected a folder of actsparse convert")
+    tokenizer = tokenizer_of(folder)
+    model: Any = load(folder).eval()
+    if pooling_of(folder, model) is not None:
+        raise ValueError(f"{folder} holds an encoder, which writes no text")
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    said: list[dict[str, str]] = []
+    if not own_layers:
+        accelerate(model, inputs=torch.tensor([ids_of(tokenizer, [], "Hello")]))
+    for line in (prompt,) if prompt is not None else _typed():
+        ids = ids_of(tokenizer, said, line)
+        while said and room is not None and len(ids) + tokens > room:
+            del said[:2]
+            typer.echo("(the first question and answer no longer fit and are left out)", err=True)
+            ids = ids_of(tokenizer, said, line)
+        if not ids or (room is not None and len(ids) + tokens > room):
+            raise ValueError(
+                f"the text has {len(ids)} tokens and its answer up to {tokens}: the model takes 1 "
+                f"to {room} in all; give another text or a smaller --tokens"
+            )
+        given = torch.tensor([ids])
+        start = time.perf_counter()
+        with torch.no_grad():
+            written = model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=tokens,
+                pad_token_id=model.generation_config.pad_token_id or tokenizer.eos_token_id,
+                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            )[0, len(ids) :]  # fmt: skip
+        seconds = time.perf_counter() - start
+        speed = f"{len(written)} tokens, {len(written) / seconds:.1f} a second"
+        typer.echo(typer.style(speed, dim=True), err=True)
+        answer = tokenizer.decode(written, skip_special_tokens=True)
+        said += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
+
+
+def ids_of(tokenizer: Any, said: list[dict[str, str]], line: str) -> list[int]:
+    """The tokens of a conversation with one more line; of the line alone without a template."""
+    if tokenizer.chat_template is None:
+        plain: list[int] = tokenizer(line)["input_ids"]
+        return plain
+    messages = [*said, {"role": "user", "content": line}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _typed() -> Any:
+    """Each line that is typed, until the end of the input."""
+    typer.echo("Type a line; end with Ctrl-D.", err=True)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
