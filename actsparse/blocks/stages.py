@@ -57,6 +57,17 @@ def keep_above(values: Tensor, threshold: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(values, kept.abs(), 0)
 
 
+def sides_of(threshold: Tensor, product: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The thresholds [H] of |φ(z)| and of the product |φ(z)·u|, of one or both in a tensor.
+
+    >>> sides_of(torch.ones(3), product=True)
+    (None, tensor([1., 1., 1.]))
+    """
+    if threshold.dim() == 2:
+        return threshold[0], threshold[1]
+    return (None, threshold) if product else (threshold, None)
+
+
 # the kernels' own pass, once they are imported: torch's takes five times as long
 FASTER: list[Callable[[Tensor, Tensor], Tensor | None]] = []
 
@@ -64,16 +75,18 @@ FASTER: list[Callable[[Tensor, Tensor], Tensor | None]] = []
 class Cut(NamedTuple):
     """Which activations a block keeps: those above a threshold of their unit.
 
-    ``function``: the name of φ. ``threshold`` [H]: of |φ(z)|, or of |φ(z)·u| for a ``product``.
+    ``function``: the name of φ. ``threshold`` [H]: of |φ(z)|, or of |φ(z)·u| for a ``product``; or
+    [2, H]: of |φ(z)|, and of |φ(z)·u| of those that are kept.
     """
 
     function: str
     threshold: Tensor
     product: bool
 
-    def keep(self, values: Tensor) -> Tensor:
-        """``values`` [..., H], 0 where they are dropped."""
-        return keep_above(values, self.threshold)
+    @property
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        """The thresholds of |φ(z)| and of |φ(z)·u|, each [H] or None."""
+        return sides_of(self.threshold, self.product)
 
 
 class Phi(Protocol):

@@ -31,8 +31,8 @@ def convert(
     form: Annotated[
         str,
         typer.Option(
-            help="Where thresholds stand: gate (spares rows of up and columns of down) or "
-            "product (spares columns of down)."
+            help="Where thresholds stand: gate (spares rows of up and columns of down), product "
+            "(spares columns of down) or both."
         ),
     ] = "gate",
     tokens: Annotated[

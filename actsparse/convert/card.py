@@ -85,7 +85,8 @@ def card_of(conversion: Conversion, source: str) -> str:
     excess, budget = _EXCESS[encodes], f"{conversion.budget:.1%} of perplexity"
     if encodes:
         budget = f"a mean cosine distance of {conversion.budget:g} to the dense model's embeddings"
-    where = "the gate's output |φ(z)|" if conversion.form == "gate" else "the product |φ(z)·u|"
+    gate, product = "the gate's output |φ(z)|", "the product |φ(z)·u|"
+    where = {"gate": gate, "product": product, "both": f"{gate} or {product}"}[conversion.form]
     trained = f"{conversion.trained:,} tokens" if conversion.trained else "no training"
     points = [
         {"share dropped": f"{share:.1%}", excess: f"{loss - choice.dense:+.4f}"}

@@ -199,7 +199,9 @@ def _origin(student: nn.Module, teacher: nn.Module, windows: Windows, dtype: tor
     digest = hashlib.sha256(str(dtype).encode())
     for block in dropping_blocks(student):
         cut = site_of(block).cut
-        digest.update(f"{block.name} {cut is not None and cut.product}".encode())
+        both = cut is not None and cut.threshold.dim() == 2
+        form = "both" if both else cut is not None and cut.product
+        digest.update(f"{block.name} {form}".encode())
     for name, parameter in teacher.named_parameters():
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
@@ -305,6 +307,8 @@ def _keep(
             tensors[f"{name}|{key}"] = value
     for name, block in calibration.blocks.items():
         tensors |= {f"{name}|scale": block.scale, f"{name}|counts": block.counts}
+        if block.pairs is not None:
+            tensors[f"{name}|pairs"] = block.pairs
     with files.whole_folder(folder, {STATE, WEIGHTS}) as new:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with disk_refusals(folder / WEIGHTS):
@@ -373,4 +377,5 @@ def _resume(
                 optimizer.state[parameter] = state
     for name, block in calibration.blocks.items():
         block.scale, block.counts = tensors[f"{name}|scale"], tensors[f"{name}|counts"]
+        block.pairs = tensors.get(f"{name}|pairs")
     return int(said["step"])

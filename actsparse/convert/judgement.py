@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actsparse.activations import named
+from actsparse.blocks.block import MLPBlock
+from actsparse.blocks.site import Site, site_of
+from actsparse.blocks.stages import drops
 from actsparse.convert.embeddings import Pooling, document_distances
 from actsparse.convert.losses import document_losses
 from actsparse.convert.text import Windows
@@ -104,7 +109,10 @@ def judge(
     blocks = dropping_blocks(model)
     if not blocks:
         raise ValueError("no block drops small activations: nothing to judge")
-    with observe(model, blocks=blocks) as seen:
+    passed = [_Passed(block) for block in blocks]
+    with observe(model, blocks=blocks) as seen, contextlib.ExitStack() as taps:
+        for counted in passed:
+            counted.begin(taps)
         if pooling is None:
             models = [model] if dense is None else [model, dense]
             losses = document_losses(models, windows, progress)
@@ -116,15 +124,9 @@ def judge(
     assert found is not None
     sums, counts = losses.sums, losses.counts
     rows = []
-    for row, block in zip(found["blocks"], blocks, strict=True):
-        product = block.gated and _is_product(block)
-        rows.append(
-            {
-                "block": block.name,
-                "density": row["density"],
-                "bytes_read": bytes_read(row["density"], block.gated, product),
-            }
-        )
+    for row, block, counted in zip(found["blocks"], blocks, passed, strict=True):
+        read = bytes_read(row["density"], block.gated, counted.share(row["density"]))
+        rows.append({"block": block.name, "density": row["density"], "bytes_read": read})
     excess = interval = agreement = dense_loss = each = None
     if dense is not None:
         more = sums[0] - sums[1]
@@ -167,31 +169,52 @@ def check_same(model: nn.Module, dense: nn.Module) -> None:
         )
 
 
-def bytes_read(density: float, gated: bool, product: bool) -> float:
+def bytes_read(density: float, gated: bool, passed: float) -> float:
     """The share of a block's weight bytes that a token needs, at a density of activations.
 
     Args:
         density: d, the share of activations that are not zero.
         gated: whether the block has a gate.
-        product: whether the threshold is on the product.
+        passed: p, the share of units whose row of up is read: d where the gate decides alone, 1
+            for thresholds on the product.
 
     Returns:
-        ``1/3 + 2d/3`` for thresholds on the gate's side, ``2/3 + d/3`` on the product, and
-        ``1/2 + d/2`` without a gate.
+        ``1/3 + p/3 + d/3``, and ``1/2 + d/2`` without a gate.
 
-    >>> bytes_read(0.25, True, False), bytes_read(0.25, True, True), bytes_read(0.25, False, False)
+    >>> bytes_read(0.25, True, 0.25), bytes_read(0.25, True, 1), bytes_read(0.25, False, 0.25)
     (0.5, 0.75, 0.625)
     """
-    if not gated:
-        return (1 + density) / 2
-    return (2 + density) / 3 if product else (1 + 2 * density) / 3
+    return (1 + passed + density) / 3 if gated else (1 + density) / 2
 
 
-def _is_product(block: Any) -> bool:
-    from actsparse.blocks.site import site_of
+class _Passed:
+    """Counts the units of one block that pass the gate's threshold, where there is another one."""
 
-    cut = site_of(block).cut
-    return cut is not None and cut.product
+    def __init__(self, block: MLPBlock) -> None:
+        self.site = site_of(block)
+        self.passed = self.seen = 0
+
+    def begin(self, taps: contextlib.ExitStack) -> None:
+        """Count until ``taps`` is closed."""
+        cut = self.site.cut
+        if cut is not None and cut.threshold.dim() == 2:
+            self.site.tap(self.count, ("z",))
+            taps.callback(self.site.release, self.count)
+
+    def count(self, site: Site, stages: dict[str, Tensor]) -> None:
+        """One pass through the block."""
+        cut = site.cut
+        assert cut is not None
+        dropped = drops(named(cut.function).value(stages["z"]), cut.threshold[0])
+        self.passed += dropped.numel() - int(dropped.sum())
+        self.seen += dropped.numel()
+
+    def share(self, density: float) -> float:
+        """The share of units whose row of up is read, at a density of activations."""
+        cut = self.site.cut
+        if cut is not None and cut.product:
+            return 1.0
+        return self.passed / self.seen if self.seen else density
 
 
 def excess_interval(excess: Tensor, counts: Tensor) -> tuple[float, float] | None:

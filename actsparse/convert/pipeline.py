@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -116,7 +116,7 @@ class Conversion:
     Args:
         model: in evaluation mode, in the dtype it was judged in.
         budget: of perplexity, as 0.03; of encoders, the mean cosine distance.
-        form: "gate" or "product".
+        form: "gate", "product" or "both".
         choice: the share chosen on validation text.
         before: the same choice without distillation; None where nothing was distilled.
         distilled: (share, loss) of the distilled weights where they were looked at.
@@ -343,8 +343,8 @@ def check_settings(
     """
     nats(budget)
     check_delta(delta)
-    if form not in ("gate", "product"):
-        raise ValueError(f"form {form!r}: expected gate or product")
+    if form not in get_args(Form):
+        raise ValueError(f"form {form!r}: expected {', '.join(get_args(Form))}")
     if not tokens >= 0:
         raise ValueError(f"tokens {tokens!r}: expected 0 or more")
     if not minutes >= 0:

@@ -17,7 +17,11 @@ from actsparse.modify.drop_small import dropping_blocks, set_thresholds
 from actsparse.observe.magnitudes import bins_of, ends
 
 ROWS = 256  # tokens of a pass whose scores are counted, evenly spread: counting takes long
-Form = Literal["gate", "product"]
+Form = Literal["gate", "product", "both"]
+PAIRS = 2048  # entries of a pass whose two scores are kept, for the form "both"
+# Of the form "both": so much is dropped by the product alone, which costs little. Beyond it the
+# gate drops its part of the rest. Found on SmolLM2, docs/lab-log.md, 2026-12-01.
+PRODUCT_FIRST = 0.4
 
 
 @dataclass
@@ -26,21 +30,44 @@ class BlockScores:
 
     The score of unit h is ``|φ(z_h)|·s_h``, s_h the root mean square of u_h (1 in blocks without a
     gate), or ``|φ(z_h)·u_h|`` for the form "product". So one number for a block drops what matters
-    least, although each unit has a threshold of its own: ``t_h = τ / s_h``.
+    least, although each unit has a threshold of its own: ``t_h = τ / s_h``. The form "both" has
+    both scores.
     """
 
     scale: Tensor  # s [H], float32
     counts: Tensor  # scores in each bin of actsparse.observe.magnitudes, int64
+    pairs: Tensor | None = None  # of "both": scores of the gate, rising, and of products [2, N]
 
     def threshold(self, share: float) -> Tensor:
-        """Thresholds t [H] that drop a share of all activations that were seen."""
+        """Thresholds that drop a share of all activations that were seen: [H], of "both" [2, H]."""
+        if self.pairs is not None:
+            return self._thresholds(self.pairs[0], self.pairs[1], share)
         total = int(self.counts.sum())
         below = self.counts.cumsum(0)
         last = int(torch.searchsorted(below, share * total))  # the first bin that reaches it
         if share <= 0 or total == 0:
             return torch.zeros_like(self.scale)
         tau = float(ends()[min(last, len(ends()) - 1)])
+        return self._of_units(tau)
+
+    def _thresholds(self, gate: Tensor, product: Tensor, share: float) -> Tensor:
+        by_gate = round(gate_share(share) * len(gate))
+        left, more = product[by_gate:], round(share * len(gate)) - by_gate
+        first = float(gate[by_gate - 1]) if by_gate else 0.0
+        second = float(left.kthvalue(more).values) if more > 0 else 0.0
+        return torch.stack([self._of_units(first), torch.full_like(self.scale, second)])
+
+    def _of_units(self, tau: float) -> Tensor:
         return tau / self.scale.clamp(min=1e-12)
+
+
+def gate_share(share: float) -> float:
+    """The share that the gate drops where gate and product drop ``share`` together.
+
+    >>> gate_share(0.4), round(gate_share(0.7), 3)
+    (0.0, 0.5)
+    """
+    return max(0.0, share - PRODUCT_FIRST) / (1 - PRODUCT_FIRST)
 
 
 class Calibration:
@@ -121,7 +148,8 @@ def calibrate(
     if not blocks:
         raise ValueError("no block drops small activations: sparsify(model, DropSmall()) first")
     if dense:
-        set_thresholds(model, {block.name: torch.zeros(block.d_hidden) for block in blocks})
+        cuts = {block.name: site_of(block).cut for block in blocks}
+        set_thresholds(model, {n: torch.zeros_like(c.threshold) for n, c in cuts.items() if c})
     scores = {block.name: _Scores(block, by_unit) for block in blocks}
     mode = model.training
     model.eval()
@@ -154,6 +182,7 @@ class _Scores:
         cut = site_of(block).cut
         assert cut is not None
         self.name, self.cut, self.gated = block.name, cut, block.gated
+        self.both = cut.threshold.dim() == 2
         self.weighs = by_unit and block.gated and not cut.product
         self.stages = ("z", "u") if block.gated else ("z",)
         device = cut.threshold.device
@@ -161,6 +190,8 @@ class _Scores:
         self.rows = 0
         self.scale = torch.ones(block.d_hidden, device=device)
         self.counts = torch.zeros(len(ends()) + 1, dtype=torch.int64, device=device)
+        self.pairs: list[Tensor] = []
+        self.generator = torch.Generator().manual_seed(0)
 
     def measure(self, site: Site, stages: dict[str, Tensor]) -> None:
         if self.weighs:
@@ -174,11 +205,18 @@ class _Scores:
     def tally(self, site: Site, stages: dict[str, Tensor]) -> None:
         rows = {name: stages[name].flatten(0, -2) for name in self.stages}
         few = slice(None, None, max(1, len(rows["z"]) // ROWS))
-        score = named(self.cut.function).value(rows["z"][few]).abs()
-        score = score * (rows["u"][few].abs() if self.cut.product else self.scale)
+        size = named(self.cut.function).value(rows["z"][few]).abs()
+        score = size * (rows["u"][few].abs() if self.cut.product else self.scale)
         if not bool(score.isfinite().all()):
             raise ValueError(f"block {self.name!r}: its activations are not finite on this data")
         self.counts += torch.bincount(bins_of(score).flatten(), minlength=len(self.counts))
+        if self.both:
+            drawn = torch.randint(score.numel(), (PAIRS,), generator=self.generator)
+            products = size * rows["u"][few].abs()
+            self.pairs.append(torch.stack([score.flatten()[drawn], products.flatten()[drawn]]))
 
     def result(self) -> BlockScores:
-        return BlockScores(self.scale, self.counts)
+        if not self.pairs:
+            return BlockScores(self.scale, self.counts)
+        pairs = torch.cat(self.pairs, 1).float()
+        return BlockScores(self.scale, self.counts, pairs[:, pairs[0].argsort()])

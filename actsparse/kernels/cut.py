@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction
-from actsparse.blocks.stages import drops
+from actsparse.blocks.stages import drops, sides_of
 from actsparse.kernels import backends, dense, ops
 from actsparse.kernels.forms import FEW
 from actsparse.kernels.prepared import Prepared, laid
@@ -57,7 +57,7 @@ def pack_cut(
 
     tokens [N, D] and ``first`` [H, D] laid out as :mod:`actsparse.kernels.ops` takes them.
     """
-    u = None
+    u, (gate, whole) = None, sides_of(threshold, product)
     with torch.no_grad():
         z = dense.linear(tokens, first, first_bias)
         v = a = function.value(z)
@@ -65,28 +65,34 @@ def pack_cut(
         if product and second is not None:
             u = dense.linear(tokens, second, second_bias)
             v = a * u
-        dropped = drops(v, threshold) | ((a == 0) & (slope == 0))
+        cut = whole if gate is None else gate
+        assert cut is not None
+        dropped = drops(v, cut) | ((a == 0) & (slope == 0))
         a, slope = a.masked_fill(dropped, 0), slope.masked_fill(dropped, 0)
     pointer, index, value, _ = ops.pack_values(tokens, first, first_bias, a, slope)
     if second is None:
         return pointer, index, value
     second = laid(second)
     if u is None:
-        return pointer, index, value * ops.sample(pointer, index, tokens, second, second_bias)
+        value = value * ops.sample(pointer, index, tokens, second, second_bias)
+        if whole is not None:
+            value = value.masked_fill(drops(value, whole[index.long()]), 0)
+        return pointer, index, value
     one = (~dropped).to(u.dtype)  # ∂u/∂u of the same entries
     other = ops.pack_values(tokens, second, second_bias, u.masked_fill(dropped, 0), one)
     return pointer, index, value * other[2]
 
 
-def check_threshold(threshold: Tensor, up: Tensor) -> None:
-    """Raise ValueError unless it is float32, one number for each unit of up [H, D]."""
+def check_threshold(threshold: Tensor, up: Tensor, two: bool) -> None:
+    """Raise ValueError unless it is float32, one number for each unit of up [H, D], or ``two``."""
     wanted = up.shape[:1]
     if (
-        threshold.shape != wanted
+        threshold.shape not in ((wanted, (2, *wanted)) if two else (wanted,))
         or threshold.dtype is not torch.float32
         or threshold.device != up.device
     ):
         raise ValueError(
             f"threshold must be torch.float32 {list(wanted)} on {up.device}, one number for each "
-            f"unit; it is {threshold.dtype} {list(threshold.shape)} on {threshold.device}"
+            f"unit{f', or {[2, *wanted]}' if two else ''}; it is {threshold.dtype} "
+            f"{list(threshold.shape)} on {threshold.device}"
         )

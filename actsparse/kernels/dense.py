@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actsparse.activations import ActivationFunction, named
-from actsparse.blocks.stages import FASTER, keep_above
+from actsparse.blocks.stages import FASTER, keep_above, sides_of
 from actsparse.kernels import backends
 
 CLEAR = 1.1  # another product takes the place of PyTorch's where it is faster by this much
@@ -145,11 +145,11 @@ def hidden_layer(
     product: bool,
 ) -> Tensor:
     """a of z and, in gated blocks, u, both [..., H]; the threshold as for ``sparse_mlp``."""
+    gate, whole = (None, None) if threshold is None else sides_of(threshold, product)
     a = function.value(first)
-    if threshold is not None and not product:
-        a = keep_above(a, threshold)
+    a = a if gate is None else keep_above(a, gate)
     a = a if second is None else a * second
-    return keep_above(a, threshold) if threshold is not None and product else a
+    return a if whole is None else keep_above(a, whole)
 
 
 def dense_mlp(

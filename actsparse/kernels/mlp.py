@@ -74,7 +74,8 @@ def sparse_mlp(
         threshold: a number t for each unit, float32 [H], at which any activation is cut: where
             ``|φ(z)| ≤ t`` the activation is 0, and the rows of up (in gated blocks) and of downᵀ
             are not read. It is compared with φ(z) as the dense layers compute it in the dtype of x.
-            NaN is kept. There is no gradient of t. ``screen`` is ignored then.
+            NaN is kept. There is no gradient of t. ``screen`` is ignored then. In gated blocks also
+            [2, H]: the second row is compared with ``|φ(z) (x Uᵀ + b)|`` of what is kept.
         product: compare the whole activation ``|φ(z) (x Uᵀ + b)|`` of gated blocks with the
             threshold instead. It needs all of up.
         prepared: what :func:`prepare` returned, for weights that do not change between calls.
@@ -120,7 +121,7 @@ def sparse_mlp(
     second, second_bias = (None, None) if gate is None else (up, bias)
     if threshold is not None:
         threshold = threshold.detach()
-        check_threshold(threshold, up)
+        check_threshold(threshold, up, gate is not None and not product)
         if plain and backends.native(x, up) and not _learns(x, *weights):
             copies = prepare(down, up, gate) if prepared is None else prepared
             try:

@@ -261,7 +261,9 @@ class SparseRun(ByWeights):
             x = x.to(met.dtype)
             names = self._tried(met, function, x, density)
             # a cut without its thresholds, which may change between calls
-            what = function if isinstance(function, str) else (function.function, function.product)
+            what: Hashable = function
+            if isinstance(function, Cut):
+                what = function.function, function.product, function.threshold.dim()
             alike = (kind, shapes, what, *names)
             trial = self.trials.near(alike, density)
             if trial is None:

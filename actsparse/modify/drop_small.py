@@ -14,7 +14,7 @@ from actsparse.activations import named
 from actsparse.blocks.block import Blocks, MLPBlock, unwrap
 from actsparse.blocks.resolve import HANDLE
 from actsparse.blocks.site import Site, no_product, site_of
-from actsparse.blocks.stages import Cut, drops
+from actsparse.blocks.stages import Cut, drops, keep_above
 from actsparse.modify.modification import Attached, Modification, NotApplicable
 
 BUFFER = "activation_threshold"  # on the up module
@@ -24,25 +24,28 @@ BUFFER = "activation_threshold"  # on the up module
 class DropSmall(Modification):
     """Set an activation to zero where its magnitude is not above a threshold of its unit.
 
-    There are two forms. With thresholds t [H] and a = φ(z), or a = φ(z) ⊙ u in gated blocks:
+    There are three forms. With thresholds t [H] and a = φ(z), or a = φ(z) ⊙ u in gated blocks:
 
     - ``"gate"``: ``a_h`` where ``|φ(z_h)| > t_h``, else 0. The unit's rows of up and its column of
       down need not be read (CATS: Lee et al. 2024, arXiv 2404.08763, with one threshold a block).
     - ``"product"``: ``a_h`` where ``|a_h| > t_h``, else 0. Only the column of down need not be
       read (TEAL: Liu et al. 2024, arXiv 2408.14690).
+    - ``"both"``: ``a_h`` where ``|φ(z_h)| > t_h`` and ``|a_h| > t′_h``, else 0. The first spares
+      rows of up, the second columns of down.
 
-    In blocks without a gate both are the same. Any φ that has a name will do: SiLU and GELU keep
+    In blocks without a gate all are the same. Any φ that has a name will do: SiLU and GELU keep
     both signs. NaN is kept. The mask is a constant for gradients: what is dropped has none.
 
-    Thresholds are a buffer of the up layer, ``activation_threshold`` [H], saved with the weights.
+    Thresholds are a buffer of the up layer, ``activation_threshold`` [H], saved with the weights;
+    of the form "both" they are [2, H], those of ``|φ(z)|`` first.
     They are 0 at first, which changes nothing; :func:`actsparse.convert.calibrate` finds others,
     and :func:`set_thresholds` sets them.
 
     Args:
-        form: ``"gate"`` or ``"product"``.
+        form: ``"gate"``, ``"product"`` or ``"both"``.
 
     Raises:
-        ValueError: ``form`` is neither.
+        ValueError: ``form`` is none of these.
 
     >>> from actsparse import sparsify
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
@@ -54,63 +57,71 @@ class DropSmall(Modification):
 
     changes_function: ClassVar[bool] = True
 
-    form: Literal["gate", "product"] = "gate"
+    form: Literal["gate", "product", "both"] = "gate"
 
     @override
     def apply(self, block: MLPBlock) -> Attached:
-        product = self.form == "product" and block.gated
+        form = self.form if block.gated else "gate"
         function = block.activation.function
         if function is None:
             raise NotApplicable("its φ is not known by name")
-        if product and (reason := no_product(block)) is not None:
+        if form != "gate" and (reason := no_product(block)) is not None:
             raise NotApplicable(f"{reason}: take form='gate', or leave it out")
         up = block.up.module
         if BUFFER in up._buffers:
             raise ValueError(f"block {block.name!r} drops small activations already")
         site = site_of(block)
-        phi = LargeAlone(block, function, product)
+        phi = LargeAlone(block, function, form)
         try:
             site.replace_activation(phi)
         except ValueError as error:
             site.release()
             raise NotApplicable(str(error)) from None
-        zeros = torch.zeros(block.d_hidden, device=block.up.weight.device)
-        up.register_buffer(BUFFER, zeros)
-        what = "|φ(z)·u|" if product else "|φ(z)|"
-        return _Dropping(site, f"{function} where {what} > t, a threshold for each unit", phi)
+        shape = (2, block.d_hidden) if form == "both" else (block.d_hidden,)
+        up.register_buffer(BUFFER, torch.zeros(shape, device=block.up.weight.device))
+        return _Dropping(site, f"{function} where {_KEPT[form]}, a threshold for each unit", phi)
+
+
+_KEPT = {
+    "gate": "|φ(z)| > t",
+    "product": "|φ(z)·u| > t",
+    "both": "|φ(z)| > t and |φ(z)·u| > t′",
+}
 
 
 class LargeAlone:
-    """φ(z) where it is above its unit's threshold; of products the mask comes before down."""
+    """φ(z) where it is above its unit's threshold; what masks products comes before down."""
 
     function = None  # no name: it has a number for each unit
 
-    def __init__(self, block: MLPBlock, function: str, product: bool) -> None:
-        self.block, self.own_function, self.product = block, function, product
-        self.mask_product = self._keep if product else None
+    def __init__(self, block: MLPBlock, function: str, form: str) -> None:
+        self.block, self.own_function, self.form = block, function, form
+        self.mask_product = None if form == "gate" else self._keep_products
 
     @property
     def cut(self) -> Cut:
         """What decides which activations are kept."""
         threshold = self.block.up.module._buffers[BUFFER]
         assert threshold is not None
-        return Cut(self.own_function, threshold.float(), self.product)
+        return Cut(self.own_function, threshold.float(), self.form == "product")
 
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., H]."""
-        a = own(z)
-        return a if self.product else self._keep(a)
+        a, (threshold, _) = own(z), self.cut.sides
+        return a if threshold is None else keep_above(a, threshold)
 
-    def _keep(self, a: Tensor) -> Tensor:
-        return self.cut.keep(a)
+    def _keep_products(self, a: Tensor) -> Tensor:
+        _, threshold = self.cut.sides
+        assert threshold is not None
+        return keep_above(a, threshold)
 
     def derivative(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """φ′(z) where φ(z) is kept, else 0: [..., H]."""
-        slope = own(z)
-        if self.product:
+        slope, cut = own(z), self.cut
+        threshold, _ = cut.sides
+        if threshold is None:
             return slope
-        function, threshold, _ = self.cut
-        return slope.masked_fill(drops(named(function).value(z), threshold), 0)
+        return slope.masked_fill(drops(named(cut.function).value(z), threshold), 0)
 
 
 class _Dropping(Attached):
@@ -129,10 +140,11 @@ def set_thresholds(model: nn.Module, thresholds: Mapping[str, Tensor]) -> None:
 
     Args:
         model: the model that ``sparsify`` got.
-        thresholds: t [H] of |φ(z)| or |φ(z)·u|, at least 0, by the name of the block.
+        thresholds: t [H] of |φ(z)| or |φ(z)·u|, at least 0, by the name of the block; of the form
+            "both" [2, H].
 
     Raises:
-        ValueError: the model has no such block, or values that are not H numbers of at least 0.
+        ValueError: the model has no such block, or values of another shape, or below 0.
 
     >>> from actsparse import sparsify
     >>> mlp = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 8))
@@ -147,11 +159,13 @@ def set_thresholds(model: nn.Module, thresholds: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"no block {name!r} drops small activations; known: {', '.join(known) or 'none'}"
             )
-        units = known[name].d_hidden
-        if values.shape != (units,) or not bool((values >= 0).all()):
+        held = known[name].up.module._buffers[BUFFER]
+        assert held is not None
+        if values.shape != held.shape or not bool((values >= 0).all()):
             raise ValueError(
                 f"thresholds of block {name!r}: shape {list(values.shape)}, least "
-                f"{float(values.min()) if values.numel() else None}; expected {units} numbers ≥ 0"
+                f"{float(values.min()) if values.numel() else None}; expected numbers ≥ 0 of shape "
+                f"{list(held.shape)}"
             )
     for name, values in thresholds.items():
         buffer = known[name].up.module._buffers[BUFFER]

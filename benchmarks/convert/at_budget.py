@@ -1,12 +1,13 @@
-"""What the weights of a finished distillation of ``actsparse convert`` allow at another budget.
+"""What the weights of a distillation of ``actsparse convert`` allow at another budget or form.
 
 The state is a copy of ``OUT.distilling``, made before the conversion that trained it ended. Text
 and window must be that conversion's. With ``--more`` the weights are distilled on so many tokens
 more first, in windows drawn anew; their state is kept in ``--keep``, for an interrupt and for
-another budget.
+another budget. ``--before``: the tokens that the state's weights had been trained on before it.
 
     python benchmarks/convert/at_budget.py CHECKPOINT --state FOLDER --text a.jsonl --text b.txt \\
-        --also wiki.txt --budget 0.03 --out FILE [--more 800000 --share 0.66 --keep FOLDER]
+        --also wiki.txt --budget 0.03 --out FILE [--form both] \\
+        [--more 800000 --share 0.76 --keep FOLDER --before 480256]
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 import torch
+from safetensors.torch import load_file
 
 from actsparse import DropSmall, sparsify
 from actsparse.convert import (
@@ -31,7 +34,7 @@ from actsparse.convert import (
 from actsparse.convert.certificate import certify
 from actsparse.convert.checkpoint import around_of, encoder, load_checkpoint
 from actsparse.convert.pipeline import CALIBRATE, Conversion, Split
-from actsparse.convert.scores import Calibration
+from actsparse.convert.scores import Calibration, Form
 from actsparse.convert.share import nats
 from actsparse.environment import environment
 from actsparse.files import write
@@ -52,12 +55,15 @@ def main() -> None:
     parser.add_argument("--also", type=Path, action="append", default=[])
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--budget", type=float, required=True)
+    parser.add_argument("--form", default="gate", choices=get_args(Form))
+    parser.add_argument("--before", type=int, default=0)
     parser.add_argument("--more", type=int, default=0)
     parser.add_argument("--share", type=float)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    how = Distillation(**json.loads((given.state / "distil.json").read_text())["how"])
+    state = json.loads((given.state / "distil.json").read_text())
+    how = Distillation(**state["how"])
     model, tokenizer = load_checkpoint(given.checkpoint)
     dense = load_checkpoint(given.checkpoint)[0].bfloat16()
     encode, ends = encoder(tokenizer), around_of(tokenizer, encodes=False)
@@ -66,12 +72,17 @@ def main() -> None:
     for file in given.also:
         made = windows_of(read_documents([file]), encode, given.window, 100_000, *ends)
         texts[file.name.split(".")[0]] = made
-    sparsify(model, DropSmall(), inputs=split.train.ids[0][None])
-    found = calibrate(model, [ids[None] for ids in split.train.ids[: CALIBRATE // given.window]])
-    steps = distil(
-        model, dense, split.train, how, calibration=found, dtype=torch.bfloat16, folder=given.state
-    )
-    trained = steps * how.batch
+    weights = load_file(given.state / "distil.safetensors")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    del weights
+    sparsify(model, DropSmall(given.form), inputs=split.train.ids[0][None])
+    batches = [ids[None] for ids in split.train.ids[: CALIBRATE // given.window]]
+    found = calibrate(model, batches)
+    found.put(how.share)
+    found = calibrate(model, batches, dense=False)  # its weights expect thresholds
+    trained = given.before + state["step"] * how.batch
     if given.more:
         how = Distillation(share=given.share, tokens=given.more, start=how.share, seed=how.seed + 1)
         steps = distil(
@@ -94,7 +105,7 @@ def main() -> None:
     judged = [judge(model, windows, name, dense) for name, windows in texts.items()]
     certificate = certify(judged[0][1], allowed)
     done = Conversion(
-        model, given.budget, "gate", choice, None, choice.seen, how, trained,
+        model, given.budget, given.form, choice, None, choice.seen, how, trained,
         [each for each, _ in judged], certificate, split.pieces,
     )  # fmt: skip
     done.extra = {

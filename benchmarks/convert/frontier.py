@@ -64,7 +64,7 @@ def main() -> None:
                 "form": form, "share": share, "text": text, "documents": len(counts),
                 "tokens": int(counts.sum()), "excess": float(more.sum() / counts.sum()),
                 "interval": excess_interval(more, counts), "density": density,
-                "bytes_read": bytes_read(density, True, form == "product"),
+                "bytes_read": bytes_read(density, True, 1 if form == "product" else density),
             }  # fmt: skip
             record["points"].append(row)
             record |= {"kind": "frontier", **environment(torch.get_num_threads())}

@@ -90,7 +90,7 @@ def test_losses_refuse_ids_beyond_the_vocabulary_and_nan() -> None:
         document_losses([model], some_windows())
 
 
-@pytest.mark.parametrize("form", ["gate", "product"])
+@pytest.mark.parametrize("form", ["gate", "product", "both"])
 def test_a_share_is_what_is_dropped_where_it_was_calibrated(form: str) -> None:
     model, windows = plain("swiglu").eval(), some_windows(40)
     handle = sparsify(model, DropSmall(form), inputs=windows.ids[0][None])  # type: ignore[arg-type]

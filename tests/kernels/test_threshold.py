@@ -15,7 +15,7 @@ from actsparse.blocks.stages import keep_above as cut
 from actsparse.kernels import prepare, sparse_mlp
 
 PHIS = ["silu", "gelu", "gelu_tanh", "relu"]
-FORMS = ["plain", "gate", "product"]
+FORMS = ["plain", "gate", "product", "both"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 Weights = dict[str, Tensor]
 
@@ -25,8 +25,9 @@ def coarse(*sizes: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*sizes) * scale * 16).round() / 16
 
 
-def weights(d: int, h: int, gated: bool, density: float, layout: str = "rows") -> Weights:
+def weights(d: int, h: int, form: str, density: float, layout: str = "rows") -> Weights:
     """Weights in float32, and thresholds that keep none, all or about a share of the units."""
+    gated = form != "plain"
     made = {"up": coarse(h, d), "bias": coarse(h), "down": coarse(d, h), "down_bias": coarse(d)}
     if gated:
         made |= {"gate": coarse(h, d, scale=1.5 / d**0.5), "gate_bias": coarse(h)}
@@ -35,7 +36,8 @@ def weights(d: int, h: int, gated: bool, density: float, layout: str = "rows") -
     if layout == "strided":
         made = {n: torch.cat([t, t], -1)[..., : t.shape[-1]] for n, t in made.items()}
     each = 2 * (1 - density) * (torch.rand(h) + 0.5)
-    return made | {"threshold": each if density else torch.full((h,), torch.inf)}
+    each = each if density else torch.full((h,), torch.inf)
+    return made | {"threshold": torch.stack([each / 2, each]) if form == "both" else each}
 
 
 def to(dtype: torch.dtype, w: Weights, learns: bool = False) -> Weights:
@@ -51,7 +53,15 @@ def hidden(x: Tensor, w: Weights, phi: str, product: bool) -> tuple[Tensor, Tens
     v = a = named(phi).value(F.linear(x, *(w[name] for name in first)))
     if "gate" in w:
         a = a * F.linear(x, w["up"], w["bias"])
+    if w["threshold"].dim() == 2:
+        return a, ~((v.abs() <= w["threshold"][0]) | (a.abs() <= w["threshold"][1]))
     return a, ~((a if product else v).abs() <= w["threshold"])
+
+
+def packed(x: Tensor, w: Weights, phi: str, product: bool) -> Tensor:
+    """Which entries pass the first threshold: those that are packed."""
+    first = w["threshold"][0] if w["threshold"].dim() == 2 else w["threshold"]
+    return hidden(x, w | {"threshold": first}, phi, product)[1]
 
 
 def dense(x: Tensor, w: Weights, phi: str, product: bool, keep: Tensor) -> Tensor:
@@ -90,12 +100,12 @@ def test_values_and_gradients_are_those_of_the_layers(
 ) -> None:
     torch.manual_seed(seed)
     product, before = form == "product", torch.get_num_threads()
-    made = weights(d, h, form != "plain", density, layout)
+    made = weights(d, h, form, density, layout)
     w, w64 = to(dtype, made, learns=True), to(torch.float64, made, learns=True)
     x, x64 = (coarse(*leading, d).to(t).requires_grad_() for t in (dtype, torch.float64))
     with torch.no_grad():
         x64.copy_(x)
-        keep = hidden(x, w, phi, product)[1]
+        keep, first = hidden(x, w, phi, product)[1], packed(x, w, phi, product)
     kept: list[int] = []
     torch.set_num_threads(threads)
     try:
@@ -111,7 +121,7 @@ def test_values_and_gradients_are_those_of_the_layers(
             found.append(torch.autograd.grad(out, learning, grad_y.to(out.dtype)))
     finally:
         torch.set_num_threads(before)
-    assert kept == [int(keep.sum())]  # z is exact here, so that the sets are equal
+    assert kept == [int(first.sum())]  # z is exact here, so that the sets are equal
     eps = torch.finfo(dtype).eps
     results = [(inferred, plain, exact), (y, plain, exact), *zip(*found, strict=True)]
     for ours, theirs, right in results:
@@ -124,7 +134,7 @@ def test_values_and_gradients_are_those_of_the_layers(
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_every_instruction_set_keeps_the_same(way: str, form: str, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    w, x = to(dtype, weights(70, 801, form != "plain", 0.4)), coarse(5, 70).to(dtype)
+    w, x = to(dtype, weights(70, 801, form, 0.4)), coarse(5, 70).to(dtype)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         y = sparse_mlp(x, **w, activation="silu", product=form == "product")
@@ -142,12 +152,12 @@ def test_every_instruction_set_keeps_the_same(way: str, form: str, dtype: torch.
 @pytest.mark.parametrize("learns", [False, True])
 def test_nan_is_kept_and_reaches_y(form: str, dtype: torch.dtype, learns: bool) -> None:
     torch.manual_seed(2)
-    w, x = to(dtype, weights(16, 90, form != "plain", 0.3)), torch.randn(12, 16).to(dtype)
+    w, x = to(dtype, weights(16, 90, form, 0.3)), torch.randn(12, 16).to(dtype)
     x[1, 3], x[2, 4] = torch.nan, torch.inf
     w["up"][5, 2] = torch.nan
     w["bias"][7] = torch.inf
-    w["threshold"][9] = torch.nan
-    w["threshold"][10] = torch.inf  # only NaN passes it
+    w["threshold"][..., 9] = torch.nan
+    w["threshold"][..., 10] = torch.inf  # only NaN passes it
     x.requires_grad_(learns)
     y = sparse_mlp(x, **w, activation="silu", product=form == "product")
     keep = hidden(x, w, "silu", form == "product")[1]
@@ -160,12 +170,13 @@ def test_nan_is_kept_and_reaches_y(form: str, dtype: torch.dtype, learns: bool) 
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_of_dropped_units_are_not_read(form: str) -> None:
     torch.manual_seed(3)
-    w, x = to(torch.float32, weights(16, 90, form != "plain", 0.3)), torch.randn(1, 16)
+    w, x = to(torch.float32, weights(16, 90, form, 0.3)), torch.randn(1, 16)
     y = sparse_mlp(x, **w, activation="silu", product=form == "product")
     (dropped,) = (~hidden(x, w, "silu", form == "product")[1][0]).nonzero(as_tuple=True)
+    (unread,) = (~packed(x, w, "silu", form == "product")[0]).nonzero(as_tuple=True)
     w["down"][:, dropped] = torch.nan
-    if form == "gate":
-        w["up"][dropped] = torch.nan
+    if form in ("gate", "both"):
+        w["up"][unread] = torch.nan
     assert torch.equal(sparse_mlp(x, **w, activation="silu", product=form == "product"), y)
 
 
@@ -178,12 +189,15 @@ def test_a_bfloat16_activation_is_compared_with_the_float32_threshold() -> None:
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:
-    w, x = weights(8, 12, True, 0.5), torch.randn(2, 8)
+    w, x = weights(8, 12, "gate", 0.5), torch.randn(2, 8)
     t = w.pop("threshold")
     plain = {name: each for name, each in w.items() if "gate" not in name}
-    for bad in (t[:-1], t.double(), t.bfloat16(), t[None], t.to("meta")):
+    for bad in (t[:-1], t.double(), t.bfloat16(), t[None], t.to("meta"), t.expand(3, 12)):
         with pytest.raises(ValueError, match=r"threshold must be torch.float32 \[12\] on cpu"):
             sparse_mlp(x, **w, activation="silu", threshold=bad)
+    for more, names in (({}, plain), ({"product": True}, w)):  # of a plain block, of the product
+        with pytest.raises(ValueError, match=r"threshold must be torch.float32 \[12\] on cpu"):
+            sparse_mlp(x, **names, activation="silu", threshold=t.expand(2, 12), **more)
     with pytest.raises(ValueError, match=r"product=True .*; gate is None"):
         sparse_mlp(x, **plain, activation="silu", threshold=t, product=True)
     with pytest.raises(ValueError, match=r"product=True .*; threshold is None"):
@@ -196,7 +210,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 
 def test_a_screen_and_autocast_are_ignored_and_a_strided_threshold_is_taken() -> None:
     torch.manual_seed(4)
-    w, x = weights(32, 100, True, 0.4), torch.randn(3, 32)
+    w, x = weights(32, 100, "gate", 0.4), torch.randn(3, 32)
     y = sparse_mlp(x, **w, activation="silu")
     w["threshold"] = w["threshold"].repeat_interleave(2)[::2].requires_grad_()
     assert torch.equal(sparse_mlp(x, **w, activation="silu", screen=True), y)
@@ -207,7 +221,7 @@ def test_a_screen_and_autocast_are_ignored_and_a_strided_threshold_is_taken() ->
 
 def test_norms_and_what_stands_between_see_what_is_kept() -> None:
     torch.manual_seed(5)
-    w, x = weights(32, 100, True, 0.4), torch.randn(3, 32)
+    w, x = weights(32, 100, "gate", 0.4), torch.randn(3, 32)
     read: dict[str, Tensor] = {}
     y = sparse_mlp(x, **w, activation="silu", between=lambda a: 2 * a, on_norms=read.update)
     a, keep = hidden(x, w, "silu", False)

@@ -32,18 +32,24 @@ def llama() -> LlamaForCausalLM:
 
 def thresholds(model: nn.Module, at: float) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    return {b.name: at * torch.rand(b.d_hidden) for b in dropping_blocks(model)}
+    buffers = {b.name: b.up.module.activation_threshold for b in dropping_blocks(model)}
+    return {name: at * torch.rand(buffer.shape) for name, buffer in buffers.items()}
 
 
-def by_hand(mlp: nn.Module, x: Tensor, t: Tensor, product: bool) -> Tensor:
+def by_hand(mlp: nn.Module, x: Tensor, t: Tensor, form: str) -> Tensor:
     """The block of LLaMA, written out."""
     z, u = F.linear(x, mlp.gate_proj.weight), F.linear(x, mlp.up_proj.weight)
     f = F.silu(z)
-    kept = ~((f * u).abs() <= t) if product else ~(f.abs() <= t)
-    return F.linear(f * u * kept, mlp.down_proj.weight)
+    gate, product = t if form == "both" else (t, t)
+    dropped = torch.zeros_like(f, dtype=torch.bool)
+    if form != "product":
+        dropped |= f.abs() <= gate
+    if form != "gate":
+        dropped |= (f * u).abs() <= product
+    return F.linear(f * u * ~dropped, mlp.down_proj.weight)
 
 
-@pytest.mark.parametrize("form", ["gate", "product"])
+@pytest.mark.parametrize("form", ["gate", "product", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_gated_block_is_the_formula_and_gradients_are_its_gradients(
     form: str, dtype: torch.dtype
@@ -51,22 +57,27 @@ def test_gated_block_is_the_formula_and_gradients_are_its_gradients(
     model = llama().to(dtype)
     handle = sparsify(model, DropSmall(form), inputs=IDS)  # type: ignore[arg-type]
     mlp = model.model.layers[0].mlp
-    t = torch.rand(48) * (0.02 if form == "gate" else 0.002)
+    t = torch.rand(48) * (0.002 if form == "product" else 0.02)
+    t = torch.stack([t, 0.1 * t.flip(0)]) if form == "both" else t
     set_thresholds(model, {handle.blocks[0].name: t})
     t = mlp.up_proj.activation_threshold.clone()
     x = torch.randn(3, 5, 16, dtype=dtype, requires_grad=True)
-    y, expected = mlp(x), by_hand(mlp, x, t, form == "product")
+    y, expected = mlp(x), by_hand(mlp, x, t, form)
     assert torch.equal(y, expected)
-    assert 0.05 < (F.silu(F.linear(x, mlp.gate_proj.weight)).abs() <= t).float().mean() < 0.95 or (
-        form == "product"
-    )
+    gate, product = t if form == "both" else (t, t)
+    f = F.silu(F.linear(x, mlp.gate_proj.weight))
+    if form != "product":
+        assert 0.05 < (f.abs() <= gate).float().mean() < 0.95
+    if form == "both":
+        alone = ((f * F.linear(x, mlp.up_proj.weight)).abs() <= product) & (f.abs() > gate)
+        assert 0.02 < alone.float().mean() < 0.9
     upstream = torch.randn_like(y)
     found = torch.autograd.grad(y, [x, *mlp.parameters()], upstream)
     wanted = torch.autograd.grad(expected, [x, *mlp.parameters()], upstream)
     assert all(map(torch.equal, found, wanted))
 
 
-@pytest.mark.parametrize("form", ["gate", "product"])
+@pytest.mark.parametrize("form", ["gate", "product", "both"])
 def test_zero_thresholds_change_nothing_and_remove_leaves_nothing(form: str) -> None:
     model = llama()
     before, keys = model(IDS).logits, list(model.state_dict())
@@ -122,7 +133,7 @@ def test_nan_is_kept() -> None:
     assert mlp(torch.full((3, 4), float("nan"))).isnan().all()
 
 
-@pytest.mark.parametrize("form", ["gate", "product"])
+@pytest.mark.parametrize("form", ["gate", "product", "both"])
 def test_saved_thresholds_load_and_copies_have_their_own(form: str, tmp_path) -> None:
     model = llama()
     sparsify(model, DropSmall(form), inputs=IDS)  # type: ignore[arg-type]
@@ -162,9 +173,9 @@ def test_refused_by_name() -> None:
     model = llama()
     handle = sparsify(model, DropSmall(), inputs=IDS)
     name = handle.blocks[0].name
-    with pytest.raises(ValueError, match=r"expected 48 numbers ≥ 0"):
+    with pytest.raises(ValueError, match=r"expected numbers ≥ 0 of shape \[48\]"):
         set_thresholds(model, {name: torch.zeros(47)})
-    with pytest.raises(ValueError, match=r"expected 48 numbers ≥ 0"):
+    with pytest.raises(ValueError, match=r"expected numbers ≥ 0 of shape \[48\]"):
         set_thresholds(model, {name: torch.full((48,), float("nan"))})
     with pytest.raises(ValueError, match="no block 'nowhere'"):
         set_thresholds(model, {"nowhere": torch.zeros(48)})

@@ -58,7 +58,7 @@ struct Second {
 // y like x, which is contiguous [..., D]: no gradients, nothing kept. rows are down's, [H, D].
 template <class E>
 Tensor output(const Tensor& x, Packed p, Shape s, int64_t inner, const Second& second,
-              const Tensor& tokens, const Tensor& rows, const Maybe& down_bias, int64_t d) {
+              const float* limit, const Tensor& tokens, const Tensor& rows, const Maybe& down_bias, int64_t d) {
   const Entries a{data<int64_t>(p.pointer), data<int32_t>(p.index), s.blocks()};
   require<E>("down_bias", down_bias, count("d", d));
   E* value = data<E>(p.value);
@@ -69,7 +69,11 @@ Tensor output(const Tensor& x, Packed p, Shape s, int64_t inner, const Second& s
     const auto other = scratch<E>(n);
     sample_into(a, data<E>(tokens), s.tokens, "second", *second.up, s.units, inner, get(plus),
                 other.get());
-    for (int64_t k = 0; k < n; k++) put(wide(value[k]) * wide(other[k]), value + k);
+    const int32_t* unit = data<int32_t>(p.index);
+    for (int64_t k = 0; k < n; k++) {
+      put(wide(value[k]) * wide(other[k]), value + k);
+      if (limit && std::fabs(wide(value[k])) <= limit[unit[k]]) put(0.f, value + k);
+    }
   }
   const Panels<E> panels("rows", rows, s.units, d);
   const auto plus = floats<E>(down_bias, d, panels.count * kPanel<E>);
@@ -83,7 +87,8 @@ Tensor output(const Tensor& x, Packed p, Shape s, int64_t inner, const Second& s
   return y;
 }
 
-// With a threshold [H] z is φ(z) already: entries whose size is above it count.
+// With a threshold [H] z is φ(z) already: entries whose size is above it count. With [2, H] those
+// whose product with second is at most the second row are zeros.
 Tensor forward(const Tensor& z, const Maybe& threshold, const Tensor& x, const Maybe& second,
                const Maybe& second_bias, const Tensor& rows, const Maybe& down_bias, int64_t d,
                int64_t act, double floor) {
@@ -93,9 +98,12 @@ Tensor forward(const Tensor& z, const Maybe& threshold, const Tensor& x, const M
     const int64_t units = rows_of(rows), inner = x.dim() ? x.size(-1) : 0;
     const Shape s{tokens_of<E>("z", z, units), units};
     if (tokens_of<E>("x", x, inner) != s.tokens) refuse("x", Type<E>::name, "tokens like z's", x);
-    require<float>("threshold", threshold, units);
-    return output<E>(z, pack_dense<E>(z, s, phi, data<float>(threshold)), s, inner,
-                     {second, second_bias}, x, rows, down_bias, d);
+    const bool two = threshold && second && threshold->dim() == 2;
+    two ? require<float>("threshold", *threshold, {2, units})
+        : require<float>("threshold", threshold, units);
+    const float* cut = data<float>(threshold);
+    return output<E>(z, pack_dense<E>(z, s, phi, cut), s, inner, {second, second_bias},
+                     two ? cut + units : nullptr, x, rows, down_bias, d);
   });
 }
 
@@ -109,7 +117,7 @@ Tensor forward_screened(const Tensor& x, const Tensor& up, const Maybe& bias, co
     const int64_t inner = x.dim() ? x.size(-1) : 0;
     const Shape s{tokens_of<E>("x", x, inner), rows_of(up)};
     return output<E>(x, pack_screened<E>(x, inner, up, bias, {codes, shift, bounds}, s, phi), s,
-                     inner, {second, second_bias}, x, rows, down_bias, d);
+                     inner, {second, second_bias}, nullptr, x, rows, down_bias, d);
   });
 }
 
