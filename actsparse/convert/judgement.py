@@ -109,7 +109,7 @@ def judge(
     blocks = dropping_blocks(model)
     if not blocks:
         raise ValueError("no block drops small activations: nothing to judge")
-    passed = [_Passed(block) for block in blocks]
+    passed = [Passed(block) for block in blocks]
     with observe(model, blocks=blocks) as seen, contextlib.ExitStack() as taps:
         for counted in passed:
             counted.begin(taps)
@@ -187,7 +187,7 @@ def bytes_read(density: float, gated: bool, passed: float) -> float:
     return (1 + passed + density) / 3 if gated else (1 + density) / 2
 
 
-class _Passed:
+class Passed:
     """Counts the units of one block that pass the gate's threshold, where there is another one."""
 
     def __init__(self, block: MLPBlock) -> None:

@@ -10,6 +10,7 @@ scales. Points are kept as they come: the same command goes on with those that a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -18,12 +19,12 @@ import torch
 from actsparse import DropSmall, observe, sparsify
 from actsparse.convert import calibrate, document_losses, read_documents, windows_of
 from actsparse.convert.checkpoint import around_of, encoder, load_checkpoint
-from actsparse.convert.judgement import bytes_read, excess_interval
+from actsparse.convert.judgement import Passed, bytes_read, excess_interval
 from actsparse.convert.pipeline import CALIBRATE, Split
 from actsparse.environment import environment
 from actsparse.files import write
 
-SHARES = {"gate": (0.3, 0.5), "product": (0.5, 0.6), "cats": (0.2, 0.3)}
+SHARES = {"gate": (0.3, 0.5), "product": (0.5, 0.6), "cats": (0.2, 0.3), "both": (0.5, 0.6)}
 
 
 def main() -> None:
@@ -49,22 +50,26 @@ def main() -> None:
         wanted = [(share, text) for share in shares for text in texts]
         if all((form, *each) in done for each in wanted):
             continue
-        handle = sparsify(model.float(), DropSmall("product" if form == "product" else "gate"))
+        handle = sparsify(model.float(), DropSmall("gate" if form == "cats" else form))
         found = calibrate(model, batches, by_unit=form != "cats")
         model.bfloat16()
         for share, text in wanted:
             if (form, share, text) in done:
                 continue
             found.put(share)
-            with observe(model, blocks=handle.blocks) as seen:
+            passed = [Passed(block) for block in handle.blocks]
+            with observe(model, blocks=handle.blocks) as seen, contextlib.ExitStack() as taps:
+                for each in passed:
+                    each.begin(taps)
                 losses = document_losses([model], texts[text])
             density, counts = seen.summary("inference")["density"], losses.counts
+            through = sum(each.share(density) for each in passed) / len(passed)
             more = losses.sums[0] - dense[text].sums[0]
             row = {
                 "form": form, "share": share, "text": text, "documents": len(counts),
                 "tokens": int(counts.sum()), "excess": float(more.sum() / counts.sum()),
                 "interval": excess_interval(more, counts), "density": density,
-                "bytes_read": bytes_read(density, True, 1 if form == "product" else density),
+                "bytes_read": bytes_read(density, True, through),
             }  # fmt: skip
             record["points"].append(row)
             record |= {"kind": "frontier", **environment(torch.get_num_threads())}

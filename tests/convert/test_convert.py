@@ -14,6 +14,7 @@ from actsparse import accelerate, load, observe
 from actsparse.cli.main import app
 from actsparse.convert.checkpoint import load_checkpoint
 from actsparse.convert.losses import mean_loss
+from actsparse.convert.scores import gate_share
 from actsparse.convert.text import read_documents, windows_of
 from actsparse.modify.drop_small import dropping_blocks
 from tests.convert.checkpoints import tokenizer, trained, write_text
@@ -32,7 +33,8 @@ def run(*words: str | Path) -> tuple[int, str, str]:
 def test_the_command_converts_judges_and_saves(checkpoint: Path, tmp_path: Path) -> None:
     text, out = checkpoint.parent / "text.jsonl", tmp_path / "out"
     words = ["convert", checkpoint, "--text", text, "--window", "64", "--out", out, "--json"]
-    words += ["--dtype", "float32", "--tokens", "20k", "--lr", "1e-3", "--budget", "10%"]
+    words += ["--dtype", "float32", "--tokens", "10k", "--lr", "1e-3", "--budget", "10%"]
+    words += ["--form", "both" if checkpoint.name == "swiglu" else "gate"]
     code, said, err = run(*words)
     assert code == 0, err
     record = json.loads(said)
@@ -67,6 +69,11 @@ def test_the_command_converts_judges_and_saves(checkpoint: Path, tmp_path: Path)
     assert judged["density"] == pytest.approx(density, abs=1e-9)
     assert judged["excess"] == pytest.approx(judged["loss"] - judged["dense_loss"])
     assert judged["interval"][0] <= judged["excess"] <= judged["interval"][1]
+    if checkpoint.name == "swiglu":
+        passed = 1 - gate_share(record["choice"]["share"])
+        assert judged["bytes_read"] == pytest.approx((1 + passed + density) / 3, abs=0.03)
+    else:
+        assert judged["bytes_read"] == pytest.approx((1 + density) / 2)
     code, said, _ = run("judge", out, "--text", text, "--window", "64")
     assert code == 0
     assert "MLP bytes read" in said

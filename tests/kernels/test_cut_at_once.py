@@ -38,7 +38,7 @@ def plain() -> nn.Sequential:
 
 
 MAKES: list[tuple[Callable[[], nn.Module], str]] = [
-    (plain, "gate"), (Gated, "gate"), (Gated, "product"),
+    (plain, "gate"), (Gated, "gate"), (Gated, "product"), (Gated, "both"),
 ]  # fmt: skip
 
 
@@ -77,7 +77,9 @@ def pair(make: Callable[[], nn.Module], form: Any, level: float = 0.1) -> tuple[
     twin = copy.deepcopy(model)
     for each in (model, twin):
         handle = sparsify(each, DropSmall(form), inputs=X)
-        set_thresholds(each, {b.name: torch.rand(64) * 2 * level for b in handle.blocks[:1]})
+        t = torch.rand(handle.blocks[0].up.module.activation_threshold.shape)
+        t[1:] *= level if form == "both" else 1  # most of what passes the gate is to stay
+        set_thresholds(each, {handle.blocks[0].name: t * 2 * level})
     twin.load_state_dict(model.state_dict())
     accelerate(model, inputs=X)
     for _ in range(5):
