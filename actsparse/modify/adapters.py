@@ -28,6 +28,7 @@ from actsparse.blocks.resolve import found_with
 from actsparse.blocks.trace import is_linear
 from actsparse.extras import needed
 from actsparse.modify.apply import is_peft_model, sparsify
+from actsparse.modify.drop_small import BUFFER
 from actsparse.modify.foreign_config import bounded, check_adapter, check_files
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import removed_on_failure
@@ -269,9 +270,10 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
 def merge_adapter(model: nn.Module) -> nn.Module:
     """Add the adapters of a sparsified ``PeftModel`` to its weights, and keep the recipe.
 
-    ``W ← W + (alpha/r)·B A``, as peft's ``merge_and_unload`` does. Zeroth biases, norms and the
-    step of the schedules are kept, so in eval mode the outputs are those of ``model`` up to
-    rounding. Parameters that peft has frozen stay frozen.
+    ``W ← W + (alpha/r)·B A``, as peft's ``merge_and_unload`` does, which sparsified models refuse.
+    Zeroth biases, norms, the thresholds of ``DropSmall`` and the step of the schedules are kept, so
+    in eval mode the outputs are those of ``model`` up to rounding. Parameters that peft has frozen
+    stay frozen.
 
     Args:
         model: the ``PeftModel``. It cannot be used afterwards, and its optimizer is no longer
@@ -295,6 +297,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         raise ValueError("merge_adapter() needs the blocks that find_mlp_blocks returned")
     names = [block.up.name.removeprefix(_INNER) for block in handle.blocks]
     tables = [_table(block) for block in handle.blocks]
+    thresholds = [block.up.module._buffers.get(BUFFER) for block in handle.blocks]
     handle.remove()
     merged: nn.Module = root.merge_and_unload()
     kept = same_blocks("the model to merge", names, inputs, merged)
@@ -303,6 +306,9 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         for new, old in zip(map(_table, kept), tables, strict=True):
             if new is not None and old is not None:
                 new.copy_(old)
+        for block, values in zip(kept, thresholds, strict=True):
+            if values is not None:
+                block.up.module._buffers[BUFFER].copy_(values)  # type: ignore[union-attr]
     again.load_state_dict(state)
     return merged
 

@@ -108,6 +108,7 @@ def sparsify(
             _apply(handle, modification)
         if is_peft_model(root):
             _keep_with_adapter(root, blocks)
+            handle.hold(_NoUnloading(root.base_model))  # type: ignore[arg-type]
         if optimizer is not None:
             handle.attach(optimizer, steps)
     except BaseException:
@@ -142,6 +143,31 @@ def _keep_with_adapter(model: Any, blocks: Blocks) -> None:
         block.up.module._modules[CHILD] = ModulesToSaveWrapper(table, adapter)
         config = model.peft_config[adapter]
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), CHILD]))
+
+
+class _NoUnloading:
+    """peft's ``merge_and_unload`` and ``unload`` refused while a recipe hangs on the layers.
+
+    They put other layers in the place of those, and the recipe would be gone without a word.
+    """
+
+    def __init__(self, tuner: nn.Module) -> None:
+        self.tuner = tuner
+        for name in ("merge_and_unload", "unload"):
+            if hasattr(type(tuner), name):
+                tuner.__dict__[name] = self.refuse
+
+    def refuse(self, *_: Any, **__: Any) -> None:
+        """In the place of both."""
+        raise RuntimeError(
+            "the model is sparsified, and peft's unloading would leave the recipe behind: call "
+            "actsparse.merge_adapter(model), which keeps it, or the handle's remove() first"
+        )
+
+    def remove(self) -> None:
+        """Allow both again."""
+        for name in ("merge_and_unload", "unload"):
+            self.tuner.__dict__.pop(name, None)
 
 
 def _check_blocks(root: nn.Module, blocks: Blocks) -> None:

@@ -98,6 +98,14 @@ class Handle:
         """
         self._attached.append((modification, attached))
 
+    def hold(self, held: Any) -> None:
+        """Keep what :meth:`remove` is to remove with the rest; ``sparsify`` calls it.
+
+        Args:
+            held: anything with a ``remove()``.
+        """
+        self._hooks.append(held)
+
     def leave_alone(self, modification: str, block: str, reason: str) -> None:
         """Note why a modification was not made at a block; ``sparsify`` calls it.
 

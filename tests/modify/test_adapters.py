@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from actsparse import (
+    DropSmall,
     NormFloor,
     Recipe,
     SwapActivation,
@@ -21,6 +23,7 @@ from actsparse import (
     load,
     observe,
     save,
+    set_thresholds,
     sparsify,
 )
 from actsparse.modify.adapters import lora_config, merge_adapter, save_adapter
@@ -241,3 +244,30 @@ def test_save_adapter_takes_one_adapter_and_save_all(tmp_path: Path) -> None:
         save_adapter(model, tmp_path / "a")
     assert not (tmp_path / "a").exists()
     assert_same(model, load(save(model, tmp_path / "m")), inputs)
+
+
+@pytest.mark.parametrize("form", ["gate", "both"])
+def test_merging_keeps_thresholds_and_peft_does_not_unload_a_recipe(form: str) -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    ids, targets = torch.arange(12)[None], ["gate_proj", "up_proj", "down_proj"]
+    lora = peft.LoraConfig(target_modules=targets, r=2, init_lora_weights=False)
+    model = peft.get_peft_model(LlamaForCausalLM(config), lora).eval()
+    plain = model(ids).logits
+    handle = sparsify(model, DropSmall(form), inputs=ids)  # type: ignore[arg-type]
+    buffers = {b.name: b.up.module.activation_threshold for b in handle.blocks}
+    set_thresholds(model, {name: 0.03 * torch.rand(t.shape) for name, t in buffers.items()})
+    logits = model(ids).logits
+    assert not torch.allclose(logits, plain, atol=1e-4)
+    for each in (model, copy.deepcopy(model)):
+        for unload in ("merge_and_unload", "unload"):
+            with pytest.raises(RuntimeError, match="merge_adapter"):
+                getattr(each, unload)()
+    twin = copy.deepcopy(model)
+    merged = merge_adapter(model)
+    assert torch.allclose(merged(ids).logits, logits, atol=1e-5)
+    assert any("activation_threshold" in name for name in merged.state_dict())
+    handle_of(twin).remove()
+    assert torch.allclose(twin.merge_and_unload()(ids).logits, plain, atol=1e-5)
