@@ -17,6 +17,7 @@ WITHOUT_EXAMPLE = {
     "load_adapter": "the example of save_adapter shows it",
     "merge_adapter": "the example of save_adapter shows it",
     "Handle.add": "called by sparsify",
+    "Handle.hold": "called by sparsify",
     "Handle.leave_alone": "called by sparsify",
     "Handle.look": "a hook",
     "Seen.plot": "needs matplotlib",

@@ -76,21 +76,19 @@ class Layer:
         return bias if self.rows is None else bias[self.rows]
 
     def tensors(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and the bias, of plain layers in two look-ups: each call of a block asks.
+        """``weight`` and ``bias`` at once: each call of a block asks for them.
 
         Returns:
-            The tensors, as ``weight`` and ``bias``.
+            Both, or None for the bias.
 
-        Raises:
-            ValueError: as for ``weight``.
+        >>> Layer("up", nn.Linear(8, 32, bias=False)).tensors()[1] is None
+        True
         """
         own = self.module._parameters
         weight = own.get("weight")
         whole = self.rows is None and self.layout == "Linear" and not self.module._modules
-        if whole and weight is not None and "bias" in own and not weight.is_meta:
-            bias = own["bias"]
-            if bias is None or not bias.is_meta:
-                return weight, bias
+        if whole and weight is not None and not weight.is_meta and "bias" in own:
+            return weight, own["bias"]
         return self.weight, self.bias
 
     @property
@@ -360,7 +358,7 @@ def on_meta(module: nn.Module) -> str | None:
     >>> on_meta(nn.Linear(2, 2)), on_meta(nn.Linear(2, 2, device="meta")) is None
     (None, False)
     """
-    if not any(parameter.is_meta for parameter in module.parameters()):
+    if not any(p.is_meta for p in module.parameters()):
         return None
     return (
         "its weights are on 'meta', without values: not loaded yet, or offloaded (cpu_offload, "
@@ -394,11 +392,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     True
     """
     while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, nn.parallel.DistributedDataParallel | nn.DataParallel
-        ):
-            inner = model.module
+        wraps = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
+        inner = model.module if wraps else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
             return model
         model = inner

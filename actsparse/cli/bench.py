@@ -256,14 +256,14 @@ def checkpoint(
 
     from actsparse import load
     from actsparse.bench.checkpoint import bench_checkpoint
-    from actsparse.convert.checkpoint import load_checkpoint
+    from actsparse.convert.checkpoint import in_dtype, load_checkpoint
 
     if threads is not None:
         torch.set_num_threads(threads)
     sparse = load(folder).eval()
     plain, tokenizer = load_checkpoint(dense)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
-    plain = plain.to(next(sparse.parameters()).dtype)
+    in_dtype(plain, next(sparse.parameters()).dtype)
     result = bench_checkpoint(plain, sparse, ids, tokens, prefill, rounds, compiled, tell)
     if not keep_record(result, out, json):
         _print_checkpoint(result)

@@ -43,6 +43,7 @@ def judge(
     from actsparse.convert.checkpoint import (
         around_of,
         encoder,
+        in_dtype,
         load_checkpoint,
         pooling_of,
         tokenizer_of,
@@ -59,7 +60,7 @@ def judge(
     documents = read_texts(text)
     tokenizer, model, plain, pooling = tokenizer_of(folder), load(folder).eval(), None, None
     if dense is not None:
-        plain = load_checkpoint(dense)[0].to(next(model.parameters()).dtype)
+        plain = in_dtype(load_checkpoint(dense)[0], next(model.parameters()).dtype)
         check_same(model, plain)
         pooling = pooling_of(dense, plain)
     elif pooling_of(folder, model) is not None:

@@ -74,6 +74,33 @@ def _encodes(model: Any) -> bool:
     return headless and not both
 
 
+def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Cast a model in place as transformers loads it in that dtype.
+
+    Buffers that no state dict holds keep their dtype: rotary frequencies in bfloat16 would turn
+    tokens far from the first one to other places.
+
+    Args:
+        model: the model.
+        dtype: of its parameters and other buffers.
+
+    Returns:
+        The model.
+
+    >>> in_dtype(torch.nn.Linear(2, 2), torch.bfloat16).weight.dtype
+    torch.bfloat16
+    """
+    kept = [
+        (module._buffers, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for buffers, name, values in kept:
+        buffers[name] = values
+    return model
+
+
 def pooling_of(folder: Path, model: Any) -> Pooling | None:
     """How the embeddings of an encoder are pooled; None for a causal language model.
 

@@ -17,6 +17,7 @@ from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.refused import Refused
 from actsparse.blocks.refused import told as told_left
 from actsparse.convert.certificate import Certificate, certify, check_delta
+from actsparse.convert.checkpoint import in_dtype
 from actsparse.convert.distillation import Distillation, distil
 from actsparse.convert.embeddings import Pooling, mean_distance
 from actsparse.convert.judgement import Judgement, judge
@@ -246,7 +247,7 @@ def convert(
     longest = max(text.train.ids, key=len)
     if pooling is None:
         check_causal(model, longest)
-    dense = copy.deepcopy(model).to(dtype)
+    dense = in_dtype(copy.deepcopy(model), dtype)
     found = find_mlp_blocks(model, longest[None].to(next(model.parameters()).device))
     handle = sparsify(model, DropSmall(form), blocks=found)
     refused = [
@@ -277,7 +278,7 @@ def convert(
     points: dict[float, float] = {}  # share → loss, of the last choice
 
     def chosen(stage: str, found: Calibration, *starts: float) -> Choice | None:
-        ready = copy.deepcopy(model).to(dtype)
+        ready = in_dtype(copy.deepcopy(model), dtype)
 
         def loss_at(share: float) -> float:
             told(stage, len(points), 7)
@@ -309,7 +310,7 @@ def convert(
             model.load_state_dict({**dense.state_dict(), **own})
             steps = 0
     calibration.put(choice.share)
-    model.to(dtype)
+    in_dtype(model, dtype)
     judgements, first = [], None
     for name, windows in texts.items():
         told(f"judge on {name}", 0, 1)

@@ -46,7 +46,9 @@ def accelerate(
     than float32 and bfloat16 on the CPU, and float32, bfloat16 and float16 on a GPU. Under autocast
     on the CPU the products are bfloat16, as the layers' are.
 
-    *What differs.* Results differ from the layers' by the rounding of the dtype. A product with an
+    *What differs.* Results differ from the layers' by the rounding of the dtype. Where thresholds
+    cut, an activation as close to its threshold as that may be kept by one program and dropped by
+    another, which in a deep model changes single outputs by more than rounding. A product with an
     activation that is exactly zero is skipped even where its weight is NaN or infinite. Dropout
     draws other random numbers. Second derivatives (Hessian products) need the layers: call
     ``remove()`` first.

@@ -32,7 +32,7 @@ from actsparse.convert import (
     windows_of,
 )
 from actsparse.convert.certificate import certify
-from actsparse.convert.checkpoint import around_of, encoder, load_checkpoint
+from actsparse.convert.checkpoint import around_of, encoder, in_dtype, load_checkpoint
 from actsparse.convert.pipeline import CALIBRATE, Conversion, Split
 from actsparse.convert.scores import Calibration, Form
 from actsparse.convert.share import nats
@@ -65,7 +65,7 @@ def main() -> None:
     state = json.loads((given.state / "distil.json").read_text())
     how = Distillation(**state["how"])
     model, tokenizer = load_checkpoint(given.checkpoint)
-    dense = load_checkpoint(given.checkpoint)[0].bfloat16()
+    dense = in_dtype(load_checkpoint(given.checkpoint)[0], torch.bfloat16)
     encode, ends = encoder(tokenizer), around_of(tokenizer, encodes=False)
     split = Split.of(windows_of(read_documents(given.text), encode, given.window, None, *ends))
     texts = {"test": split.test}
@@ -90,7 +90,7 @@ def main() -> None:
             folder=given.keep, progress=told,
         )  # fmt: skip
         trained += steps * how.batch
-    model.bfloat16()
+    in_dtype(model, torch.bfloat16)
     allowed, loss = nats(given.budget), mean_loss(dense, split.validation)
 
     def loss_at(share: float) -> float:

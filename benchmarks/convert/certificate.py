@@ -17,7 +17,7 @@ import torch
 
 from actsparse import DropSmall, sparsify
 from actsparse.convert import calibrate, certify, document_losses, read_documents, windows_of
-from actsparse.convert.checkpoint import around_of, encoder, load_checkpoint
+from actsparse.convert.checkpoint import around_of, encoder, in_dtype, load_checkpoint
 from actsparse.convert.pipeline import CALIBRATE
 from actsparse.convert.text import Windows
 from actsparse.environment import environment
@@ -47,7 +47,7 @@ def main() -> None:
     judged = numbers[: given.documents]
     sparsify(model, DropSmall(), inputs=first[judged[0]][None])
     found = calibrate(model, [first[number][None] for number in seen])
-    model.bfloat16()
+    in_dtype(model, torch.bfloat16)
     windows = Windows([first[number] for number in judged], judged)
     dense = document_losses([model], windows)
     found.put(given.share)

@@ -18,7 +18,7 @@ import torch
 
 from actsparse import DropSmall, observe, sparsify
 from actsparse.convert import calibrate, document_losses, read_documents, windows_of
-from actsparse.convert.checkpoint import around_of, encoder, load_checkpoint
+from actsparse.convert.checkpoint import around_of, encoder, in_dtype, load_checkpoint
 from actsparse.convert.judgement import Passed, bytes_read, excess_interval
 from actsparse.convert.pipeline import CALIBRATE, Split
 from actsparse.environment import environment
@@ -44,7 +44,7 @@ def main() -> None:
     also = windows_of(read_documents([given.also]), encode, given.window, 100_000, *ends)
     texts = {given.text.name.split(".")[0]: split.test, given.also.name.split(".")[0]: also}
     batches = [ids[None] for ids in split.train.ids[: CALIBRATE // given.window]]
-    model.bfloat16()
+    in_dtype(model, torch.bfloat16)
     dense = {name: document_losses([model], windows) for name, windows in texts.items()}
     for form, shares in SHARES.items():
         wanted = [(share, text) for share in shares for text in texts]
@@ -52,7 +52,7 @@ def main() -> None:
             continue
         handle = sparsify(model.float(), DropSmall("gate" if form == "cats" else form))
         found = calibrate(model, batches, by_unit=form != "cats")
-        model.bfloat16()
+        in_dtype(model, torch.bfloat16)
         for share, text in wanted:
             if (form, share, text) in done:
                 continue

@@ -90,6 +90,11 @@ def test_other_loaders_refuse_the_folder(checkpoint: Path, tmp_path: Path) -> No
     assert AutoTokenizer.from_pretrained(out)("a")["input_ids"] == tokenizer()("a")["input_ids"]
     model = load(out)
     assert model.dtype == torch.bfloat16
+    assert model.name_or_path == model.config.name_or_path == str(out)
+    if checkpoint.name == "swiglu":  # as transformers has them in bfloat16
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        plain = AutoModelForCausalLM.from_pretrained(checkpoint)
+        assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
     ids = torch.tensor([tokenizer()("The ")["input_ids"]])
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 8)
 
@@ -138,7 +143,7 @@ REFUSED = {
     "a budget without %": (["--out", "x", "--budget", "3"], "expected a share, as 3% or 0.03"),
     "words for a budget": (["--out", "x", "--budget", "a lot"], "expected a share, as 3% or 0.03"),
     "tokens": (["--out", "x", "--tokens", "1.5"], "as 2M, 300k or 5000"),
-    "form": (["--out", "x", "--form", "up"], "expected gate or product"),
+    "form": (["--out", "x", "--form", "up"], "expected gate, product, both"),
     "dtype": (["--out", "x", "--dtype", "int8"], "expected bfloat16 or float32"),
     "a full folder": (["--out", "full"], "holds other files"),
 }
