@@ -44,7 +44,7 @@ def plain(kind: str) -> PreTrainedModel:
     return LlamaForCausalLM(llama)
 
 
-def write_text(folder: Path, documents: int = 60, length: int = 1200) -> Path:
+def write_text(folder: Path, documents: int = 60, length: int = 800) -> Path:
     """Documents of the embedded text, as lines of JSON."""
     texts = [text.decode() for text in load_documents()["train"].values()]
     long = [text[:length] for text in texts if len(text) > 300][:documents]
