@@ -50,7 +50,8 @@ def main() -> None:
         wanted = [(share, text) for share in shares for text in texts]
         if all((form, *each) in done for each in wanted):
             continue
-        handle = sparsify(model.float(), DropSmall("gate" if form == "cats" else form))
+        rule = DropSmall("gate" if form == "cats" else form)
+        handle = sparsify(model.float(), rule, inputs=batches[0])
         found = calibrate(model, batches, by_unit=form != "cats")
         in_dtype(model, torch.bfloat16)
         for share, text in wanted:
