@@ -53,6 +53,13 @@ def convert(
         list[Path] | None, typer.Option(help="A file of another kind of text to judge on too.")
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 512,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="An earlier conversion of the same checkpoint: go on with its weights, for "
+            "another budget or with more tokens."
+        ),
+    ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of distillation.")] = 1e-4,
     dtype: Annotated[
         str, typer.Option(help="bfloat16 or float32: judged in it, and saved in it.")
@@ -82,6 +89,8 @@ def convert(
 
       actsparse convert model.gguf --text a.txt --text b.txt --form product --out my_model-sparse
 
+      actsparse convert my_model --text corpus.jsonl --start my_model-sparse --budget 5% --out other
+
       actsparse convert my_encoder --text sentences.jsonl --budget 1.5% --window 128 --out sparse
     """
     from json import dumps
@@ -97,6 +106,7 @@ def convert(
         encoder,
         load_checkpoint,
         pooling_of,
+        start_from,
         write_checkpoint,
     )
     from actsparse.convert.distillation import check_state, forget_state
@@ -124,7 +134,7 @@ def convert(
     documents = read_documents(text)
     others = read_texts(also or [], taken=("train", "validation", "test"))
     model, tokenizer = load_checkpoint(checkpoint)
-
+    begun = None if start is None else start_from(start, model)
     pooling, encode = pooling_of(checkpoint, model), encoder(tokenizer)
     ends = around_of(tokenizer, encodes=pooling is not None)
     split = Split.of(windows_of(documents, encode, window, None, *ends), eval_tokens)
@@ -145,7 +155,7 @@ def convert(
             done = convert_model(
                 model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
                 share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
-                lr=lr, folder=keep if count else None, pooling=pooling, told=told,
+                lr=lr, folder=keep if count else None, pooling=pooling, start=begun, told=told,
             )  # fmt: skip
             done.extra = {
                 "source": checkpoint.name,

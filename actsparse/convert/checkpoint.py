@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,9 +17,9 @@ from actsparse.extras import needed
 from actsparse.modify.foreign_config import model_class
 from actsparse.modify.pretrained import pretrained
 from actsparse.modify.sidecar import SIDECAR, describe, write_sidecar
-from actsparse.modify.weights import disk_refusals
+from actsparse.modify.weights import disk_refusals, read_weights, weight_files
 from actsparse.untrusted import check_regular, read_json
-from actsparse.values import BadValue
+from actsparse.values import BadValue, Count, Share, check
 
 CARD, RECORD = "README.md", "conversion.json"
 # what transformers writes of a causal language model and a tokenizer
@@ -72,6 +72,49 @@ def _encodes(model: Any) -> bool:
     both = getattr(config, "is_encoder_decoder", False) or getattr(config, "is_decoder", False)
     headless = type(model).__name__.endswith("Model") and model.get_output_embeddings() is None
     return headless and not both
+
+
+class Start(NamedTuple):
+    """Weights to go on with: parameters by name, their share, and the tokens they were trained on.
+
+    >>> Start({}, 0.5, 10_000).share
+    0.5
+    """
+
+    weights: dict[str, torch.Tensor]
+    share: float
+    trained: int
+
+
+def start_from(folder: Path, model: torch.nn.Module) -> Start:
+    """The weights of an earlier conversion, for another one of the same checkpoint to go on with.
+
+    Args:
+        folder: what ``actsparse convert`` wrote.
+        model: the checkpoint's model.
+
+    Returns:
+        The weights, the share that they were chosen at, and the tokens they were trained on.
+
+    Raises:
+        ValueError: it is no conversion, or one of another model.
+    """
+    if not (folder / RECORD).is_file():
+        raise BadValue(f"{folder} has no {RECORD}: expected a folder of actsparse convert")
+    said = read_json(folder / RECORD)
+    check(str(folder / RECORD), said, {"choice": dict, "trained_tokens": Count})
+    check(f"{folder / RECORD}: choice", said["choice"], {"share": Share})
+    held = read_weights(weight_files(folder))
+    weights = {}
+    for name, parameter in model.named_parameters():
+        shape = held[name].shape if name in held else None
+        if shape != parameter.shape:
+            raise BadValue(
+                f"{folder} is no conversion of this checkpoint: {name} has shape "
+                f"{None if shape is None else list(shape)} there, {list(parameter.shape)} here"
+            )
+        weights[name] = held[name]
+    return Start(weights, said["choice"]["share"], said["trained_tokens"])
 
 
 def in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

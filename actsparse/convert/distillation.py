@@ -202,7 +202,7 @@ def _origin(student: nn.Module, teacher: nn.Module, windows: Windows, dtype: tor
         both = cut is not None and cut.threshold.dim() == 2
         form = "both" if both else cut is not None and cut.product
         digest.update(f"{block.name} {form}".encode())
-    for name, parameter in teacher.named_parameters():
+    for name, parameter in [*teacher.named_parameters(), *student.named_parameters()]:
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())
     for ids in windows.ids:

@@ -17,7 +17,7 @@ from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.refused import Refused
 from actsparse.blocks.refused import told as told_left
 from actsparse.convert.certificate import Certificate, certify, check_delta
-from actsparse.convert.checkpoint import in_dtype
+from actsparse.convert.checkpoint import Start, in_dtype
 from actsparse.convert.distillation import Distillation, distil
 from actsparse.convert.embeddings import Pooling, mean_distance
 from actsparse.convert.judgement import Judgement, judge
@@ -26,7 +26,7 @@ from actsparse.convert.scores import Calibration, Form, calibrate
 from actsparse.convert.share import Choice, choose, nats
 from actsparse.convert.text import Windows
 from actsparse.modify.apply import sparsify
-from actsparse.modify.drop_small import BUFFER, DropSmall
+from actsparse.modify.drop_small import DropSmall
 
 CALIBRATE = 8192  # tokens
 DTYPES = ("bfloat16", "float32")
@@ -122,7 +122,8 @@ class Conversion:
         before: the same choice without distillation; None where nothing was distilled.
         distilled: (share, loss) of the distilled weights where they were looked at.
         distillation: what was trained; None if nothing.
-        trained: the tokens trained on; 0 where the dense weights allow more than the distilled.
+        trained: the tokens trained on, those before ``start`` among them; none of a distillation
+            whose weights allow less than those before it.
         judgements: one for each text that was judged.
         certificate: of the first text.
         pieces: whether what are called documents are windows, see :class:`Split`.
@@ -188,6 +189,7 @@ def convert(
     lr: float = 1e-4,
     folder: Path | None = None,
     pooling: Pooling | None = None,
+    start: Start | None = None,
     told: Told = lambda stage, done, total: None,
 ) -> Conversion:
     """Make a causal language model drop as many activations as a budget of perplexity allows.
@@ -206,7 +208,7 @@ def convert(
         form: where thresholds stand, see :class:`actsparse.DropSmall`.
         tokens: how many to distil on; 0: none, the weights stay as they are.
         share: of activations that distillation aims at; None: 0.25 above what the budget allows
-            without it.
+            without it, 0.1 with ``start``.
         minutes: stop distilling after so long.
         dtype: in which the model is judged and returned, and of the products in training.
         delta: the probability with which the certificate may be wrong.
@@ -215,6 +217,8 @@ def convert(
         folder: where distillation keeps its state, to go on after an interrupt.
         pooling: of an encoder's embeddings, ``"mean"`` or ``"cls"``; None: it is a causal language
             model.
+        start: an earlier conversion of the same model, whose weights are gone on with; the model
+            itself stays the teacher. None: the model's own.
         told: called with the stage, what is done and what there is.
 
     Returns:
@@ -248,6 +252,8 @@ def convert(
     if pooling is None:
         check_causal(model, longest)
     dense = in_dtype(copy.deepcopy(model), dtype)
+    if start is not None:
+        model.load_state_dict(start.weights, strict=False)
     found = find_mlp_blocks(model, longest[None].to(next(model.parameters()).device))
     handle = sparsify(model, DropSmall(form), blocks=found)
     refused = [
@@ -274,6 +280,12 @@ def convert(
         seen += len(ids)
     told("calibrate", 0, 1)
     calibration = calibrate(model, batches)
+    starts: tuple[float, ...] = (0.0,)
+    further = 0.25
+    if start is not None:  # its weights expect thresholds
+        calibration.put(start.share)
+        calibration = calibrate(model, batches, dense=False)
+        starts, further = (start.share, start.share - 0.15, start.share - 0.3, 0.0), 0.1
 
     points: dict[float, float] = {}  # share → loss, of the last choice
 
@@ -288,11 +300,12 @@ def convert(
         points.clear()
         return choose(loss_at, loss, allowed, starts, points)
 
-    choice = chosen("choose", calibration, 0.0)
-    assert choice is not None  # at 0 nothing is dropped
+    choice = chosen("choose", calibration, *(max(0.0, share) for share in starts))
+    if choice is None:
+        raise ValueError("the weights to start from lose more than the budget at any share")
     before, how, steps = None, None, 0
     if tokens:
-        aim = min(0.95, choice.share + 0.25) if share is None else share
+        aim = min(0.95, choice.share + further) if share is None else share
         how = Distillation(
             share=aim, tokens=tokens, start=min(choice.share, aim), lr=lr,
             loss="logits" if pooling is None else "embeddings",
@@ -305,9 +318,8 @@ def convert(
         before, again = choice, chosen("choose again", followed, aim, choice.share)
         if again is not None and again.share > choice.share:
             choice, calibration = again, followed
-        else:  # the dense weights do better
-            own = {name: value for name, value in model.state_dict().items() if BUFFER in name}
-            model.load_state_dict({**dense.state_dict(), **own})
+        else:  # the weights of before do better
+            model.load_state_dict(dense.state_dict() if start is None else start.weights, False)
             steps = 0
     calibration.put(choice.share)
     in_dtype(model, dtype)
@@ -320,7 +332,7 @@ def convert(
     assert first is not None
     return Conversion(
         model, budget, form, choice, before, tuple(sorted(points.items())) if how else (), how,
-        steps * how.batch if how else 0, judgements,
+        (steps * how.batch if how else 0) + (start.trained if start else 0), judgements,
         certify(first, allowed, delta), text.pieces, left, pooling,
     )  # fmt: skip
 

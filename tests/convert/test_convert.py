@@ -217,3 +217,38 @@ def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path) -> None:
     code, _, err = run("chat", checkpoint, "--prompt", "The ")
     assert code == 2
     assert "expected a folder of actsparse convert" in err
+
+
+@pytest.mark.parametrize("checkpoint", ["swiglu"], indirect=True)
+def test_a_conversion_goes_on_with_the_weights_of_another(checkpoint: Path, tmp_path: Path) -> None:
+    text, first = checkpoint.parent / "text.jsonl", tmp_path / "first"
+    words = ["convert", checkpoint, "--text", text, "--window", "64", "--dtype", "float32"]
+    words += ["--lr", "1e-3", "--form", "both"]
+    code, said, err = run(
+        *words, "--tokens", "10k", "--share", "0.9", "--budget", "1%", "--out", first, "--json"
+    )
+    assert code == 0, err
+    one = json.loads(said)
+    assert one["trained_tokens"] == 10240
+    again = [*words, "--budget", "1%", "--start", first, "--json"]
+    code, said, err = run(*again, "--out", tmp_path / "same")
+    assert code == 0, err
+    same = json.loads(said)
+    assert same["trained_tokens"] == 10240
+    assert same["choice"]["share"] == pytest.approx(one["choice"]["share"], abs=2 / 64)
+    assert same["judgements"][0]["loss"] == pytest.approx(one["judgements"][0]["loss"], abs=0.05)
+    old, new = (load(folder).state_dict() for folder in (first, tmp_path / "same"))
+    assert all(torch.equal(old[n], new[n]) for n in old if "threshold" not in n)
+    code, said, err = run(*again, "--out", tmp_path / "more", "--tokens", "4k", "--share", "0.9")
+    assert code == 0, err
+    more = json.loads(said)
+    assert more["trained_tokens"] in (10240, 10240 + 4096)
+    assert more["choice"]["share"] >= same["choice"]["share"]
+    for words, message in (
+        ([*again, "--budget", "0.0001%"], "lose more than the budget"),
+        ([*again[:-3], "--start", checkpoint], "has no conversion.json"),
+    ):
+        code, _, err = run(*words, "--out", tmp_path / "none")
+        assert code == 2
+        assert message in err
+    assert not (tmp_path / "none").exists()
