@@ -6,7 +6,7 @@ more first, in windows drawn anew; their state is kept in ``--keep``, for an int
 another budget. ``--before``: the tokens that the state's weights had been trained on before it.
 
     python benchmarks/convert/at_budget.py CHECKPOINT --state FOLDER --text a.jsonl --text b.txt \\
-        --also wiki.txt --budget 0.03 --out FILE [--form both] \\
+        --also wiki.txt --budget 0.03 --out FILE [--folder MODEL] [--form both] \\
         [--more 800000 --share 0.76 --keep FOLDER --before 480256]
 """
 
@@ -31,8 +31,15 @@ from actsparse.convert import (
     read_documents,
     windows_of,
 )
+from actsparse.convert.card import card_of
 from actsparse.convert.certificate import certify
-from actsparse.convert.checkpoint import around_of, encoder, in_dtype, load_checkpoint
+from actsparse.convert.checkpoint import (
+    around_of,
+    encoder,
+    in_dtype,
+    load_checkpoint,
+    write_checkpoint,
+)
 from actsparse.convert.pipeline import CALIBRATE, Conversion, Split
 from actsparse.convert.scores import Calibration, Form
 from actsparse.convert.share import nats
@@ -61,6 +68,7 @@ def main() -> None:
     parser.add_argument("--share", type=float)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     state = json.loads((given.state / "distil.json").read_text())
     how = Distillation(**state["how"])
@@ -114,7 +122,11 @@ def main() -> None:
         "window": given.window,
         **environment(torch.get_num_threads()),
     }
-    write(given.out, (json.dumps(done.to_json(), indent=1, allow_nan=False) + "\n").encode())
+    record = done.to_json()
+    write(given.out, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    if given.folder:
+        card = card_of(done, given.checkpoint.name)
+        write_checkpoint(given.folder, done.model, tokenizer, record, card)
 
 
 if __name__ == "__main__":
