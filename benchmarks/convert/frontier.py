@@ -24,7 +24,10 @@ from actsparse.convert.pipeline import CALIBRATE, Split
 from actsparse.environment import environment
 from actsparse.files import write
 
-SHARES = {"gate": (0.3, 0.5), "product": (0.5, 0.6), "cats": (0.2, 0.3), "both": (0.5, 0.6)}
+POINTS = (
+    ("gate", 0.3), ("product", 0.5), ("both", 0.5), ("cats", 0.2),
+    ("gate", 0.5), ("product", 0.6), ("both", 0.6), ("cats", 0.3),
+)  # fmt: skip
 
 
 def main() -> None:
@@ -46,18 +49,16 @@ def main() -> None:
     batches = [ids[None] for ids in split.train.ids[: CALIBRATE // given.window]]
     in_dtype(model, torch.bfloat16)
     dense = {name: document_losses([model], windows) for name, windows in texts.items()}
-    for form, shares in SHARES.items():
-        wanted = [(share, text) for share in shares for text in texts]
-        if all((form, *each) in done for each in wanted):
+    for form, share in POINTS:
+        wanted = [text for text in texts if (form, share, text) not in done]
+        if not wanted:
             continue
         rule = DropSmall("gate" if form == "cats" else form)
         handle = sparsify(model.float(), rule, inputs=batches[0])
         found = calibrate(model, batches, by_unit=form != "cats")
         in_dtype(model, torch.bfloat16)
-        for share, text in wanted:
-            if (form, share, text) in done:
-                continue
-            found.put(share)
+        found.put(share)
+        for text in wanted:
             passed = [Passed(block) for block in handle.blocks]
             with observe(model, blocks=handle.blocks) as seen, contextlib.ExitStack() as taps:
                 for each in passed:
