@@ -66,8 +66,6 @@ def build(path: Path, spec: dict[str, Any] | None, shapes: Shapes) -> nn.Module:
                 check_shapes(where, cls(_config(cls, spec)), in_model)
             model: nn.Module = cls(_config(cls, spec))
         cast(model, {in_base(name): dtype for name, dtype in spec["dtypes"].items()})
-        for named in (model, model.config):  # else it goes by the name of what it was made of
-            named.name_or_path = str(path)  # type: ignore[union-attr]
     except BadValue:
         raise
     except Exception as error:  # whatever a class does with a stranger's config

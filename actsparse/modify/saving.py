@@ -147,6 +147,9 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
             thresholds = by_block(path, sidecar, "thresholds", AtLeast0, [0] * len(kept))
             put_thresholds(model, kept, thresholds)
             check_unchanged(path, sidecar)
+    if spec is not None and not wraps and (path / "config.json").is_file():
+        for named in (model, model.config):  # else it goes by the name of what it was made of
+            named.name_or_path = str(path)  # type: ignore[union-attr]
     return model
 
 
