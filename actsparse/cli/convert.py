@@ -165,18 +165,20 @@ def convert(
             }
             record = done.to_json()
             write_checkpoint(out, done.model, tokenizer, record, card_of(done, checkpoint.name))
-            if done.trained:
+            gained = done.trained > (0 if begun is None else begun.trained)
+            if gained:
                 forget_state(keep)
     except BaseException:
         if count and keep.is_dir():
             log.print(f"{keep} holds the distillation so far; the same command goes on with it")
         raise
-    if count and not done.trained:
+    if count and not gained:
         points = ", ".join(
             f"{loss - done.choice.dense:+.4f} at {s:.1%}" for s, loss in done.distilled
         )
         log.print(
-            f"the dense weights allow more than the distilled ones, which had an excess of "
+            f"the {'dense' if begun is None else 'earlier'} weights allow more than the distilled "
+            f"ones, which had an excess of "
             f"{points}; {keep} holds their state",
             soft_wrap=True,
         )

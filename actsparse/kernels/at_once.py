@@ -150,12 +150,10 @@ class SparseLayers:
             and _plain_call()
             and self.run.fit.reason() is None
             and self.run.prepared(x.dtype, Weights.of(self.run.block)) is self.prepared
+            and not any(module.training for module in self.between)
             and self.met.rests(self.program)
         ):
             return False
-        for module in self.between:
-            if module.training:
-                return False
         self.met.tokens, self.run.last.program = self.tokens, self.program
         return True
 

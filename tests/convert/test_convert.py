@@ -244,6 +244,12 @@ def test_a_conversion_goes_on_with_the_weights_of_another(checkpoint: Path, tmp_
     more = json.loads(said)
     assert more["trained_tokens"] in (10240, 10240 + 4096)
     assert more["choice"]["share"] >= same["choice"]["share"]
+    code, said, err = run(*again, "--out", tmp_path / "worse", "--tokens", "512", "--lr", "10")
+    assert code == 0, err
+    assert json.loads(said)["trained_tokens"] == 10240
+    assert "the earlier weights allow more than the distilled" in err
+    assert (tmp_path / "worse.distilling" / "distil.json").is_file()
+    assert not (tmp_path / "same.distilling").exists()
     for words, message in (
         ([*again, "--budget", "0.0001%"], "lose more than the budget"),
         ([*again[:-3], "--start", checkpoint], "has no conversion.json"),
