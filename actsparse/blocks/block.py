@@ -358,7 +358,7 @@ def on_meta(module: nn.Module) -> str | None:
     >>> on_meta(nn.Linear(2, 2)), on_meta(nn.Linear(2, 2, device="meta")) is None
     (None, False)
     """
-    if not any(p.is_meta for p in module.parameters()):
+    if not any(parameter.is_meta for parameter in module.parameters()):
         return None
     return (
         "its weights are on 'meta', without values: not loaded yet, or offloaded (cpu_offload, "

@@ -25,7 +25,7 @@ from actsparse.blocks.replace_forward import (
     Detour,
     Interception,
     NoNestedTensors,
-    NoReplicas,
+    Refusing,
     Replacement,
 )  # fmt: skip
 from actsparse.blocks.stages import NORMS, token_norm
@@ -78,7 +78,9 @@ class Wiring:
             if phi:  # a pass that is broken off must not leave the next φ, whose ever, to it
                 self._attach_around()
             self._attach_executor(self._enter_alone, self._leave_alone)
-            self._hooks.append(NoReplicas(self.block.up.module, self.block.name))
+            why = IN_A_REPLICA.format(self.block.name)
+            up = self.block.up.module
+            self._hooks.append(Refusing(up, why, "_replicate_for_data_parallel"))
             self._attach_activation(exchanged, caught)
         elif site.used:
             self._attach(*shape[2:])

@@ -15,6 +15,7 @@ from torch.utils._device import DeviceContext
 
 from actsparse.blocks.block import MLPBlock
 
+# a replica has a copy of what stands on the instance, so that a detour cannot tell it apart
 IN_A_REPLICA = (
     "block {!r} runs in a replica of nn.DataParallel, which shares hooks with the model but not "
     "its weights; use DistributedDataParallel, or one device"
@@ -153,23 +154,22 @@ class Detour(Exchange):
         self.restore()
 
 
-class NoReplicas:
-    """``nn.DataParallel`` refused by name: its replicas would run the model's own layers.
+class Refusing:
+    """Methods of a module that raise an error, with the reason, while something hangs on it."""
 
-    A replica has a copy of what stands on the instance, so that a detour cannot tell it apart.
-    """
+    def __init__(self, module: nn.Module, why: str, *names: str) -> None:
+        self.module, self.why, self.names = module, why, names
+        for name in names:
+            module.__dict__[name] = self.refuse
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
-        module.__dict__["_replicate_for_data_parallel"] = self.refuse
-
-    def refuse(self) -> nn.Module:
-        """In the place of what makes a replica."""
-        raise RuntimeError(IN_A_REPLICA.format(self.name))
+    def refuse(self, *_: Any, **__: Any) -> None:
+        """In the place of each."""
+        raise RuntimeError(self.why)
 
     def remove(self) -> None:
-        """Allow replicas again."""
-        self.module.__dict__.pop("_replicate_for_data_parallel", None)
+        """Allow them again."""
+        for name in self.names:
+            self.module.__dict__.pop(name, None)
 
 
 class _Release:

@@ -84,6 +84,11 @@ class Cut(NamedTuple):
     product: bool
 
     @property
+    def form(self) -> str:
+        """Where the thresholds stand: "gate", "product" or "both"."""
+        return "both" if self.threshold.dim() == 2 else "product" if self.product else "gate"
+
+    @property
     def sides(self) -> tuple[Tensor | None, Tensor | None]:
         """The thresholds of |φ(z)| and of |φ(z)·u|, each [H] or None."""
         return sides_of(self.threshold, self.product)

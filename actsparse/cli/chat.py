@@ -34,26 +34,22 @@ def chat(
     import torch
     from transformers import TextStreamer
 
-    from actsparse import accelerate, load
-    from actsparse.convert.checkpoint import pooling_of, tokenizer_of
-    from actsparse.modify.sidecar import SIDECAR
+    from actsparse import accelerate
+    from actsparse.convert.checkpoint import load_converted, pooling_of
 
-    if not (folder / SIDECAR).is_file():
-        raise ValueError(f"{folder} has no {SIDECAR}: expected a folder of actsparse convert")
-    tokenizer = tokenizer_of(folder)
-    model: Any = load(folder).eval()
+    model, tokenizer = load_converted(folder)
     if pooling_of(folder, model) is not None:
         raise ValueError(f"{folder} holds an encoder, which writes no text")
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     said: list[dict[str, str]] = []
     if not own_layers:
-        accelerate(model, inputs=torch.tensor([ids_of(tokenizer, [], "Hello")]))
+        accelerate(model, inputs=torch.tensor([_ids_of(tokenizer, [], "Hello")]))
     for line in (prompt,) if prompt is not None else _typed():
-        ids = ids_of(tokenizer, said, line)
+        ids = _ids_of(tokenizer, said, line)
         while said and room is not None and len(ids) + tokens > room:
             del said[:2]
             typer.echo("(the first question and answer no longer fit and are left out)", err=True)
-            ids = ids_of(tokenizer, said, line)
+            ids = _ids_of(tokenizer, said, line)
         if not ids or (room is not None and len(ids) + tokens > room):
             raise ValueError(
                 f"the text has {len(ids)} tokens and its answer up to {tokens}: the model takes 1 "
@@ -74,7 +70,7 @@ def chat(
         said += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
-def ids_of(tokenizer: Any, said: list[dict[str, str]], line: str) -> list[int]:
+def _ids_of(tokenizer: Any, said: list[dict[str, str]], line: str) -> list[int]:
     """The tokens of a conversation with one more line; of the line alone without a template."""
     if tokenizer.chat_template is None:
         plain: list[int] = tokenizer(line)["input_ids"]

@@ -36,7 +36,6 @@ def judge(
 
     import torch
 
-    from actsparse import load
     from actsparse.cli.progress import Progressing
     from actsparse.cli.result import table_of
     from actsparse.convert.card import judged_row
@@ -45,20 +44,17 @@ def judge(
         encoder,
         in_dtype,
         load_checkpoint,
+        load_converted,
         pooling_of,
-        tokenizer_of,
     )
     from actsparse.convert.judgement import check_same
     from actsparse.convert.judgement import judge as judge_model
     from actsparse.convert.text import read_texts, windows_of
     from actsparse.environment import environment
-    from actsparse.modify.sidecar import SIDECAR
     from actsparse.terminal import Terminal
 
-    if not (folder / SIDECAR).is_file():
-        raise ValueError(f"{folder} has no {SIDECAR}: expected a folder of actsparse convert")
+    (model, tokenizer), plain, pooling = load_converted(folder), None, None
     documents = read_texts(text)
-    tokenizer, model, plain, pooling = tokenizer_of(folder), load(folder).eval(), None, None
     if dense is not None:
         plain = in_dtype(load_checkpoint(dense)[0], next(model.parameters()).dtype)
         check_same(model, plain)

@@ -16,6 +16,7 @@ from actsparse.convert.text import Encode
 from actsparse.extras import needed
 from actsparse.modify.foreign_config import model_class
 from actsparse.modify.pretrained import pretrained
+from actsparse.modify.saving import load
 from actsparse.modify.sidecar import SIDECAR, describe, write_sidecar
 from actsparse.modify.weights import disk_refusals, read_weights, weight_files
 from actsparse.untrusted import check_regular, read_json
@@ -62,6 +63,24 @@ def load_checkpoint(path: Path) -> tuple[Any, Any]:
             f"another model's"
         )
     return model.eval(), tokenizer
+
+
+def load_converted(folder: Path) -> tuple[Any, Any]:
+    """Load a folder that ``actsparse convert`` wrote: the sparse model and its tokenizer.
+
+    Args:
+        folder: what it wrote.
+
+    Returns:
+        The model, in evaluation mode and the dtype it was saved in, and the tokenizer.
+
+    Raises:
+        ValueError: it is no such folder, or damaged.
+    """
+    if not (folder / SIDECAR).is_file():
+        raise BadValue(f"{folder} has no {SIDECAR}: expected a folder of actsparse convert")
+    tokenizer = tokenizer_of(folder)
+    return load(folder).eval(), tokenizer
 
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")

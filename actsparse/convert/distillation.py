@@ -199,9 +199,7 @@ def _origin(student: nn.Module, teacher: nn.Module, windows: Windows, dtype: tor
     digest = hashlib.sha256(str(dtype).encode())
     for block in dropping_blocks(student):
         cut = site_of(block).cut
-        both = cut is not None and cut.threshold.dim() == 2
-        form = "both" if both else cut is not None and cut.product
-        digest.update(f"{block.name} {form}".encode())
+        digest.update(f"{block.name} {None if cut is None else cut.form}".encode())
     for name, parameter in [*teacher.named_parameters(), *student.named_parameters()]:
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)]
         digest.update(name.encode() + values.float().cpu().numpy().tobytes())

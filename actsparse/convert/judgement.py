@@ -197,7 +197,7 @@ class Passed:
     def begin(self, taps: contextlib.ExitStack) -> None:
         """Count until ``taps`` is closed."""
         cut = self.site.cut
-        if cut is not None and cut.threshold.dim() == 2:
+        if cut is not None and cut.form == "both":
             self.site.tap(self.count, ("z",))
             taps.callback(self.site.release, self.count)
 

@@ -280,12 +280,12 @@ def convert(
         seen += len(ids)
     told("calibrate", 0, 1)
     calibration = calibrate(model, batches)
-    starts: tuple[float, ...] = (0.0,)
+    begins: tuple[float, ...] = (0.0,)
     further = 0.25
     if start is not None:  # its weights expect thresholds
         calibration.put(start.share)
         calibration = calibrate(model, batches, dense=False)
-        starts, further = (start.share, start.share - 0.15, start.share - 0.3, 0.0), 0.1
+        begins, further = (start.share, start.share - 0.15, start.share - 0.3, 0.0), 0.1
 
     points: dict[float, float] = {}  # share → loss, of the last choice
 
@@ -300,7 +300,7 @@ def convert(
         points.clear()
         return choose(loss_at, loss, allowed, starts, points)
 
-    choice = chosen("choose", calibration, *(max(0.0, share) for share in starts))
+    choice = chosen("choose", calibration, *(max(0.0, share) for share in begins))
     if choice is None:
         raise ValueError("the weights to start from lose more than the budget at any share")
     before, how, steps = None, None, 0

@@ -182,7 +182,7 @@ class _Scores:
         cut = site_of(block).cut
         assert cut is not None
         self.name, self.cut, self.gated = block.name, cut, block.gated
-        self.both = cut.threshold.dim() == 2
+        self.both = cut.form == "both"
         self.weighs = by_unit and block.gated and not cut.product
         self.stages = ("z", "u") if block.gated else ("z",)
         device = cut.threshold.device

@@ -263,7 +263,7 @@ class SparseRun(ByWeights):
             # a cut without its thresholds, which may change between calls
             what: Hashable = function
             if isinstance(function, Cut):
-                what = function.function, function.product, function.threshold.dim()
+                what = function.function, function.form
             alike = (kind, shapes, what, *names)
             trial = self.trials.near(alike, density)
             if trial is None:

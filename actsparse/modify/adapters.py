@@ -28,7 +28,7 @@ from actsparse.blocks.resolve import found_with
 from actsparse.blocks.trace import is_linear
 from actsparse.extras import needed
 from actsparse.modify.apply import is_peft_model, sparsify
-from actsparse.modify.drop_small import BUFFER
+from actsparse.modify.drop_small import BUFFER, set_thresholds
 from actsparse.modify.foreign_config import bounded, check_adapter, check_files
 from actsparse.modify.handle import Handle, handle_of
 from actsparse.modify.saving import removed_on_failure
@@ -302,13 +302,12 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     merged: nn.Module = root.merge_and_unload()
     kept = same_blocks("the model to merge", names, inputs, merged)
     again = sparsify(merged, handle.recipe, blocks=kept)
+    found = zip(kept, thresholds, strict=True)
+    set_thresholds(merged, {block.name: values for block, values in found if values is not None})
     with torch.no_grad():
         for new, old in zip(map(_table, kept), tables, strict=True):
             if new is not None and old is not None:
                 new.copy_(old)
-        for block, values in zip(kept, thresholds, strict=True):
-            if values is not None:
-                block.up.module._buffers[BUFFER].copy_(values)  # type: ignore[union-attr]
     again.load_state_dict(state)
     return merged
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from actsparse.blocks.block import Blocks, MLPBlock, on_meta, unwrap
+from actsparse.blocks.replace_forward import Refusing
 from actsparse.blocks.resolve import found_with
 from actsparse.blocks.site import site_at
 from actsparse.modify.config_note import note_changes
@@ -108,7 +109,9 @@ def sparsify(
             _apply(handle, modification)
         if is_peft_model(root):
             _keep_with_adapter(root, blocks)
-            handle.hold(_NoUnloading(root.base_model))  # type: ignore[arg-type]
+            tuner: Any = root.base_model
+            names = [name for name in _UNLOADS if hasattr(type(tuner), name)]
+            handle.hold(Refusing(tuner, _UNLOADING, *names))
         if optimizer is not None:
             handle.attach(optimizer, steps)
     except BaseException:
@@ -145,29 +148,11 @@ def _keep_with_adapter(model: Any, blocks: Blocks) -> None:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), CHILD]))
 
 
-class _NoUnloading:
-    """peft's ``merge_and_unload`` and ``unload`` refused while a recipe hangs on the layers.
-
-    They put other layers in the place of those, and the recipe would be gone without a word.
-    """
-
-    def __init__(self, tuner: nn.Module) -> None:
-        self.tuner = tuner
-        for name in ("merge_and_unload", "unload"):
-            if hasattr(type(tuner), name):
-                tuner.__dict__[name] = self.refuse
-
-    def refuse(self, *_: Any, **__: Any) -> None:
-        """In the place of both."""
-        raise RuntimeError(
-            "the model is sparsified, and peft's unloading would leave the recipe behind: call "
-            "actsparse.merge_adapter(model), which keeps it, or the handle's remove() first"
-        )
-
-    def remove(self) -> None:
-        """Allow both again."""
-        for name in ("merge_and_unload", "unload"):
-            self.tuner.__dict__.pop(name, None)
+_UNLOADS = ("merge_and_unload", "unload")  # other layers take the place of those with the recipe
+_UNLOADING = (
+    "the model is sparsified, and peft's unloading would leave the recipe behind: call "
+    "actsparse.merge_adapter(model), which keeps it, or the handle's remove() first"
+)
 
 
 def _check_blocks(root: nn.Module, blocks: Blocks) -> None:

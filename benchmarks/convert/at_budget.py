@@ -1,13 +1,10 @@
 """What the weights of a distillation of ``actsparse convert`` allow at another budget or form.
 
 The state is a copy of ``OUT.distilling``, made before the conversion that trained it ended. Text
-and window must be that conversion's. With ``--more`` the weights are distilled on so many tokens
-more first, in windows drawn anew; their state is kept in ``--keep``, for an interrupt and for
-another budget. ``--before``: the tokens that the state's weights had been trained on before it.
+and window must be that conversion's.
 
     python benchmarks/convert/at_budget.py CHECKPOINT --state FOLDER --text a.jsonl --text b.txt \\
-        --also wiki.txt --budget 0.03 --out FILE [--folder MODEL] [--form both] \\
-        [--more 800000 --share 0.76 --keep FOLDER --before 480256]
+        --also wiki.txt --budget 0.03 --out FILE [--folder MODEL] [--form both]
 """
 
 from __future__ import annotations
@@ -25,7 +22,6 @@ from actsparse.convert import (
     Distillation,
     calibrate,
     choose,
-    distil,
     judge,
     mean_loss,
     read_documents,
@@ -47,12 +43,6 @@ from actsparse.environment import environment
 from actsparse.files import write
 
 
-def told(done: int, total: int, known: dict[str, float]) -> None:
-    """Say every twentieth step."""
-    if done % 20 == 0:
-        print(f"{done} of {total}: {known}", flush=True)
-
-
 def main() -> None:
     """Choose, judge, and write the record."""
     parser = argparse.ArgumentParser()
@@ -63,10 +53,6 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--budget", type=float, required=True)
     parser.add_argument("--form", default="gate", choices=get_args(Form))
-    parser.add_argument("--before", type=int, default=0)
-    parser.add_argument("--more", type=int, default=0)
-    parser.add_argument("--share", type=float)
-    parser.add_argument("--keep", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
@@ -90,14 +76,7 @@ def main() -> None:
     found = calibrate(model, batches)
     found.put(how.share)
     found = calibrate(model, batches, dense=False)  # its weights expect thresholds
-    trained = given.before + state["step"] * how.batch
-    if given.more:
-        how = Distillation(share=given.share, tokens=given.more, start=how.share, seed=how.seed + 1)
-        steps = distil(
-            model, dense, split.train, how, calibration=found, dtype=torch.bfloat16,
-            folder=given.keep, progress=told,
-        )  # fmt: skip
-        trained += steps * how.batch
+    trained = state["step"] * how.batch
     in_dtype(model, torch.bfloat16)
     allowed, loss = nats(given.budget), mean_loss(dense, split.validation)
 

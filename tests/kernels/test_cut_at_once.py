@@ -77,9 +77,10 @@ def pair(make: Callable[[], nn.Module], form: Any, level: float = 0.1) -> tuple[
     twin = copy.deepcopy(model)
     for each in (model, twin):
         handle = sparsify(each, DropSmall(form), inputs=X)
-        t = torch.rand(handle.blocks[0].up.module.activation_threshold.shape)
-        t[1:] *= level if form == "both" else 1  # most of what passes the gate is to stay
-        set_thresholds(each, {handle.blocks[0].name: t * 2 * level})
+        t = torch.rand(64) * 2 * level
+        # most of what passes the gate is to stay
+        t = torch.stack([t, level * t]) if form == "both" else t
+        set_thresholds(each, {handle.blocks[0].name: t})
     twin.load_state_dict(model.state_dict())
     accelerate(model, inputs=X)
     for _ in range(5):

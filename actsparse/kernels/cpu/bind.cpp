@@ -58,7 +58,8 @@ struct Second {
 // y like x, which is contiguous [..., D]: no gradients, nothing kept. rows are down's, [H, D].
 template <class E>
 Tensor output(const Tensor& x, Packed p, Shape s, int64_t inner, const Second& second,
-              const float* limit, const Tensor& tokens, const Tensor& rows, const Maybe& down_bias, int64_t d) {
+              const float* limit, const Tensor& tokens, const Tensor& rows, const Maybe& down_bias,
+              int64_t d) {
   const Entries a{data<int64_t>(p.pointer), data<int32_t>(p.index), s.blocks()};
   require<E>("down_bias", down_bias, count("d", d));
   E* value = data<E>(p.value);
