@@ -61,6 +61,17 @@ def convert(
         ),
     ] = None,
     lr: Annotated[float, typer.Option(help="Learning rate of distillation.")] = 1e-4,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="What distillation learns from: the dense model's logits (of an encoder, its "
+            "embeddings), its blocks (each MLP alone), or the text."
+        ),
+    ] = "logits",
+    train: Annotated[
+        str,
+        typer.Option(help="What it trains: all, the MLP blocks, or lora (less memory)."),
+    ] = "all",
     dtype: Annotated[
         str, typer.Option(help="bfloat16 or float32: judged in it, and saved in it.")
     ] = "bfloat16",
@@ -123,7 +134,7 @@ def convert(
         raise ValueError(f"--dtype {dtype}: expected {' or '.join(DTYPES)}")
     check_settings(
         budget=share_of_perplexity, form=form, tokens=count, share=share, minutes=minutes,
-        dtype=getattr(torch, dtype), delta=delta, lr=lr,
+        dtype=getattr(torch, dtype), delta=delta, lr=lr, loss=loss, train=train,
     )  # fmt: skip
     check_place(out, checkpoint)
     if out.is_dir() and any(out.iterdir()):
@@ -148,14 +159,16 @@ def convert(
         log.print("fewer than ten documents: windows stand for documents, also in the certificate")
     size = sum(parameter.numel() for parameter in model.parameters())
     if count:
-        log.print(f"distillation keeps about {22 * size / 1e9:.1f} GB in memory")
+        each = 10 if train == "lora" else 22  # bytes of a parameter; AdamW's moments are 8 of them
+        log.print(f"distillation keeps about {each * size / 1e9:.1f} GB in memory")
     check_space(out, size * (getattr(torch, dtype).itemsize + (24 if count else 0)))
     try:
         with alone(out.resolve()), Progressing(log, "steps") as told:
             done = convert_model(
                 model, split, budget=share_of_perplexity, form=form, tokens=count,  # type: ignore[arg-type]
                 share=share, minutes=minutes, dtype=getattr(torch, dtype), delta=delta, also=more,
-                lr=lr, folder=keep if count else None, pooling=pooling, start=begun, told=told,
+                lr=lr, loss=loss, train=train, folder=keep if count else None, pooling=pooling,  # type: ignore[arg-type]
+                start=begun, told=told,
             )  # fmt: skip
             done.extra = {
                 "source": checkpoint.name,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from actsparse.convert.distillation import Distillation, divergence
+from actsparse.convert.distillation import Distillation
+from actsparse.convert.distillation_loss import divergence
 from actsparse.convert.scores import Calibration, calibrate
 
 IGNORED = -100  # the label of positions that count nowhere

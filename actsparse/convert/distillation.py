@@ -7,21 +7,20 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from shutil import rmtree
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actsparse import files
 from actsparse.blocks.site import site_of
-from actsparse.convert.embeddings import distance
-from actsparse.convert.losses import logits_of
+from actsparse.convert.distillation_loss import Loss, loss_of
+from actsparse.convert.low_rank import low_rank
 from actsparse.convert.scores import Calibration, calibrate
 from actsparse.convert.text import Windows
 from actsparse.modify.drop_small import dropping_blocks
@@ -30,6 +29,7 @@ from actsparse.untrusted import read_json
 from actsparse.values import Above0, BadValue, Count, Positive, Rule, check, check_fields
 
 STATE, WEIGHTS = "distil.json", "distil.safetensors"
+Train = Literal["all", "blocks", "lora"]
 _Share = Annotated[float, Rule("a share from 0 to 1", lambda value: 0 <= value <= 1)]
 
 
@@ -45,9 +45,13 @@ class Distillation:
         lr: the learning rate of AdamW after warm-up; a cosine takes it to a tenth.
         batch: tokens of a step.
         loss: ``"logits"``: KL(teacher ‖ student) of each token; ``"text"``: the text's own
-            cross-entropy, the control; ``"embeddings"``: 1 − cos to the teacher, for encoders.
-        train: ``"all"`` parameters, or those of the ``"blocks"`` alone.
+            cross-entropy, the control; ``"blocks"``: the outputs of each MLP block, on the same
+            inputs as its dense self; ``"embeddings"``: 1 − cos to the teacher, for encoders.
+        train: ``"all"`` parameters, those of the MLP ``"blocks"`` alone, or ``"lora"``: low-rank
+            changes of all linear layers but the head (Hu et al. 2021, arXiv 2106.09685), which are
+            added to the weights in the end. The loss ``"blocks"`` trains the blocks alone.
         seed: of the order of windows.
+        rank: of the changes that ``"lora"`` trains.
 
     Raises:
         ValueError: a value is none of these.
@@ -62,9 +66,10 @@ class Distillation:
     ramp: _Share = 0.4
     lr: Above0 = 1e-4
     batch: Positive = 512
-    loss: Literal["logits", "text", "embeddings"] = "logits"
-    train: Literal["all", "blocks"] = "all"
+    loss: Loss = "logits"
+    train: Train = "all"
     seed: int = 0
+    rank: Positive = 16
 
     def __post_init__(self) -> None:
         check_fields(self, form="Distillation({}={})")
@@ -149,49 +154,54 @@ def distil(
     Raises:
         ValueError: the loss is not finite, or ``folder`` has the state of another distillation.
     """
-    parameters = _learning(student, calibration, how)
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=how.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True
-    )
-    said = {"how": asdict(how), "of": _origin(student, teacher, windows, dtype)}
-    step = _resume(folder, said, optimizer, parameters, calibration)
-    batches = _batches(windows, how, step)
-    kept = began = time.monotonic()
-    device = next(student.parameters()).device
-    student.eval()  # no dropout: thresholds are chosen without it, and a resumed run is the same
-    teacher.eval()
-    try:
-        while step < how.steps and time.monotonic() - began < 60 * minutes:
-            ids, there = next(batches)
-            calibration.put(how.share_at(step))
-            if step and step in how.renewals:
-                pieces = [row[held][None] for row, held in zip(ids, there, strict=True)]
-                seen = calibrate(student, pieces, dense=False)
-                calibration.blocks.update(seen.blocks)
+    with _learning(student, calibration, how) as parameters:
+        optimizer = torch.optim.AdamW(
+            parameters.values(), lr=how.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True
+        )
+        said = {"how": asdict(how), "of": _origin(student, teacher, windows, dtype)}
+        step = _resume(folder, said, optimizer, parameters, calibration)
+        batches = _batches(windows, how, step)
+        kept = began = time.monotonic()
+        device = next(student.parameters()).device
+        # no dropout: thresholds are chosen without it, and a resumed run is the same
+        student.eval()
+        teacher.eval()
+        try:
+            while step < how.steps and time.monotonic() - began < 60 * minutes:
+                ids, there = next(batches)
                 calibration.put(how.share_at(step))
-            for group in optimizer.param_groups:
-                group["lr"] = how.lr_at(step)
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                loss = _loss(student, teacher, ids, there, how.loss)
-            if not bool(loss.isfinite()):
-                raise ValueError(
-                    f"the loss of step {step} is {loss.item()}: lower the learning rate "
-                    f"({how.lr:g}), or look at the text"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            step += 1
-            if progress is not None:
-                known = {"loss": loss.item(), "share": how.share_at(step), "gradient": float(norm)}
-                progress(step, how.steps, known)
-            if time.monotonic() - kept > 300:
-                _keep(folder, said, step, optimizer, parameters, calibration)
-                kept = time.monotonic()
-    finally:
-        _keep(folder, said, step, optimizer, parameters, calibration)
-    return step
+                if step and step in how.renewals:
+                    pieces = [row[held][None] for row, held in zip(ids, there, strict=True)]
+                    seen = calibrate(student, pieces, dense=False)
+                    calibration.blocks.update(seen.blocks)
+                    calibration.put(how.share_at(step))
+                for group in optimizer.param_groups:
+                    group["lr"] = how.lr_at(step)
+                with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
+                    loss = loss_of(student, teacher, ids, there, how.loss)
+                if not bool(loss.isfinite()):
+                    raise ValueError(
+                        f"the loss of step {step} is {loss.item()}: lower the learning rate "
+                        f"({how.lr:g}), or look at the text"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+                optimizer.step()
+                step += 1
+                if progress is not None:
+                    known = {
+                        "loss": loss.item(),
+                        "share": how.share_at(step),
+                        "gradient": float(norm),
+                    }
+                    progress(step, how.steps, known)
+                if time.monotonic() - kept > 300:
+                    _keep(folder, said, step, optimizer, parameters, calibration)
+                    kept = time.monotonic()
+        finally:
+            _keep(folder, said, step, optimizer, parameters, calibration)
+        return step
 
 
 def _origin(student: nn.Module, teacher: nn.Module, windows: Windows, dtype: torch.dtype) -> str:
@@ -208,69 +218,29 @@ def _origin(student: nn.Module, teacher: nn.Module, windows: Windows, dtype: tor
     return digest.hexdigest()
 
 
+@contextmanager
 def _learning(
     student: nn.Module, calibration: Calibration, how: Distillation
-) -> dict[str, nn.Parameter]:
+) -> Iterator[dict[str, nn.Parameter]]:
+    """What is trained, by name; in the end all parameters need gradients as they did before."""
+    before = [(parameter, parameter.requires_grad) for parameter in student.parameters()]
     blocks = tuple(f"{name}." for name in calibration.blocks)
-    learning = {}
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(how.train == "all" or name.startswith(blocks))
-        if parameter.requires_grad:
-            learning[name] = parameter
-    return learning
-
-
-def _loss(student: nn.Module, teacher: nn.Module, ids: Tensor, there: Tensor, kind: str) -> Tensor:
-    """The mean over predicted tokens, in nats; of embeddings, over tokens and windows."""
-    if kind == "embeddings":
-        return distance(student, teacher, ids, there)
-    own = logits_of(student, ids)[:, :-1].flatten(0, 1)
-    ids, there = ids.to(own.device), there.to(own.device)
-    if kind == "text":
-        lost = F.cross_entropy(own.float(), ids[:, 1:].flatten(), reduction="none")
-    else:
-        with torch.no_grad():
-            wanted = logits_of(teacher, ids)[:, :-1].flatten(0, 1)
-        lost = divergence(own, wanted)
-    mask = there[:, 1:].flatten()
-    return torch.where(mask, lost, 0).sum() / mask.sum()
-
-
-def divergence(own: Tensor, wanted: Tensor) -> Tensor:
-    """``KL(wanted ‖ own)`` of each row of two logits [N, vocabulary], in nats: float32 [N].
-
-    ``wanted`` has no gradient.
-
-    >>> bool(divergence(torch.randn(2, 8), torch.randn(2, 8)).min() > 0)
-    True
-    """
-    lost: Tensor = _Divergence.apply(own, wanted)
-    return lost
-
-
-class _Divergence(torch.autograd.Function):
-    """KL(wanted ‖ own) of each row of two logits [N, vocabulary], in float32.
-
-    A few rows at a time stay in a CPU's cache.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, wanted: Tensor) -> Tensor:
-        lost = own.new_empty(len(own), dtype=torch.float32)
-        slope = torch.empty_like(own)
-        for start in range(0, len(own), 16):
-            rows = slice(start, start + 16)
-            ours, theirs = own[rows].float().log_softmax(-1), wanted[rows].float().log_softmax(-1)
-            share = theirs.exp()
-            lost[rows] = theirs.sub_(ours).mul_(share).sum(-1)
-            slope[rows] = ours.exp_().sub_(share)
-        ctx.save_for_backward(slope)
-        return lost
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (slope,) = ctx.saved_tensors
-        return slope.mul_(grad[:, None].to(slope.dtype)), None  # asked once: by the loss above
+    with ExitStack() as stack:
+        learning = {
+            name: parameter
+            for name, parameter in student.named_parameters()
+            if how.train == "all" or name.startswith(blocks)
+        }
+        if how.train == "lora":
+            learning = stack.enter_context(low_rank(student, how.rank, how.seed))
+        student.requires_grad_(False)
+        for parameter in learning.values():
+            parameter.requires_grad_(True)
+        try:
+            yield learning
+        finally:
+            for parameter, needed in before:
+                parameter.requires_grad_(needed)
 
 
 def _batches(windows: Windows, how: Distillation, done: int) -> Iterator[tuple[Tensor, Tensor]]:

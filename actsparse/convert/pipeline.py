@@ -18,7 +18,8 @@ from actsparse.blocks.refused import Refused
 from actsparse.blocks.refused import told as told_left
 from actsparse.convert.certificate import Certificate, certify, check_delta
 from actsparse.convert.checkpoint import Start, in_dtype
-from actsparse.convert.distillation import Distillation, distil
+from actsparse.convert.distillation import Distillation, Train, distil
+from actsparse.convert.distillation_loss import Loss
 from actsparse.convert.embeddings import Pooling, mean_distance
 from actsparse.convert.judgement import Judgement, judge
 from actsparse.convert.losses import check_causal, check_windows, mean_loss
@@ -187,6 +188,8 @@ def convert(
     delta: float = 0.1,
     also: dict[str, Windows] | None = None,
     lr: float = 1e-4,
+    loss: Loss = "logits",
+    train: Train = "all",
     folder: Path | None = None,
     pooling: Pooling | None = None,
     start: Start | None = None,
@@ -214,6 +217,9 @@ def convert(
         delta: the probability with which the certificate may be wrong.
         also: more texts to judge on, by name.
         lr: the learning rate of distillation.
+        loss: what it learns from, see :class:`Distillation`; encoders learn from ``"blocks"`` or
+            else from embeddings.
+        train: what it trains, see :class:`Distillation`.
         folder: where distillation keeps its state, to go on after an interrupt.
         pooling: of an encoder's embeddings, ``"mean"`` or ``"cls"``; None: it is a causal language
             model.
@@ -241,7 +247,7 @@ def convert(
     >>> found.choice.share > 0.2, found.choice.excess <= 0.05
     (True, True)
     """
-    check_settings(budget, form, tokens, share, minutes, dtype, delta, lr)
+    check_settings(budget, form, tokens, share, minutes, dtype, delta, lr, loss, train)
     allowed, texts = _allowed(budget, pooling), {"test": text.test, **(also or {})}
     if also and "test" in also:
         raise ValueError("also= has a text named 'test': that is the name of the test text")
@@ -269,9 +275,9 @@ def convert(
         return mean_distance(model, dense, text.validation, pooling)
 
     told("dense loss", 0, 1)
-    loss = loss_of(dense)
+    of_dense = loss_of(dense)
     if pooling is None:
-        _check_fits(loss, text.validation)
+        _check_fits(of_dense, text.validation)
     batches, seen = [], 0
     for ids in text.train.ids:
         if seen >= CALIBRATE:
@@ -298,7 +304,7 @@ def convert(
             return loss_of(ready)
 
         points.clear()
-        return choose(loss_at, loss, allowed, starts, points)
+        return choose(loss_at, of_dense, allowed, starts, points)
 
     choice = chosen("choose", calibration, *(max(0.0, share) for share in begins))
     if choice is None:
@@ -307,8 +313,8 @@ def convert(
     if tokens:
         aim = min(0.95, choice.share + further) if share is None else share
         how = Distillation(
-            share=aim, tokens=tokens, start=min(choice.share, aim), lr=lr,
-            loss="logits" if pooling is None else "embeddings",
+            share=aim, tokens=tokens, start=min(choice.share, aim), lr=lr, train=train,
+            loss=loss if pooling is None or loss == "blocks" else "embeddings",
         )  # fmt: skip
         followed = calibration.copy()
         steps = distil(
@@ -346,6 +352,8 @@ def check_settings(
     dtype: torch.dtype,
     delta: float,
     lr: float,
+    loss: str,
+    train: str,
 ) -> None:
     """Refuse settings that :func:`convert` cannot work with, before it does any work.
 
@@ -364,7 +372,8 @@ def check_settings(
         raise ValueError(f"minutes {minutes!r}: expected 0 or more")
     if dtype not in (getattr(torch, each) for each in DTYPES):
         raise ValueError(f"dtype {dtype!r}: expected {' or '.join(DTYPES)}")
-    Distillation(share=0.5 if share is None else share, tokens=max(1, tokens), lr=lr)
+    share = 0.5 if share is None else share
+    Distillation(share, max(1, tokens), lr=lr, loss=loss, train=train)  # type: ignore[arg-type]
 
 
 def _allowed(budget: float, pooling: Pooling | None) -> float:

@@ -113,7 +113,7 @@ def test_an_interrupted_distillation_goes_on(checkpoint: Path, tmp_path: Path) -
     _, whole, _ = run(*words("whole"))
     from actsparse.convert import distillation
 
-    real, calls = distillation._loss, []
+    real, calls = distillation.loss_of, []
 
     def interrupted(*args):
         calls.append(1)
@@ -122,14 +122,14 @@ def test_an_interrupted_distillation_goes_on(checkpoint: Path, tmp_path: Path) -
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation, "_loss", interrupted)
+        patch.setattr(distillation, "loss_of", interrupted)
         _, _, err = run(*words("again"))
     assert "the same command goes on with it" in err
     assert (tmp_path / "again.distilling" / "distil.json").is_file()
     assert not (tmp_path / "again").exists()
     calls.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation, "_loss", lambda *a: (calls.append(1), real(*a))[1])
+        patch.setattr(distillation, "loss_of", lambda *a: (calls.append(1), real(*a))[1])
         code, again, err = run(*words("again"))
     assert code == 0, err
     assert len(calls) == 12 - 7
@@ -145,6 +145,8 @@ REFUSED = {
     "words for a budget": (["--out", "x", "--budget", "a lot"], "expected a share, as 3% or 0.03"),
     "tokens": (["--out", "x", "--tokens", "1.5"], "as 2M, 300k or 5000"),
     "form": (["--out", "x", "--form", "up"], "expected gate, product, both"),
+    "loss": (["--out", "x", "--loss", "kl"], "one of 'logits', 'text', 'blocks'"),
+    "train": (["--out", "x", "--train", "head"], "one of 'all', 'blocks', 'lora'"),
     "dtype": (["--out", "x", "--dtype", "int8"], "expected bfloat16 or float32"),
     "a full folder": (["--out", "full"], "holds other files"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from actsparse.convert import (
     windows_of,
 )
 from actsparse.convert.checkpoint import around_of
-from actsparse.convert.distillation import _Divergence
+from actsparse.convert.distillation_loss import _Divergence, loss_of
 from actsparse.convert.judgement import judge
 from tests.convert.checkpoints import plain, tokenizer
 
@@ -272,6 +273,61 @@ def test_distillation_of_the_blocks_leaves_the_rest() -> None:
     moved = {n for n, value in student.named_parameters() if not torch.equal(value, before[n])}
     assert moved
     assert all(".mlp." in name for name in moved)
+
+
+def test_the_loss_of_blocks_is_that_of_each_beside_its_dense_self() -> None:
+    teacher, student = plain("swiglu").eval(), plain("swiglu").eval()
+    windows = some_windows(30)
+    sparsify(student, DropSmall(), inputs=windows.ids[0][None])
+    calibrate(student, [ids[None] for ids in windows.ids]).put(0.6)
+    ids, there = windows.ids[3][None].expand(2, -1).clone(), torch.ones(2, 14, dtype=torch.bool)
+    ids[1, 9:], there[1, 9:] = 0, False
+    read: list[Tensor] = []
+    made: list[Tensor] = []
+    for layer in student.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+        layer.mlp.register_forward_hook(lambda module, args, y: made.append(y.detach()))
+    lost = loss_of(student, teacher, ids, there, "blocks")
+    expected = []
+    for layer, x, y in zip(teacher.model.layers, read, made, strict=True):
+        wanted = layer.mlp(x)
+        expected.append(((y - wanted)[there] ** 2).sum() / (wanted[there] ** 2).sum())
+    assert lost > 0.01
+    torch.testing.assert_close(lost, torch.stack(expected).mean())
+    lost.backward()
+    learns = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert learns == {name for name, _ in student.named_parameters() if ".mlp." in name}
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu"])
+def test_lora_adds_changes_of_low_rank_and_goes_on_where_it_was(kind: str, tmp_path: Path) -> None:
+    windows = some_windows(30)
+    how = Distillation(share=0.8, tokens=64 * 12, batch=64, lr=1e-2, train="lora", rank=2)
+
+    def distilled(folder: Path, *minutes: float) -> nn.Module:
+        for limit in minutes:
+            student = plain(kind)
+            sparsify(student, DropSmall(), inputs=windows.ids[0][None])
+            calibration = calibrate(student, [ids[None] for ids in windows.ids])
+            distil(
+                student, plain(kind), windows, how, calibration=calibration, folder=folder,
+                minutes=limit,
+            )  # fmt: skip
+        return student
+
+    student, before = distilled(tmp_path / "a", math.inf), dict(plain(kind).named_parameters())
+    assert [n for n, _ in student.named_parameters()] == list(before)
+    ranks = {}
+    for name, value in student.named_parameters():
+        assert value.requires_grad
+        if not torch.equal(value, before[name]):
+            ranks[name] = int(torch.linalg.matrix_rank(value - before[name], rtol=1e-4))
+    assert set(ranks.values()) == {2}
+    layers = [n for n, p in before.items() if ".h." in n or ".layers." in n if p.dim() == 2]
+    assert set(ranks) == set(layers)
+    again = distilled(tmp_path / "b", 1e-9, 1e-9, math.inf)
+    for one, two in zip(student.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
 
 
 def test_distillation_refuses_a_loss_that_is_not_finite() -> None:
