@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from actsparse.blocks.block import Layer, MLPBlock
+from actsparse.blocks.computes_only import computing_only
 from actsparse.blocks.pass_state import Passes, Running, asleep, unreadable
 from actsparse.blocks.placeholder import Ghosts, check_ghost, is_ghost
 from actsparse.blocks.read_gradients import read_gradient
@@ -30,7 +31,7 @@ from actsparse.blocks.replace_forward import (
 )  # fmt: skip
 from actsparse.blocks.stages import NORMS, token_norm
 from actsparse.blocks.tokens import Tokens, tokens_of
-from actsparse.blocks.ways import Ways, executed_alone
+from actsparse.blocks.ways import Ways, Whole, executed_alone
 
 Way = Callable[[Detour, Tensor], Tensor]
 
@@ -65,9 +66,10 @@ class Wiring:
                 and ("f" in site.readers or ("a" in site.wanted and self.block.between))
             )
         )
-        # once somebody has followed the tokens we go on: a hook that comes and goes costs compiling
-        follows = site.follows or (site.used and self.tokens is not None)
         phi, executed = site.phi is not None, site.executor is not None
+        # once somebody has followed the tokens we go on: a hook that comes and goes costs compiling
+        goes_on = self.tokens is not None and self._shape[-1] == executed
+        follows = site.follows or (site.used and goes_on)
         shape = (site.used, phi, follows, exchanged, caught, executed)
         if shape == self._shape:
             return
@@ -75,12 +77,15 @@ class Wiring:
         self._shape = shape
         self.alone = executed_alone(self.block, follows, executed)
         if self.alone:
-            if phi:  # a pass that is broken off must not leave the next φ, whose ever, to it
+            add = self._hooks.append
+            # a pass that is broken off must not leave the next φ, whose ever, to it
+            if (whole := computing_only(self.block)) is not None:
+                add(Whole(whole, self.ways, self.passes, framed=phi))
+            elif phi:
                 self._attach_around()
             self._attach_executor(self._enter_alone, self._leave_alone)
             why = IN_A_REPLICA.format(self.block.name)
-            up = self.block.up.module
-            self._hooks.append(Refusing(up, why, "_replicate_for_data_parallel"))
+            add(Refusing(self.block.up.module, why, "_replicate_for_data_parallel"))
             self._attach_activation(exchanged, caught)
         elif site.used:
             self._attach(*shape[2:])
@@ -392,9 +397,3 @@ class Wiring:
             if reading is not None:
                 output = read_gradient(output, reading, rows)
         return output
-
-
-def is_own(hook: Any) -> bool:
-    """Whether a hook, or a forward on an instance, is one of this library's."""
-    owner = getattr(hook, "__self__", None)
-    return isinstance(owner, Wiring | Tokens | Replacement | Detour)

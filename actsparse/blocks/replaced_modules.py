@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.hooks import is_own
+from actsparse.blocks.hooks import Wiring
+from actsparse.blocks.replace_forward import Detour, Replacement
+from actsparse.blocks.tokens import Tokens
 
 
 class Standing:
@@ -47,6 +49,12 @@ class Standing:
             if forward_of(module) != forward:
                 return f"the forward of {type(module).__name__} was replaced since"
         return None
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook, or a forward on an instance, is one of this library's."""
+    owner = getattr(hook, "__self__", None)
+    return isinstance(owner, Wiring | Tokens | Replacement | Detour)
 
 
 def forward_of(module: nn.Module) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ class Cut(NamedTuple):
     """Which activations a block keeps: those above a threshold of their unit.
 
     ``function``: the name of φ. ``threshold`` [H]: of |φ(z)|, or of |φ(z)·u| for a ``product``; or
-    [2, H]: of |φ(z)|, and of |φ(z)·u| of those that are kept.
+    [2, H]: of |φ(z)|, and of |φ(z)·u| of those that are kept. In the dtype that the model has.
     """
 
     function: str
@@ -91,7 +91,7 @@ class Cut(NamedTuple):
     @property
     def sides(self) -> tuple[Tensor | None, Tensor | None]:
         """The thresholds of |φ(z)| and of |φ(z)·u|, each [H] or None."""
-        return sides_of(self.threshold, self.product)
+        return sides_of(self.threshold.float(), self.product)
 
 
 class Phi(Protocol):
@@ -137,6 +137,9 @@ class AtOnce(Protocol):
 
     def product(self, layer: Any, x: Tensor) -> Tensor:
         """The output of up, gate or down, a :class:`Detour`; it may differ by rounding."""
+
+    def whole(self, x: Tensor) -> Tensor | None:
+        """y of the block's x without its layers; None if they are to be called."""
 
 
 class Executor(Protocol):

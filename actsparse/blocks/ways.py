@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
+from torch.compiler import is_compiling
 
 from actsparse.blocks.block import MLPBlock
-from actsparse.blocks.pass_state import Passes
+from actsparse.blocks.pass_state import Passes, asleep
+from actsparse.blocks.replace_forward import Detour
 from actsparse.blocks.stages import AtOnce
 
 SHAPES = 256  # more of x are met anew
@@ -19,7 +20,7 @@ class Ways:
 
     def __init__(self, passes: Passes) -> None:
         self._passes = passes
-        self._ways: dict[torch.Size, AtOnce] = {}
+        self._ways: dict[Size, AtOnce] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles of a model keep none: a way knows the weights of this one."""
@@ -36,6 +37,11 @@ class Ways:
         if x is not None and way is not None:
             self._ways[x.shape] = way
 
+    def whole(self, x: Any) -> Tensor | None:
+        """y of the whole block on x, if it runs at once and skips its layers."""
+        way = self._ways.get(x.shape) if isinstance(x, Tensor) else None
+        return None if way is None else way.whole(x)
+
     def of(self, layer: object, x: Tensor) -> AtOnce | None:
         """How up or gate runs at once, if so: the first of them decides for the pass."""
         now = self._passes.frames[-1]
@@ -51,6 +57,32 @@ class Ways:
                 now.detours = True
             now.at_once, now.first, now.changed = way, layer, x
         return now.at_once
+
+
+class Whole(Detour):
+    """The forward of a module that computes one block alone: y at once, or by its own forward.
+
+    ``framed``: its own forward runs in a frame, see :class:`Passes`.
+    """
+
+    def __init__(self, module: nn.Module, ways: Ways, passes: Passes, framed: bool) -> None:
+        self.ways, self.passes, self.framed = ways, passes, framed
+        super().__init__(module, self._run)
+
+    def _run(self, _: Detour, x: Any) -> Any:
+        if not is_compiling() and not asleep() and (y := self.ways.whole(x)) is not None:
+            return y
+        return self.original(x)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        if not self.framed:
+            return super().original(*args, **kwargs)
+        self.passes.enter()
+        try:
+            return super().original(*args, **kwargs)
+        finally:
+            self.passes.leave(self.module)
 
 
 def executed_alone(block: MLPBlock, follows: bool, executed: bool) -> bool:

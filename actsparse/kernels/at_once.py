@@ -60,6 +60,9 @@ class OwnLayers:
         """The layer's own output."""
         return layer.original(x)
 
+    def whole(self, x: Tensor) -> None:
+        """The layers are called."""
+
 
 class Copy:
     """A packed copy of a layer's weight, and what tells whether the weight is as it was then."""
@@ -127,9 +130,12 @@ class PackedLayers:
         self.fresh = False
         return layer.original(x)
 
+    def whole(self, x: Tensor) -> None:
+        """The layers are called."""
+
 
 class SparseLayers:
-    """The kernels compute y where down is called; the layers before it pass on placeholders."""
+    """The kernels compute y; the layers before down, if called at all, pass on placeholders."""
 
     skips = True
 
@@ -141,31 +147,46 @@ class SparseLayers:
         self.dtype, self.tokens = x.dtype, x.shape[:-1].numel()
         self.between = [part.module for part in run.block.between]
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether the kernels may stand for the layers in this call."""
+    def _weights(self, x: Tensor) -> Weights | None:
+        """The block's, if the kernels may stand for the layers in this call."""
         if not (
             x.__class__ is Tensor
             and x.dtype is self.dtype
             and x.is_cpu
             and _plain_call()
             and self.run.fit.reason() is None
-            and self.run.prepared(x.dtype, Weights.of(self.run.block)) is self.prepared
             and not any(module.training for module in self.between)
-            and self.met.rests(self.program)
         ):
-            return False
+            return None
+        weights = Weights.of(self.run.block)
+        if self.run.prepared(x.dtype, weights) is not self.prepared:
+            return None
+        if not self.met.rests(self.program):
+            return None
         self.met.tokens, self.run.last.program = self.tokens, self.program
-        return True
+        return weights
 
-    def product(self, layer: Detour, x: Tensor) -> Tensor:
-        """y of the block's x."""
-        weights, function = Weights.of(self.run.block), function_at(self.site)
+    def _y(self, x: Tensor, weights: Weights) -> Tensor:
+        function = function_at(self.site)
         assert function is not None
         if self.program not in DENSE:
             y = infer_at_once(x, weights, function, self.screens, self.prepared)
             if y is not None:
                 return y
         return run(self.program, x, weights, function, prepared=self.prepared)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels may stand for the layers in this call."""
+        return self._weights(x) is not None
+
+    def product(self, layer: Detour, x: Tensor) -> Tensor:
+        """y of the block's x."""
+        return self._y(x, Weights.of(self.run.block))
+
+    def whole(self, x: Tensor) -> Tensor | None:
+        """The same, if this call may run so."""
+        weights = self._weights(x)
+        return None if weights is None else self._y(x, weights)
 
 
 def named_layers(block: MLPBlock) -> dict[nn.Module, str] | None:

@@ -15,8 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from actsparse.activations import identify
 from actsparse.blocks.block import Layer, MLPBlock
-from actsparse.blocks.hooks import is_own
-from actsparse.blocks.replaced_modules import Standing, forward_of
+from actsparse.blocks.replaced_modules import Standing, forward_of, is_own
 from actsparse.blocks.site import function_of, no_executor, site_at
 from actsparse.kernels.forms import is_silent
 

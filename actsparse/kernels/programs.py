@@ -93,6 +93,7 @@ def run(
                 on_active=on_active, on_norms=on_norms,
             )  # fmt: skip
     name, threshold, product = parts_of(function)
+    threshold = None if threshold is None else threshold.float()
     if program not in DENSE:
         return sparse_mlp(
             x, *weights[:4], activation=name, gate=weights.gate, gate_bias=weights.gate_bias,

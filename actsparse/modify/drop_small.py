@@ -103,7 +103,7 @@ class LargeAlone:
         """What decides which activations are kept."""
         threshold = self.block.up.module._buffers[BUFFER]
         assert threshold is not None
-        return Cut(self.own_function, threshold.float(), self.form == "product")
+        return Cut(self.own_function, threshold, self.form == "product")
 
     def __call__(self, z: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
         """[..., H]."""

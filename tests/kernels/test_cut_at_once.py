@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actsparse import DropSmall, accelerate, observe, sparsify
+from actsparse.blocks.pass_state import Passes
 from actsparse.kernels import build, dense
 from actsparse.kernels.choose import Trial, Trials
 from actsparse.kernels.met import EVERY
@@ -269,6 +270,54 @@ def test_compiled_code_sees_what_changes(
             assert same(code(x), twin(x))
             assert same(code(x), twin(x))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs + 2
+
+
+def test_a_module_that_computes_the_block_alone_calls_no_layer(
+    winner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if winner != "sparse":
+        pytest.skip("it calls them")
+    model, twin = pair(Gated, "both")
+    want, calls = twin(X), []
+    real = nn.Linear.forward
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda self, x: (calls.append(1), real(self, x))[1]
+    )  # seen by layers alone: the check sees that the class has another forward
+    assert same(model(X), want)
+    assert len(calls) == 3
+    monkeypatch.undo()
+    passes: list[Any] = []
+    begin = Passes.begin
+    monkeypatch.setattr(Passes, "begin", lambda self: (passes.append(1), begin(self))[1])
+    assert same(model(X), want)
+    assert not passes
+    assert same(model(x=X), want)
+    assert same(nn.Module.__call__(model, X), want)
+    model.register_forward_hook(lambda module, args, y: y + 1)
+    assert same(model(X), want + 1)
+
+
+def test_a_forward_that_is_exchanged_afterwards_runs() -> None:
+    model, twin = pair(Gated, "gate")
+    forward = Gated.forward
+    try:
+        Gated.forward = lambda self, x: forward(self, x) + 3  # type: ignore[method-assign]
+        assert same(model(X), twin(X))
+        Gated.forward = forward  # type: ignore[method-assign]
+        wrapped = model.forward
+        model.forward = lambda x: wrapped(2 * x)  # type: ignore[method-assign]
+        assert same(model(X), twin(2 * X))
+    finally:
+        Gated.forward = forward  # type: ignore[method-assign]
+
+
+def test_what_was_observed_before_leaves_no_hooks_on_layers() -> None:
+    model = Gated().eval()
+    sparsify(model, DropSmall(), inputs=X)
+    with observe(model, "density", inputs=X):
+        model(X)
+    accelerate(model, inputs=X)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.children())
 
 
 def test_training_mode_compiling_and_transforms_are_served() -> None:

@@ -100,9 +100,16 @@ Tensor forward(const Tensor& z, const Maybe& threshold, const Tensor& x, const M
     const Shape s{tokens_of<E>("z", z, units), units};
     if (tokens_of<E>("x", x, inner) != s.tokens) refuse("x", Type<E>::name, "tokens like z's", x);
     const bool two = threshold && second && threshold->dim() == 2;
-    two ? require<float>("threshold", *threshold, {2, units})
-        : require<float>("threshold", threshold, units);
-    const float* cut = data<float>(threshold);
+    const auto check = [&](auto t) {
+      two ? require<decltype(t)>("threshold", *threshold, {2, units})
+          : require<decltype(t)>("threshold", threshold, units);
+    };
+    // a model in bfloat16 has its thresholds in it
+    const bool narrow = threshold && holds<bf16>(*threshold);
+    narrow ? check(bf16{}) : check(float{});
+    const int64_t limits = two ? 2 * units : units;
+    const auto own = floats<bf16>(narrow ? threshold : Maybe(), limits, limits);
+    const float* cut = narrow ? get(own) : data<float>(threshold);
     return output<E>(z, pack_dense<E>(z, s, phi, cut), s, inner, {second, second_bias},
                      two ? cut + units : nullptr, x, rows, down_bias, d);
   });
