@@ -155,6 +155,18 @@ def test_long_work_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -
     assert " left" in out.getvalue()
 
 
+def test_the_bar_of_a_stage_that_is_over_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0, 30)
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    progressing = Progressing(Terminal(file=StringIO(), force_terminal=True), "steps")
+    progressing("choose", 5, 7)
+    progressing("judge", 0, 9)
+    over, going = progressing._bar.tasks
+    assert (over.completed, over.total, over.finished) == (5, 5, True)
+    assert over.finished_time is not None
+    assert not going.finished
+
+
 @pytest.mark.parametrize(
     ("gains", "said"),
     [((5.45, 1.2), "always"), ((0.9, 0.19), "never"), ((0.9, 1.1), "faster at some")],

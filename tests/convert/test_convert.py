@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def test_the_command_converts_judges_and_saves(checkpoint: Path, tmp_path: Path)
     words += ["--form", "both" if checkpoint.name == "swiglu" else "gate"]
     code, said, err = run(*words)
     assert code == 0, err
+    for stage in ("dense loss", "calibrate", "choose", "distil", "choose again", "judge on test"):
+        assert re.search(rf"^{stage}: ([2-9]|\d\d+) steps$", err, re.M), err  # so it has time left
     record = json.loads(said)
     assert record == json.loads((out / "conversion.json").read_text())
     assert record["choice"]["loss"] - record["choice"]["dense"] <= record["budget_nats"]
