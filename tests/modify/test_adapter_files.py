@@ -184,6 +184,16 @@ def test_a_peft_model_comes_back_whole_from_the_folder_alone(name: str, tmp_path
     assert_same(model, load(tmp_path / "m", model=onto), inputs)
 
 
+def test_adapters_that_are_merged_into_their_layers_are_not_saved_twice(tmp_path: Path) -> None:
+    model, inputs, _ = half_trained("llama")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"would add adapters twice.*unmerge_adapter"):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    model.unmerge_adapter()
+    assert_same(model, load(save(model, tmp_path / "m")), inputs)
+
+
 def test_zeroth_biases_of_layers_without_adapters_and_half_precision_come_back_whole(
     tmp_path: Path,
 ) -> None:
