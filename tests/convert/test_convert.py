@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -253,7 +254,14 @@ def test_a_conversion_goes_on_with_the_weights_of_another(checkpoint: Path, tmp_
     assert "the earlier weights allow more than the distilled" in err
     assert (tmp_path / "worse.distilling" / "distil.json").is_file()
     assert not (tmp_path / "same.distilling").exists()
+    half, torn = (shutil.copytree(first, tmp_path / name) for name in ("half", "torn"))
+    (half / "model.safetensors").unlink()
+    data = bytearray((torn / "model.safetensors").read_bytes())
+    data[-8] ^= 1
+    (torn / "model.safetensors").write_bytes(data)
     for words, message in (
+        ([*again[:-3], "--start", half], "model.safetensors is missing"),
+        ([*again[:-3], "--start", torn], "is not what was saved"),
         ([*again, "--budget", "0.0001%"], "lose more than the budget"),
         ([*again[:-3], "--start", checkpoint], "has no conversion.json"),
     ):
