@@ -201,7 +201,7 @@ def test_text_and_tokenizers_that_do_not_fit_are_refused(checkpoint: Path, tmp_p
         load_checkpoint(tmp_path / "wrong")
 
 
-def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     text, out = checkpoint.parent / "text.jsonl", tmp_path / "out"
     run("convert", checkpoint, "--text", text, "--window", "64", "--out", out)
     code, said, err = run("chat", out, "--prompt", "The ", "--tokens", "8")
@@ -215,6 +215,19 @@ def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path) -> None:
     assert twice.exit_code == 0, twice.stderr
     assert twice.stderr.count(" a second") == 2
     assert "no longer fit" in twice.stderr  # the model takes 128 tokens
+    assert ">" not in twice.stdout  # piped: answers alone
+    piped = CliRunner().invoke(app, ["chat", str(out), "--tokens", "9"], input="a" * 200 + "\nA\n")
+    assert piped.exit_code == 2
+    code, _, err = run("chat", out, "--prompt", "caf\udce9")  # so a C locale hands bytes on
+    assert code == 2
+    assert "is not UTF-8" in err
+    monkeypatch.setattr("actsparse.cli.chat._at_terminal", lambda: True)
+    lines = f"The \n{'a' * 200}\nA b\n"
+    going = CliRunner().invoke(app, ["chat", str(out), "--tokens", "9"], input=lines)
+    assert going.exit_code == 0, going.stderr
+    assert going.stderr.count(" a second") == 2
+    assert "takes 1 to 128" in going.stderr
+    assert "left out" not in going.stderr
     code, _, err = run("chat", out, "--prompt", "The ", "--tokens", "400")
     assert code == 2
     assert "takes 1 to 128" in err
