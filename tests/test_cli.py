@@ -22,6 +22,7 @@ from actsparse.bench.mlp import break_even, where_faster
 from actsparse.cli import laboratory as rooms
 from actsparse.cli.main import app
 from actsparse.cli.progress import Progressing
+from actsparse.cli.result import table_of
 from actsparse.terminal import Terminal
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +154,26 @@ def test_long_work_says_how_much_time_is_left(monkeypatch: pytest.MonkeyPatch) -
         told("density", 5, 10)
     assert "density: 5 of 10 passes, about " in out.getvalue()
     assert " left" in out.getvalue()
+
+
+def test_a_table_in_a_narrow_terminal_is_whole() -> None:
+    out = StringIO()
+    rows = [dict.fromkeys(("text", "documents", "perplexity"), "+0.1198 [+0.1185, +0.1455]")]
+    Terminal(file=out, width=24, force_terminal=True).print(table_of(rows))
+    assert "…" not in out.getvalue()
+    assert out.getvalue().count("]") == 3
+
+
+def test_the_bar_of_a_stage_that_is_over_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count(0, 30)
+    monkeypatch.setattr("time.monotonic", lambda: float(next(now)))
+    progressing = Progressing(Terminal(file=StringIO(), force_terminal=True), "steps")
+    progressing("choose", 5, 7)
+    progressing("judge", 0, 9)
+    over, going = progressing._bar.tasks
+    assert (over.completed, over.total, over.finished) == (5, 5, True)
+    assert over.finished_time is not None
+    assert not going.finished
 
 
 @pytest.mark.parametrize(

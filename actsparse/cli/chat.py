@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,16 +46,13 @@ def chat(
     if not own_layers:
         accelerate(model, inputs=torch.tensor([_ids_of(tokenizer, [], "Hello")]))
     for line in (prompt,) if prompt is not None else _typed():
-        ids = _ids_of(tokenizer, said, line)
-        while said and room is not None and len(ids) + tokens > room:
-            del said[:2]
-            typer.echo("(the first question and answer no longer fit and are left out)", err=True)
-            ids = _ids_of(tokenizer, said, line)
-        if not ids or (room is not None and len(ids) + tokens > room):
-            raise ValueError(
-                f"the text has {len(ids)} tokens and its answer up to {tokens}: the model takes 1 "
-                f"to {room} in all; give another text or a smaller --tokens"
-            )
+        try:
+            ids = _fitting(tokenizer, said, line, tokens, room)
+        except ValueError as error:
+            if prompt is not None or not _at_terminal():
+                raise
+            typer.echo(f"Error: {error}", err=True)  # what was said so far goes on
+            continue
         given = torch.tensor([ids])
         start = time.perf_counter()
         with torch.no_grad():
@@ -70,6 +68,32 @@ def chat(
         said += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
+def _fitting(
+    tokenizer: Any, said: list[dict[str, str]], line: str, tokens: int, room: int | None
+) -> list[int]:
+    """The tokens of a conversation with one more line; questions that no longer fit are left out.
+
+    Raises:
+        ValueError: the line alone does not fit, or is no text; nothing is left out then.
+    """
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{line!r} is not UTF-8") from error
+    count = len(_ids_of(tokenizer, [], line))
+    if not count or (room is not None and count + tokens > room):
+        raise ValueError(
+            f"the text has {count} tokens and its answer up to {tokens}: the model takes 1 to "
+            f"{room} in all; give another text or a smaller --tokens"
+        )
+    ids = _ids_of(tokenizer, said, line)
+    while said and room is not None and len(ids) + tokens > room:
+        del said[:2]
+        typer.echo("(the first question and answer no longer fit and are left out)", err=True)
+        ids = _ids_of(tokenizer, said, line)
+    return ids
+
+
 def _ids_of(tokenizer: Any, said: list[dict[str, str]], line: str) -> list[int]:
     """The tokens of a conversation with one more line; of the line alone without a template."""
     if tokenizer.chat_template is None:
@@ -81,12 +105,17 @@ def _ids_of(tokenizer: Any, said: list[dict[str, str]], line: str) -> list[int]:
     return found
 
 
+def _at_terminal() -> bool:
+    return sys.stdin.isatty()
+
+
 def _typed() -> Any:
-    """Each line that is typed, until the end of the input."""
-    typer.echo("Type a line; end with Ctrl-D.", err=True)
+    """Each line that is typed or piped in, until the end of the input."""
+    if _at_terminal():
+        typer.echo("Type a line; end with Ctrl-D.", err=True)
     while True:
         try:
-            line = input("> ")
+            line = input("> " if _at_terminal() else "")
         except EOFError:
             return
         if line.strip():

@@ -38,7 +38,7 @@ def bar(console: Console, transient: bool = True) -> Progress:
 
 
 class Progressing:
-    """Tasks that are counted; call it with name, number done and number in all.
+    """Tasks one after another, counted; call it with name, number done and number in all.
 
     >>> import io
     >>> out = io.StringIO()
@@ -58,10 +58,13 @@ class Progressing:
     def __call__(self, name: str, done: int, total: int) -> None:
         """Show how far a task is."""
         if name not in self._tasks:
+            for each in self._bar.tasks:  # those before it are over: their clocks stop
+                over = max(1, each.completed)
+                self._bar.update(each.id, total=over, completed=over)
             self._tasks[name] = self._bar.add_task(name, total=total)
             self._lefts[name], self._said[name] = TimeLeft(), time.monotonic()
             self._line(f"{name}: {total} {self._unit}" if total > 1 else name)
-        self._bar.update(self._tasks[name], completed=done)
+        self._bar.update(self._tasks[name], total=total, completed=done)
         if time.monotonic() - self._said[name] > QUIET and done < total:
             self._said[name] = time.monotonic()
             about = self._lefts[name](done / total)

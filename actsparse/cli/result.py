@@ -93,10 +93,10 @@ def write_result(out: Path, text: str) -> None:
 
 
 def table_of(rows: Sequence[dict[str, str]]) -> Any:
-    """A table of the terminal: cells by column, the same columns in each row."""
-    from rich.table import Table
+    """A table of the terminal: cells by column, the same columns in each row; nothing is cut."""
+    from rich.table import Column, Table
 
-    table = Table(*rows[0])
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
     for row in rows:
         table.add_row(*row.values())
     return table

@@ -17,8 +17,14 @@ from actsparse.extras import needed
 from actsparse.modify.foreign_config import model_class
 from actsparse.modify.pretrained import pretrained
 from actsparse.modify.saving import load
-from actsparse.modify.sidecar import SIDECAR, describe, write_sidecar
-from actsparse.modify.weights import disk_refusals, read_weights, weight_files
+from actsparse.modify.sidecar import (
+    SIDECAR,
+    check_weights,
+    describe,
+    read_sidecar,
+    write_sidecar,
+)
+from actsparse.modify.weights import WEIGHTS, disk_refusals, read_weights, weight_files
 from actsparse.untrusted import check_regular, read_json
 from actsparse.values import BadValue, Count, Share, check
 
@@ -116,10 +122,12 @@ def start_from(folder: Path, model: torch.nn.Module) -> Start:
         The weights, the share that they were chosen at, and the tokens they were trained on.
 
     Raises:
-        ValueError: it is no conversion, or one of another model.
+        FileNotFoundError: a file of it is missing.
+        ValueError: it is no conversion, a damaged one, or one of another model.
     """
     if not (folder / RECORD).is_file():
         raise BadValue(f"{folder} has no {RECORD}: expected a folder of actsparse convert")
+    check_weights(folder, read_sidecar(folder, WEIGHTS))
     said = read_json(folder / RECORD)
     check(str(folder / RECORD), said, {"choice": dict, "trained_tokens": Count})
     check(f"{folder / RECORD}: choice", said["choice"], {"share": Share})

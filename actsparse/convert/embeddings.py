@@ -87,9 +87,15 @@ def document_distances(
     return Losses(sums, counts, float((_nearest(own) == _nearest(wanted)).double().mean()))
 
 
-def mean_distance(model: nn.Module, dense: nn.Module, windows: Windows, pooling: Pooling) -> float:
+def mean_distance(
+    model: nn.Module,
+    dense: nn.Module,
+    windows: Windows,
+    pooling: Pooling,
+    progress: Callable[[int], None] | None = None,
+) -> float:
     """The mean of :func:`document_distances` over all windows."""
-    found = document_distances(model, dense, windows, pooling)
+    found = document_distances(model, dense, windows, pooling, progress)
     return float(found.sums[0].sum() / found.counts.sum())
 
 

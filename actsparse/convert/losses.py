@@ -79,6 +79,21 @@ def batches_of(windows: Windows, size: int = PASS) -> Iterator[tuple[list[int], 
             yield taken, torch.stack([windows.ids[number] for number in taken])
 
 
+def counted(
+    told: Callable[[str, int, int], None], stage: str, windows: Windows
+) -> Callable[[int], None]:
+    """A ``progress=`` for one reading of windows, which tells the stage, passes done and in all."""
+    total, done = sum(1 for _ in batches_of(windows)), 0
+
+    def progress(_: int) -> None:
+        nonlocal done
+        done += 1
+        told(stage, done, total)
+
+    told(stage, 0, total)
+    return progress
+
+
 class Losses(NamedTuple):
     """Losses by document, in the order of the documents' numbers, float64.
 
@@ -156,12 +171,18 @@ def _loss_of(logits: Tensor, ids: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(row.float(), to, reduction="none") for row, to in rows])
 
 
-def mean_loss(model: nn.Module, windows: Windows, size: int = PASS) -> float:
+def mean_loss(
+    model: nn.Module,
+    windows: Windows,
+    progress: Callable[[int], None] | None = None,
+    size: int = PASS,
+) -> float:
     """The loss in nats for each token, all documents together.
 
     Args:
         model: one of those that :func:`document_losses` takes.
         windows: the text.
+        progress: called with the number of tokens that each pass has read.
         size: the tokens of a pass.
 
     Returns:
@@ -170,5 +191,5 @@ def mean_loss(model: nn.Module, windows: Windows, size: int = PASS) -> float:
     Raises:
         ValueError: as :func:`document_losses`.
     """
-    found = document_losses([model], windows, size=size)
+    found = document_losses([model], windows, progress, size)
     return float(found.sums.sum() / found.counts.sum())

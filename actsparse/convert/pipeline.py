@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actsparse.blocks.find import find_mlp_blocks
 from actsparse.blocks.refused import Refused
@@ -22,7 +22,7 @@ from actsparse.convert.distillation import Distillation, Train, distil
 from actsparse.convert.distillation_loss import Loss
 from actsparse.convert.embeddings import Pooling, mean_distance
 from actsparse.convert.judgement import Judgement, judge
-from actsparse.convert.losses import check_causal, check_windows, mean_loss
+from actsparse.convert.losses import check_causal, check_windows, counted, mean_loss
 from actsparse.convert.scores import Calibration, Form, calibrate
 from actsparse.convert.share import Choice, choose, nats
 from actsparse.convert.text import Windows
@@ -269,13 +269,12 @@ def convert(
     for line in left:
         told(f"left as it was: {line}", 0, 1)
 
-    def loss_of(model: nn.Module) -> float:
+    def loss_of(model: nn.Module, progress: Callable[[int], None] | None = None) -> float:
         if pooling is None:
-            return mean_loss(model, text.validation)
-        return mean_distance(model, dense, text.validation, pooling)
+            return mean_loss(model, text.validation, progress)
+        return mean_distance(model, dense, text.validation, pooling, progress)
 
-    told("dense loss", 0, 1)
-    of_dense = loss_of(dense)
+    of_dense = loss_of(dense, counted(told, "dense loss", text.validation))
     if pooling is None:
         _check_fits(of_dense, text.validation)
     batches, seen = [], 0
@@ -284,8 +283,14 @@ def convert(
             break
         batches.append(ids[None])
         seen += len(ids)
-    told("calibrate", 0, 1)
-    calibration = calibrate(model, batches)
+    passes = iter(range(1, 2 * len(batches) + 1))
+
+    def run(model: nn.Module, ids: Tensor) -> None:
+        model(ids)
+        told("calibrate", next(passes), 2 * len(batches))
+
+    told("calibrate", 0, 2 * len(batches))
+    calibration = calibrate(model, batches, run)
     begins: tuple[float, ...] = (0.0,)
     further = 0.25
     if start is not None:  # its weights expect thresholds
@@ -331,8 +336,8 @@ def convert(
     in_dtype(model, dtype)
     judgements, first = [], None
     for name, windows in texts.items():
-        told(f"judge on {name}", 0, 1)
-        judgement, each = judge(model, windows, name, dense, pooling=pooling)
+        progress = counted(told, f"judge on {name}", windows)
+        judgement, each = judge(model, windows, name, dense, progress, pooling)
         judgements.append(judgement)
         first = each if first is None else first
     assert first is not None

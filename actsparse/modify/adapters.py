@@ -48,7 +48,7 @@ from actsparse.modify.zeroth_bias import CHILD
 from actsparse.untrusted import read_json, safetensors_shapes
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # peft's files, beside them:
-CHANGES = "actsparse.safetensors"  # zeroth biases, and the norms before the MLPs
+CHANGES = "actsparse.safetensors"  # zeroth biases, thresholds, and the norms before the MLPs
 _INNER = "base_model.model."  # where a PeftModel holds the model it wraps
 
 
@@ -155,7 +155,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
     The folder is peft's own (``adapter_config.json``, ``adapter_model.safetensors``) with two more
     files. ``actsparse.json`` holds the recipe and its step. ``actsparse.safetensors`` holds the
-    zeroth biases and the norms that feed the MLPs, whether or not peft's config keeps them.
+    zeroth biases, the thresholds of ``DropSmall`` and the norms that feed the MLPs, whether or not
+    peft's config keeps them.
     :func:`load_adapter` reads all four.
 
     Args:
@@ -342,10 +343,11 @@ def _sparsified(model: nn.Module, caller: str) -> tuple[Any, Handle]:
 
 
 def _changed(model: nn.Module, handle: Handle) -> list[tuple[str, Tensor]]:
-    """By name, what a recipe changes itself: zeroth biases and the norms that feed the MLPs."""
-    mine = set()
+    """By name, what a recipe changes: zeroth biases, thresholds, and norms that feed the MLPs."""
+    mine = {id(block.up.module._buffers.get(BUFFER)) for block in handle.blocks} - {id(None)}
     for block in handle.blocks:
         table = block.up.module._modules.get(CHILD)
         mine |= {id(p) for p in table.parameters()} if table is not None else set()
         mine |= {id(p) for p in block.norm.module.parameters()} if block.norm else set()
-    return [(name, p) for name, p in model.named_parameters() if id(p) in mine]
+    held = (*model.named_parameters(), *model.named_buffers())
+    return [(name, tensor) for name, tensor in held if id(tensor) in mine]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from actsparse.activations import named
@@ -79,7 +81,10 @@ class DropSmall(Modification):
             raise NotApplicable(str(error)) from None
         shape = (2, block.d_hidden) if form == "both" else (block.d_hidden,)
         up.register_buffer(BUFFER, torch.zeros(shape, device=block.up.weight.device))
-        return _Dropping(site, f"{function} where {_KEPT[form]}, a threshold for each unit", phi)
+        note = f"{function} where {_KEPT[form]}, a threshold for each unit"
+        says = up.register_state_dict_post_hook(partial(_say_form, form))
+        checks = up.register_load_state_dict_pre_hook(partial(_check_form, form))
+        return _Dropping(site, note, phi, (says, checks))
 
 
 _KEPT = {
@@ -87,6 +92,19 @@ _KEPT = {
     "product": "|φ(z)·u| > t",
     "both": "|φ(z)| > t and |φ(z)·u| > t′",
 }
+
+
+def _say_form(form: str, up: nn.Module, state: Any, prefix: str, metadata: dict[str, Any]) -> None:
+    metadata[BUFFER] = form
+
+
+def _check_form(
+    form: str, up: nn.Module, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any
+) -> None:
+    """Refuse thresholds of another form, which have the same shape; files say no form."""
+    other, errors = metadata.get(BUFFER, form), rest[-1]
+    if other != form:
+        errors.append(f"{prefix}{BUFFER}: thresholds of DropSmall({other!r}), here of {form!r}.")
 
 
 class LargeAlone:
@@ -125,13 +143,17 @@ class LargeAlone:
 
 
 class _Dropping(Attached):
-    def __init__(self, site: Site, note: str, phi: LargeAlone) -> None:
+    def __init__(
+        self, site: Site, note: str, phi: LargeAlone, hooks: tuple[RemovableHandle, ...]
+    ) -> None:
         super().__init__(site, note)
-        self.phi = phi
+        self.phi, self.hooks = phi, hooks
 
     @override
     def remove(self) -> None:
         self.site.release(self.phi)
+        for hook in self.hooks:
+            hook.remove()
         self.site.block.up.module._buffers.pop(BUFFER, None)
 
 

@@ -34,10 +34,16 @@ def describe(model: nn.Module, caller: str) -> dict[str, Any]:
     """All that a sidecar says: :func:`describe_changes`, and how to build the plain model.
 
     Raises:
-        ValueError: as :func:`describe_changes`.
+        ValueError: as :func:`describe_changes`; adapters that are merged into their layers.
     """
     root = unwrap(model)
     base = root.get_base_model() if is_peft_model(root) else root  # type: ignore[operator]
+    for name, module in root.named_modules():
+        if getattr(module, "merged_adapters", None):
+            raise ValueError(
+                f"{caller} would add adapters twice: they are merged into the weight of {name}; "
+                f"call unmerge_adapter() first, or actsparse.merge_adapter(model) for one without"
+            )
     return {
         **describe_changes(root, caller, whole=True),
         "model": how_to_build(root, base),

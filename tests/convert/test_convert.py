@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,8 @@ def test_the_command_converts_judges_and_saves(checkpoint: Path, tmp_path: Path)
     words += ["--form", "both" if checkpoint.name == "swiglu" else "gate"]
     code, said, err = run(*words)
     assert code == 0, err
+    for stage in ("dense loss", "calibrate", "choose", "distil", "choose again", "judge on test"):
+        assert re.search(rf"^{stage}: ([2-9]|\d\d+) steps$", err, re.M), err  # so it has time left
     record = json.loads(said)
     assert record == json.loads((out / "conversion.json").read_text())
     assert record["choice"]["loss"] - record["choice"]["dense"] <= record["budget_nats"]
@@ -199,7 +203,7 @@ def test_text_and_tokenizers_that_do_not_fit_are_refused(checkpoint: Path, tmp_p
         load_checkpoint(tmp_path / "wrong")
 
 
-def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
     text, out = checkpoint.parent / "text.jsonl", tmp_path / "out"
     run("convert", checkpoint, "--text", text, "--window", "64", "--out", out)
     code, said, err = run("chat", out, "--prompt", "The ", "--tokens", "8")
@@ -213,6 +217,19 @@ def test_a_converted_folder_chats(checkpoint: Path, tmp_path: Path) -> None:
     assert twice.exit_code == 0, twice.stderr
     assert twice.stderr.count(" a second") == 2
     assert "no longer fit" in twice.stderr  # the model takes 128 tokens
+    assert ">" not in twice.stdout  # piped: answers alone
+    piped = CliRunner().invoke(app, ["chat", str(out), "--tokens", "9"], input="a" * 200 + "\nA\n")
+    assert piped.exit_code == 2
+    code, _, err = run("chat", out, "--prompt", "caf\udce9")  # so a C locale hands bytes on
+    assert code == 2
+    assert "is not UTF-8" in err
+    monkeypatch.setattr("actsparse.cli.chat._at_terminal", lambda: True)
+    lines = f"The \n{'a' * 200}\nA b\n"
+    going = CliRunner().invoke(app, ["chat", str(out), "--tokens", "9"], input=lines)
+    assert going.exit_code == 0, going.stderr
+    assert going.stderr.count(" a second") == 2
+    assert "takes 1 to 128" in going.stderr
+    assert "left out" not in going.stderr
     code, _, err = run("chat", out, "--prompt", "The ", "--tokens", "400")
     assert code == 2
     assert "takes 1 to 128" in err
@@ -252,7 +269,14 @@ def test_a_conversion_goes_on_with_the_weights_of_another(checkpoint: Path, tmp_
     assert "the earlier weights allow more than the distilled" in err
     assert (tmp_path / "worse.distilling" / "distil.json").is_file()
     assert not (tmp_path / "same.distilling").exists()
+    half, torn = (shutil.copytree(first, tmp_path / name) for name in ("half", "torn"))
+    (half / "model.safetensors").unlink()
+    data = bytearray((torn / "model.safetensors").read_bytes())
+    data[-8] ^= 1
+    (torn / "model.safetensors").write_bytes(data)
     for words, message in (
+        ([*again[:-3], "--start", half], "model.safetensors is missing"),
+        ([*again[:-3], "--start", torn], "is not what was saved"),
         ([*again, "--budget", "0.0001%"], "lose more than the budget"),
         ([*again[:-3], "--start", checkpoint], "has no conversion.json"),
     ):

@@ -12,8 +12,9 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from actsparse import find_mlp_blocks, handle_of, load, save, sparsify
+from actsparse import DropSmall, find_mlp_blocks, handle_of, load, save, sparsify
 from actsparse.modify.adapters import load_adapter, lora_config, save_adapter
+from actsparse.modify.drop_small import set_thresholds
 from tests.modify.lora_models import (
     ATTENTION,
     MODELS,
@@ -22,6 +23,7 @@ from tests.modify.lora_models import (
     half_trained,
     tables,
     three_steps,
+    wrapped,
 )
 
 peft = pytest.importorskip("peft")
@@ -82,6 +84,16 @@ def test_an_adapter_keeps_lifted_norms_that_pefts_config_leaves_out(tmp_path: Pa
     assert not any(torch.equal(a, b) for a, b in zip(plain, lifted, strict=True))
     save_adapter(model, tmp_path / "a")
     assert_same(model, load_adapter(built("vit-classifier")[0], tmp_path / "a"), inputs)
+
+
+@pytest.mark.parametrize("form", ["gate", "both"])
+def test_an_adapter_brings_the_thresholds_of_drop_small(form: str, tmp_path: Path) -> None:
+    model, inputs = wrapped("llama")
+    handle = sparsify(model, DropSmall(form), inputs=inputs)
+    shape = (2, handle.blocks[0].d_hidden) if form == "both" else (handle.blocks[0].d_hidden,)
+    set_thresholds(model, {block.name: torch.rand(shape) for block in handle.blocks})
+    twin = load_adapter(built("llama")[0], save_adapter(model.eval(), tmp_path / "a"))
+    assert_same(model, twin, inputs)
 
 
 def test_a_loaded_adapter_trains_on_as_the_one_that_was_saved(tmp_path: Path) -> None:
@@ -170,6 +182,16 @@ def test_a_peft_model_comes_back_whole_from_the_folder_alone(name: str, tmp_path
         for parameter in onto.parameters():
             parameter.add_(1)  # in any state
     assert_same(model, load(tmp_path / "m", model=onto), inputs)
+
+
+def test_adapters_that_are_merged_into_their_layers_are_not_saved_twice(tmp_path: Path) -> None:
+    model, inputs, _ = half_trained("llama")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"would add adapters twice.*unmerge_adapter"):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    model.unmerge_adapter()
+    assert_same(model, load(save(model, tmp_path / "m")), inputs)
 
 
 def test_zeroth_biases_of_layers_without_adapters_and_half_precision_come_back_whole(

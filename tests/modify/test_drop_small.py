@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -147,6 +148,24 @@ def test_saved_thresholds_load_and_copies_have_their_own(form: str, tmp_path) ->
     assert not torch.equal(twin(IDS).logits, logits)
     model.save_pretrained(tmp_path / "hf")
     assert torch.equal(load(tmp_path / "hf")(IDS).logits, logits)
+
+
+def test_thresholds_of_one_form_do_not_load_as_those_of_another() -> None:
+    gate, product = llama(), llama()
+    handle = sparsify(gate, DropSmall("gate"), inputs=IDS)
+    sparsify(product, DropSmall("product"), inputs=IDS)
+    set_thresholds(gate, thresholds(gate, 0.02))
+    with pytest.raises(RuntimeError, match=r"thresholds of DropSmall\('gate'\), here of 'product'"):
+        product.load_state_dict(gate.state_dict())
+    twin = copy.deepcopy(gate)
+    with pytest.raises(RuntimeError, match="here of 'product'"):
+        product.load_state_dict(pickle.loads(pickle.dumps(twin.state_dict())), strict=False)
+    twin.load_state_dict(gate.state_dict())
+    product.load_state_dict(dict(gate.state_dict()))  # a plain dict says no form
+    handle.remove()
+    up = gate.model.layers[0].mlp.up_proj
+    assert not up._state_dict_hooks
+    assert not up._load_state_dict_pre_hooks
 
 
 def test_compiled_code_sees_new_thresholds() -> None:
