@@ -17,7 +17,7 @@ from actsparse_lab.engine.checkpoint import checkpoints
 from actsparse_lab.engine.interrupt import Interrupted
 from actsparse_lab.engine.run import run
 from actsparse_lab.engine.trainer import RunTrainer
-from actsparse_lab.records import RecordError, read_run, run_path
+from actsparse_lab.records import RecordError, Run, read_run, run_path
 from actsparse_lab.tasks import run_config
 
 TINY: dict[str, Any] = {
@@ -29,6 +29,12 @@ TINY: dict[str, Any] = {
 def lines_of(record: Path) -> list[dict[str, Any]]:
     entries = [json.loads(line) for line in record.read_text().splitlines()]
     return [{k: v for k, v in each.items() if k not in ("time", "run_id")} for each in entries]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A vanilla run that nobody disturbed. Read it; do not write into its folder."""
+    return run(run_config("digits", "vanilla", 0, **TINY), tmp_path_factory.mktemp("whole"))
 
 
 def stopped(config: Any, out: Path, step: int) -> Interrupted:
@@ -151,9 +157,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_is_used(
     assert lines_of(done.path) == lines_of(whole.path)
 
 
-def test_without_a_whole_checkpoint_the_run_starts_anew(tmp_path: Path) -> None:
+def test_without_a_whole_checkpoint_the_run_starts_anew(whole: Run, tmp_path: Path) -> None:
     config = run_config("digits", "vanilla", 0, **TINY)
-    whole = run(config, tmp_path / "whole")
     stopped(config, tmp_path / "cut", 3)
     folder = run_path(tmp_path / "cut", "vanilla", 0).parent
     (folder / "checkpoint-3" / "manifest.json").unlink()
