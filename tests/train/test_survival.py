@@ -221,11 +221,12 @@ def test_a_full_disk_at_a_checkpoint_is_said_and_the_one_before_stands(
 
 def test_the_command_stopped_by_ctrl_c_says_so_and_goes_on(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "actsparse", "train", "--task", "digits", "--arm", "vanilla"]
-    words += ["--steps", "3000", "--set", "eval_every=3000", "--out", str(tmp_path)]
+    words += ["--steps", "1000", "--set", "eval_every=1000", "--out", str(tmp_path)]
+    words += ["--set", "batch_size=8"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if "of 3000 steps" in line:
+        if "of 1000 steps" in line:
             break
     process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + 60
