@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +37,17 @@ torch.set_num_threads(1)
 
 # Processes that tests start are forked from one that has imported what takes seconds.
 multiprocessing.set_forkserver_preload(["torch", "transformers", "actsparse_lab.engine.run"])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Python's garbage collector passes over what was collected: it stays, and is much to visit."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:

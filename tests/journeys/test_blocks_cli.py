@@ -105,16 +105,15 @@ def test_without_the_laboratory_the_library_has_its_own_verbs(tmp_path: Path) ->
     script = (
         "import importlib.metadata, sys\n"
         "importlib.metadata.entry_points = lambda **_: []\n"
+        "from typer.testing import CliRunner\n"
         "from actsparse.cli.main import app\n"
-        "app(sys.argv[1:])\n"
+        "for words in sys.argv[1:]:\n"
+        "    print(CliRunner().invoke(app, words.split()).output, end='\\0')\n"
     )
-
-    def called(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", script, *words]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    said = called("--help").stdout
+    words = ["--help", "blocks lm", f"measure {tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    said, blocks, measure, _ = done.stdout.split("\0")
     assert all(f"│ {verb} " in said for verb in ("blocks", "measure", "bench"))
     assert not any(f"│ {verb} " in said for verb in ("train", "compare", "report"))
-    assert "expected the path of a local Hugging Face folder" in called("blocks", "lm").stderr
-    assert "give --data" in called("measure", str(tmp_path)).stderr
+    assert "expected the path of a local Hugging Face folder" in blocks
+    assert "give --data" in measure

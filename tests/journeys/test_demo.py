@@ -7,22 +7,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from actsparse.cli.main import app
 from actsparse_lab.campaigns.demo import LIVE
+from actsparse_lab.cli import demo
 from actsparse_lab.records import RecordError, read_runs
 from actsparse_lab.report import write_report
 from actsparse_lab.report.benchmarks import read_benchmark
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def ran(tmp_path_factory: pytest.TempPathFactory, pixel: bytes) -> tuple[Path, str]:
+    """A short demo: timed on fewer rows, and its plots are made but saved as one pixel."""
     out = tmp_path_factory.mktemp("demo")
     threads = torch.get_num_threads()
-    done = CliRunner().invoke(
-        app, ["demo", "--steps", "4", "--rounds", "1", "--workers", "1", "--out", str(out)]
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TIMED", 64)
+        patch.setattr(Figure, "savefig", lambda figure, file, **_: file.write(pixel))
+        done = CliRunner().invoke(
+            app, ["demo", "--steps", "4", "--rounds", "1", "--workers", "1", "--out", str(out)]
+        )
     torch.set_num_threads(threads)
     assert done.exit_code == 0, done.output
     return out, done.stdout

@@ -49,12 +49,12 @@ def called(*words: str | Path) -> Any:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of 20 steps."""
+    """The folder of a run of 6 steps."""
     out = tmp_path_factory.mktemp("trained")
-    words = ["train", "--arm", "paper", "--steps", "20"]
-    words += ["--set", "batch_size=64", "--set", "log_every=10"]
-    words += ["--set", "eval_every=10", "--set", "measures=flatness,gradient,spectrum,token_copies"]
-    words += ["--set", "active_every=10", "--out", str(out)]
+    words = ["train", "--arm", "paper", "--steps", "6"]
+    words += ["--set", "batch_size=16", "--set", "log_every=3", "--set", "active_on=16"]
+    words += ["--set", "eval_every=3", "--set", "measures=flatness,gradient,spectrum,token_copies"]
+    words += ["--set", "active_every=3", "--out", str(out)]
     done = called(*words)
     assert done.exit_code == 0, done.output
     return out / "runs" / "paper-seed0"
@@ -72,14 +72,14 @@ def record(folder: Path) -> Run:
 
 def test_training_keeps_what_was_measured(trained: Path) -> None:
     run = record(trained)
-    assert [line["step"] for line in run.train] == [10, 20]
+    assert [line["step"] for line in run.train] == [3, 6]
     for line in run.train:
         measures = line["measures"]
         assert {"flatness", "gradient_sparsity", "loss_reduction"} <= measures.keys()
         # sums of some ten thousand float32 products on either side
         density = measures["derivative_density"]
         assert measures["density_from_flatness"] == pytest.approx(density, rel=1e-4)
-    assert [line["step"] for line in run.measured] == [0, 10, 20]
+    assert [line["step"] for line in run.measured] == [0, 3, 6]
     assert all(line["curvature"]["token_copies"]["value"] > 0 for line in run.measured)
     assert run.result is not None
     assert [entry["layer"] for entry in run.result["spectra"]] == ["up", "down"] * 2

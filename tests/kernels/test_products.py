@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -122,9 +123,8 @@ def test_by_unit_is_the_transpose(
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2])
-def test_layouts_change_no_number(
-    level: int, size: tuple[int, int, int], dtype: torch.dtype, threads: int
+def test_layouts_and_threads_change_no_number(
+    level: int, size: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     n, k, m = size
     a, rows, left = sparse(n, k, 0.3, 2, dtype), *(torch.randn(s, m).to(dtype) for s in (k, n))
@@ -134,9 +134,9 @@ def test_layouts_change_no_number(
     entries = packed(a)
     y = ops.multiply(*entries, rows, None, n)
     value = ops.sample(*entries[:2], left, rows, None)
-    torch.set_num_threads(threads)
     try:
-        for laid in (rows, columns, panels):
+        for threads, laid in itertools.product((1, 2), (rows, columns, panels)):
+            torch.set_num_threads(threads)
             assert torch.equal(kernels.multiply(*entries, laid, None, n, m, False), y)
             assert torch.equal(kernels.multiply(*entries, laid, None, n, m, True), y.t())
             assert torch.equal(ops.sample(*entries[:2], left, laid, None), value)

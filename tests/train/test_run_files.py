@@ -15,9 +15,11 @@ from actsparse_lab.engine import run as run_module
 from actsparse_lab.engine import run_gradient_noise
 from actsparse_lab.engine.folder import alone
 from actsparse_lab.engine.run import run
-from actsparse_lab.records import RecordError, run_path
+from actsparse_lab.records import RecordError, Run, run_path
 from actsparse_lab.tasks import run_config
-from tests.train.test_survival import TINY, lines_of, stopped
+from tests.train.test_survival import TINY, lines_of, stopped, whole
+
+__all__ = ["whole"]
 
 
 def finished_meanwhile(
@@ -87,12 +89,12 @@ def test_a_disk_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("left", ["nothing", "another's run"])
 def test_a_folder_that_is_deleted_in_training_is_noticed_at_the_next_line(
-    left: str, tmp_path: Path
+    left: str, whole: Run, tmp_path: Path
 ) -> None:
     """And what another process began there is not written to."""
     config = run_config("digits", "vanilla", 0, **TINY)
     folder = run_path(tmp_path, "vanilla", 0).parent
-    other = run(config, tmp_path / "other").path.parent
+    other = whole.path.parent
 
     def delete(step: int) -> None:
         if step == 2:
@@ -115,10 +117,9 @@ def test_a_folder_that_is_deleted_in_training_is_noticed_at_the_next_line(
 
 @pytest.mark.parametrize("cut", ["by a line", "in a line", "changed"])
 def test_a_record_that_was_cut_is_noticed_and_an_earlier_checkpoint_used(
-    cut: str, tmp_path: Path
+    cut: str, whole: Run, tmp_path: Path
 ) -> None:
     config = run_config("digits", "vanilla", 0, **TINY)
-    whole = run(config, tmp_path / "whole")
     stopped(config, tmp_path / "cut", 11)
     record = run_path(tmp_path / "cut", "vanilla", 0)
     lines = record.read_bytes().splitlines(keepends=True)
@@ -146,18 +147,17 @@ def test_a_record_of_which_too_little_is_left_is_refused_and_nothing_deleted(
     assert sorted(record.parent.rglob("*")) == before
 
 
-def test_a_later_checkpoint_of_an_older_run_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_later_checkpoint_of_an_older_run_is_not_gone_on_from(whole: Run, tmp_path: Path) -> None:
     config = run_config("digits", "vanilla", 0, **TINY)
-    older = run(config, tmp_path / "older")
     stopped(config, tmp_path / "new", 5)
     folder = run_path(tmp_path / "new", "vanilla", 0).parent
-    shutil.copytree(older.path.parent / "checkpoint-12", folder / "checkpoint-12")
+    shutil.copytree(whole.path.parent / "checkpoint-12", folder / "checkpoint-12")
     said: list[str] = []
     done = run(config, tmp_path / "new", told=said.append)
     assert "checkpoint-12 is refused: record.jsonl" in said[0]
     assert done.result is not None
     assert done.result["time"]["resumed_at"] == 5
-    assert lines_of(done.path) == lines_of(older.path)
+    assert lines_of(done.path) == lines_of(whole.path)
 
 
 def test_what_other_commands_said_of_a_run_goes_when_it_goes_on(tmp_path: Path) -> None:
