@@ -50,6 +50,11 @@ def pytest_collection() -> Iterator[object]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """What is left is freed at the end, or libraries would say that it leaked."""
+    gc.unfreeze()
+
+
 def pytest_collectstart(collector: pytest.Collector) -> None:
     """Numbers drawn while a module is imported: torch begins each process at a seed of its own."""
     if isinstance(collector, pytest.Module):

@@ -18,6 +18,7 @@ import platform
 import re
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -267,13 +268,21 @@ def _docstrings() -> Iterator[tuple[str, str]]:
                 yield f"stdlib/{relative.as_posix()}", "\n\n".join(_file_docstrings(path))
 
 
+_STATEMENTS = ast.stmt | ast.excepthandler | ast.match_case
+
+
 def _file_docstrings(path: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the library's own escapes are not ours to judge
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
+    todo: deque[ast.AST] = deque([tree])
+    while todo:  # as ast.walk, but for expressions, which hold no docstrings and are most of a file
+        node = todo.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
+        for name in node._fields:
+            if type(held := getattr(node, name, None)) is list:
+                todo.extend(each for each in held if isinstance(each, _STATEMENTS))
 
 
 def _windows(block: int) -> list[Ids]:
