@@ -93,12 +93,14 @@ def test_every_measure_has_its_name_on_the_page() -> None:
     assert {*MEASURES, *CURVATURES} - WORDS == set()
 
 
-def test_the_example_of_sparse_execution_runs() -> None:
+def test_the_examples_of_sparse_execution_run() -> None:
     text = (ROOT / "docs" / "sparse-execution.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(code, "sparse-execution.md", "exec"), names)
+    exec(compile(first, "sparse-execution.md", "exec"), names)
     assert names["model"][0].weight.grad is not None
+    exec(compile(second, "sparse-execution.md", "exec"), names)
+    assert names["text"].shape == (1, 7)
 
 
 def parsed(command: str) -> tuple[str, dict[str, Any]]:
