@@ -93,7 +93,8 @@ def run(
                 on_active=on_active, on_norms=on_norms,
             )  # fmt: skip
     name, threshold, product = parts_of(function)
-    threshold = None if threshold is None else threshold.float()
+    if threshold is not None and threshold.dtype.itemsize < 4:  # of a model in bfloat16
+        threshold = threshold.float()
     if program not in DENSE:
         return sparse_mlp(
             x, *weights[:4], activation=name, gate=weights.gate, gate_bias=weights.gate_bias,

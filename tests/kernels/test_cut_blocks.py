@@ -191,6 +191,27 @@ def test_what_is_no_threshold_is_refused() -> None:
         model(x)
 
 
+@pytest.mark.parametrize("form", ["gate", "product", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thresholds_in_bfloat16_are_those_numbers(form: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Gated().to(dtype), torch.randn(3, D).to(dtype)
+    weights = Weights(
+        model.up.weight, model.up.bias, model.down.weight, model.down.bias, model.gate.weight,
+        model.gate.bias,
+    )  # fmt: skip
+    t = torch.rand((2, H) if form == "both" else H).to(torch.bfloat16) / 4
+    ys = []
+    for level in (t, t.float()):
+        with torch.no_grad():
+            cut = Cut("silu", level, form == "product")
+            ys += [run("sparse", x, weights, cut, prepared=p) for p in (weights.prepare(), None)]
+    assert torch.equal(ys[0], ys[2])
+    assert torch.equal(ys[1], ys[3])
+    torch.testing.assert_close(ys[0], ys[1])
+    assert not torch.equal(ys[0], run("sparse", x, weights, Cut("silu", 0 * t, False)))
+
+
 @pytest.mark.parametrize("function", [nn.SiLU, nn.GELU])
 def test_dense_mode_runs_a_phi_without_zeros_and_auto_refuses_it(function: type[nn.Module]) -> None:
     torch.manual_seed(0)
