@@ -19,8 +19,8 @@ def frontier(
     tasks: Annotated[
         list[str] | None,
         typer.Argument(
-            help="digits, text, cifar10, web, text-long, web-long, or all; race: dense against "
-            "accelerated, timed one run at a time.",
+            help="digits, text, cifar10, web, text-long, web-long, width-64, -128, -256 and -384, "
+            "or all; race: dense against accelerated, timed one run at a time.",
             show_default="all",
         ),
     ] = None,
