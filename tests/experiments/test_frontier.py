@@ -75,7 +75,7 @@ def test_widths_differ_in_their_width_and_what_follows_from_it() -> None:
     runs = [frontier(f"width-{d}", arms=["best"], seeds=1, data="place")[0] for d in WIDTHS]
     for d, run in zip(WIDTHS, runs, strict=True):
         assert (run.model["n_embd"], run.model["n_inner"]) == (d, 4 * d)
-        assert run.lr * run.weight_decay == pytest.approx(5e-3)
+        assert run.lr * run.weight_decay == pytest.approx(8e-4)
         assert run.lr**2 * d == pytest.approx(runs[0].lr ** 2 * WIDTHS[0])
         own, other = run.to_json(), runs[0].to_json()
         differing = {key for key in own if own[key] != other[key]}
