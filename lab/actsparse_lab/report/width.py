@@ -237,7 +237,8 @@ def claims_table(widths: Sequence[Width]) -> Table:
                  percent(best.training_improvement), decimal(best.change, signed=True),
                  few or word, knee, str(of.seeds))
             )  # fmt: skip
-    return Table("width-claims-table", "Claims", tuple(map(Column, heads)), tuple(rows))
+    columns = tuple(Column(head, prose=head == "claim") for head in heads)
+    return Table("width-claims-table", "Claims", columns, tuple(rows))
 
 
 def fit_table(widths: Sequence[Width], folder: str | Path) -> Table:

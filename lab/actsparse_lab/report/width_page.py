@@ -41,9 +41,9 @@ def width_sections(folder: str | Path) -> list[Section]:
     tables = (
         ("Claims at each width", " ".join(counts_text(each.board) for each in widths),
          claims_table(widths), None),
-        (by_width.title, by_width.caption, width_table(widths), by_width),
+        (by_width.title, "", width_table(widths), by_width),
         ("Density by block", _seeds_text(widths), block_table(widths), None),
-        (by_tokens.title, by_tokens.caption, tokens_table(widths), by_tokens),
+        (by_tokens.title, "", tokens_table(widths), by_tokens),
         ("A power law, and a prediction", _prediction_text(folder),
          fit_table(widths, folder), None),
         ("What it would take at the papers’ size", "Measured hours of a run, and those of a "
@@ -70,7 +70,8 @@ def markdown_widths(folder: str | Path, link: str = "") -> str | None:
     lines = [ABOUT, "", words_of("report/rules.md")["One size up"]]
     parts = width_sections(folder)
     for each in parts:
-        lines += ["", f"## {markdown(each.title)}", "", markdown(each.text)]
+        text = each.text if each.picture is None else each.picture.caption
+        lines += ["", f"## {markdown(each.title)}", "", markdown(text)]
         if each.picture is not None:
             lines += ["", f"![{markdown(each.title)}]({link}plots/{each.picture.name}.png)"]
         lines += ["", each.table.markdown().rstrip("\n")]

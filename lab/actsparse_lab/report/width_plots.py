@@ -11,12 +11,13 @@ from actsparse_lab.analysis.effects import (
     LIVING,
     LOSS,
     TRAINING,
-    Arms,
     number,
+    within,
 )
+from actsparse_lab.analysis.intervals import t_interval
 from actsparse_lab.analysis.plots import draw_seeds, log_axis, palette, render, stacked
 from actsparse_lab.analysis.prose import pictures
-from actsparse_lab.papers.lines_plot import Panel, lines_plot
+from actsparse_lab.papers.lines_plot import Panel
 from actsparse_lab.records import Run
 from actsparse_lab.report.width import Width, tokens_of
 
@@ -35,18 +36,31 @@ PANELS: tuple[Panel, ...] = (
 
 
 def over_width(widths: Sequence[Width], dark: bool = False) -> bytes | None:
-    """A panel for each number, a line for each arm; None for fewer than two widths."""
+    """A panel for each number, a line for each arm through its means, with 95 % intervals."""
     if len(widths) < 2:
         return None
-    merged = Arms([])
-    for width in widths:
-        for arm, runs in width.arms.items():
-            merged[_at(arm, width.d)] = runs
-    return lines_plot(merged, PANELS, NAMES, _at, [each.d for each in widths], "width D", dark)
-
-
-def _at(arm: str, d: float) -> str:
-    return f"{arm}@{d:g}"
+    figure, every = stacked(dark, [title for title, *_ in PANELS], 1.75, 1.3)
+    lines = {}
+    for axes, (_, read, log) in zip(every, PANELS, strict=True):
+        for (arm, name), colour in zip(NAMES.items(), palette(dark), strict=False):
+            found = [(each.d, t_interval(within(each.arms, arm, read).values())) for each in widths]
+            known = [(d, mean) for d, mean in found if mean is not None]
+            if not known:
+                continue
+            means = [mean.mean for _, mean in known]
+            halves = [mean.half or 0.0 for _, mean in known]
+            below = [min(half, 0.9 * mean) for half, mean in zip(halves, means, strict=True)]
+            lines[name] = axes.errorbar(
+                [d for d, _ in known], means, yerr=[below, halves], color=colour, marker="o",
+                elinewidth=1.4, capsize=3,
+            )  # fmt: skip
+        axes.set_xscale("log")
+        if log:
+            log_axis(axes, "y", few=True)
+        axes.set_xticks([each.d for each in widths], [str(each.d) for each in widths])
+        axes.minorticks_off()
+    every[-1].set_xlabel("width D")
+    return render(figure, lines)
 
 
 def over_tokens(widths: Sequence[Width], dark: bool = False) -> bytes | None:
