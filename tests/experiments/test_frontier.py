@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from actsparse_lab.analysis.comparison import HALF, VANILLAS, WHOLE
+from actsparse_lab.analysis.comparison import CONTROL, HALF, HALVES, VANILLAS, WHOLE
 from actsparse_lab.campaigns import frontier as plans
 from actsparse_lab.campaigns.frontier import (
     CONTROLS,
     RACE,
     RECIPES,
     TASKS,
+    WIDTHS,
     frontier,
     race,
 )
@@ -26,7 +27,8 @@ def given(task: str) -> dict[str, str]:
 def test_there_are_recipes_to_compare() -> None:
     assert len({*VANILLAS, *RECIPES}) >= 8
     assert {*CONTROLS, *RECIPES, WHOLE, RACE.fast, *RACE.dense} <= {*ARMS}
-    assert HALF not in ARMS
+    assert not {*HALVES} & {*ARMS}
+    assert {*HALVES.values()} <= {*ARMS}
     assert all(TASKS[task].task in TASK_SETTINGS for task in TASKS)
     assert all(each.seeds >= 5 for each in (*TASKS.values(), RACE))
 
@@ -40,14 +42,17 @@ def test_every_arm_has_every_seed_once_and_controls_are_among_them(task: str) ->
     assert seeds == set(range(TASKS[task].seeds))
     arms = {arm for arm, _ in pairs}
     assert arms == set(TASKS[task].arms or (*CONTROLS, HALF, *RECIPES))
-    assert arms >= {*CONTROLS, HALF, "best"}
+    assert arms >= {WHOLE, CONTROL, HALF, "best"}
     assert len(pairs) == len(arms) * len(seeds)
     assert {run.task for run in runs} == {TASKS[task].task}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_half_the_steps_is_all_that_the_control_at_the_knee_changes(task: str) -> None:
-    half, whole = frontier(task, arms=[HALF, WHOLE], seeds=1, **given(task))
+@pytest.mark.parametrize(
+    ("task", "arm"),
+    [(task, arm) for task in TASKS for arm in HALVES if arm in (TASKS[task].arms or HALF)],
+)
+def test_half_the_steps_is_all_that_an_arm_of_half_the_steps_changes(task: str, arm: str) -> None:
+    half, whole = frontier(task, arms=[arm, HALVES[arm]], seeds=1, **given(task))
     own, other = half.to_json(), whole.to_json()
     assert {key for key in own if own[key] != other[key]} == {"arm", "steps"}
     assert half.steps == whole.steps // 2
@@ -64,6 +69,17 @@ def test_settings_of_a_task_win_over_the_experiments_own(monkeypatch: pytest.Mon
     assert (run.steps, run.lr, run.model["hidden_size"]) == (200, 0.01, 96)
     assert run.model == own["model"] | {"hidden_size": 96}
     assert run.data == own["data"] | {"crop": 2, "path": "place"}
+
+
+def test_widths_differ_in_their_width_and_what_follows_from_it() -> None:
+    runs = [frontier(f"width-{d}", arms=["best"], seeds=1, data="place")[0] for d in WIDTHS]
+    for d, run in zip(WIDTHS, runs, strict=True):
+        assert (run.model["n_embd"], run.model["n_inner"]) == (d, 4 * d)
+        assert run.lr * run.weight_decay == pytest.approx(8e-4)
+        assert run.lr**2 * d == pytest.approx(runs[0].lr ** 2 * WIDTHS[0])
+        own, other = run.to_json(), runs[0].to_json()
+        differing = {key for key in own if own[key] != other[key]}
+        assert differing <= {"lr", "weight_decay", "precision", "model"}
 
 
 def test_fewer_steps_keep_lines_at_the_same_shares() -> None:

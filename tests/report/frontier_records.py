@@ -53,9 +53,10 @@ def write_run(
     accelerate: bool = False,
     clock: bool = True,
     resumed_at: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """One finished run; ``curve`` is (seconds, quality) of each validation, a step apart."""
-    config = {"accelerate": accelerate, "steps": len(curve)}
+    config = {"accelerate": accelerate, "steps": len(curve), **(settings or {})}
     header = {"task": "digits", "arm": arm, "seed": seed, "config": config, **WHERE}
     with RecordWriter(run_path(out, arm, seed), header) as record:
         for step, (seconds, value) in enumerate(curve):
@@ -87,6 +88,7 @@ def write_task(
     task: str = "digits",
     name: str = "accuracy",
     seeds: int = 5,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """A task's folder in ``out``: manifest and records."""
     place = out / task
@@ -97,7 +99,7 @@ def write_task(
             curve = [(1.0, 0.1 if name == "accuracy" else 9.0), (2.0, validation[seed])]
             write_run(
                 place, arm, seed, curve, quality=quality, density=density, training=made.training,
-                dead=made.dead, name=name,
+                dead=made.dead, name=name, settings=settings,
             )  # fmt: skip
     manifest: dict[str, Any] = {"task": task, "seeds": seeds, "steps": None}
     command = f"actsparse frontier {task}"

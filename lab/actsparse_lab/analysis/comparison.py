@@ -37,6 +37,8 @@ SUBJECT = "paper"  # arms whose names begin so are what is tested, not baselines
 BEST = "best"  # the recipe that ships: no simple baseline
 VANILLAS = (REFERENCE, "vanilla-no-1d-decay")  # the better of them is what recipes are held to
 HALF, WHOLE = "half-steps", "vanilla-no-1d-decay"  # WHOLE over half its steps: is it at the knee?
+# arms trained for half as many steps as another, each with a schedule of its own
+HALVES = {HALF: WHOLE, "best-half-steps": BEST, "paper-half-steps": SUBJECT}
 UNDERTRAINED = 0.01  # relative fall of the validation loss over the last fifth of the steps
 
 

@@ -1,4 +1,4 @@
-"""The frontier: four tasks, and what is compared on each to find the sparsest at equal quality.
+"""The frontier: tasks, and what is compared on each to find the sparsest at equal quality.
 
 `actsparse frontier` does the runs and `actsparse_lab.report.frontier` judges them. Settings of
 tasks and recipes were found on validation data before the seeds here were run; change them here
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actsparse_lab.analysis.comparison import CONTROL, HALF, VANILLAS, WHOLE
+from actsparse_lab.analysis.comparison import CONTROL, HALF, HALVES, VANILLAS, WHOLE
 from actsparse_lab.engine.config import RunConfig
 from actsparse_lab.tasks import TASK_SETTINGS, config_of
-from actsparse_lab.tasks.arms import ARMS, arm_named
+from actsparse_lab.tasks.arms import arm_named
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,43 @@ TASKS["web-long"] = replace(
     ),
     arms=(*CONTROLS, "best", HALF, *PAPER),
 )
+WIDTHS = (64, 128, 256, 384)
+
+
+def _width(d: int) -> FrontierTask:
+    """A causal model of four blocks, H = 4 D, that reads 12.3 million bytes once.
+
+    Learning rates fall as 1/√D. Learning rate × weight decay is the same at all widths, and its sum
+    over the steps is 2.4, near web-long's: 7.5 cost a pilot much of its loss. Autocast to bfloat16
+    pays from D = 128 on; eager attention is then faster on CPUs than fused.
+    """
+    lr = 4e-3 * (64 / d) ** 0.5
+    settings: dict[str, Any] = {
+        "steps": 6000,
+        "batch_size": 16,
+        "lr": lr,
+        "weight_decay": 8e-4 / lr,
+        "precision": "float32" if d < 128 else "bf16",
+        "log_every": 250,
+        "eval_every": 750,
+        "save_every": 750,
+        "keep": 1,
+        "report_to": (),
+        "data": {"tokenizer": "bytes", "length": 128, "rows": 512},
+        "model": {
+            "n_embd": d,
+            "n_inner": 4 * d,
+            "n_layer": 4,
+            "n_head": 4,
+            "attn_implementation": "sdpa" if d < 128 else "eager",
+        },
+    }
+    arms = (WHOLE, "best", CONTROL, HALF, "best-half-steps")
+    papers = {64: ("vanilla", "paper", "paper-half-steps"), 128: ("vanilla", "paper")}.get(d, ())
+    return FrontierTask("lm_web", settings, quick=True, reads_data=True, arms=(*arms, *papers))
+
+
+TASKS |= {f"width-{d}": _width(d) for d in WIDTHS}
 RACE = Race(
     "cifar10",
     dense=("vanilla-no-1d-decay",),
@@ -219,10 +256,10 @@ def _run(
     if steps is not None:  # lines and validations at the same shares of the steps
         for key in ("log_every", "eval_every"):
             settings[key] = max(1, settings.get(key, own[key]) * steps // whole)
-    if arm == HALF:
+    if arm in HALVES:
         settings["steps"] = max(1, settings["steps"] // 2)
     place = "path" if "path" in own.get("data", {}) else "shards"
     if data is not None:
         settings = _merged(settings, {"data": {place: data}})
-    chosen = ARMS[WHOLE] if arm == HALF else arm_named(arm)
+    chosen = arm_named(HALVES.get(arm, arm))
     return config_of(of.task, arm, chosen, seed, quick=of.quick, **settings)

@@ -19,8 +19,8 @@ def frontier(
     tasks: Annotated[
         list[str] | None,
         typer.Argument(
-            help="digits, text, cifar10, web, text-long, web-long, or all; race: dense against "
-            "accelerated, timed one run at a time.",
+            help="digits, text, cifar10, web, text-long, web-long, width-64, -128, -256 and -384, "
+            "or all; race: dense against accelerated, timed one run at a time.",
             show_default="all",
         ),
     ] = None,
@@ -81,6 +81,7 @@ def frontier(
     from actsparse_lab.campaigns.frontier import TASKS, race
     from actsparse_lab.campaigns.frontier import frontier as runs_of
     from actsparse_lab.cli.campaign import Campaign, exit_if
+    from actsparse_lab.report import write_prediction
 
     asked = list(dict.fromkeys(tasks or ["all"]))
     if "all" in asked:
@@ -118,6 +119,7 @@ def frontier(
         raise ValueError("nothing to do: no task that was asked for has its data")
     for campaign in campaigns:  # what is wrong in the last should not cost the first
         campaign.check()
+    write_prediction(out)  # before a run of the width that it predicts begins
     failed = 0
     for campaign in campaigns:
         at_once = workers or (1 if campaign.name == RACE else None)

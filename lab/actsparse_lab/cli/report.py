@@ -47,7 +47,8 @@ def report(
 
     Of a folder of the papers' experiments (`actsparse reproduce`) --markdown prints them all. Of a
     folder of frontier tasks (`actsparse frontier`) it writes every task's page, scoreboard.json and
-    scoreboard.md.
+    scoreboard.md; of one with two widths or more also prediction.json, as long as no run of the
+    width that it predicts has begun.
 
     Examples:
 
@@ -56,6 +57,8 @@ def report(
       actsparse report benchmarks/reproduce --markdown > docs/reproduction.md
 
       actsparse report benchmarks/frontier --markdown > docs/frontier.md
+
+      actsparse report benchmarks/width --markdown > docs/width.md
 
       actsparse report benchmarks/mlp-1-thread.json benchmarks/mlp-2-threads.json --out out/payoff
     """
@@ -73,6 +76,7 @@ def report(
             markdown_reproduction,
             markdown_table,
             markdown_theory,
+            markdown_widths,
             plain,
             print_benchmarks,
             print_findings,
@@ -94,7 +98,9 @@ def report(
             return
         tasks = frontiers_in(paths[0]) if len(paths) == 1 else []
         if markdown and tasks:
-            typer.echo(markdown_frontier(paths[0], link=_from_docs(paths[0])), nl=False)
+            link = _from_docs(paths[0])
+            page_of = markdown_widths(paths[0], link) or markdown_frontier(paths[0], link)
+            typer.echo(page_of, nl=False)
             return
         if tasks and tasks != [paths[0]]:
             if json:
@@ -136,6 +142,7 @@ def _print_frontier(folder: Path, out: Path | None) -> None:
         boards,
         print_board,
         write_index,
+        write_prediction,
         write_report,
         write_scoreboard,
     )
@@ -146,6 +153,8 @@ def _print_frontier(folder: Path, out: Path | None) -> None:
         print_board(judged, Terminal())
         typer.echo(str(write_report(place)))
     typer.echo(str(write_scoreboard(folder)))
+    if (prediction := write_prediction(folder)) is not None:
+        typer.echo(str(prediction))
     typer.echo(str(write_index(folder)))
 
 

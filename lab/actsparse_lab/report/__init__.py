@@ -27,11 +27,14 @@ from actsparse_lab.report.reproduction import (
     reproductions_in,
 )  # fmt: skip
 from actsparse_lab.report.theory_tables import markdown_theory
+from actsparse_lab.report.width import write_prediction
+from actsparse_lab.report.width_page import markdown_widths
 
 __all__ = [
     "Comparison", "boards", "compare", "findings_in", "frontiers_in", "gather",
     "markdown_benchmarks", "markdown_findings", "markdown_frontier", "markdown_reproduction",
-    "markdown_scoreboard", "markdown_table", "markdown_theory", "model_card", "plain",
-    "print_benchmarks", "print_board", "print_findings", "print_table", "reproductions_in",
-    "scoreboard", "to_json", "write_index", "write_report", "write_scoreboard",
+    "markdown_scoreboard", "markdown_table", "markdown_theory", "markdown_widths", "model_card",
+    "plain", "print_benchmarks", "print_board", "print_findings", "print_table",
+    "reproductions_in", "scoreboard", "to_json", "write_index", "write_prediction",
+    "write_report", "write_scoreboard",
 ]  # fmt: skip

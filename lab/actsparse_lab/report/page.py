@@ -38,6 +38,7 @@ from actsparse_lab.report.provenance import differences, what_ran
 from actsparse_lab.report.reproduction import EFFECTS, findings_in, findings_table, heading
 from actsparse_lab.report.summary import lead, remarks, tiles, title
 from actsparse_lab.report.theory_tables import curvature_table, how_text, identity_text
+from actsparse_lab.report.width_page import width_sections
 
 _HARD = "\N{NO-BREAK SPACE}"
 
@@ -144,10 +145,14 @@ def write_index(folder: str | Path) -> Path:
     Returns the page's path. Raises `RecordError` as `boards` does.
     """
     path = Path(folder) / "index.html"
+    drawn = [
+        (each, list(_drawn((each.picture,), path.parent, *each.shown)) if each.picture else [])
+        for each in width_sections(folder)
+    ]
     page = _template().render(
         title="How sparse at equal quality?",
         lead="Of each task the arm that validation chose, against the best vanilla.",
-        sections=[(index(folder), [])],
+        sections=[(index(folder), []), *drawn],
         facts=[],
         **dict.fromkeys(("table", "theory", "payoff", "findings")),
     )
