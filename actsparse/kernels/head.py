@@ -150,7 +150,10 @@ class CertifiedHead:
         level = self._exact(logits.topk(k).indices * step, x).min()
         if not bool(level.isfinite()):
             return self._among(None, x, k)
-        # logits − level, where it may be above 0; rounded up, so that rounding leaves no row out
+        # what float64 may have rounded away when the bias was added
+        sizes = level.abs() if self.bias is None else level.abs() + self.bias.abs().max().double()
+        level = level - 2.0**-40 * sizes
+        # bias − level, rounded up, so that rounding leaves no row out
         over = -level if self.bias is None else self.bias.double() - level
         over = torch.nextafter(over.to(x.dtype), x.new_tensor(math.inf)).expand(rows).contiguous()
         kernels = backends.compiled()

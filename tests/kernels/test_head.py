@@ -82,6 +82,14 @@ def test_it_is_what_float64_gives_of_all_rows(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_that_swallows_the_products_leaves_no_row_out(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, x, bias = 1e-30 * torch.randn(300, 64), torch.randn(8, 64), 100 * torch.randn(300)
+    for plus in (bias, bias.round(), torch.full_like(bias, 3)):
+        check(weight.to(dtype), plus.to(dtype), x.to(dtype), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_few_rows_are_read(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(8192, 96).to(dtype), torch.randn(96).to(dtype)
