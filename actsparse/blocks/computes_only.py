@@ -59,9 +59,8 @@ def computing_only(block: MLPBlock) -> nn.Module | None:
         return None
     module, kind = block.path[block.around - 1], type(block.path[block.around - 1])
     forward: Any = kind.forward
-    if "forward" in module.__dict__ or type(forward) is not FunctionType:
-        return None
-    if kind.__call__ is not _CALL:
+    own = "forward" in module.__dict__ or kind.__call__ is not nn.Module.__call__
+    if own or type(forward) is not FunctionType:
         return None
     code = forward.__code__
     inside = any(isinstance(each, type(code)) for each in code.co_consts)
@@ -74,9 +73,6 @@ def computing_only(block: MLPBlock) -> nn.Module | None:
         return None
     once = len(calls) == 3 + block.gated + len(block.between)
     return module if once and made == _y(block) else None
-
-
-_CALL = nn.Module.__call__
 
 
 def _y(block: MLPBlock) -> _Value:

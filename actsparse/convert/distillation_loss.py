@@ -88,9 +88,9 @@ class _Divergence(torch.autograd.Function):
 def _by_blocks(student: nn.Module, teacher: nn.Module, ids: Tensor, there: Tensor) -> Tensor:
     """Each block beside its dense self on the same input, which has no gradient."""
     blocks = dropping_blocks(student)
-    _, own, given = _through(student, blocks, ids, {})
+    own, given = _through(student, blocks, ids, {})
     with torch.no_grad():
-        _, wanted, _ = _through(teacher, blocks, ids, given)
+        wanted, _ = _through(teacher, blocks, ids, given)
     lost = []
     for y, to in zip(own, wanted, strict=True):
         rows, to = y.flatten(0, -2).float(), to.flatten(0, -2).float()
@@ -103,10 +103,10 @@ def _by_blocks(student: nn.Module, teacher: nn.Module, ids: Tensor, there: Tenso
 
 def _through(
     model: nn.Module, blocks: list[MLPBlock], ids: Tensor, given: dict[str, Tensor]
-) -> tuple[Any, list[Tensor], dict[str, Tensor]]:
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run a model whose blocks read ``given`` by name, or their own input without its gradient.
 
-    Returns the model's output, the output of each block, and what each block read.
+    Returns the output of each block, and what each block read.
     """
     read, made, hooks = dict[str, Tensor](), dict[str, Tensor](), []
     for block in blocks:
@@ -122,8 +122,8 @@ def _through(
         hooks += [model.get_submodule(n).register_forward_pre_hook(enter) for n in firsts]
         hooks.append(model.get_submodule(block.down.name).register_forward_hook(leave))
     try:
-        out = model(ids.to(next(model.parameters()).device))
+        model(ids.to(next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
-    return out, [made[block.name] for block in blocks], read
+    return [made[block.name] for block in blocks], read
